@@ -1,0 +1,47 @@
+"""Pellucid: read and change every activation of a Hugging Face BLOOM model, with the numbers staying the model's own.
+
+Names are looked up when first used, so that ``import pellucid`` loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pellucid.activation_cache import ActivationCache as ActivationCache
+    from pellucid.config import TransformerBridgeConfig as TransformerBridgeConfig
+    from pellucid.hook_points import HookPoint as HookPoint
+    from pellucid.model_bridge.self_check import CheckReport as CheckReport
+    from pellucid.model_bridge.transformer_bridge import TransformerBridge as TransformerBridge
+    from pellucid.names import get_act_name as get_act_name
+
+_HOMES = {
+    "ActivationCache": "pellucid.activation_cache",
+    "CheckReport": "pellucid.model_bridge.self_check",
+    "HookPoint": "pellucid.hook_points",
+    "TransformerBridge": "pellucid.model_bridge.transformer_bridge",
+    "TransformerBridgeConfig": "pellucid.config",
+    "get_act_name": "pellucid.names",
+}
+"""Where each public name lives."""
+
+__version__ = "0.1.0"
+__all__ = [
+    "ActivationCache",
+    "CheckReport",
+    "HookPoint",
+    "TransformerBridge",
+    "TransformerBridgeConfig",
+    "get_act_name",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pellucid' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

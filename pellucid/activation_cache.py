@@ -1,0 +1,142 @@
+"""What a run kept: activations by hook name, each tensor once, with the tokens it was run on.
+
+A cache knows names and shapes, not weights. Its tensors never change after they were kept: they were copied where
+something else could have written to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pellucid.errors import CacheKeyError, InputError
+from pellucid.names import HookIndex, get_act_name, nearest
+
+GRADIENT = "_grad"
+"""Suffix of the entries that hold gradients."""
+
+
+class ActivationCache(Mapping[str, Tensor]):
+    """Activations of one run.
+
+    ``cache["blocks.0.attn.hook_pattern"]``, any other name of that point, ``cache["pattern", 0]``,
+    ``cache["scale", 0, "ln1"]`` and ``cache["pattern", -1]`` (the last layer) all work; with ``incl_bwd`` the gradient of
+    an entry is under its name with ``_grad`` appended.
+
+    Args:
+        activations: tensors by canonical name.
+        index: every hook point of the model.
+        tokens: ``[batch, pos]`` ids that were run, ``None`` if a residual was.
+        attention_mask: ``[batch, pos]`` mask of the run, ``None`` if nothing was padding.
+        has_batch_dim: whether tensors have their batch axis.
+    """
+
+    def __init__(
+        self,
+        activations: Mapping[str, Tensor],
+        index: HookIndex,
+        tokens: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        has_batch_dim: bool = True,
+    ) -> None:
+        self.cache_dict: dict[str, Tensor] = dict(activations)
+        self.index = index
+        self.tokens = tokens
+        self.attention_mask = attention_mask
+        self.has_batch_dim = has_batch_dim
+
+    # -- looking up ----------------------------------------------------------------------------------------------------
+
+    def __getitem__(self, key: str | tuple[Any, ...]) -> Tensor:
+        name = self._canonical(key)
+        found = self.cache_dict.get(name)
+        if found is None:
+            raise CacheKeyError(self._missing(name))
+        return found
+
+    def __contains__(self, key: object) -> bool:
+        if not isinstance(key, str | tuple):
+            return False
+        return self._canonical(key) in self.cache_dict
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.cache_dict)
+
+    def __len__(self) -> int:
+        return len(self.cache_dict)
+
+    def __repr__(self) -> str:
+        return f"ActivationCache with {len(self)} entries, {self.nbytes:,} bytes"
+
+    def _canonical(self, key: str | tuple[Any, ...]) -> str:
+        if isinstance(key, tuple):
+            name, layer, *rest = key
+            if isinstance(layer, int) and layer < 0:
+                layer += self.index.n_layers
+            key = get_act_name(name, layer, rest[0] if rest else None)
+        elif key not in self.index and key not in self.cache_dict:
+            key = get_act_name(key)
+        stem = key.removesuffix(GRADIENT)
+        if stem in self.index:
+            return self.index[stem].name + key[len(stem) :]
+        return key
+
+    def _missing(self, name: str) -> str:
+        stem = name.removesuffix(GRADIENT)
+        if stem not in self.index:
+            return f"No hook point is called {stem!r}. Nearest names: {', '.join(nearest(stem, self.index.all_names()))}."
+        if stem != name:
+            return f"The gradient of {stem} was not kept: run with incl_bwd=True and a filter that includes it."
+        spec = self.index[stem]
+        why = f" It is opt-in: switch {spec.flag} on first." if spec.flag is not None else ""
+        return (
+            f"{stem} exists but was not kept by this run: names_filter or stop_at_layer left it out.{why} "
+            f"Kept: {', '.join(list(self.cache_dict)[:8])}{', ...' if len(self) > 8 else ''}."
+        )
+
+    # -- whole-cache operations ----------------------------------------------------------------------------------------
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all entries."""
+        return sum(tensor.nbytes for tensor in self.cache_dict.values())
+
+    @property
+    def real(self) -> Tensor:
+        """``[batch, pos]`` bool: which positions hold real tokens.
+
+        Raises:
+            InputError: the run was given a residual and no mask, so nothing says how long it was.
+        """
+        if self.attention_mask is not None:
+            return self.attention_mask.bool()
+        if self.tokens is None:
+            raise InputError("This run was given a residual and no mask.")
+        return torch.ones_like(self.tokens, dtype=torch.bool)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ActivationCache:
+        """A cache with its tensors moved; ``dtype`` is applied to floating-point ones."""
+        moved = {
+            name: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+            for name, tensor in self.cache_dict.items()
+        }
+        return self._like(moved, self.has_batch_dim)
+
+    def remove_batch_dim(self) -> ActivationCache:
+        """A cache of a single row, without its batch axis.
+
+        Raises:
+            InputError: there are several rows.
+        """
+        if not self.has_batch_dim:
+            return self
+        rows = {tensor.shape[0] for tensor in self.cache_dict.values()}
+        if rows - {1}:
+            raise InputError(f"remove_batch_dim needs a batch of one row; this run had {max(rows)}.")
+        return self._like({name: tensor[0] for name, tensor in self.cache_dict.items()}, False)
+
+    def _like(self, activations: dict[str, Tensor], has_batch_dim: bool) -> ActivationCache:
+        return ActivationCache(activations, self.index, self.tokens, self.attention_mask, has_batch_dim)

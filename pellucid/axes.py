@@ -1,0 +1,34 @@
+"""The axis words, once. Every shape in the documentation, in errors and in the hook table is written with these.
+
+``batch`` rows; ``pos`` positions of the tokens of this forward; ``key_pos`` key positions (cached ones included; with a
+static cache, its whole capacity); ``n_heads``; ``d_head``; ``d_model``; ``d_mlp`` (4 d_model in BLOOM); ``d_vocab``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+AXES: Mapping[str, str] = {
+    "batch": "rows of the batch (prompts, times beams under beam search)",
+    "pos": "positions of the tokens given to this forward",
+    "key_pos": "key positions, cached ones included",
+    "n_heads": "attention heads",
+    "d_head": "features of one head, d_model / n_heads",
+    "d_model": "features of the residual stream",
+    "d_mlp": "neurons of one MLP, 4 d_model in BLOOM",
+    "d_vocab": "entries of the vocabulary",
+    "1": "a single number",
+}
+
+Tokens = Int[Tensor, "batch pos"]
+PaddingMask = Bool[Tensor, "batch pos"]
+Residual = Float[Tensor, "batch pos d_model"]
+PerHead = Float[Tensor, "batch pos n_heads d_head"]
+PerHeadResidual = Float[Tensor, "batch pos n_heads d_model"]
+Scores = Float[Tensor, "batch n_heads pos key_pos"]
+Neurons = Float[Tensor, "batch pos d_mlp"]
+Logits = Float[Tensor, "batch pos d_vocab"]
+Alibi = Float[Tensor, "batch_heads 1 key_pos"]

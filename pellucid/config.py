@@ -1,0 +1,182 @@
+"""The configuration of a bridge, made from a Hugging Face ``BloomConfig`` that is read attribute by attribute.
+
+Every attribute of the Hugging Face configuration is either *handled* (it becomes a field here or the Hugging Face model
+itself obeys it), *ignored on purpose* (it cannot change a number), or *refused* by name. A checkpoint that sets
+something we have never heard of is therefore not run as if it had not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from pellucid.errors import UnsupportedModelError
+from pellucid.names import Flag
+
+HANDLED = frozenset(
+    "vocab_size hidden_size n_layer num_hidden_layers n_head num_attention_heads layer_norm_epsilon use_cache "
+    "bos_token_id eos_token_id pad_token_id apply_residual_connection_post_layernorm hidden_dropout attention_dropout "
+    "pretraining_tp slow_but_exact tie_word_embeddings dtype torch_dtype model_type seq_length n_inner "
+    "attention_softmax_in_fp32 quantization_config".split()
+)
+"""Attributes that become a field, that Hugging Face's own model obeys, or that are checked below."""
+
+IGNORED = frozenset(
+    # Megatron's training and kernel switches, kept in BigScience's published configurations.
+    "bias_dropout_fusion masked_softmax_fusion offset_alibi skip_bias_add skip_bias_add_qkv unk_token_id n_embed "
+    # Hugging Face's book-keeping: names, labels, what to return.
+    "architectures name_or_path _name_or_path transformers_version initializer_range return_dict output_hidden_states "
+    "output_attentions chunk_size_feed_forward is_encoder_decoder id2label label2id problem_type num_labels "
+    "finetuning_task task_specific_params _commit_hash _attn_implementation _attn_implementation_internal "
+    "_attn_implementation_autoset _experts_implementation _output_attentions auto_map sep_token_id "
+    "decoder_start_token_id attn_implementation experts_implementation use_bfloat16 torchscript prefix "
+    "tokenizer_class model_parallel distributed_config".split()
+)
+"""Attributes that cannot change a number of a BLOOM forward."""
+
+
+class HuggingFaceConfig(Protocol):
+    """What we need of a Hugging Face configuration."""
+
+    model_type: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every attribute by name."""
+        ...
+
+
+@dataclass
+class TransformerBridgeConfig:
+    """Sizes and switches of a bridged model, under TransformerLens' names.
+
+    ``d_model`` features, ``n_heads`` heads of ``d_head`` features, ``n_layers`` blocks, ``d_mlp`` neurons a block,
+    ``d_vocab`` tokens, ``n_ctx`` the length it was trained on (BLOOM itself has no limit), ``eps`` of the layer norms.
+    The four ``use_*`` flags say which opt-in hook points are on; set them through the bridge's ``set_use_*`` methods.
+    """
+
+    n_layers: int
+    n_heads: int
+    d_model: int
+    d_head: int
+    d_vocab: int
+    n_ctx: int = 2048
+    d_mlp: int | None = None
+    eps: float = 1e-5
+    architecture: str = "BloomForCausalLM"
+    model_name: str = ""
+    dtype: torch.dtype = torch.float32
+    device: str | None = None
+    act_fn: str = "gelu_fast"
+    normalization_type: str = "LN"
+    positional_embedding_type: str = "alibi"
+    default_prepend_bos: bool = False
+    post_embedding_ln: bool = True
+    final_rms: bool = False
+    gated_mlp: bool = False
+    attn_only: bool = False
+    tie_word_embeddings: bool = True
+    apply_residual_connection_post_layernorm: bool = False
+    pretraining_tp: int = 1
+    slow_but_exact: bool = False
+    use_attn_result: bool = False
+    use_split_qkv_input: bool = False
+    use_attn_in: bool = False
+    use_hook_mlp_in: bool = False
+
+    def __post_init__(self) -> None:
+        if self.n_heads * self.d_head != self.d_model:
+            raise UnsupportedModelError(
+                f"d_model must be n_heads * d_head: found d_model {self.d_model}, n_heads {self.n_heads}, "
+                f"d_head {self.d_head}."
+            )
+        if self.d_mlp is None:
+            self.d_mlp = 4 * self.d_model
+
+    @property
+    def attn_scale(self) -> float:
+        """What queries times keys are divided by, sqrt(d_head)."""
+        return float(self.d_head) ** 0.5
+
+    @property
+    def d_vocab_out(self) -> int:
+        """Width of the logits."""
+        return self.d_vocab
+
+    @property
+    def sums_weight_slices(self) -> bool:
+        """Whether Hugging Face computes ``dense`` and ``dense_4h_to_h`` slice by slice, without their biases."""
+        return self.slow_but_exact and self.pretraining_tp > 1
+
+    @property
+    def flags(self) -> dict[Flag, bool]:
+        """The opt-in switches by name."""
+        return {
+            "use_attn_result": self.use_attn_result,
+            "use_split_qkv_input": self.use_split_qkv_input,
+            "use_attn_in": self.use_attn_in,
+            "use_hook_mlp_in": self.use_hook_mlp_in,
+        }
+
+
+def config_from_huggingface(
+    config: HuggingFaceConfig, known: frozenset[str], dtype: torch.dtype, device: str
+) -> TransformerBridgeConfig:
+    """Read a Hugging Face BLOOM configuration.
+
+    Args:
+        config: the model's configuration.
+        known: attributes that a default ``BloomConfig`` of the installed transformers has; generic ones of these that
+            we neither handle nor ignore must hold their default, which the caller checks by passing their names.
+        dtype: dtype of the model's weights.
+        device: where the model's inputs go.
+
+    Raises:
+        UnsupportedModelError: another architecture, or attributes we do not handle, all of them listed.
+    """
+    attributes = config.to_dict()
+    if config.model_type != "bloom":
+        raise UnsupportedModelError(
+            f"Pellucid opens BLOOM models; this configuration says model_type={config.model_type!r}. "
+            "BLOOMZ, fine-tuned and mid-training BLOOM checkpoints all say 'bloom'."
+        )
+    problems = _problems(attributes, known)
+    if problems:
+        raise UnsupportedModelError(
+            "This BLOOM configuration sets what Pellucid does not handle:\n"
+            + "\n".join(f"  {line}" for line in problems)
+            + "\nRemove what is not used from the configuration, or pass the value to use in hf_config_overrides."
+        )
+    d_model, n_heads = int(attributes["hidden_size"]), int(attributes["n_head"])
+    return TransformerBridgeConfig(
+        n_layers=int(attributes["n_layer"]),
+        n_heads=n_heads,
+        d_model=d_model,
+        d_head=d_model // n_heads,
+        d_vocab=int(attributes["vocab_size"]),
+        n_ctx=int(attributes.get("seq_length") or 2048),
+        eps=float(attributes["layer_norm_epsilon"]),
+        model_name=str(attributes.get("_name_or_path") or ""),
+        dtype=dtype,
+        device=device,
+        tie_word_embeddings=bool(attributes["tie_word_embeddings"]),
+        apply_residual_connection_post_layernorm=bool(attributes["apply_residual_connection_post_layernorm"]),
+        pretraining_tp=int(attributes["pretraining_tp"]),
+        slow_but_exact=bool(attributes["slow_but_exact"]),
+    )
+
+
+def _problems(attributes: Mapping[str, Any], known: frozenset[str]) -> list[str]:
+    problems = [
+        f"{name} = {value!r}: unknown to BLOOM"
+        for name, value in attributes.items()
+        if name not in HANDLED and name not in IGNORED and name not in known
+    ]
+    inner, hidden = attributes.get("n_inner"), attributes["hidden_size"]
+    if inner is not None and inner != 4 * hidden:
+        problems.append(f"n_inner = {inner}: BLOOM's MLP has 4 * hidden_size = {4 * hidden} neurons")
+    if attributes.get("attention_softmax_in_fp32") is False:
+        problems.append("attention_softmax_in_fp32 = False: Hugging Face's BLOOM always uses float32 there")
+    return problems

@@ -1,0 +1,1 @@
+"""Shape rules: how a tensor is shown to a user and put back."""

@@ -1,0 +1,84 @@
+"""Every error Pellucid raises, in one place, so that a caller can catch a kind and a reader can see them all.
+
+An error says what was asked, what was found and what to do; where a name was wrong it lists the nearest valid ones.
+Each class also derives from the built-in exception that TransformerLens (or plain Python) raises in that situation, so
+that code which catches ``KeyError`` or ``ValueError`` goes on working::
+
+    PellucidError
+    ├── HookNameError          (KeyError)      a hook name, glob, filter or list entry matches nothing
+    ├── HookDisabledError      (ValueError)    an opt-in hook point that is switched off
+    ├── HookUnreachableError   (ValueError)    a hook point that this run will not pass through
+    ├── HookValueError         (ValueError)    a hook returned a wrong type, shape, dtype or device
+    ├── NoEffectError          (RuntimeError)  ``assert_effect=True`` and an edit changed nothing
+    ├── GradientError          (RuntimeError)  a backward hook that cannot be honoured
+    ├── InputError             (ValueError)    tokens, masks, keywords, sizes
+    ├── UnsupportedModelError  (ValueError)    not a BLOOM, or a BLOOM configured in a way we do not handle
+    ├── WeightError            (ValueError)    weights with a wrong name, shape or dtype, not finite or not readable
+    ├── CacheKeyError          (KeyError)      a cache entry that does not exist or was not kept
+    ├── CacheTooLargeError     (MemoryError)   a cache over ``max_cache_bytes``
+    └── NotSetUpError          (RuntimeError)  a component used before ``set_original_component``
+
+    PellucidWarning (UserWarning)              something the user should know and may silence
+"""
+
+from __future__ import annotations
+
+
+class PellucidError(Exception):
+    """Base of every error raised on purpose by Pellucid."""
+
+    def __str__(self) -> str:
+        # KeyError prints the repr of its argument, which would escape line breaks and quotes of our messages.
+        return "\n".join(str(argument) for argument in self.args)
+
+
+class HookNameError(PellucidError, KeyError):
+    """A hook name, glob, filter or list entry that matches no hook point."""
+
+
+class HookDisabledError(PellucidError, ValueError):
+    """An opt-in hook point was named while it is switched off."""
+
+
+class HookUnreachableError(PellucidError, ValueError):
+    """A hook was put on a point that this run does not pass through (``start_at_layer``, ``stop_at_layer``)."""
+
+
+class HookValueError(PellucidError, ValueError):
+    """A hook function returned something that cannot stand in for the tensor it was given."""
+
+
+class NoEffectError(PellucidError, RuntimeError):
+    """``assert_effect=True`` was asked for and a hook left its tensor unchanged to the bit, or never ran."""
+
+
+class GradientError(PellucidError, RuntimeError):
+    """A backward hook, or a backward pass, that cannot be honoured."""
+
+
+class InputError(PellucidError, ValueError):
+    """Tokens, masks, keywords or sizes that cannot be run."""
+
+
+class UnsupportedModelError(PellucidError, ValueError):
+    """The model is not of BLOOM's kind, or its configuration sets something we do not handle."""
+
+
+class WeightError(PellucidError, ValueError):
+    """Weights with a wrong name, shape or dtype, not finite, or not readable where they are."""
+
+
+class CacheKeyError(PellucidError, KeyError):
+    """A key that an :class:`~pellucid.ActivationCache` does not hold."""
+
+
+class CacheTooLargeError(PellucidError, MemoryError):
+    """What was asked to be cached needs more than ``max_cache_bytes``."""
+
+
+class NotSetUpError(PellucidError, RuntimeError):
+    """A component was used before it was given the Hugging Face module it stands for."""
+
+
+class PellucidWarning(UserWarning):
+    """Something the user should know: a fallback that was taken, or a surprise that was left as it was found."""

@@ -1,0 +1,59 @@
+"""The contract between an architecture and the bridge: which component stands for which module, which hooks they fire."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+from torch import nn
+
+from pellucid.config import TransformerBridgeConfig
+from pellucid.model_bridge.generalized_components.base import GeneralizedComponent
+from pellucid.names import HookSpec
+
+
+class ArchitectureAdapter(ABC):
+    """What the bridge needs to know about an architecture.
+
+    Args:
+        cfg: the bridge's configuration.
+    """
+
+    hooks_before: tuple[HookSpec, ...]
+    """Hook points fired before the blocks, in firing order."""
+    hooks_in_block: tuple[HookSpec, ...]
+    """Hook points of block ``{i}``, in firing order."""
+    hooks_after: tuple[HookSpec, ...]
+    """Hook points fired after the blocks."""
+    backbone_path: str
+    """Path of the module that runs the blocks."""
+    blocks_path: str
+    """Path of the list of blocks."""
+
+    def __init__(self, cfg: TransformerBridgeConfig) -> None:
+        self.cfg = cfg
+
+    @property
+    def component_mapping(self) -> dict[str, GeneralizedComponent]:
+        """Canonical name to component, ``"blocks"`` standing for the list; made anew at each call."""
+        return {**self.make_outer(), "blocks": self.make_block(None)}
+
+    @abstractmethod
+    def make_outer(self) -> dict[str, GeneralizedComponent]:
+        """Components outside the blocks, each named by its module's path in the model."""
+
+    @abstractmethod
+    def make_block(self, layer: int | None) -> GeneralizedComponent:
+        """The component of block ``layer``, children included, each named inside its parent."""
+
+    @abstractmethod
+    def split_qkv_matrix(self, original_attention_component: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+        """Queries, keys and values of an attention as linear transformations."""
+
+    @abstractmethod
+    def missing_modules(self, model: nn.Module) -> list[str]:
+        """Paths that a model of this architecture has and ``model`` has not."""
+
+    @abstractmethod
+    def link_outer(self, outer: Mapping[str, GeneralizedComponent], blocks: list[GeneralizedComponent]) -> None:
+        """Link the sites where components outside the blocks meet at one tensor."""

@@ -1,0 +1,155 @@
+"""What a cache will hold, decided before the run: which points, which positions, how many bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from pellucid.config import TransformerBridgeConfig
+from pellucid.errors import CacheTooLargeError, InputError
+from pellucid.hook_points import HookPoint
+from pellucid.names import HookSpec
+
+PosSlice: TypeAlias = int | slice | Sequence[int] | Tensor | None
+"""Positions to keep: one (its axis stays), a slice, a list of indices, or all."""
+
+
+@dataclass(frozen=True)
+class RunSize:
+    """Sizes of a run: rows, positions, and keys (cached ones included)."""
+
+    batch: int
+    pos: int
+    key_pos: int
+
+
+def kept_positions(pos_slice: PosSlice, length: int) -> Tensor | slice:
+    """The positions of ``[0, length)`` that ``pos_slice`` keeps, as something that indexes an axis.
+
+    Raises:
+        InputError: a position outside the run.
+    """
+    if pos_slice is None:
+        return slice(None)
+    if isinstance(pos_slice, slice):
+        return pos_slice
+    wanted = torch.as_tensor([pos_slice] if isinstance(pos_slice, int) else pos_slice, dtype=torch.long)
+    if wanted.dim() != 1 or bool(((wanted < -length) | (wanted >= length)).any()):
+        raise InputError(f"pos_slice asks for positions {wanted.tolist()}; the run has {length}, 0 to {length - 1}.")
+    return wanted % length
+
+
+def kept_count(positions: Tensor | slice, length: int) -> int:
+    """How many positions are kept."""
+    return len(range(*positions.indices(length))) if isinstance(positions, slice) else int(positions.numel())
+
+
+def take_positions(tensor: Tensor, axis: int, positions: Tensor | slice) -> Tensor:
+    """``tensor`` at ``positions`` of ``axis``."""
+    if isinstance(positions, Tensor):
+        return tensor.index_select(axis, positions.to(tensor.device))
+    return tensor[(slice(None),) * axis + (positions,)]
+
+
+def cache_bytes(
+    specs: Sequence[HookSpec],
+    cfg: TransformerBridgeConfig,
+    size: RunSize,
+    pos_slice: PosSlice = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, int]:
+    """Bytes that each point will take in a cache, by canonical name."""
+    pos = kept_count(kept_positions(pos_slice, size.pos), size.pos)
+    assert cfg.d_mlp is not None
+    lengths = {
+        "batch": size.batch,
+        "pos": pos,
+        "key_pos": size.key_pos,
+        "n_heads": cfg.n_heads,
+        "d_head": cfg.d_head,
+        "d_model": cfg.d_model,
+        "d_mlp": cfg.d_mlp,
+        "d_vocab": cfg.d_vocab,
+        "1": 1,
+    }
+    dtypes = {
+        "model": dtype or cfg.dtype,
+        "wide": dtype or torch.promote_types(cfg.dtype, torch.float32),
+        "int": torch.int64,
+    }
+    plan = {}
+    for spec in specs:
+        count = 1
+        for axis in spec.axes:
+            count *= lengths[axis]
+        plan[spec.name] = count * dtypes[spec.kind].itemsize
+    return plan
+
+
+def refuse_large(plan: dict[str, int], limit: int | None) -> None:
+    """Refuse a cache over ``limit`` bytes before anything is allocated.
+
+    Raises:
+        CacheTooLargeError: with the estimate and the largest entries.
+    """
+    total = sum(plan.values())
+    if limit is not None and total > limit:
+        largest = sorted(plan, key=plan.__getitem__, reverse=True)[:3]
+        raise CacheTooLargeError(
+            f"The cache would take {total:,} bytes, over max_cache_bytes={limit:,}. Largest: "
+            + ", ".join(f"{name} {plan[name]:,}" for name in largest)
+            + ". Keep fewer points (names_filter), fewer positions (pos_slice) or a smaller dtype."
+        )
+
+
+class Keeper:
+    """A caching function for one run: keeps what each point shows it.
+
+    Args:
+        positions: which positions to keep.
+        device: where to keep them, by default where they are.
+        dtype: as what to keep floating-point ones, by default as they are.
+        copies: whether anything else may write to the tensors, so that they have to be copied.
+    """
+
+    def __init__(
+        self,
+        positions: Tensor | slice,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        copies: bool,
+    ) -> None:
+        self.kept: dict[str, Tensor] = {}
+        self._positions = positions
+        self._whole = isinstance(positions, slice) and positions == slice(None)
+        self._device, self._dtype, self._copies = device, dtype, copies
+
+    def function(self, spec: HookSpec, suffix: str = "") -> _Keep:
+        """The hook function that keeps ``spec`` under its name and ``suffix``."""
+        return _Keep(self, spec.name + suffix, spec.pos_axis)
+
+    def keep(self, name: str, axis: int, tensor: Tensor) -> None:
+        """Keep one tensor."""
+        kept = tensor.detach()
+        if not self._whole:
+            kept = take_positions(kept, axis, self._positions)
+        if self._device is not None or self._dtype is not None:
+            kept = kept.to(device=self._device, dtype=self._dtype if kept.is_floating_point() else None)
+        part_of_larger = kept.untyped_storage().nbytes() != kept.nbytes
+        if part_of_larger or (self._copies and kept.data_ptr() == tensor.data_ptr()):
+            kept = kept.clone(memory_format=torch.contiguous_format)
+        self.kept[name] = kept
+
+
+class _Keep:
+    """Called by a hook point; see :class:`Keeper`."""
+
+    def __init__(self, keeper: Keeper, name: str, axis: int) -> None:
+        self._keeper, self._name, self._axis = keeper, name, axis
+
+    def __call__(self, tensor: Tensor, hook: HookPoint) -> None:
+        self._keeper.keep(self._name, self._axis, tensor)

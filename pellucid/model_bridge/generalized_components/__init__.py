@@ -1,0 +1,33 @@
+"""The components: each knows one kind of Hugging Face module."""
+
+from pellucid.model_bridge.generalized_components.alibi_utils import build_alibi_slopes, build_alibi_tensor
+from pellucid.model_bridge.generalized_components.attention import AttentionBridge
+from pellucid.model_bridge.generalized_components.base import GeneralizedComponent
+from pellucid.model_bridge.generalized_components.block import BlockBridge
+from pellucid.model_bridge.generalized_components.bloom_attention import BloomAttentionBridge
+from pellucid.model_bridge.generalized_components.bloom_block import BackboneBridge, BloomBlockBridge
+from pellucid.model_bridge.generalized_components.bloom_mlp import BloomMLPBridge
+from pellucid.model_bridge.generalized_components.embedding import EmbeddingBridge
+from pellucid.model_bridge.generalized_components.joint_qkv_attention import JointQKVAttentionBridge
+from pellucid.model_bridge.generalized_components.linear import LinearBridge
+from pellucid.model_bridge.generalized_components.mlp import MLPBridge
+from pellucid.model_bridge.generalized_components.normalization import NormalizationBridge
+from pellucid.model_bridge.generalized_components.unembedding import UnembeddingBridge
+
+__all__ = [
+    "AttentionBridge",
+    "BackboneBridge",
+    "BlockBridge",
+    "BloomAttentionBridge",
+    "BloomBlockBridge",
+    "BloomMLPBridge",
+    "EmbeddingBridge",
+    "GeneralizedComponent",
+    "JointQKVAttentionBridge",
+    "LinearBridge",
+    "MLPBridge",
+    "NormalizationBridge",
+    "UnembeddingBridge",
+    "build_alibi_slopes",
+    "build_alibi_tensor",
+]

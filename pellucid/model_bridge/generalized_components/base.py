@@ -1,0 +1,373 @@
+"""A component knows one Hugging Face module: which hook points stand on it, and how to run it with them firing.
+
+A component never changes the module it stands for. Two ways to use one:
+
+* on its own: ``component.set_original_component(module)`` and call it; it calls the module;
+* mounted, which a bridge does while a point is in use: the component's ``forward`` stands in for the module's, as an
+  instance attribute, and calls the forward that was there. Unmounted, nothing of it is left.
+
+Its hook points are *sites*, class attributes declared with :class:`Site`. In a bridge two components often meet at one
+tensor (the output of the first norm is the input of attention); such a site is *linked*, and asking either gives the
+one point that fires.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, TypeAlias, cast, overload
+
+import torch
+from torch import Tensor, nn
+
+from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
+from pellucid.errors import HookNameError, NotSetUpError, WeightError
+from pellucid.hook_points import HookPoint, is_quiet
+
+
+class Site:
+    """Declares a hook point of a component class; reading it on a component gives the :class:`HookPoint`."""
+
+    def __init__(self, doc: str) -> None:
+        self.doc = doc
+        self.__doc__ = doc
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, component: None, owner: type) -> Site: ...
+    @overload
+    def __get__(self, component: GeneralizedComponent, owner: type) -> HookPoint: ...
+    def __get__(self, component: GeneralizedComponent | None, owner: type) -> Site | HookPoint:
+        return self if component is None else component.point(self.name)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What a mounted component runs: the module it stands in for and the forward that was there."""
+
+    module: nn.Module
+    forward: Callable[..., Any]
+
+
+class StopForward(Exception):  # noqa: N818 (not an error: how a run that has what it came for leaves the model)
+    """Carries the residual that enters the block at which a run stops, out of the model."""
+
+    def __init__(self, residual: Tensor) -> None:
+        super().__init__("the run stops at this layer")
+        self.residual = residual
+
+
+class GeneralizedComponent(nn.Module):
+    """Base of all components.
+
+    Args:
+        name: the module's name inside its parent, Hugging Face's (``"self_attention"``).
+        config: the bridge's configuration, or any object with its sizes.
+        submodules: components of the module's children by TransformerLens' names; each becomes an attribute.
+        conversion_rule: shape rule for what hooks see at ``hook_in`` and ``hook_out``.
+    """
+
+    hook_in = Site("what the module is given")
+    hook_out = Site("what the module gives")
+
+    weight_names: ClassVar[tuple[str, ...]] = ("weight", "bias")
+    """Keys that :meth:`set_processed_weights` takes for the module itself."""
+
+    def __init__(
+        self,
+        name: str | None,
+        config: Any | None = None,
+        submodules: Mapping[str, GeneralizedComponent] | None = None,
+        conversion_rule: BaseTensorConversion | None = None,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.config = config
+        self.conversion_rule = conversion_rule
+        self.submodules: dict[str, GeneralizedComponent] = dict(submodules or {})
+        for key, component in self.submodules.items():
+            self.add_module(key, component)
+        self.engine: Engine | None = None
+        self._points: dict[str, HookPoint] = {}
+        self._links: dict[str, tuple[GeneralizedComponent, str]] = {}
+        self._conversions: dict[str, BaseTensorConversion] = {}
+        if conversion_rule is not None:
+            self._conversions = {"hook_in": conversion_rule, "hook_out": conversion_rule}
+        self._names: dict[str, str] | None = None
+        self._on_use: Callable[[HookPoint, int], None] | None = None
+        self._place: tuple[nn.Module, str] | None = None
+
+    # -- the module ----------------------------------------------------------------------------------------------------
+
+    def set_original_component(self, original_component: nn.Module) -> None:
+        """Stand for ``original_component``, without changing it."""
+        self.add_module("_original_component", original_component)
+
+    def place(
+        self,
+        root: nn.Module,
+        path: str,
+        names: Mapping[str, str],
+        on_use: Callable[[HookPoint, int], None],
+    ) -> None:
+        """Stand for the module at ``path`` below ``root``, looked up whenever it is needed.
+
+        Looking it up late is what keeps an adapter (PEFT) that was added after wrapping from being missed.
+
+        Args:
+            root: the model.
+            path: dotted path of the module.
+            names: canonical hook name of each site that fires here; other sites do not exist in this bridge.
+            on_use: told when a point comes into use and when it is no longer.
+        """
+        # In a tuple, so that torch does not take the model for a child of the component.
+        self._place, self._names, self._on_use = (root, path), dict(names), on_use
+
+    @property
+    def path(self) -> str:
+        """Dotted path of the module in its model, or its name when used alone."""
+        return self._place[1] if self._place is not None else str(self.name)
+
+    @property
+    def original_component(self) -> nn.Module | None:
+        """The Hugging Face module, ``None`` before :meth:`set_original_component`."""
+        if self._place is not None:
+            root, path = self._place
+            return root.get_submodule(path)
+        return self._modules.get("_original_component")
+
+    @property
+    def module(self) -> nn.Module:
+        """The Hugging Face module.
+
+        Raises:
+            NotSetUpError: there is none yet.
+        """
+        if self.engine is not None:
+            return self.engine.module
+        module = self.original_component
+        if module is None:
+            raise NotSetUpError(f"Original component not set for {self.name}. Call set_original_component() first.")
+        return module
+
+    def call_original(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module as Hugging Face (or whoever wrapped it before us) would."""
+        if self.engine is not None:
+            return self.engine.forward(*args, **kwargs)
+        return self.module(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module, with ``hook_in`` on its first tensor and ``hook_out`` on its (first) output."""
+        if is_quiet():
+            return self.call_original(*args, **kwargs)
+        if args:
+            args = (self.fire("hook_in", args[0]), *args[1:])
+        output = self.call_original(*args, **kwargs)
+        if isinstance(output, tuple):
+            return (self.fire("hook_out", output[0]), *output[1:])
+        return self.fire("hook_out", output)
+
+    # -- hook points ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def sites(cls) -> list[str]:
+        """Names of all hook points that a component of this class can have."""
+        return [name for owner in cls.__mro__ for name, value in vars(owner).items() if isinstance(value, Site)]
+
+    def link(self, site: str, target: GeneralizedComponent, target_site: str) -> None:
+        """Let ``site`` be the same point as ``target_site`` of ``target``, which fires it."""
+        self._links[site] = (target, target_site)
+        if site in self._conversions:
+            target._conversions.setdefault(target_site, self._conversions[site])
+
+    def point(self, site: str) -> HookPoint:
+        """The hook point at ``site``, made on first use.
+
+        Raises:
+            HookNameError: nothing fires there.
+        """
+        if site in self._links:
+            target, target_site = self._links[site]
+            return target.point(target_site)
+        point = self._points.get(site)
+        if point is None:
+            if self._names is not None and site not in self._names:
+                raise HookNameError(
+                    f"{type(self).__name__} at {self.path} fires nothing at {site!r} in this model. "
+                    f"It fires: {', '.join(self._names)}."
+                )
+            point = HookPoint()
+            point.name = site if self._names is None else self._names[site]
+            point.on_use = self._on_use
+            point.hook_conversion = self._conversions.get(site)
+            self._points[site] = point
+        return point
+
+    def fire(self, site: str, value: Tensor, *, private: bool = False) -> Tensor:
+        """Show ``value`` to the functions at ``site``, if there are any. See :meth:`HookPoint.fire`."""
+        point = self._points.get(site)
+        return value if point is None else point.fire(value, private=private)
+
+    def is_live(self, site: str) -> bool:
+        """Whether a function acts at ``site`` in this thread now."""
+        point = self._points.get(site)
+        return point is not None and point.is_live()
+
+    def only_reads(self, *sites: str) -> bool:
+        """Whether nothing that acts at ``sites`` now can write or wants a gradient."""
+        return all(site not in self._points or self._points[site].only_reads() for site in sites)
+
+    def live_points(self) -> list[HookPoint]:
+        """The points of this component that have been made."""
+        return list(self._points.values())
+
+    # -- weights -------------------------------------------------------------------------------------------------------
+
+    def set_processed_weights(self, weights: Mapping[str, Tensor | None], verbose: bool = False) -> None:
+        """Write processed weights into the module's own storage.
+
+        Args:
+            weights: tensors by key: the module's own (``"weight"``, ``"bias"``) and those of children under their
+                names (``"in.weight"``). ``None`` leaves a weight as it is.
+            verbose: print what is written.
+
+        Raises:
+            WeightError: an unknown key, a wrong shape or dtype, values that are not finite, or weights that cannot be
+                written where they are (quantised, offloaded). Nothing has been changed then.
+        """
+        commit_writes(self.plan_writes(weights), verbose)
+
+    def plan_writes(self, weights: Mapping[str, Tensor | None]) -> list[WeightWrite]:
+        """Check ``weights`` and say what is to be written where, without writing."""
+        targets = self.weight_targets()
+        unknown = [key for key in weights if key not in targets]
+        if unknown:
+            raise WeightError(f"{self.path} has no weight {unknown[0]!r}. It takes: {', '.join(targets)}.")
+        return [
+            check_write(f"{self.path}: {key}", target, value)
+            for key, value in weights.items()
+            if value is not None
+            for target in targets[key]()
+        ]
+
+    def weight_targets(self) -> dict[str, WeightTargets]:
+        """For each key of :meth:`set_processed_weights`, a call that gives the storages it is written to."""
+        if not self.submodules:
+            return {name: partial(self._own_parameter, name) for name in self.weight_names}
+        return {
+            f"{prefix}.{key}": targets
+            for prefix, component in self.submodules.items()
+            for key, targets in component.weight_targets().items()
+        }
+
+    def _own_parameter(self, name: str) -> list[Tensor]:
+        return [readable_parameter(self.module, name, self.path)]
+
+
+WeightTargets: TypeAlias = Callable[[], list[Tensor]]
+"""Gives the storages that one weight is written to, as views shaped like the weight, leading axes possibly unflattened."""
+
+
+@dataclass(frozen=True)
+class WeightWrite:
+    """One checked write: ``value`` goes into the storage of ``target``."""
+
+    key: str
+    target: Tensor
+    value: Tensor
+
+
+def check_write(key: str, target: Tensor, value: Tensor) -> WeightWrite:
+    """Check that ``value`` can take the place of ``target``.
+
+    Raises:
+        WeightError: wrong type, shape or dtype, or not finite.
+    """
+    if not isinstance(value, Tensor):
+        raise WeightError(f"{key} must be a tensor; found {type(value).__name__}.")
+    rank = value.dim()
+    shape = tuple(target.shape)
+    if len(shape) == rank + 1:  # a part of the fused layer, by head
+        shape = (shape[0] * shape[1], *shape[2:])
+    if tuple(value.shape) != shape:
+        raise WeightError(f"{key} must have shape {shape}; found {tuple(value.shape)}.")
+    if value.dtype != target.dtype:
+        raise WeightError(f"{key} must have dtype {target.dtype}; found {value.dtype}. Cast it where it was made.")
+    if not bool(torch.isfinite(value).all()):
+        raise WeightError(f"{key} holds values that are not finite.")
+    return WeightWrite(key, target, value.reshape(target.shape))
+
+
+def commit_writes(writes: list[WeightWrite], verbose: bool) -> None:
+    """Write what was checked, in place, so that views, optimisers and other references stay valid."""
+    # A value may be a view of what another write changes (swapping q and k), so all are read before any is written.
+    values = [write.value.detach().clone() for write in writes]
+    with torch.no_grad():
+        for write, value in zip(writes, values, strict=True):
+            write.target.copy_(value)
+            if verbose:
+                print(f"{write.key} {tuple(write.target.shape)} written")  # noqa: T201 (asked for)
+
+
+def plain_weight(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether ``module`` is just a ``kind`` (no adapter, no quantisation) with its floating-point weight in memory."""
+    weight = getattr(module, "weight", None)
+    return type(module) is kind and isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta
+
+
+def readable_parameter(module: nn.Module, name: str, path: str) -> Tensor:
+    """A parameter of the module itself, refused by name where reading it would not give the numbers that run.
+
+    For a module with an adapter (PEFT) this is the base layer's parameter.
+
+    Raises:
+        WeightError: there is no such parameter; it is offloaded (meta) or quantised.
+    """
+    base = getattr(module, "base_layer", module)  # PEFT's name for the layer an adapter wraps
+    parameter = getattr(base, name, None)
+    if parameter is None:
+        raise WeightError(f"{path} has no {name!r}.")
+    if parameter.is_meta:
+        raise WeightError(
+            f"{path}.{name} is offloaded: its numbers are not in memory, and an edit would be lost. "
+            "Load the model without offloading to read or write weights."
+        )
+    if not parameter.is_floating_point() or type(parameter) not in (nn.Parameter, Tensor):
+        raise WeightError(
+            f"{path}.{name} is quantised ({type(parameter).__name__}, {parameter.dtype}); its stored numbers are not "
+            "the weights. Load the model unquantised to read or write weights."
+        )
+    return cast(Tensor, parameter)
+
+
+class _ValueOf(torch.autograd.Function):
+    """The value of one tensor with the gradient of another that equals it up to rounding."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, graph: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        return None, gradients[0]
+
+
+def splice(native: Tensor, side: Tensor, changed: Tensor) -> Tensor:
+    """What goes on where something was computed beside the model.
+
+    Rows where a hook changed nothing keep the model's own bits; the others take ``side``. The gradient flows through
+    ``side``, so that a hook on what only we compute has one.
+
+    Args:
+        native: Hugging Face's tensor.
+        side: ours, the same up to rounding where nothing was changed.
+        changed: bool, broadcastable to both.
+    """
+    side = side.to(native.dtype)
+    value = torch.where(changed, side, native)
+    if torch.is_grad_enabled() and side.requires_grad:
+        return _ValueOf.apply(value.detach(), side)  # type: ignore[no-any-return]
+    return value

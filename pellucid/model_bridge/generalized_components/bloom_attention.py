@@ -1,0 +1,157 @@
+"""BLOOM's attention, step by step in Hugging Face's own order of operations, with hook points between the steps.
+
+Peculiar to BLOOM:
+
+* one fused projection, interleaved per head (:mod:`pellucid.conversion_utils.fused_qkv`);
+* ALiBi instead of position embeddings, added where the scores are made: ``alibi + (q k^T) / sqrt(d_head)``, one
+  ``baddbmm``, then the mask, then the softmax in float32, then back to the model's dtype;
+* the module adds the residual itself, so its output is the residual stream (``hook_resid_mid``) and its *contribution* is
+  the output of ``dense`` (``hook_attn_out``);
+* with ``slow_but_exact`` and ``pretraining_tp > 1`` Hugging Face sums products with slices of ``dense.weight`` and drops
+  its bias, and so do we.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Dict, cast  # noqa: UP035 (Dict: the specified signature)
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
+from pellucid.errors import InputError
+from pellucid.hook_points import is_quiet
+from pellucid.model_bridge.generalized_components.base import GeneralizedComponent
+from pellucid.model_bridge.generalized_components.bloom_mlp import sum_of_slices
+from pellucid.model_bridge.generalized_components.joint_qkv_attention import JointQKVAttentionBridge
+
+
+class BloomAttentionBridge(JointQKVAttentionBridge):
+    """Stands for a Hugging Face ``BloomAttention``.
+
+    Args:
+        name: the attention's name inside its parent, ``"self_attention"``.
+        config: the bridge's model configuration: anything with ``n_heads``.
+        split_qkv_matrix: original attention to ``(q, k, v)`` linear transformations, which then compute. By default the
+            fused projection runs and its output is split into views.
+        submodules: e.g. ``{"qkv": LinearBridge("query_key_value"), "o": LinearBridge("dense")}``, the default.
+        qkv_conversion_rule: shape rule for q, k and v activations, given ``[batch, pos, n_heads * d_head]``.
+        attn_conversion_rule: shape rule for the attention's input and output.
+        pattern_conversion_rule: shape rule for the attention pattern.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: Any,
+        split_qkv_matrix: Callable[..., Any] | None = None,
+        submodules: Dict[str, GeneralizedComponent] | None = None,  # noqa: UP006 (the specified signature)
+        qkv_conversion_rule: BaseTensorConversion | None = None,
+        attn_conversion_rule: BaseTensorConversion | None = None,
+        pattern_conversion_rule: BaseTensorConversion | None = None,
+    ) -> None:
+        super().__init__(
+            name,
+            config,
+            split_qkv_matrix=split_qkv_matrix,
+            submodules=submodules,
+            qkv_conversion_rule=qkv_conversion_rule,
+            attn_conversion_rule=attn_conversion_rule,
+            pattern_conversion_rule=pattern_conversion_rule,
+        )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the attention with every hook firing; equal to the original bit for bit.
+
+        Args:
+            args: ``hidden_states`` ``[batch, pos, d_model]`` (output of the block's first norm), then ``residual``
+                ``[batch, pos, d_model]`` (what the attention adds to its own output); both may come by name.
+            kwargs: ``alibi`` ``[batch * n_heads, 1, key_pos]`` (or ``[batch, n_heads, 1, key_pos]``);
+                ``attention_mask``, ``None`` or additive ``[batch, 1, pos, key_pos]``; ``layer_past``, the key/value cache;
+                ``use_cache``, ``output_attentions`` and whatever else Hugging Face's block passes, which its attention
+                ignores too.
+
+        Returns:
+            ``(output, pattern)``: the residual with the contribution added ``[batch, pos, d_model]``, and the attention
+            pattern ``[batch, n_heads, pos, key_pos]``.
+
+        Raises:
+            InputError: an argument is missing or has a wrong shape.
+            NotSetUpError: no original component was set.
+        """
+        if is_quiet():
+            return self.call_original(*args, **kwargs)
+        return self._run(*args, **kwargs)
+
+    def _run(
+        self,
+        hidden_states: Tensor | None = None,
+        residual: Tensor | None = None,
+        alibi: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        layer_past: Any | None = None,
+        use_cache: bool = False,
+        output_attentions: bool = False,
+        **ignored: Any,
+    ) -> tuple[Tensor, Tensor]:
+        attention = self.module
+        if hidden_states is None or residual is None or alibi is None:
+            _refuse_missing(hidden_states=hidden_states, residual=residual, alibi=alibi)
+            raise AssertionError("unreachable")
+        q, k, v = self.project(self.fire("hook_in", hidden_states))
+        keys, values = k.transpose(1, 2), v.transpose(1, 2)
+        if layer_past is not None:
+            keys, values = layer_past.update(keys, values, attention.layer_idx)
+        scores = self.alibi_scores(q.transpose(1, 2), keys, alibi, attention_mask)
+        contribution, pattern = self.attend(scores, values, q.dtype)
+        output = residual + F.dropout(contribution, p=attention.hidden_dropout, training=attention.training)
+        return self.fire("hook_out", output), pattern
+
+    def alibi_scores(
+        self, q_bnqh: Tensor, k_bnkh: Tensor, alibi: Tensor, attention_mask: Tensor | None
+    ) -> Tensor:
+        """``alibi + q k^T / sqrt(d_head) + mask``, ``[batch, n_heads, pos, key_pos]``, in one fused product.
+
+        Raises:
+            InputError: alibi or mask do not fit the keys.
+        """
+        attention = self.module
+        batch, n_heads, length, d_head = q_bnqh.shape
+        key_length = k_bnkh.shape[-2]
+        if alibi.dim() == 4:
+            alibi = alibi.flatten(0, 1)
+        if alibi.shape[0] != batch * n_heads or alibi.shape[-1] != key_length:
+            raise InputError(
+                f"alibi must be [batch * n_heads, 1, key_pos] = [{batch * n_heads}, 1, {key_length}]; found "
+                f"{tuple(alibi.shape)}. Build it over cached and new positions together."
+            )
+        scores = alibi.baddbmm(
+            batch1=q_bnqh.reshape(batch * n_heads, length, d_head),
+            batch2=k_bnkh.reshape(batch * n_heads, key_length, d_head).transpose(-1, -2),
+            beta=attention.beta,
+            alpha=attention.inv_norm_factor,
+        ).view(batch, n_heads, length, key_length)
+        if attention_mask is None:
+            return scores
+        if attention_mask.dim() != 4 or attention_mask.shape[-1] != key_length or attention_mask.dtype == torch.bool:
+            raise InputError(
+                f"attention_mask must be additive, [batch, 1, pos, key_pos] = [{batch}, 1, {length}, {key_length}]; "
+                f"found {tuple(attention_mask.shape)} of {attention_mask.dtype}."
+            )
+        return scores + attention_mask
+
+    def _dense(self, z_flat: Tensor) -> Tensor:
+        attention = self.module
+        if attention.pretraining_tp > 1 and attention.slow_but_exact:
+            return sum_of_slices(z_flat, cast(nn.Linear, attention.dense), attention.pretraining_tp)
+        return super()._dense(z_flat)
+
+
+def _refuse_missing(**arguments: Tensor | None) -> None:
+    missing = [name for name, value in arguments.items() if value is None]
+    raise InputError(
+        f"BLOOM's attention takes hidden_states, residual and alibi; not given: {', '.join(missing)}. "
+        "build_alibi_tensor(attention_mask, n_heads, dtype) makes the bias."
+    )

@@ -1,0 +1,29 @@
+"""The token embedding. Its ``hook_in`` holds the token ids, so a hook there can replace tokens."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from pellucid.hook_points import is_quiet
+from pellucid.model_bridge.generalized_components.base import GeneralizedComponent, readable_parameter
+
+
+class EmbeddingBridge(GeneralizedComponent):
+    """Stands for ``word_embeddings``. In BLOOM a layer norm follows, so its output is not yet the residual stream."""
+
+    weight_names: ClassVar[tuple[str, ...]] = ("weight",)
+
+    @property
+    def W_E(self) -> Tensor:
+        """``[d_vocab, d_model]``, the model's own parameter, before the embedding norm."""
+        return readable_parameter(self.module, "weight", self.path)
+
+    def forward(self, input: Tensor, **kwargs: Any) -> Tensor:
+        """Token ids ``[batch, pos]`` to ``[batch, pos, d_model]``."""
+        if is_quiet():
+            return self.call_original(input, **kwargs)  # type: ignore[no-any-return]
+        # The ids belong to the caller: a hook that writes gets a copy.
+        output = self.call_original(self.fire("hook_in", input, private=True), **kwargs)
+        return self.fire("hook_out", output)

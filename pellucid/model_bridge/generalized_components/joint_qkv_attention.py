@@ -1,0 +1,401 @@
+"""Attention whose queries, keys and values come out of one fused projection.
+
+The arithmetic is written once, in small steps that the forward and everything that recomputes attention call:
+``project`` (fused projection, split, hooks), ``scores``, ``pattern``, ``mix`` and ``project_out``. The split takes
+*views* of the fused output: no weight is copied, an adapter on the fused layer acts, a gradient reaches it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pellucid.conversion_utils import fused_qkv
+from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
+from pellucid.conversion_utils.conversion_steps.chain_tensor_conversion import ChainTensorConversion
+from pellucid.conversion_utils.conversion_steps.rearrange_tensor_conversion import RearrangeTensorConversion
+from pellucid.conversion_utils.fused_qkv import PARTS, Part
+from pellucid.errors import InputError, NotSetUpError
+from pellucid.hook_points import HookPoint, bits_differ, is_quiet, quiet
+from pellucid.model_bridge.generalized_components.attention import AttentionBridge
+from pellucid.model_bridge.generalized_components.base import (
+    GeneralizedComponent,
+    WeightTargets,
+    plain_weight,
+    readable_parameter,
+    splice,
+)
+from pellucid.model_bridge.generalized_components.linear import LinearBridge
+
+SplitFunction = Callable[[nn.Module], tuple[nn.Module, nn.Module, nn.Module]]
+"""The original attention to its query, key and value transformations ``[..., d_model] -> [..., n_heads * d_head]``."""
+
+PRE_NORM: ContextVar[tuple[Tensor, nn.Module] | None] = ContextVar("pellucid_pre_norm", default=None)
+"""The residual before the block's first norm, and that norm: what the per-head inputs are copies of."""
+
+
+class FusedPart(nn.Linear):
+    """Queries, keys or values of a fused projection as an ``nn.Linear`` that owns nothing.
+
+    Its weight and bias are read from the fused layer when asked for, and calling it calls the fused layer, so it is
+    never stale and an adapter acts.
+    """
+
+    def __init__(self, attention: nn.Module, part: Part, n_heads: int) -> None:
+        nn.Module.__init__(self)
+        # In a tuple, so that torch does not count the attention as a child; its layer is looked up when needed.
+        self._attention = (attention,)
+        self.part: Part = part
+        self.n_heads = n_heads
+
+    @property
+    def fused(self) -> nn.Module:
+        """The fused projection."""
+        return self._attention[0].get_submodule("query_key_value")
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """``[n_heads * d_head, d_model]``: a copy, since rows of one part are not evenly spaced in the fused weight."""
+        weight = readable_parameter(self.fused, "weight", "query_key_value")
+        return fused_qkv.part_of_weight(weight, self.part, self.n_heads).flatten(0, 1)
+
+    @property
+    def bias(self) -> Tensor:  # type: ignore[override]
+        """``[n_heads * d_head]``, a copy."""
+        bias = readable_parameter(self.fused, "bias", "query_key_value")
+        return fused_qkv.part_of_bias(bias, self.part, self.n_heads).flatten()
+
+    @property
+    def in_features(self) -> int:  # type: ignore[override]
+        """``d_model``."""
+        return int(self.weight.shape[1])
+
+    @property
+    def out_features(self) -> int:  # type: ignore[override]
+        """``n_heads * d_head``."""
+        return int(self.weight.shape[0])
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[batch, pos, d_model]`` to ``[batch, pos, n_heads * d_head]``."""
+        return fused_qkv.part_of_activation(self.fused(input), self.part, self.n_heads).flatten(-2)
+
+
+def split_fused(attention: nn.Module, n_heads: int) -> tuple[FusedPart, FusedPart, FusedPart]:
+    """The three parts of ``attention.query_key_value``."""
+    q, k, v = (FusedPart(attention, part, n_heads) for part in PARTS)
+    return q, k, v
+
+
+class JointQKVAttentionBridge(AttentionBridge):
+    """Stands for an attention with a fused ``query_key_value`` and an output projection ``dense``.
+
+    Args:
+        name: the attention's name inside its parent.
+        config: anything with ``n_heads`` (and ``d_model``).
+        split_qkv_matrix: original attention to three linear transformations, which then compute queries, keys and
+            values (no bitwise promise). By default, and with an adapter's own ``split_qkv_matrix``, the fused
+            projection itself runs and its output is split.
+        submodules: components of the children, ``{"qkv": LinearBridge("query_key_value"), "o": LinearBridge("dense")}``
+            by default.
+        qkv_conversion_rule: shape rule for queries, keys and values. It is given ``[batch, pos, n_heads * d_head]``;
+            without one, hooks see ``[batch, pos, n_heads, d_head]``.
+        attn_conversion_rule: shape rule for ``hook_in`` and ``hook_out``.
+        pattern_conversion_rule: shape rule for ``hook_pattern``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: Any,
+        split_qkv_matrix: SplitFunction | None = None,
+        submodules: Mapping[str, GeneralizedComponent] | None = None,
+        qkv_conversion_rule: BaseTensorConversion | None = None,
+        attn_conversion_rule: BaseTensorConversion | None = None,
+        pattern_conversion_rule: BaseTensorConversion | None = None,
+    ) -> None:
+        given = dict(submodules or {})
+        given.setdefault("qkv", LinearBridge("query_key_value"))
+        given.setdefault("o", LinearBridge("dense"))
+        super().__init__(name, config, given | {part: LinearBridge(part) for part in PARTS}, attn_conversion_rule)
+        self.split_qkv_matrix = split_qkv_matrix
+        self.qkv_conversion_rule = qkv_conversion_rule
+        self.pattern_conversion_rule = pattern_conversion_rule
+        if qkv_conversion_rule is not None:
+            flatten = RearrangeTensorConversion("b p n h -> b p (n h)", n=self.n_heads)
+            for part in PARTS:
+                self._conversions[f"hook_{part}"] = ChainTensorConversion([flatten, qkv_conversion_rule])
+        if pattern_conversion_rule is not None:
+            self._conversions["hook_pattern"] = pattern_conversion_rule
+        for part in PARTS:
+            self.submodules[part].link("hook_in", self, f"hook_{part}_in")
+            self.submodules[part].link("hook_out", self, f"hook_{part}")
+        self.submodules["o"].link("hook_in", self, "hook_z")
+        self.submodules["o"].link("hook_out", self, "hook_attn_out")
+        self._own_split: dict[Part, nn.Module] | None = None
+
+    @property
+    def n_heads(self) -> int:
+        """Attention heads."""
+        return int(cast(Any, self.config).n_heads)
+
+    # -- the module ----------------------------------------------------------------------------------------------------
+
+    def set_original_component(self, original_component: nn.Module) -> None:
+        """Stand for ``original_component``, its children included."""
+        super().set_original_component(original_component)
+        for key in ("qkv", "o"):
+            child = self.submodules[key]
+            child.set_original_component(original_component.get_submodule(str(child.name)))
+        self._split(original_component)
+
+    def place(
+        self, root: nn.Module, path: str, names: Mapping[str, str], on_use: Callable[[HookPoint, int], None]
+    ) -> None:
+        """Stand for the attention at ``path``; see :meth:`GeneralizedComponent.place`."""
+        super().place(root, path, names, on_use)
+        self._split(self.module)
+
+    def _split(self, attention: nn.Module) -> None:
+        parts = self.split_qkv_matrix(attention) if self.split_qkv_matrix is not None else None
+        if parts is None or all(isinstance(part, FusedPart) for part in parts):
+            self._own_split = None
+            parts = split_fused(attention, self.n_heads)
+        else:
+            self._own_split = dict(zip(PARTS, parts, strict=True))
+        for part, transformation in zip(PARTS, parts, strict=True):
+            self.submodules[part].set_original_component(transformation)
+
+    # -- the steps -----------------------------------------------------------------------------------------------------
+
+    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values ``[batch, pos, n_heads, d_head]``, after their hooks."""
+        q, k, v = self._project_parts(hidden_states)
+        return self.fire("hook_q", q), self.fire("hook_k", k), self.fire("hook_v", v)
+
+    def _project_parts(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self._own_split is None:
+            native = fused_qkv.split_activation(self.module.query_key_value(hidden_states), self.n_heads)
+        else:
+            native = cast(
+                "tuple[Tensor, Tensor, Tensor]",
+                tuple(
+                    part(hidden_states).unflatten(-1, (self.n_heads, -1)) for part in self._own_split.values()
+                ),
+            )
+        shared = self._fire_per_head("hook_attn_in")
+        q, k, v = (
+            self._with_own_input(part, values, hidden_states, shared)
+            for part, values in zip(PARTS, native, strict=True)
+        )
+        return q, k, v
+
+    def _with_own_input(
+        self, part: Part, native: Tensor, hidden_states: Tensor, shared: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """One part, recomputed where a hook changed the input that feeds it alone."""
+        site = f"hook_{part}_in"
+        if self.is_live(site):
+            looks = self.only_reads(site)
+            edited = self.fire(site, hidden_states, private=True)
+            if not looks:
+                changed = bits_differ(edited, hidden_states).any(-1)[..., None, None]
+                if changed.any() or edited.requires_grad:
+                    native = splice(native, self._one_part(edited, part), changed)
+        for per_head in (shared, self._fire_per_head(f"hook_{part}_input")):
+            if per_head is not None:
+                edited_bqnm, changed_bqn = per_head
+                if changed_bqn.any() or edited_bqnm.requires_grad:
+                    native = splice(native, self._project_per_head(edited_bqnm, part), changed_bqn[..., None])
+        return native
+
+    def _one_part(self, hidden_states: Tensor, part: Part) -> Tensor:
+        if self._own_split is not None:
+            return cast(Tensor, self._own_split[part](hidden_states)).unflatten(-1, (self.n_heads, -1))
+        return fused_qkv.part_of_activation(self.module.query_key_value(hidden_states), part, self.n_heads)
+
+    def _fire_per_head(self, site: str) -> tuple[Tensor, Tensor] | None:
+        """Fire a per-head input: the edited residual ``[b, q, n, m]`` and which ``[b, q, n]`` of it were changed.
+
+        ``None`` when nothing acts there, or only looks.
+        """
+        if not self.is_live(site):
+            return None
+        source = PRE_NORM.get()
+        if source is None:
+            raise NotSetUpError(
+                f"{site} holds the residual before the block's norm, which {self.path} on its own never sees. "
+                "Hook it on a block or a bridge."
+            )
+        residual = source[0][:, :, None, :]
+        looks = self.only_reads(site)
+        edited = self.fire(site, residual.repeat(1, 1, self.n_heads, 1))
+        return None if looks else (edited, bits_differ(edited, residual.expand_as(edited)).any(-1))
+
+    def _project_per_head(self, residual_bqnm: Tensor, part: Part) -> Tensor:
+        source = PRE_NORM.get()
+        assert source is not None
+        with quiet():
+            normed = source[1](residual_bqnm)
+        fused = self.module.query_key_value
+        if self._own_split is None and plain_weight(fused, nn.Linear):
+            weight_nhm = fused_qkv.part_of_weight(fused.weight, part, self.n_heads)
+            bias_nh = fused_qkv.part_of_bias(fused.bias, part, self.n_heads)
+            return torch.einsum("bqnm,nhm->bqnh", normed, weight_nhm) + bias_nh
+        # Adapted, quantised or offloaded: the layer is called, never read around; once a head, and its part taken.
+        heads = [self._one_part(normed[:, :, head], part)[:, :, head] for head in range(self.n_heads)]
+        return torch.stack(heads, dim=2)
+
+    def scores(self, q_bnqh: Tensor, k_bnkh: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Scaled and masked products ``[batch, n_heads, pos, key_pos]``."""
+        scores = q_bnqh @ k_bnkh.transpose(-1, -2) / math.sqrt(q_bnqh.shape[-1])
+        return scores if attention_mask is None else scores + attention_mask
+
+    def pattern(self, scores: Tensor, dtype: torch.dtype) -> Tensor:
+        """Softmax in float32 at least, then back to ``dtype``, then attention dropout.
+
+        A float64 model stays in float64, where Hugging Face goes through float32.
+        """
+        probabilities = F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(dtype)
+        return cast(Tensor, self.module.attention_dropout(probabilities))
+
+    def mix(self, pattern: Tensor, v_bnkh: Tensor) -> Tensor:
+        """Pattern times values, ``[batch, pos, n_heads, d_head]``."""
+        batch, n_heads, length, _ = pattern.shape
+        z = torch.bmm(pattern.reshape(batch * n_heads, length, -1), v_bnkh.reshape(batch * n_heads, -1, v_bnkh.shape[-1]))
+        # Hugging Face's _merge_heads copies into [batch, pos, n_heads * d_head]; the same copy, seen per head.
+        return z.view(batch, n_heads, length, -1).permute(0, 2, 1, 3).contiguous()
+
+    def project_out(self, z: Tensor) -> Tensor:
+        """``[batch, pos, n_heads, d_head]`` through ``dense``: the additive contribution ``[batch, pos, d_model]``."""
+        contribution = self._dense(z.flatten(-2))
+        if self.is_live("hook_result"):
+            contribution = self._with_results(z, contribution)
+        return self.fire("hook_attn_out", contribution)
+
+    def _dense(self, z_flat: Tensor) -> Tensor:
+        return cast(Tensor, self.module.dense(z_flat))
+
+    def _with_results(self, z: Tensor, native: Tensor) -> Tensor:
+        result = self.results(z)
+        looks = self.only_reads("hook_result")
+        edited = self.fire("hook_result", result, private=True)
+        if looks:
+            return native
+        changed = bits_differ(edited, result).flatten(-2).any(-1, keepdim=True)
+        with quiet():
+            bias = self._dense(torch.zeros_like(z[:1, :1].flatten(-2)))
+        return splice(native, edited.sum(dim=-2) + bias, changed)
+
+    def results(self, z: Tensor) -> Tensor:
+        """Each head's contribution without b_O, ``[batch, pos, n_heads, d_model]``, from ``z``."""
+        dense = self.module.dense
+        if plain_weight(dense, nn.Linear):
+            return torch.einsum("bqnh,mnh->bqnm", z, dense.weight.unflatten(1, (self.n_heads, -1)))
+        # Adapted, quantised or offloaded: call it with one head at a time.
+        none = torch.zeros_like(z)
+        bias = self._dense(none[:1, :1].flatten(-2))
+        heads = []
+        for head in range(self.n_heads):
+            only = none.clone()
+            only[:, :, head] = z[:, :, head]
+            heads.append(self._dense(only.flatten(-2)) - bias)
+        return torch.stack(heads, dim=2)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """``(hidden_states, attention_mask=None)`` to ``(contribution, pattern)``.
+
+        Plain scaled dot-product attention; architectures with a signature of their own override this.
+        """
+        if is_quiet():
+            return self.call_original(*args, **kwargs)
+        return self._run_plain(*args, **kwargs)
+
+    def _run_plain(self, hidden_states: Tensor | None = None, attention_mask: Tensor | None = None) -> Any:
+        if hidden_states is None:
+            raise InputError("hidden_states was not given, by position or by name.")
+        q, k, v = self.project(self.fire("hook_in", hidden_states))
+        scores = self.scores(q.transpose(1, 2), k.transpose(1, 2), attention_mask)
+        contribution, pattern = self.attend(scores, v.transpose(1, 2), q.dtype)
+        return self.fire("hook_out", contribution), pattern
+
+    def attend(self, scores: Tensor, v_bnkh: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """From scores to the contribution and the pattern, hooks firing between the steps."""
+        pattern = self.pattern(self.fire("hook_attn_scores", scores), dtype)
+        # The softmax keeps its output for the backward pass: a hook that writes must not write there.
+        pattern = self.fire("hook_pattern", pattern, private=pattern.requires_grad)
+        z = self.fire("hook_z", self.mix(pattern, v_bnkh))
+        return self.project_out(z), pattern
+
+    # -- weights -------------------------------------------------------------------------------------------------------
+
+    def _part_weight(self, part: Part) -> Tensor:
+        weight = readable_parameter(self.module.query_key_value, "weight", f"{self.path}.query_key_value")
+        return fused_qkv.part_of_weight(weight, part, self.n_heads)
+
+    def _part_bias(self, part: Part) -> Tensor:
+        bias = readable_parameter(self.module.query_key_value, "bias", f"{self.path}.query_key_value")
+        return fused_qkv.part_of_bias(bias, part, self.n_heads)
+
+    @property
+    def W_Q(self) -> Tensor:
+        """``[n_heads, d_model, d_head]``, a writable view of the fused weight."""
+        return self._part_weight("q").transpose(1, 2)
+
+    @property
+    def W_K(self) -> Tensor:
+        """``[n_heads, d_model, d_head]``, a writable view of the fused weight."""
+        return self._part_weight("k").transpose(1, 2)
+
+    @property
+    def W_V(self) -> Tensor:
+        """``[n_heads, d_model, d_head]``, a writable view of the fused weight."""
+        return self._part_weight("v").transpose(1, 2)
+
+    @property
+    def b_Q(self) -> Tensor:
+        """``[n_heads, d_head]``, a writable view of the fused bias."""
+        return self._part_bias("q")
+
+    @property
+    def b_K(self) -> Tensor:
+        """``[n_heads, d_head]``, a writable view of the fused bias."""
+        return self._part_bias("k")
+
+    @property
+    def b_V(self) -> Tensor:
+        """``[n_heads, d_head]``, a writable view of the fused bias."""
+        return self._part_bias("v")
+
+    @property
+    def W_O(self) -> Tensor:
+        """``[n_heads, d_head, d_model]``, a writable view of ``dense.weight``."""
+        weight = readable_parameter(self.module.dense, "weight", f"{self.path}.dense")
+        return weight.unflatten(1, (self.n_heads, -1)).permute(1, 2, 0)
+
+    @property
+    def b_O(self) -> Tensor:
+        """``[d_model]``."""
+        return readable_parameter(self.module.dense, "bias", f"{self.path}.dense")
+
+    def weight_targets(self) -> dict[str, WeightTargets]:
+        """``q.weight`` ``[n_heads * d_head, d_model]``, ``q.bias``, ``k...``, ``v...``, ``o.weight``, ``o.bias``."""
+        targets: dict[str, WeightTargets] = {}
+        for part in PARTS:
+            targets[f"{part}.weight"] = partial(self._part_targets, part, "weight")
+            targets[f"{part}.bias"] = partial(self._part_targets, part, "bias")
+        return targets | {f"o.{key}": target for key, target in self.submodules["o"].weight_targets().items()}
+
+    def _part_targets(self, part: Part, name: str) -> list[Tensor]:
+        fused = self._part_weight(part) if name == "weight" else self._part_bias(part)
+        if self._own_split is None:
+            return [fused]
+        own = readable_parameter(self._own_split[part], name, f"{self.path}: split_qkv_matrix, {part}")
+        # Views by head of both: the linears that compute here, and the fused layer that Hugging Face's forward uses.
+        return [fused, own.unflatten(0, (self.n_heads, -1))]

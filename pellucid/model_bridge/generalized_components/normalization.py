@@ -1,0 +1,92 @@
+"""A layer norm, with its inside: the scale it divides by and what is left before gain and bias.
+
+Hugging Face computes neither (one fused kernel does it all), so they are computed beside it, in float32 at least
+(float16 would overflow in the square), and take its place only in the rows where a hook changed them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
+
+from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
+from pellucid.errors import WeightError
+from pellucid.hook_points import bits_differ, current_span, is_quiet
+from pellucid.model_bridge.generalized_components.base import GeneralizedComponent, Site, StopForward, splice
+
+Role = Literal["embedding", "block", "final"]
+
+
+class NormalizationBridge(GeneralizedComponent):
+    """Stands for an ``nn.LayerNorm`` over ``d_model``.
+
+    Args:
+        name: the module's name inside its parent.
+        config: the bridge's configuration.
+        conversion_rule: shape rule for ``hook_in`` and ``hook_out``.
+        role: where in the model it stands. The embedding's norm is passed by when a run starts at a later layer, the
+            final one ends a run that stops before it.
+    """
+
+    hook_branch_in = Site("a copy of the residual that feeds this norm only (``hook_mlp_in``)")
+    hook_scale = Site("sqrt(variance + eps), ``[batch, pos, 1]``")
+    hook_normalized = Site("(x - mean) / scale, before gain and bias")
+
+    def __init__(
+        self,
+        name: str | None,
+        config: Any | None = None,
+        conversion_rule: BaseTensorConversion | None = None,
+        role: Role = "block",
+    ) -> None:
+        super().__init__(name, config, conversion_rule=conversion_rule)
+        self.role = role
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """``[batch, pos, d_model]`` to the same shape, gain and bias applied."""
+        if is_quiet():
+            return self.call_original(hidden_states)  # type: ignore[no-any-return]
+        span = current_span()
+        if self.role == "embedding" and span.start is not None:
+            return hidden_states  # already a residual
+        if self.role == "final" and self.config is not None and span.stop == self.config.n_layers:
+            raise StopForward(hidden_states)
+        x = self.fire("hook_in", hidden_states)
+        x = self.fire("hook_branch_in", x, private=True)
+        output: Tensor = self.call_original(x)
+        if self.is_live("hook_scale") or self.is_live("hook_normalized"):
+            output = self._with_inside(x, output)
+        return self.fire("hook_out", output)
+
+    def _with_inside(self, x: Tensor, native: Tensor) -> Tensor:
+        """Fire the scale and the normalised input; ``native`` is the module's own output for ``x``."""
+        wide = x if x.dtype == torch.float64 else x.float()
+        centred = wide - wide.mean(-1, keepdim=True)
+        scale = (centred.square().mean(-1, keepdim=True) + self._eps()).sqrt()
+        looks = self.only_reads("hook_scale", "hook_normalized")
+        edited_scale = self.fire("hook_scale", scale, private=True)
+        normalized = centred / edited_scale
+        edited = self.fire("hook_normalized", normalized, private=True)
+        if looks:
+            return native
+        changed = bits_differ(scale, edited_scale) | bits_differ(normalized, edited).any(-1, keepdim=True)
+        return splice(native, self._affine(edited), changed)
+
+    def _eps(self) -> float:
+        return float(self._layer_norm().eps)
+
+    def _layer_norm(self) -> nn.LayerNorm:
+        module = self.module
+        if not isinstance(module, nn.LayerNorm):
+            raise WeightError(
+                f"The inside of {self.path} can be hooked on an nn.LayerNorm; found {type(module).__name__} (an adapter?)."
+            )
+        return module
+
+    def _affine(self, normalized: Tensor) -> Tensor:
+        module = self._layer_norm()
+        with align_module_device(module):  # an offloaded norm's weights are in memory only inside this block
+            return normalized * module.weight + module.bias

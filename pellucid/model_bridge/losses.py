@@ -1,0 +1,39 @@
+"""The next-token loss of a padded batch: each row's loss is its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pellucid.errors import InputError
+
+
+def next_token_loss(
+    logits: Tensor, tokens: Tensor, attention_mask: Tensor | None, per_token: bool = False
+) -> Tensor:
+    """Cross-entropy of each token given those before it, in nats, in float32 at least.
+
+    A position counts when it and its target are both real tokens: what a padding position predicts, the first real token
+    after left padding included, is not counted.
+
+    Args:
+        logits: ``[batch, pos, d_vocab]``.
+        tokens: ``[batch, pos]``.
+        attention_mask: ``[batch, pos]``, or ``None`` if nothing is padding.
+        per_token: give ``[batch, pos - 1]`` with zeros where nothing is counted, not the mean over what is.
+
+    Raises:
+        InputError: no position counts.
+    """
+    targets = tokens[:, 1:].to(logits.device)
+    counts = torch.ones_like(targets, dtype=torch.bool)
+    if attention_mask is not None:
+        real = attention_mask.to(logits.device).bool()
+        counts = real[:, :-1] & real[:, 1:]
+    if counts.numel() == 0 or not bool(counts.any()):
+        raise InputError("A loss needs a row with two real tokens next to each other; this batch has none.")
+    wide = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
+    # -log p = logsumexp - logit: nothing of [batch, pos, d_vocab] is kept for rows that do not count.
+    losses = torch.logsumexp(wide, dim=-1) - wide.gather(-1, targets[..., None])[..., 0]
+    losses = torch.where(counts, losses, torch.zeros((), dtype=losses.dtype, device=losses.device))
+    return losses if per_token else losses.sum() / counts.sum()

@@ -1,0 +1,254 @@
+"""Which component is mounted when: the one registry of a model.
+
+A component is mounted (its ``forward`` stands in for the module's, as an instance attribute) while something uses it, and
+its users are counted, so contexts may end in any order and several bridges on one model share everything. The rules,
+each of which has a test that fails without it:
+
+* what stands in is a *bound method of the component*, never a closure: a deep copy of the model then computes with the
+  copy's weights;
+* unmounting puts back what was there. accelerate keeps a forward of its own on a module; ours goes inside it, so that
+  offloaded weights are brought in around our forward as they are around Hugging Face's;
+* modules are looked up by path when mounting, so adapters added after wrapping are not missed;
+* a forward that somebody else replaced while ours was mounted is left alone, and reported.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import nn
+
+from pellucid.config import TransformerBridgeConfig
+from pellucid.errors import PellucidWarning
+from pellucid.hook_points import HookPoint, LensHandle
+from pellucid.model_bridge.architecture_adapter import ArchitectureAdapter
+from pellucid.model_bridge.generalized_components import BackboneBridge, GeneralizedComponent, LinearBridge
+from pellucid.model_bridge.generalized_components.base import Engine
+from pellucid.names import HookIndex
+
+_LOCK = threading.RLock()
+_MISSING = object()
+
+
+@dataclass
+class Mounted:
+    """A mounted component and what has to be put back."""
+
+    module: nn.Module
+    slot: str
+    previous: Any
+    ours: Callable[..., Any]
+
+
+class ComponentTree:
+    """All components of one model, their hook points by name, and which of them are mounted.
+
+    Args:
+        root: the bare Hugging Face model.
+        adapter: its architecture.
+    """
+
+    def __init__(self, root: nn.Module, adapter: ArchitectureAdapter) -> None:
+        cfg = adapter.cfg
+        self.root = root
+        self.adapter = adapter
+        self.cfg: TransformerBridgeConfig = cfg
+        self.index = HookIndex(adapter.hooks_before, adapter.hooks_in_block, adapter.hooks_after, cfg.n_layers)
+        self.components: dict[str, GeneralizedComponent] = dict(adapter.make_outer())
+        self.blocks = [adapter.make_block(layer) for layer in range(cfg.n_layers)]
+        self.backbone = BackboneBridge(adapter.backbone_path, cfg)
+        self.components["backbone"] = self.backbone
+        for layer, block in enumerate(self.blocks):
+            self.components[f"blocks.{layer}"] = block
+            for name, child in block.submodules.items():
+                self.components[f"blocks.{layer}.{name}"] = child
+        adapter.link_outer(self.components, self.blocks)
+        self._users: dict[str, int] = {}
+        self._mounted: dict[str, Mounted] = {}
+        self._copied = False
+        self._place_all()
+
+    @classmethod
+    def of(cls, root: nn.Module, make_adapter: Callable[[], ArchitectureAdapter]) -> ComponentTree:
+        """The tree of ``root``: the one that another bridge on it made, or a new one."""
+        with _LOCK:
+            tree = _TREES.get(id(root))
+            if tree is None or tree.root is not root:
+                tree = cls(root, make_adapter())
+                _TREES[id(root)] = tree
+            tree.settle()
+            return tree
+
+    def _place_all(self) -> None:
+        sites: dict[str, dict[str, str]] = {name: {} for name in self.components}
+        for spec in self.index.values():
+            sites[spec.component][spec.site] = spec.name
+        for name, component in self.components.items():
+            parent, _, _ = name.rpartition(".")
+            inside = self.components[parent].path + "." if parent and parent != "blocks" else ""
+            component.place(self.root, inside + str(component.name), sites[name], self.on_use)
+            for child in component.submodules.values():
+                if isinstance(child, LinearBridge) and child.original_component is None:
+                    child.place(self.root, f"{component.path}.{child.name}", {}, self.on_use)
+
+    # -- points --------------------------------------------------------------------------------------------------------
+
+    def point(self, name: str) -> HookPoint:
+        """The hook point called ``name`` (canonical or not).
+
+        Raises:
+            HookNameError: there is none.
+        """
+        spec = self.index[name]
+        return self.components[spec.component].point(spec.site)
+
+    def live_points(self) -> Iterator[HookPoint]:
+        """Points that have been made."""
+        for component in self.components.values():
+            yield from component.live_points()
+
+    def handles(self) -> Iterator[LensHandle]:
+        """Every attached function."""
+        for point in self.live_points():
+            yield from point.handles()
+
+    def on_use(self, point: HookPoint, change: int) -> None:
+        """A point came into use (+1) or is no longer in use (-1): mount or unmount what fires it."""
+        if change > 0:
+            self.retain(self._needed(point))
+        else:
+            self.release(self._needed(point))
+
+    def _needed(self, point: HookPoint) -> list[str]:
+        spec = self.index[str(point.name)]
+        needed = [spec.component, "backbone"]
+        if spec.flag in ("use_attn_in", "use_split_qkv_input"):
+            needed.append(f"blocks.{spec.layer}")  # it knows the residual before the norm
+        return needed
+
+    # -- mounting ------------------------------------------------------------------------------------------------------
+
+    def retain(self, names: Iterable[str]) -> None:
+        """Mount components, or count one more user of those that are."""
+        with _LOCK, ExitStack() as undo:
+            for name in names:
+                users = self._users.get(name, 0)
+                if users == 0:
+                    self._mount(name)
+                self._users[name] = users + 1
+                undo.callback(self.release, [name])
+            undo.pop_all()
+
+    def release(self, names: Iterable[str]) -> None:
+        """Count one user less, and unmount components that have none left."""
+        with _LOCK:
+            for name in names:
+                self._users[name] -= 1
+                if self._users[name] == 0:
+                    del self._users[name]
+                    self._unmount(name)
+
+    @contextmanager
+    def mounted(self, names: Iterable[str]) -> Iterator[None]:
+        """Keep components mounted for the length of a block."""
+        held = list(names)
+        self.retain(held)
+        try:
+            yield
+        finally:
+            self.release(held)
+
+    def is_mounted(self) -> bool:
+        """Whether anything of ours stands on the model."""
+        return bool(self._mounted)
+
+    def _mount(self, name: str) -> None:
+        component = self.components[name]
+        module = component.original_component
+        assert module is not None
+        # accelerate: module.forward is a wrapper around module._old_forward; ours goes inside the wrapper.
+        slot = "_old_forward" if "_old_forward" in vars(module) else "forward"
+        previous = vars(module).get(slot, _MISSING)
+        native = type(module).forward.__get__(module) if previous is _MISSING else previous
+        component.engine = Engine(module, native)
+        ours = component.forward
+        self._mounted[name] = Mounted(module, slot, previous, ours)
+        vars(module)[slot] = ours
+
+    def _unmount(self, name: str) -> None:
+        mounted = self._mounted.pop(name)
+        self.components[name].engine = None
+        state = vars(mounted.module)
+        if state.get(mounted.slot, _MISSING) != mounted.ours:
+            warnings.warn(
+                f"The forward of {self.components[name].path} was replaced while Pellucid had hooks on it; it is left "
+                "as found. Remove hooks before wrapping a module, and wrap it before hooking.",
+                PellucidWarning,
+                stacklevel=4,
+            )
+        elif mounted.previous is _MISSING:
+            del state[mounted.slot]
+        else:
+            state[mounted.slot] = mounted.previous
+
+    def all_modules(self) -> list[nn.Module]:
+        """The model's modules, for looking at hooks that others have put on them."""
+        return list(self.root.modules())
+
+    # -- copies --------------------------------------------------------------------------------------------------------
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ComponentTree:
+        clone = type(self).__new__(type(self))
+        memo[id(self)] = clone
+        for key, value in vars(self).items():
+            setattr(clone, key, copy.deepcopy(value, memo))
+        clone._copied = True
+        with _LOCK:
+            _TREES[id(clone.root)] = clone
+        return clone
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._copied = True
+        with _LOCK:
+            _TREES[id(self.root)] = self
+
+    def settle(self) -> None:
+        """In a copied tree: unmount what only blocks and runs of the original used. They are none of the copy's."""
+        if not self._copied:
+            return
+        self._copied = False
+        self._users = dict(Counter(name for handle in self.handles() for name in self._needed(handle.point)))
+        for name in [name for name in self._mounted if name not in self._users]:
+            self._unmount(name)
+
+    # -- offloading ----------------------------------------------------------------------------------------------------
+
+    def restore_offloaded(self) -> None:
+        """After an exception: send weights that accelerate had brought in back to where they were."""
+        for module in self.root.modules():
+            hook = vars(module).get("_hf_hook")
+            if hook is not None and getattr(hook, "offload", False):
+                parameters = list(module.parameters(recurse=False))
+                if any(not parameter.is_meta for parameter in parameters):
+                    hook.post_forward(module, None)
+
+    def attentions(self) -> list[str]:
+        """Canonical names of the attentions."""
+        return [f"blocks.{layer}.attn" for layer in range(self.cfg.n_layers)]
+
+    def is_float64(self) -> bool:
+        """Whether the model runs in float64, where the attention is always ours."""
+        return self.cfg.dtype == torch.float64
+
+
+_TREES: WeakValueDictionary[int, ComponentTree] = WeakValueDictionary()

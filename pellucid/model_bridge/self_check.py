@@ -1,0 +1,304 @@
+"""The bridge held against Hugging Face on a user's own model: parity, padding, cache, patterns, and every hook alive.
+
+Each check is a line of a table with what was measured and the bound it has to keep. Exact checks have bound 0. Bounds of
+the others follow from the dtype: two routes to the same logits that round differently at each of ``L`` layers may differ
+by a few units in the last place of the largest logit per layer, so the bound is ``64 * L * eps * max|logit|``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pellucid.errors import InputError
+from pellucid.hook_points import HookPoint
+from pellucid.model_bridge.mounting import ComponentTree
+from pellucid.model_bridge.reference_edits import REBUILT, reference_edit
+from pellucid.names import Flag, HookSpec
+from pellucid.progress import progress_bar
+
+
+class CheckedBridge(Protocol):
+    """What the checks need of a bridge."""
+
+    @property
+    def hf_model(self) -> nn.Module:
+        """The Hugging Face model."""
+        ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run."""
+        ...
+
+    def run_with_cache(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Run and keep."""
+        ...
+
+    def run_with_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        """Run with hooks."""
+        ...
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """One check: what was held against what, and what came out."""
+
+    name: str
+    held: bool
+    measured: float
+    bound: float
+    detail: str = ""
+
+
+@dataclass
+class CheckReport:
+    """All checks of one model."""
+
+    model: str
+    dtype: str
+    results: list[CheckResult] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check held."""
+        return all(result.held for result in self.results)
+
+    @property
+    def failed(self) -> list[CheckResult]:
+        """The checks that did not hold."""
+        return [result for result in self.results if not result.held]
+
+    def to_json(self) -> str:
+        """Everything, as JSON."""
+        return json.dumps({"model": self.model, "dtype": self.dtype, "ok": self.ok} | {
+            "results": [asdict(result) for result in self.results]
+        }, indent=1)
+
+    def __str__(self) -> str:
+        width = max((len(result.name) for result in self.results), default=0)
+        lines = [
+            f"{'ok  ' if result.held else 'FAIL'} {result.name:<{width}}  {result.measured:.3g} (bound {result.bound:.3g})"
+            + (f"  {result.detail}" if result.detail and not result.held else "")
+            for result in self.results
+        ]
+        held = sum(result.held for result in self.results)
+        return "\n".join([*lines, f"{held} of {len(self.results)} checks hold"])
+
+
+Check = Iterator[CheckResult]
+
+
+def run_checks(
+    bridge: CheckedBridge,
+    tree: ComponentTree,
+    tokens: Tensor | None = None,
+    layers: Sequence[int] | None = None,
+    progress: bool | None = None,
+) -> CheckReport:
+    """Run every check on ``bridge``; opt-in points are switched on for theirs and back afterwards.
+
+    Args:
+        bridge: the bridge, without hooks on it.
+        tree: its components.
+        tokens: ``[batch, pos]`` to run, by default two rows of twelve random ids.
+        layers: layers whose hooks are tried, by default the first, a middle one and the last.
+        progress: whether to show a bar.
+
+    Raises:
+        InputError: hooks are attached, or a layer does not exist.
+    """
+    if any(True for _ in tree.handles()):
+        raise InputError("verify() compares with the unhooked model: remove your hooks first (reset_hooks).")
+    cfg = tree.cfg
+    chosen = sorted({0, cfg.n_layers // 2, cfg.n_layers - 1}) if layers is None else sorted(set(layers))
+    if any(not 0 <= layer < cfg.n_layers for layer in chosen):
+        raise InputError(f"layers are 0 to {cfg.n_layers - 1}; asked for {chosen}.")
+    report = CheckReport(cfg.model_name or type(tree.root).__name__, str(cfg.dtype).removeprefix("torch."))
+    was_training = tree.root.training
+    tree.root.eval()
+    flags = dict(cfg.flags)
+    try:
+        with torch.no_grad():
+            steps = _Checker(bridge, tree, tokens, chosen).steps()
+            for step in progress_bar(steps, total=len(steps), desc="check", unit="check", show=progress):
+                report.results += list(step())
+    finally:
+        tree.root.train(was_training)
+        for flag, value in flags.items():
+            setattr(cfg, flag, value)
+    return report
+
+
+class _Checker:
+    def __init__(self, bridge: CheckedBridge, tree: ComponentTree, tokens: Tensor | None, layers: list[int]) -> None:
+        self.bridge, self.tree, self.layers = bridge, tree, layers
+        self.cfg = tree.cfg
+        generator = torch.Generator().manual_seed(0)
+        if tokens is None:
+            tokens = torch.randint(0, self.cfg.d_vocab, (2, 12), generator=generator)
+        self.tokens = tokens.to(self.cfg.device or "cpu")
+        self.base: Tensor = self.native(self.tokens)
+        eps = torch.finfo(self.cfg.dtype).eps
+        if self.tree.is_float64():
+            eps = torch.finfo(torch.float32).eps  # Hugging Face's softmax is float32 even there
+        self.bound = float(64 * self.cfg.n_layers * eps * self.base.abs().max())
+        self.exact = self.bound if self.tree.is_float64() else 0.0
+
+    def native(self, tokens: Tensor, **kwargs: Any) -> Tensor:
+        """Hugging Face's logits."""
+        return self.bridge.hf_model(input_ids=tokens, use_cache=False, **kwargs).logits  # type: ignore[no-any-return]
+
+    def steps(self) -> list[Callable[[], Check]]:
+        """The checks, cheapest first."""
+        steps: list[Callable[[], Check]] = [
+            self.weights,
+            self.parity,
+            self.stream,
+            self.patterns,
+            lambda: self.padding("left"),
+            lambda: self.padding("right"),
+            self.cache,
+        ]
+        for spec in self.tree.index.values():
+            if spec.layer is None or spec.layer in self.layers:
+                steps.append(lambda spec=spec: self.liveness(spec))  # type: ignore[misc]
+        return steps
+
+    def line(self, name: str, difference: Tensor | float, bound: float, detail: str = "") -> CheckResult:
+        measured = float(difference.abs().max()) if isinstance(difference, Tensor) else float(difference)
+        return CheckResult(name, measured <= bound, measured, bound, detail)
+
+    def weights(self) -> Check:
+        bad = [
+            name
+            for name, parameter in self.tree.root.named_parameters()
+            if not parameter.is_meta and not bool(torch.isfinite(parameter).all())
+        ]
+        yield self.line("weights are finite", float(len(bad)), 0, ", ".join(bad[:5]))
+
+    def parity(self) -> Check:
+        yield self.line("logits, nothing hooked", self.bridge(self.tokens).double() - self.base.double(), self.exact)
+        logits, cache = self.bridge.run_with_cache(self.tokens)
+        yield self.line("logits, every point cached", logits.double() - self.base.double(), self.exact)
+        outputs = self.bridge.hf_model(
+            input_ids=self.tokens, use_cache=False, output_hidden_states=True, output_attentions=True
+        )
+        for layer in range(self.cfg.n_layers):
+            native = outputs.hidden_states[layer].double()
+            yield self.line(f"blocks.{layer}.hook_resid_pre", cache["resid_pre", layer].double() - native, self.exact)
+            native = outputs.attentions[layer].double()
+            yield self.line(f"blocks.{layer}.attn.hook_pattern", cache["pattern", layer].double() - native, self.exact)
+
+    def stream(self) -> Check:
+        _, cache = self.bridge.run_with_cache(self.tokens)
+        post_norm = self.cfg.apply_residual_connection_post_layernorm
+        for layer in range(self.cfg.n_layers):
+            pre = cache[f"blocks.{layer}.ln1.hook_out"] if post_norm else cache["resid_pre", layer]
+            mid = cache[f"blocks.{layer}.mlp.hook_in"] if post_norm else cache["resid_mid", layer]
+            yield self.line(f"layer {layer}: resid + attn_out = resid_mid", pre + cache["attn_out", layer] - cache["resid_mid", layer], 0)
+            yield self.line(f"layer {layer}: resid + mlp_out = resid_post", mid + cache["mlp_out", layer] - cache["resid_post", layer], 0)
+
+    def patterns(self) -> Check:
+        mask = torch.ones_like(self.tokens)
+        if mask.shape[1] > 2:
+            mask[0, :2] = 0
+        _, cache = self.bridge.run_with_cache(self.tokens, names_filter="*.hook_pattern", attention_mask=mask)
+        eps = torch.finfo(self.cfg.dtype).eps
+        future = torch.triu(torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=mask.device), 1)
+        real = mask.bool()
+        for layer in self.layers:
+            pattern = cache["pattern", layer].double()
+            rows = (pattern.sum(-1) - 1) * real[:, None, :]
+            yield self.line(f"layer {layer}: pattern rows sum to 1", rows, eps * mask.shape[1])
+            unseen = (future[None] | ~real[:, None, :]) & real[:, :, None]
+            yield self.line(f"layer {layer}: nothing attends to the future or padding", pattern * unseen[:, None], 0)
+
+    def padding(self, side: str) -> Check:
+        pads = 3
+        extra = self.tokens[:, :pads]
+        order = (extra, self.tokens) if side == "left" else (self.tokens, extra)
+        tokens = torch.cat(order, dim=1)
+        ones, zeros = torch.ones_like(self.tokens), torch.zeros_like(extra)
+        mask = torch.cat((zeros, ones) if side == "left" else (ones, zeros), dim=1)
+        logits = self.bridge(tokens, attention_mask=mask)
+        if not self.tree.is_float64():
+            native = self.native(tokens, attention_mask=mask)
+            yield self.line(f"padding {side}: logits", logits.double() - native.double(), 0)
+        real = logits[:, pads:] if side == "left" else logits[:, : self.tokens.shape[1]]
+        yield self.line(f"padding {side}: rows as without it", real.double() - self.base.double(), self.bound)
+
+    def cache(self) -> Check:
+        from transformers import DynamicCache
+
+        cut = max(1, self.tokens.shape[1] // 2)
+        ours, theirs = DynamicCache(), DynamicCache()
+        for chunk in (self.tokens[:, :cut], self.tokens[:, cut:]):
+            logits = self.bridge(chunk, past_key_values=ours)
+            native = self.bridge.hf_model(input_ids=chunk, past_key_values=theirs, use_cache=True).logits
+        yield self.line("key/value cache: logits", logits.double() - native.double(), self.exact)
+        yield self.line("key/value cache: as without it", logits.double() - self.base[:, cut:].double(), self.bound)
+
+    def liveness(self, spec: HookSpec) -> Check:
+        """Looking changes nothing; an edit, returned or in place, is the reference's edit and moves the logits."""
+        with self.switched_on(spec.flag):
+            looked = self.edited(spec, lambda tensor, hook: None)
+            yield self.line(f"{spec.name}: looking", looked.double() - self.bridge(self.tokens).double(), 0)
+            edit = _random_edit(spec, self.cfg.d_vocab)
+            returned = self.edited(spec, lambda tensor, hook: edit(tensor))
+            in_place = self.edited(spec, _in_place(edit))
+        yield self.line(f"{spec.name}: returned = in place", returned.double() - in_place.double(), 0)
+        with reference_edit(self.tree.root, spec, edit):
+            reference = self.native(self.tokens)
+        bound = max(self.exact, self.bound if spec.site in REBUILT else 0.0)
+        yield self.line(f"{spec.name}: as by Hugging Face", returned.double() - reference.double(), bound)
+        moved = float((returned.double() - self.base.double()).abs().max())
+        yield CheckResult(f"{spec.name}: moves the logits", moved > 0, moved, 0.0, "an edit had no effect")
+
+    def edited(self, spec: HookSpec, function: Callable[[Tensor, HookPoint], Tensor | None]) -> Tensor:
+        return self.bridge.run_with_hooks(self.tokens, fwd_hooks=[(spec.name, function)])  # type: ignore[no-any-return]
+
+    def switched_on(self, flag: Flag | None) -> _Switched:
+        return _Switched(self.cfg, flag)
+
+
+class _Switched:
+    """An opt-in flag, on for the length of a block."""
+
+    def __init__(self, cfg: Any, flag: Flag | None) -> None:
+        self._cfg, self._flag = cfg, flag
+
+    def __enter__(self) -> None:
+        if self._flag is not None:
+            self._before = self._cfg.flags[self._flag]
+            setattr(self._cfg, self._flag, True)
+
+    def __exit__(self, *exception: object) -> None:
+        if self._flag is not None:
+            setattr(self._cfg, self._flag, self._before)
+
+
+def _random_edit(spec: HookSpec, d_vocab: int) -> Callable[[Tensor], Tensor]:
+    """The same random change of a tensor every time: not a constant, which a norm or a softmax would not see."""
+
+    def edit(tensor: Tensor) -> Tensor:
+        if spec.kind == "int":
+            return (tensor + 1) % d_vocab
+        noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
+        finite = torch.where(tensor.abs() < 1e4, tensor, torch.zeros_like(tensor))
+        size = finite.double().std(correction=0).clamp_min(1e-3) * (0.1 if spec.site == "hook_scale" else 1.0)
+        change = noise.abs() if spec.site == "hook_scale" else noise
+        return tensor + change.to(device=tensor.device, dtype=tensor.dtype) * size.to(tensor.dtype)
+
+    return edit
+
+
+def _in_place(edit: Callable[[Tensor], Tensor]) -> Callable[[Tensor, HookPoint], None]:
+    def hook(tensor: Tensor, hook: HookPoint) -> None:
+        tensor.copy_(edit(tensor))
+
+    return hook

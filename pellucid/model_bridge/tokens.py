@@ -1,0 +1,179 @@
+"""Strings, tokens, padding, beginning-of-sequence: the rule, once.
+
+A string tokenises exactly as ``tokenizer(text)`` does. Nothing is prepended unless asked, nothing is cut off, and the
+user's tokenizer is not replaced; padding comes on the tokenizer's own side unless another is asked for, and a batch of
+strings always brings its mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from pellucid.errors import InputError
+from pellucid.names import nearest
+
+TextOrTokens: TypeAlias = str | Sequence[str] | Tensor
+PaddingSide = Literal["left", "right"]
+
+
+class TokenRules:
+    """Everything between text and token ids.
+
+    Args:
+        tokenizer: Hugging Face's, or ``None`` if only ids are run.
+        d_vocab: ids are below this.
+        prepend_bos: the default of ``prepend_bos`` in every method.
+    """
+
+    def __init__(self, tokenizer: Any | None, d_vocab: int, prepend_bos: bool = False) -> None:
+        self.tokenizer = tokenizer
+        self.d_vocab = d_vocab
+        self.prepend_bos = prepend_bos
+
+    def need(self) -> Any:
+        """The tokenizer.
+
+        Raises:
+            InputError: there is none.
+        """
+        if self.tokenizer is None:
+            raise InputError("Strings need a tokenizer and this bridge has none: pass tokenizer=, or give token ids.")
+        return self.tokenizer
+
+    def encode(
+        self, text: str | Sequence[str], prepend_bos: bool | None = None, padding_side: PaddingSide | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Ids ``[batch, pos]`` and, if anything was padded, their mask ``[batch, pos]`` (else ``None``).
+
+        Raises:
+            InputError: no tokenizer, no text, text without tokens, an unknown padding side, no padding token.
+        """
+        tokenizer = self.need()
+        texts = [text] if isinstance(text, str) else list(text)
+        if not texts:
+            raise InputError("The batch is empty: give at least one string.")
+        for index, entry in enumerate(texts):
+            if not isinstance(entry, str):
+                raise InputError(f"A batch of strings has strings only; entry {index} is {type(entry).__name__}.")
+        rows: list[list[int]] = [tokenizer(entry)["input_ids"] for entry in texts]
+        if self.prepend_bos if prepend_bos is None else prepend_bos:
+            if tokenizer.bos_token_id is None:
+                raise InputError("prepend_bos=True, but the tokenizer has no beginning-of-sequence token.")
+            rows = [[tokenizer.bos_token_id, *row] for row in rows]
+        empty = [index for index, row in enumerate(rows) if not row]
+        if empty:
+            raise InputError(f"Text {empty[0]} ({texts[empty[0]]!r}) has no tokens: there is nothing to run.")
+        return self._pad(rows, padding_side)
+
+    def _pad(self, rows: list[list[int]], padding_side: PaddingSide | None) -> tuple[Tensor, Tensor | None]:
+        length = max(map(len, rows))
+        side = padding_side if padding_side is not None else self.need().padding_side
+        if side not in ("left", "right"):
+            raise InputError(f"padding_side is 'left' or 'right'; found {side!r}.")
+        if all(len(row) == length for row in rows):
+            return torch.tensor(rows, dtype=torch.long), None
+        pad = self.need().pad_token_id
+        if pad is None:
+            raise InputError(
+                "The strings have different numbers of tokens and the tokenizer has no padding token: set "
+                "tokenizer.pad_token, or give token ids with an attention_mask."
+            )
+        tokens = torch.full((len(rows), length), pad, dtype=torch.long)
+        mask = torch.zeros(len(rows), length, dtype=torch.long)
+        for index, row in enumerate(rows):
+            where = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
+            tokens[index, where] = torch.tensor(row)
+            mask[index, where] = 1
+        return tokens, mask
+
+    def check(self, tokens: Tensor) -> Tensor:
+        """Ids as ``[batch, pos]`` int64.
+
+        Raises:
+            InputError: not integers, another number of axes, empty, or ids outside the vocabulary.
+        """
+        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+            raise InputError(
+                f"Token ids are integers; found {tokens.dtype}. A residual stream goes in with start_at_layer=."
+            )
+        if tokens.dim() == 1:
+            tokens = tokens[None]
+        if tokens.dim() != 2:
+            raise InputError(f"Token ids are [pos] or [batch, pos]; found shape {tuple(tokens.shape)}.")
+        if tokens.numel() == 0:
+            raise InputError(f"There are no tokens: the batch has shape {tuple(tokens.shape)}.")
+        low, high = (int(value) for value in tokens.aminmax())
+        if low < 0 or high >= self.d_vocab:
+            wrong = low if low < 0 else high
+            raise InputError(f"Token id {wrong} is outside the vocabulary: ids go from 0 to {self.d_vocab - 1}.")
+        return tokens.long()
+
+    def decode(self, tokens: Any) -> str | list[str]:
+        """Text of ``[pos]`` ids, or a list of texts of ``[batch, pos]`` ids; special tokens are kept."""
+        tokenizer = self.need()
+        ids = torch.as_tensor(tokens)
+        if ids.dim() == 2:
+            return [str(tokenizer.decode(row, clean_up_tokenization_spaces=False)) for row in ids.tolist()]
+        if ids.dim() > 2:
+            raise InputError(f"Token ids are [pos] or [batch, pos]; found shape {tuple(ids.shape)}.")
+        return str(tokenizer.decode(ids.reshape(-1).tolist(), clean_up_tokenization_spaces=False))
+
+    def texts_without_padding(self, tokens: Tensor, prompt_length: int, mask: Tensor | None) -> list[str]:
+        """Texts of generated rows ``[rows, pos]`` without the padding before (by ``mask``) and after them."""
+        pad = self.need().pad_token_id
+        texts = []
+        for index, row in enumerate(tokens.tolist()):
+            prompt, added = row[:prompt_length], row[prompt_length:]
+            if mask is not None:
+                real = mask[index * mask.shape[0] // tokens.shape[0]].tolist()
+                prompt = [token for token, keep in zip(prompt, real, strict=True) if keep]
+            while added and added[-1] == pad:
+                added.pop()
+            texts.append(str(self.decode(prompt + added)))
+        return texts
+
+    def single_token(self, text: str) -> int:
+        """The id of a string that is one token.
+
+        Raises:
+            InputError: it is none or several.
+        """
+        ids = self.need()(text)["input_ids"]
+        if len(ids) != 1:
+            pieces = [self.decode([token]) for token in ids]
+            raise InputError(f"Input string: {text!r} is not a single token! It is {len(ids)}: {pieces}.")
+        return int(ids[0])
+
+
+def check_mask(mask: Any, batch: int, length: int, past: int, device: torch.device) -> Tensor:
+    """A padding mask ``[batch, past + pos]`` as int64 0 and 1.
+
+    Raises:
+        InputError: not a mask of zeros and ones, or another shape; with a cache, one that leaves the past out.
+    """
+    if not isinstance(mask, Tensor):
+        raise InputError(f"attention_mask must be a tensor [batch, pos]; found {type(mask).__name__}.")
+    if tuple(mask.shape) != (batch, past + length):
+        about = f" ({past} cached positions and {length} new ones)" if past else ""
+        raise InputError(
+            f"attention_mask must have shape {(batch, past + length)}{about}; found {tuple(mask.shape)}. 1 marks a real "
+            "token, 0 padding."
+        )
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise InputError("attention_mask holds 1 at real tokens and 0 at padding; found other values.")
+    return mask.to(device=device, dtype=torch.long)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Refuse a value that is not one of ``choices``.
+
+    Raises:
+        InputError: naming the valid ones.
+    """
+    if value not in choices:
+        hint = f" Did you mean {nearest(value, [c for c in choices if c], 1)[0]!r}?" if isinstance(value, str) else ""
+        raise InputError(f"Invalid {name}: {value!r}. It is one of {', '.join(map(repr, choices))}.{hint}")

@@ -1,0 +1,766 @@
+"""The bridge: a Hugging Face BLOOM under TransformerLens' names.
+
+It assembles what the rooms below do: a model from :mod:`hf_source`, its components from :mod:`mounting`, tokens from
+:mod:`tokens`, hooks from :mod:`hooked_model`. With nothing hooked a call goes straight to Hugging Face's model.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pellucid.activation_cache import GRADIENT, ActivationCache
+from pellucid.errors import GradientError, InputError
+from pellucid.hook_points import LensHandle, Scope, layer_span
+from pellucid.model_bridge.cache_plan import Keeper, PosSlice, RunSize, cache_bytes, kept_positions, refuse_large
+from pellucid.model_bridge.generalized_components.base import StopForward
+from pellucid.model_bridge.generation import generate
+from pellucid.model_bridge.hf_source import find_bloom, load_model, make_adapter
+from pellucid.model_bridge.hooked_model import HookedModel, HookRequest, runs_through
+from pellucid.model_bridge.losses import next_token_loss
+from pellucid.model_bridge.mounting import ComponentTree
+from pellucid.model_bridge.self_check import CheckReport, run_checks
+from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, TokenRules, check_choice, check_mask
+from pellucid.model_bridge.weight_views import WeightViews
+from pellucid.names import HookSpec, NamesFilter
+
+ReturnType = Literal["logits", "loss", "both"] | None
+
+
+@dataclass
+class Prepared:
+    """A checked input: what goes to Hugging Face's model, and which blocks it passes through."""
+
+    tokens: Tensor | None
+    residual: Tensor | None
+    attention_mask: Tensor | None
+    past_key_values: Any | None
+    start: int | None
+    stop: int | None
+
+    @property
+    def given(self) -> Tensor:
+        """The tokens, or the residual."""
+        given = self.tokens if self.tokens is not None else self.residual
+        assert given is not None
+        return given
+
+    def past_length(self) -> int:
+        """Positions already in the key/value cache."""
+        return 0 if self.past_key_values is None else int(self.past_key_values.get_seq_length())
+
+    def size(self) -> RunSize:
+        """Sizes of the run, for estimating a cache."""
+        batch, pos = self.given.shape[:2]
+        past = self.past_key_values
+        # A static cache attends over its whole capacity.
+        key_pos = pos if past is None else int(past.get_mask_sizes(pos, 0)[0])
+        return RunSize(batch, pos, key_pos)
+
+
+class TransformerBridge(WeightViews, HookedModel):
+    """A BLOOM model whose every activation can be read and changed.
+
+    Args:
+        hf_model: a live ``BloomForCausalLM``, or a wrapper around one (PEFT, dispatched by accelerate, quantised). It is
+            not copied and not changed; two bridges on one model share its hook points.
+        tokenizer: its tokenizer; without one, only token ids can be run.
+
+    Raises:
+        UnsupportedModelError: no BLOOM inside, or one configured in a way we do not handle.
+    """
+
+    def __init__(self, hf_model: nn.Module, tokenizer: Any | None = None) -> None:
+        bloom = find_bloom(hf_model)
+        super().__init__(hf_model, ComponentTree.of(bloom, partial(make_adapter, bloom)))
+        self.training = hf_model.training
+        self._rules = TokenRules(tokenizer, self.cfg.d_vocab, self.cfg.default_prepend_bos)
+
+    @classmethod
+    def boot_transformers(
+        cls,
+        model_name: str | os.PathLike[str] = "",
+        hf_config_overrides: Mapping[str, Any] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        tokenizer: Any | None = None,
+        load_weights: bool = True,
+        trust_remote_code: bool = False,
+        hf_model: nn.Module | None = None,
+        revision: str | None = None,
+        device_map: str | Mapping[str, Any] | None = None,
+        max_memory: Mapping[Any, Any] | None = None,
+        offload_folder: str | os.PathLike[str] | None = None,
+        attn_implementation: Literal["eager"] = "eager",
+        use_safetensors: bool | None = True,
+    ) -> TransformerBridge:
+        """Open a checkpoint: a hub name, a local folder, or a live model.
+
+        Args:
+            model_name: hub name (``"bigscience/bloom-560m"``) or folder. With ``hf_model`` it may be left out.
+            hf_config_overrides: configuration attributes to set before loading.
+            device: where to put the model.
+            dtype: of the weights; by default the checkpoint's own, as with Hugging Face.
+            tokenizer: to use instead of the checkpoint's.
+            load_weights: ``False`` builds the architecture with fresh weights.
+            trust_remote_code: run code from the repository.
+            hf_model: a live model to use as it is.
+            revision: branch, tag or commit, such as ``"global_step10000"``.
+            device_map: accelerate's placement.
+            max_memory: limit for each device.
+            offload_folder: where accelerate may put weights.
+            attn_implementation: ``"eager"``, bitwise Hugging Face's.
+            use_safetensors: ``False`` allows pickle files, which can run code when loaded.
+
+        Raises:
+            InputError: contradicting arguments.
+            UnsupportedModelError: not a BLOOM, or one configured in a way we do not handle.
+        """
+        if hf_model is not None:
+            unused = {
+                "hf_config_overrides": hf_config_overrides,
+                "device": device,
+                "dtype": dtype,
+                "revision": revision,
+                "device_map": device_map,
+                "max_memory": max_memory,
+                "offload_folder": offload_folder,
+            }
+            given = [name for name, value in unused.items() if value is not None] + ([] if load_weights else ["load_weights"])
+            if given:
+                raise InputError(
+                    f"hf_model is used as it is: {', '.join(given)} would have no effect. Convert or move the model "
+                    "before bridging it."
+                )
+            return cls(hf_model, tokenizer)
+        if not str(model_name):
+            raise InputError("Give a hub name or a folder, or a live model as hf_model=.")
+        loaded = load_model(
+            os.fspath(model_name),
+            dtype=dtype,
+            device=device,
+            revision=revision,
+            device_map=device_map,
+            max_memory=max_memory,
+            offload_folder=offload_folder,
+            hf_config_overrides=hf_config_overrides,
+            load_weights=load_weights,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=use_safetensors,
+            tokenizer=tokenizer,
+        )
+        return cls(loaded.model, loaded.tokenizer)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TransformerBridge:
+        clone = type(self).__new__(type(self))
+        memo[id(self)] = clone
+        vars(clone).update(copy.deepcopy(vars(self), memo))
+        clone._tree.settle()
+        return clone
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._tree.settle()
+
+    # -- tokens --------------------------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, the very object that was given; ``None`` if there is none."""
+        return self._rules.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self._rules.tokenizer = tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids are sent."""
+        parameter = self._tree.components["embed"].module.weight
+        return torch.device(self.cfg.device or "cpu") if parameter.is_meta else parameter.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's dtype."""
+        return self.cfg.dtype
+
+    def to(self, *args: Any, **kwargs: Any) -> TransformerBridge:
+        """Move or cast the model, as ``nn.Module.to`` does."""
+        super().to(*args, **kwargs)
+        return self._refresh()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> TransformerBridge:
+        super()._apply(*args, **kwargs)  # .half(), .cuda() and their kin come through here
+        return self._refresh()
+
+    def _refresh(self) -> TransformerBridge:
+        parameter = next(parameter for parameter in self.parameters() if parameter.is_floating_point())
+        self.cfg.dtype = parameter.dtype
+        if not parameter.is_meta:
+            self.cfg.device = str(parameter.device)
+        return self
+
+    def to_tokens(
+        self,
+        input: str | Sequence[str],
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide | None = None,
+        move_to_device: bool = True,
+        truncate: Literal[False] = False,
+    ) -> Tensor:
+        """Token ids ``[batch, pos]`` of a string or strings, exactly as ``tokenizer(text)`` gives them.
+
+        Args:
+            input: text.
+            prepend_bos: put the beginning-of-sequence token first; by default not, as BLOOM was trained.
+            padding_side: of shorter rows; by default the tokenizer's.
+            move_to_device: put them where the model is.
+            truncate: only ``False``: nothing is cut off. BLOOM has no longest input.
+
+        Raises:
+            InputError: no tokenizer, empty text, ``truncate=True``.
+        """
+        if truncate:
+            raise InputError("Nothing is cut off: shorten the tokens yourself, to_tokens(text)[:, :n].")
+        tokens, _ = self._rules.encode(input, prepend_bos, padding_side)
+        return tokens.to(self.device) if move_to_device else tokens
+
+    def to_string(self, tokens: Tensor | Sequence[int] | int) -> str | list[str]:
+        """Text of ``[pos]`` ids, or a list of texts of ``[batch, pos]`` ids."""
+        return self._rules.decode(tokens)
+
+    def to_str_tokens(
+        self,
+        input: TextOrTokens,
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide | None = None,
+    ) -> list[str] | list[list[str]]:
+        """Each token's text; a list of lists for several rows. Part of a character decodes to U+FFFD."""
+        if isinstance(input, Tensor):
+            rows = input if input.dim() == 2 else input.reshape(1, -1)
+            texts = [[str(self._rules.decode([token])) for token in row] for row in rows.tolist()]
+            return texts if input.dim() == 2 and len(texts) > 1 else texts[0]
+        if isinstance(input, str):
+            return self.to_str_tokens(self._rules.encode(input, prepend_bos, padding_side)[0][0])
+        return [self.to_str_tokens(text, prepend_bos, padding_side) for text in input]  # type: ignore[misc]
+
+    def to_single_token(self, string: str) -> int:
+        """The id of a string that is one token.
+
+        Raises:
+            InputError: it is not.
+        """
+        return self._rules.single_token(string)
+
+    def to_single_str_token(self, int_token: int) -> str:
+        """The text of one token."""
+        return str(self._rules.decode([int_token]))
+
+    def get_token_position(
+        self,
+        single_token: str | int,
+        input: TextOrTokens,
+        mode: Literal["first", "last"] = "first",
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide | None = None,
+    ) -> int:
+        """Where a token stands in a prompt.
+
+        Raises:
+            InputError: it does not occur, several rows were given, or the mode is another.
+        """
+        check_choice("mode", mode, ("first", "last"))
+        token = self.to_single_token(single_token) if isinstance(single_token, str) else int(single_token)
+        tokens = input if isinstance(input, Tensor) else self._rules.encode(input, prepend_bos, padding_side)[0]
+        row = self._rules.check(tokens)
+        if row.shape[0] != 1:
+            raise InputError(f"get_token_position looks at one prompt; found {row.shape[0]}.")
+        places = (row[0] == token).nonzero()[:, 0].tolist()
+        if not places:
+            raise InputError(f"The token {single_token!r} does not occur in the prompt.")
+        return int(places[0] if mode == "first" else places[-1])
+
+    def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Tensor:
+        """The unembedding vectors of tokens: ``[d_model]`` for one, else ``[..., d_model]``."""
+        if isinstance(tokens, str):
+            tokens = self.to_single_token(tokens)
+        ids = torch.as_tensor(tokens, device=self.W_U.device)
+        directions = self.W_U.T[ids]
+        return directions[0] if ids.dim() == 1 and ids.numel() == 1 else directions
+
+    # -- running -------------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input: TextOrTokens,
+        return_type: ReturnType = "logits",
+        loss_per_token: bool = False,
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any | None = None,
+        start_at_layer: int | None = None,
+        stop_at_layer: int | None = None,
+    ) -> Any:
+        """Run the model.
+
+        Args:
+            input: a string, strings, token ids ``[pos]`` or ``[batch, pos]``, or with ``start_at_layer`` the residual
+                ``[batch, pos, d_model]`` that enters that block.
+            return_type: ``"logits"``, ``"loss"``, ``"both"`` (logits and loss) or ``None``.
+            loss_per_token: losses ``[batch, pos - 1]``, zero where position or target is padding, and not their mean.
+            prepend_bos: put the beginning-of-sequence token before strings.
+            padding_side: of shorter strings; their mask is made with them.
+            attention_mask: ``[batch, pos]``, cached positions included, 1 at real tokens. Never guessed from ids.
+            past_key_values: a Hugging Face cache, read and extended.
+            start_at_layer: begin with the residual that enters this block.
+            stop_at_layer: return the residual that enters this block, and run nothing after; negative counts from the end.
+
+        Returns:
+            Logits ``[batch, pos, d_vocab]``, loss, both, ``None``, or the residual with ``stop_at_layer``.
+
+        Raises:
+            InputError: an input that cannot be run, with what to give instead.
+        """
+        check_choice("return_type", return_type, ("logits", "loss", "both", None))
+        prepared = self._prepare(
+            input, prepend_bos, padding_side, attention_mask, past_key_values, start_at_layer, stop_at_layer
+        )
+        return self._finish(prepared, self._run(prepared), return_type, loss_per_token)
+
+    def _prepare(
+        self,
+        input: TextOrTokens,
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any | None = None,
+        start_at_layer: int | None = None,
+        stop_at_layer: int | None = None,
+    ) -> Prepared:
+        start = self._layer("start_at_layer", start_at_layer)
+        stop = self._layer("stop_at_layer", stop_at_layer)
+        tokens = residual = None
+        if start is not None:
+            residual = self._check_residual(input)
+            if past_key_values is not None:
+                raise InputError("start_at_layer with past_key_values: earlier layers would be missing from the cache.")
+        elif isinstance(input, Tensor):
+            tokens = self._rules.check(input)
+            if prepend_bos:
+                raise InputError("prepend_bos is for strings; put the id before the token ids yourself.")
+        elif isinstance(input, str | list | tuple):
+            tokens, inferred = self._rules.encode(input, prepend_bos, padding_side)
+            if attention_mask is None:
+                attention_mask = inferred
+        else:
+            raise InputError(f"Input is a string, strings or a tensor of token ids; found {type(input).__name__}.")
+        prepared = Prepared(tokens, residual, None, past_key_values, start, stop)
+        device = self.device
+        if tokens is not None and tokens.device != device:
+            prepared.tokens = tokens.to(device)
+        if attention_mask is not None:
+            batch, length = prepared.given.shape[:2]
+            prepared.attention_mask = check_mask(attention_mask, batch, length, prepared.past_length(), device)
+        if stop is not None and past_key_values is not None:
+            raise InputError("stop_at_layer with past_key_values: later layers would be missing from the cache.")
+        return prepared
+
+    def _layer(self, argument: str, layer: int | None) -> int | None:
+        if layer is None:
+            return None
+        n_layers = self.cfg.n_layers
+        index = layer + n_layers if layer < 0 else layer
+        if not 0 <= index <= n_layers:
+            raise InputError(f"{argument} is a block, 0 to {n_layers - 1}, or {n_layers} for the end; found {layer}.")
+        return index
+
+    def _check_residual(self, residual: Any) -> Tensor:
+        d_model = self.cfg.d_model
+        if not isinstance(residual, Tensor) or not residual.is_floating_point():
+            raise InputError(f"start_at_layer takes the residual [batch, pos, {d_model}]; found {type(residual).__name__}.")
+        if residual.dim() != 3 or residual.shape[-1] != d_model or residual.numel() == 0:
+            raise InputError(
+                f"start_at_layer takes the residual [batch, pos, {d_model}]; found shape {tuple(residual.shape)}."
+            )
+        if residual.dtype != self.cfg.dtype:
+            raise InputError(f"The residual must have the model's dtype {self.cfg.dtype}; found {residual.dtype}.")
+        return residual
+
+    def _run(self, prepared: Prepared) -> Tensor:
+        """Logits, or the residual at which the run stops."""
+        arguments: dict[str, Any] = {"use_cache": prepared.past_key_values is not None}
+        if prepared.tokens is not None:
+            arguments["input_ids"] = prepared.tokens
+        else:
+            arguments["inputs_embeds"] = prepared.residual
+        if prepared.attention_mask is not None:
+            arguments["attention_mask"] = prepared.attention_mask
+        if prepared.past_key_values is not None:
+            arguments["past_key_values"] = prepared.past_key_values
+        helpers = self._helpers(prepared.start, prepared.stop)
+        if not helpers:
+            if not self._tree.is_mounted():
+                return self.original_model(**arguments).logits  # type: ignore[no-any-return]
+            with self._safely():
+                return self.original_model(**arguments).logits  # type: ignore[no-any-return]
+        with self._safely(), self._tree.mounted(helpers), layer_span(prepared.start, prepared.stop):
+            try:
+                return self.original_model(**arguments).logits  # type: ignore[no-any-return]
+            except StopForward as stopped:
+                self._tree.restore_offloaded()
+                return stopped.residual
+
+    def _helpers(self, start: int | None, stop: int | None) -> list[str]:
+        """Components that a run needs mounted for itself, hooks or not."""
+        names: list[str] = []
+        if start is not None:
+            names += ["embed_ln", *(f"blocks.{layer}" for layer in range(start))]
+        if stop is not None:
+            names.append("ln_final" if stop == self.cfg.n_layers else f"blocks.{stop}")
+        if self._tree.is_float64():
+            names += self._tree.attentions()
+        return names
+
+    @contextmanager
+    def _safely(self) -> Iterator[None]:
+        """Leave an offloaded model as it was if something is raised inside it."""
+        try:
+            yield
+        except BaseException:
+            self._tree.restore_offloaded()
+            raise
+
+    def _finish(self, prepared: Prepared, output: Tensor, return_type: ReturnType, loss_per_token: bool) -> Any:
+        if return_type is None:
+            return None
+        if prepared.stop is not None:
+            if return_type != "logits":
+                raise InputError(f"A run with stop_at_layer has no logits: return_type={return_type!r} cannot be had.")
+            return output
+        if return_type == "logits":
+            return output
+        if prepared.tokens is None:
+            raise InputError("A loss needs tokens; this run was given a residual. Take the logits and the targets.")
+        mask = prepared.attention_mask
+        if mask is not None:
+            mask = mask[:, -prepared.tokens.shape[1] :]
+        loss = next_token_loss(output, prepared.tokens, mask, loss_per_token)
+        return loss if return_type == "loss" else (output, loss)
+
+    def run_with_hooks(
+        self,
+        input: TextOrTokens,
+        fwd_hooks: Sequence[HookRequest] = (),
+        bwd_hooks: Sequence[HookRequest] = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        return_type: ReturnType = "logits",
+        loss_per_token: bool = False,
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any | None = None,
+        start_at_layer: int | None = None,
+        stop_at_layer: int | None = None,
+        assert_effect: bool = False,
+    ) -> Any:
+        """Run the model with functions attached for this run.
+
+        Args:
+            input: see :meth:`forward`.
+            fwd_hooks: ``(name, glob, list or predicate, function)`` pairs.
+            bwd_hooks: the same for gradients; they fire in ``backward()``, also after this call.
+            reset_hooks_end: ``False`` leaves the functions on.
+            clear_contexts: empty every point's ``ctx`` afterwards.
+            return_type: see :meth:`forward`, as for the arguments below.
+            assert_effect: raise if a forward function never ran or left its tensor unchanged to the bit.
+
+        Raises:
+            HookNameError: a name that matches nothing.
+            HookUnreachableError: a named point that ``start_at_layer`` or ``stop_at_layer`` leaves out.
+            NoEffectError: see ``assert_effect``.
+        """
+        check_choice("return_type", return_type, ("logits", "loss", "both", None))
+        prepared = self._prepare(
+            input, prepend_bos, padding_side, attention_mask, past_key_values, start_at_layer, stop_at_layer
+        )
+        span = self._span(prepared)
+        forward = self._requests(fwd_hooks, "fwd", span)
+        backward = self._requests(bwd_hooks, "bwd", span)
+        for handle in forward:
+            handle.must_change = assert_effect
+        with self._attached(forward + backward, keep=not reset_hooks_end) as scope:
+            try:
+                output = self._finish(prepared, self._run(prepared), return_type, loss_per_token)
+            finally:
+                if clear_contexts:
+                    self.clear_contexts()
+        for handle in forward:
+            handle.check_effect()
+        self._guard_checkpointing(output, scope)
+        return output
+
+    def _span(self, prepared: Prepared) -> tuple[int, int]:
+        start = -1 if prepared.start is None else prepared.start
+        return start, self.cfg.n_layers + 1 if prepared.stop is None else prepared.stop
+
+    def _guard_checkpointing(self, output: Any, scope: Scope) -> None:
+        """With gradient checkpointing the backward pass runs the forward again, and these hooks will be gone."""
+        backbone = self._tree.backbone.module
+        if not (backbone.gradient_checkpointing and backbone.training):
+            return
+        for tensor in output if isinstance(output, tuple) else (output,):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(partial(_refuse_backward, scope))
+
+    def run_with_cache(
+        self,
+        input: TextOrTokens,
+        return_cache_object: bool = True,
+        remove_batch_dim: bool = False,
+        names_filter: NamesFilter = None,
+        stop_at_layer: int | None = None,
+        start_at_layer: int | None = None,
+        pos_slice: PosSlice = None,
+        incl_bwd: bool = False,
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        max_cache_bytes: int | None = None,
+        return_type: ReturnType = "logits",
+        loss_per_token: bool = False,
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any | None = None,
+    ) -> tuple[Any, Any]:
+        """Run the model and keep activations.
+
+        Args:
+            input: see :meth:`forward`.
+            return_cache_object: ``False`` gives a plain dictionary.
+            remove_batch_dim: drop the batch axis of a single row.
+            names_filter: which points to keep; ``None`` keeps all, the logits among them.
+            stop_at_layer: see :meth:`forward`.
+            start_at_layer: see :meth:`forward`.
+            pos_slice: which positions to keep: one, a slice or a list; other positions are never stored.
+            incl_bwd: run ``backward()`` on the loss and keep gradients too, under ``name + "_grad"``.
+            reset_hooks_end: ``False`` leaves the caching functions on.
+            clear_contexts: empty every point's ``ctx`` afterwards.
+            device: where to keep tensors.
+            dtype: as what to keep floating-point ones.
+            max_cache_bytes: refuse before running if the cache would take more.
+            return_type: see :meth:`forward`, as for the arguments below.
+
+        Returns:
+            ``(output, cache)``.
+
+        Raises:
+            CacheTooLargeError: see ``max_cache_bytes``.
+            GradientError: ``incl_bwd`` while gradients are off.
+        """
+        if incl_bwd:
+            if return_type not in ("loss", "logits"):
+                raise InputError(f"incl_bwd runs backward() on the loss; found return_type={return_type!r}.")
+            if not torch.is_grad_enabled():
+                raise GradientError("incl_bwd needs gradients, and they are off (torch.no_grad or inference_mode).")
+            if loss_per_token:
+                raise InputError("incl_bwd runs backward() on the mean loss; loss_per_token=True has no single number.")
+            return_type = "loss"
+        check_choice("return_type", return_type, ("logits", "loss", "both", None))
+        prepared = self._prepare(
+            input, prepend_bos, padding_side, attention_mask, past_key_values, start_at_layer, stop_at_layer
+        )
+        if remove_batch_dim and prepared.given.shape[0] != 1:
+            raise InputError(f"remove_batch_dim needs a batch of one row; found {prepared.given.shape[0]}.")
+        specs = self._cached_specs(prepared, names_filter)
+        if max_cache_bytes is not None:
+            refuse_large(cache_bytes(specs, self.cfg, prepared.size(), pos_slice, dtype), max_cache_bytes)
+        positions = kept_positions(pos_slice, prepared.given.shape[1])
+        keeper = Keeper(positions, device, dtype, copies=self._others_may_write())
+        handles = [_keep(self, spec, keeper, "fwd") for spec in specs]
+        if incl_bwd:
+            handles += [_keep(self, spec, keeper, "bwd") for spec in specs if spec.kind != "int"]
+        with self._attached(handles, keep=not reset_hooks_end):
+            try:
+                output = self._finish(prepared, self._run(prepared), return_type, loss_per_token)
+                if incl_bwd:
+                    output.backward()
+            finally:
+                if clear_contexts:
+                    self.clear_contexts()
+        mask = prepared.attention_mask
+        if mask is not None:
+            mask = mask[:, -prepared.given.shape[1] :]
+        cache = ActivationCache(keeper.kept, self._tree.index, prepared.tokens, mask)
+        if remove_batch_dim:
+            cache = cache.remove_batch_dim()
+        return output, cache if return_cache_object else cache.cache_dict
+
+    def _cached_specs(self, prepared: Prepared, names_filter: NamesFilter) -> list[HookSpec]:
+        chosen = self._tree.index.select(names_filter, self.cfg.flags)
+        if prepared.start is not None or prepared.stop is not None:
+            start, stop = self._span(prepared)
+            if names_filter is None:
+                chosen = [pair for pair in chosen if runs_through(pair[0], start, stop, self.cfg.n_layers)]
+            else:
+                chosen = self._reachable(chosen, names_filter, (start, stop))
+        return [spec for spec, _ in chosen]
+
+    def _others_may_write(self) -> bool:
+        """Whether anything but our caching could change a tensor in place after it was kept."""
+        if self._tree.is_mounted() and any(not handle.reads_only for handle in self._tree.handles()):
+            return True
+        return any(module._forward_hooks or module._forward_pre_hooks for module in self._tree.all_modules())
+
+    def estimate_cache(
+        self,
+        input: TextOrTokens,
+        names_filter: NamesFilter = None,
+        pos_slice: PosSlice = None,
+        dtype: torch.dtype | None = None,
+        prepend_bos: bool | None = None,
+        stop_at_layer: int | None = None,
+    ) -> dict[str, int]:
+        """Bytes that :meth:`run_with_cache` would keep, by canonical name, without running anything."""
+        prepared = self._prepare(input, prepend_bos, stop_at_layer=stop_at_layer)
+        specs = self._cached_specs(prepared, names_filter)
+        return cache_bytes(specs, self.cfg, prepared.size(), pos_slice, dtype)
+
+    # -- generating ----------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        input: TextOrTokens = "",
+        max_new_tokens: int = 10,
+        stop_at_eos: bool = True,
+        eos_token_id: int | None = None,
+        do_sample: bool = True,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        temperature: float = 1.0,
+        freq_penalty: float = 0.0,
+        repetition_penalty: float = 1.0,
+        use_past_kv_cache: bool = True,
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide | None = None,
+        return_type: Literal["input", "str", "tokens"] = "input",
+        verbose: bool = True,
+        output_logits: bool = False,
+        return_input_tokens: bool = False,
+        stop_strings: str | Sequence[str] | None = None,
+        stopping_criteria: Any | None = None,
+        attention_mask: Tensor | None = None,
+        **hf_kwargs: Any,
+    ) -> Any:
+        """Generate with Hugging Face's ``generate``, hooks firing at each step.
+
+        Signature and defaults are TransformerLens'; ``top_k=None`` and ``top_p=None`` mean no cut, whatever the
+        model's generation configuration says. A hook reads the step, absolute positions and rows from ``hook.run``.
+
+        Args:
+            input: a string, strings, or token ids.
+            max_new_tokens: how many tokens to add at most.
+            stop_at_eos: end a row at the end-of-sequence token; finished rows are filled with the padding token.
+            eos_token_id: another end-of-sequence token.
+            do_sample: sample; ``False`` takes the most probable token.
+            top_k: sample among the ``top_k`` most probable.
+            top_p: sample among those that make up ``top_p`` of the probability.
+            temperature: divides the logits before sampling.
+            freq_penalty: subtracted from a token's logit for each time it has occurred.
+            repetition_penalty: Hugging Face's.
+            use_past_kv_cache: keep keys and values between steps.
+            prepend_bos: see :meth:`to_tokens`.
+            padding_side: of shorter strings; generation wants ``"left"``, the default here.
+            return_type: ``"tokens"``, ``"str"``, or as the input came.
+            verbose: show a progress bar over steps.
+            output_logits: return Hugging Face's output object, with ``logits`` and ``sequences``.
+            return_input_tokens: return ``(output, input tokens)``.
+            stop_strings: end a row when one of these has been written.
+            stopping_criteria: Hugging Face's.
+            attention_mask: ``[batch, pos]`` for token ids.
+            hf_kwargs: anything else ``generate`` of Hugging Face takes (``num_beams``, ``streamer``, ...); it refuses
+                what it does not know.
+
+        Raises:
+            InputError: see :meth:`forward`; ``max_new_tokens`` below 1.
+        """
+        check_choice("return_type", return_type, ("input", "str", "tokens"))
+        side: PaddingSide = padding_side if padding_side is not None else "left"
+        prepared = self._prepare(input, prepend_bos, side, attention_mask)
+        assert prepared.tokens is not None
+        with self._safely(), self._tree.mounted(self._helpers(None, None)):
+            output = generate(
+                self.original_model,
+                self._tree,
+                self._rules,
+                prepared.tokens,
+                prepared.attention_mask,
+                max_new_tokens=max_new_tokens,
+                stop_at_eos=stop_at_eos,
+                eos_token_id=eos_token_id,
+                do_sample=do_sample,
+                top_k=top_k,
+                top_p=top_p,
+                temperature=temperature,
+                freq_penalty=freq_penalty,
+                repetition_penalty=repetition_penalty,
+                use_past_kv_cache=use_past_kv_cache,
+                verbose=verbose,
+                output_logits=output_logits,
+                stop_strings=stop_strings,
+                stopping_criteria=stopping_criteria,
+                hf_kwargs=hf_kwargs,
+            )
+        if not output_logits and isinstance(output, Tensor):
+            wants_text = return_type == "str" or (return_type == "input" and not isinstance(input, Tensor))
+            if wants_text:
+                texts = self._rules.texts_without_padding(output, prepared.tokens.shape[1], prepared.attention_mask)
+                output = texts[0] if isinstance(input, str) or len(texts) == 1 and isinstance(input, Tensor) else texts
+        return (output, prepared.tokens) if return_input_tokens else output
+
+    # -- checking ------------------------------------------------------------------------------------------------------
+
+    def verify(
+        self,
+        input: TextOrTokens | None = None,
+        layers: Sequence[int] | None = None,
+        progress: bool | None = None,
+    ) -> CheckReport:
+        """Check on this very model that what Pellucid promises holds; see :mod:`pellucid.model_bridge.self_check`.
+
+        Args:
+            input: what to run, by default random tokens.
+            layers: which layers' hooks to try, by default the first, a middle one and the last.
+            progress: show a bar; by default when it takes a while and a person is watching.
+        """
+        tokens = None if input is None else self._prepare(input).tokens
+        return run_checks(self, self._tree, tokens, layers, progress)
+
+
+def _keep(bridge: TransformerBridge, spec: HookSpec, keeper: Keeper, direction: Literal["fwd", "bwd"]) -> LensHandle:
+    point = bridge._tree.point(spec.name)
+    suffix = GRADIENT if direction == "bwd" else ""
+    return LensHandle(point, keeper.function(spec, suffix), direction, spec.name, reads_only=True)
+
+
+def _refuse_backward(scope: Scope, gradient: Tensor) -> None:
+    if scope.closed:
+        raise GradientError(
+            "Gradient checkpointing runs the forward again during backward(), and the hooks of this run are gone by "
+            "then: its gradients would be those of the unhooked model. Use `with bridge.hooks(...):` around forward and "
+            "backward, or switch gradient checkpointing off."
+        )
+
+

@@ -1,0 +1,267 @@
+"""Hook names: what a hook point is called, what it holds, and how a user's filter is turned into points.
+
+A :class:`HookSpec` is one line of an architecture's hook table: the canonical name, the other names that reach the same
+point, the axes of its tensor and where it lives. A :class:`HookIndex` is that table written out for a given number of
+layers; every look-up, filter and suggestion in the library goes through it, so a name means one thing everywhere.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
+
+from pellucid.errors import HookDisabledError, HookNameError
+
+NamesFilter: TypeAlias = str | Sequence[str] | Callable[[str], bool] | None
+"""A name, a glob (``blocks.*.mlp.hook_post``), a list of those, a predicate on names, or ``None`` for every point."""
+
+Kind = Literal["model", "wide", "int"]
+"""Dtype of a point: the model's; float32 for half-precision models (a norm's internals); integers (token ids)."""
+
+Flag = Literal["use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in"]
+
+SETTERS: Mapping[Flag, str] = {
+    "use_attn_result": "set_use_attn_result(True)",
+    "use_split_qkv_input": "set_use_split_qkv_input(True)",
+    "use_attn_in": "set_use_attn_in(True)",
+    "use_hook_mlp_in": "set_use_hook_mlp_in(True)",
+}
+"""The call that switches an opt-in point on, by the configuration flag it sets."""
+
+
+@dataclass(frozen=True)
+class HookSpec:
+    """One hook point.
+
+    Attributes:
+        name: canonical name, TransformerLens' (``blocks.{i}.attn.hook_q`` in a table, ``blocks.3.attn.hook_q`` in an
+            index).
+        component: canonical name of the component that fires it (``blocks.{i}.attn``).
+        site: the attribute of that component which is the hook point (``hook_q``).
+        axes: axis words of the tensor, see :mod:`pellucid.axes`.
+        doc: what the tensor is, in one line.
+        aliases: other names of the same point, TransformerLens' bridge's.
+        kind: dtype of the tensor.
+        flag: the configuration flag that switches an opt-in point on, or ``None``.
+        layer: the block it belongs to, ``None`` outside the blocks.
+    """
+
+    name: str
+    component: str
+    site: str
+    axes: tuple[str, ...]
+    doc: str
+    aliases: tuple[str, ...] = ()
+    kind: Kind = "model"
+    flag: Flag | None = None
+    layer: int | None = None
+
+    @property
+    def pos_axis(self) -> int:
+        """Index of the ``pos`` axis, for slicing by position."""
+        return self.axes.index("pos")
+
+    def at_layer(self, layer: int) -> HookSpec:
+        """The same line of the table, written out for block ``layer``."""
+        fill = {"i": layer}
+        return replace(
+            self,
+            name=self.name.format(**fill),
+            component=self.component.format(**fill),
+            aliases=tuple(alias.format(**fill) for alias in self.aliases),
+            layer=layer,
+        )
+
+
+def nearest(name: str, valid: Iterable[str], count: int = 3) -> list[str]:
+    """The ``count`` valid names closest to ``name`` (by :mod:`difflib`), best first."""
+    return difflib.get_close_matches(name, list(valid), n=count, cutoff=0.0)
+
+
+def layer_of(name: str) -> int:
+    """The layer in ``blocks.{layer}....``.
+
+    Raises:
+        HookNameError: the name has no layer.
+    """
+    match = re.match(r"blocks\.(\d+)\.", name)
+    if match is None:
+        raise HookNameError(f"{name!r} has no layer: only names that begin with 'blocks.<layer>.' do.")
+    return int(match.group(1))
+
+
+class HookIndex(Mapping[str, HookSpec]):
+    """Every hook point of a model by name: iterates canonical names in firing order, looks up by any name.
+
+    Args:
+        before: points fired before the blocks.
+        block: points of one block, with ``{i}`` for the layer.
+        after: points fired after the blocks.
+        n_layers: number of blocks.
+    """
+
+    def __init__(
+        self, before: Sequence[HookSpec], block: Sequence[HookSpec], after: Sequence[HookSpec], n_layers: int
+    ) -> None:
+        specs = [*before]
+        for layer in range(n_layers):
+            specs += [spec.at_layer(layer) for spec in block]
+        specs += after
+        self._specs = {spec.name: spec for spec in specs}
+        self._canonical = {alias: spec.name for spec in specs for alias in spec.aliases}
+        self.n_layers = n_layers
+
+    def __getitem__(self, name: str) -> HookSpec:
+        spec = self._specs.get(name)
+        if spec is None:
+            canonical = self._canonical.get(name)
+            if canonical is None:
+                raise HookNameError(self._unknown(name))
+            spec = self._specs[canonical]
+        return spec
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._specs)
+
+    def __len__(self) -> int:
+        return len(self._specs)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._specs or name in self._canonical
+
+    def all_names(self) -> Iterator[str]:
+        """Canonical names and aliases."""
+        yield from self._specs
+        yield from self._canonical
+
+    def _unknown(self, name: str) -> str:
+        numbered = re.match(r"blocks\.(\d+)\.", name)
+        lines = [f"No hook point is called {name!r}."]
+        if numbered and int(numbered.group(1)) >= self.n_layers:
+            lines.append(f"The model has {self.n_layers} layers, 0 to {self.n_layers - 1}.")
+        lines.append("Nearest names: " + ", ".join(nearest(name, self.all_names())) + ".")
+        return " ".join(lines)
+
+    def select(
+        self, names_filter: NamesFilter, flags: Mapping[Flag, bool], *, argument: str = "names_filter"
+    ) -> list[tuple[HookSpec, str]]:
+        """Turn a filter into points, each with the name the user asked for.
+
+        A point that a glob or a predicate meets under several names is given once, under its canonical name if that
+        one matches. Opt-in points that are off are left out of globs and predicates and refused when named.
+
+        Args:
+            names_filter: see :data:`NamesFilter`.
+            flags: which opt-in points are on.
+            argument: what to call the filter in an error.
+
+        Returns:
+            ``(spec, name asked for)`` pairs, in firing order for globs and predicates, in the user's order for lists.
+
+        Raises:
+            HookNameError: a name, glob, list entry or predicate matches nothing.
+            HookDisabledError: a named opt-in point is off.
+        """
+        if names_filter is None:
+            return [(spec, spec.name) for spec in self._specs.values() if _is_on(spec, flags)]
+        if isinstance(names_filter, str):
+            return self._select_name(names_filter, flags)
+        if callable(names_filter):
+            chosen = self._matching(names_filter, flags)
+            if not chosen:
+                raise HookNameError(f"The predicate given as {argument} matches none of the {len(self)} hook points.")
+            return chosen
+        entries = list(names_filter)
+        if not entries:
+            raise HookNameError(f"The list given as {argument} is empty: name at least one hook point.")
+        wrong = [entry for entry in entries if not isinstance(entry, str)]
+        if wrong:
+            raise HookNameError(f"{argument} takes names; found {wrong[0]!r} of type {type(wrong[0]).__name__}.")
+        seen: dict[str, tuple[HookSpec, str]] = {}
+        for entry in entries:
+            for spec, asked in self._select_name(entry, flags):
+                seen.setdefault(spec.name, (spec, asked))
+        return list(seen.values())
+
+    def _select_name(self, name: str, flags: Mapping[Flag, bool]) -> list[tuple[HookSpec, str]]:
+        if any(mark in name for mark in "*?["):
+            pattern = re.compile(fnmatch.translate(name))
+            chosen = self._matching(lambda candidate: pattern.match(candidate) is not None, flags)
+            if chosen:
+                return chosen
+            off = [spec for spec in self._specs.values() if any(map(pattern.match, (spec.name, *spec.aliases)))]
+            if off:
+                raise _disabled(off[0], off[0].name)
+            raise HookNameError(
+                f"The glob {name!r} matches no hook point. Nearest names: " + ", ".join(nearest(name, self)) + "."
+            )
+        spec = self[name]
+        if not _is_on(spec, flags):
+            raise _disabled(spec, name)
+        return [(spec, name)]
+
+    def _matching(self, accepts: Callable[[str], bool], flags: Mapping[Flag, bool]) -> list[tuple[HookSpec, str]]:
+        chosen = []
+        for spec in self._specs.values():
+            if _is_on(spec, flags):
+                asked = next((name for name in (spec.name, *spec.aliases) if accepts(name)), None)
+                if asked is not None:
+                    chosen.append((spec, asked))
+        return chosen
+
+
+def _is_on(spec: HookSpec, flags: Mapping[Flag, bool]) -> bool:
+    return spec.flag is None or flags[spec.flag]
+
+
+def _disabled(spec: HookSpec, asked: str) -> HookDisabledError:
+    assert spec.flag is not None
+    return HookDisabledError(
+        f"Cannot add hook {asked} because {spec.flag} is False. Call {SETTERS[spec.flag]} on the bridge first."
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# TransformerLens' shorthands
+# --------------------------------------------------------------------------------------------------------------------
+
+_IN_ATTENTION = frozenset("q k v z attn_scores pattern result".split())
+_IN_MLP = frozenset(("pre", "post"))
+_SHORTHANDS = {
+    "attn": "pattern",
+    "attn_logits": "attn_scores",
+    "query": "q",
+    "key": "k",
+    "value": "v",
+    "mlp_pre": "pre",
+    "mlp_post": "post",
+}
+_SECTIONS = {"a": "attn", "attention": "attn", "m": "mlp", "b": "", "block": "", "blocks": ""}
+
+
+def get_act_name(name: str, layer: int | str | None = None, layer_type: str | None = None) -> str:
+    """TransformerLens' shorthand for hook names.
+
+    ``get_act_name("q", 3)`` is ``"blocks.3.attn.hook_q"``, ``get_act_name("scale", 3, "ln1")`` is
+    ``"blocks.3.ln1.hook_scale"``, ``get_act_name("k6a")`` is ``"blocks.6.attn.hook_k"``, and a full name is itself.
+    """
+    if layer is None and layer_type is None:
+        if "." in name or name.startswith("hook_"):
+            return name
+        packed = re.fullmatch(r"([a-z]+)(\d+)([a-z]?.*)", name)
+        if packed is not None:
+            name, layer, layer_type = packed.group(1), packed.group(2), packed.group(3) or None
+    name = _SHORTHANDS.get(name, name)
+    if layer is None and name in ("scale", "normalized"):
+        return f"ln_final.hook_{name}"
+    section = _SECTIONS.get(layer_type or "", layer_type or "")
+    if name in _IN_ATTENTION:
+        section = "attn"
+    elif name in _IN_MLP:
+        section = "mlp"
+    parts = [f"blocks.{layer}"] if layer is not None else []
+    return ".".join([*parts, *([section] if section else []), f"hook_{name}"])
