@@ -87,7 +87,9 @@ class ActivationCache(Mapping[str, Tensor]):
     def _missing(self, name: str) -> str:
         stem = name.removesuffix(GRADIENT)
         if stem not in self.index:
-            return f"No hook point is called {stem!r}. Nearest names: {', '.join(nearest(stem, self.index.all_names()))}."
+            return (
+                f"No hook point is called {stem!r}. Nearest names: {', '.join(nearest(stem, self.index.all_names()))}."
+            )
         if stem != name:
             return f"The gradient of {stem} was not kept: run with incl_bwd=True and a filter that includes it."
         spec = self.index[stem]

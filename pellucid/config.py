@@ -7,6 +7,7 @@ something we have never heard of is therefore not run as if it had not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,10 +18,12 @@ from pellucid.errors import UnsupportedModelError
 from pellucid.names import Flag
 
 HANDLED = frozenset(
-    "vocab_size hidden_size n_layer num_hidden_layers n_head num_attention_heads layer_norm_epsilon use_cache "
-    "bos_token_id eos_token_id pad_token_id apply_residual_connection_post_layernorm hidden_dropout attention_dropout "
-    "pretraining_tp slow_but_exact tie_word_embeddings dtype torch_dtype model_type seq_length n_inner "
-    "attention_softmax_in_fp32 quantization_config".split()
+    (
+        "vocab_size hidden_size n_layer num_hidden_layers n_head num_attention_heads layer_norm_epsilon use_cache "
+        "bos_token_id eos_token_id pad_token_id apply_residual_connection_post_layernorm hidden_dropout attention_dropout "
+        "pretraining_tp slow_but_exact tie_word_embeddings dtype torch_dtype model_type seq_length n_inner "
+        "attention_softmax_in_fp32 quantization_config"
+    ).split()
 )
 """Attributes that become a field, that Hugging Face's own model obeys, or that are checked below."""
 
@@ -98,7 +101,7 @@ class TransformerBridgeConfig:
     @property
     def attn_scale(self) -> float:
         """What queries times keys are divided by, sqrt(d_head)."""
-        return float(self.d_head) ** 0.5
+        return math.sqrt(self.d_head)
 
     @property
     def d_vocab_out(self) -> int:

@@ -18,9 +18,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -31,6 +29,7 @@ from torch import Tensor, nn
 from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
 from pellucid.errors import GradientError, HookValueError, InputError, NoEffectError
 from pellucid.names import layer_of
+from pellucid.run_context import RunContext, Scope, current_run, is_open
 
 HookFunction: TypeAlias = Callable[..., Any]
 """``fn(tensor, hook=point) -> Tensor | None``."""
@@ -39,175 +38,7 @@ Direction = Literal["fwd", "bwd"]
 Directions = Literal["fwd", "bwd", "both"]
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The run: what a hook can ask
-# --------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class GenerationRun:
-    """One call of ``generate``: how many prompts it serves and which step it is at (0 is the prompt itself)."""
-
-    n_prompts: int
-    step: int = -1
-
-
-class RunContext:
-    """Where in the sequence the tensors of this forward are; a hook reads it as ``hook.run``.
-
-    Attributes:
-        tokens: ``[batch, pos]`` ids given to this forward, or ``None`` if it was given embeddings.
-        past_length: number of positions already in the key/value cache.
-        step: the generation step (0 the prompt, then one a token), ``None`` outside ``generate``.
-    """
-
-    def __init__(
-        self,
-        batch: int,
-        length: int,
-        past_length: int,
-        device: torch.device,
-        tokens: Tensor | None,
-        attention_mask: Tensor | None,
-        generation: GenerationRun | None,
-    ) -> None:
-        self.batch, self.length, self.past_length, self.device = batch, length, past_length, device
-        self.tokens = tokens
-        self._attention_mask = attention_mask
-        self._n_prompts = generation.n_prompts if generation is not None else batch
-        self.step = generation.step if generation is not None else None
-
-    @property
-    def columns(self) -> Tensor:
-        """``[pos]``: index of each position in the padded sequence, cached positions counted."""
-        return torch.arange(self.past_length, self.past_length + self.length, device=self.device)
-
-    @property
-    def real(self) -> Tensor:
-        """``[batch, pos]`` bool: which positions hold real tokens, not padding."""
-        mask = self._attention_mask
-        if mask is None or mask.dim() != 2:
-            return torch.ones(self.batch, self.length, dtype=torch.bool, device=self.device)
-        return mask[:, self.past_length : self.past_length + self.length].to(self.device).bool()
-
-    @property
-    def positions(self) -> Tensor:
-        """``[batch, pos]``: how many real tokens of its row come before each position; -1 at padding."""
-        mask = self._attention_mask
-        if mask is None or mask.dim() != 2:
-            return self.columns.expand(self.batch, self.length)
-        before = (mask.long().cumsum(-1) - 1)[:, self.past_length : self.past_length + self.length]
-        return before.to(self.device).masked_fill(~self.real, -1)
-
-    @property
-    def rows(self) -> Tensor:
-        """``[batch]``: the prompt each row belongs to; under beam search several rows share one."""
-        return torch.arange(self.batch, device=self.device) // max(1, self.batch // self._n_prompts)
-
-
-@dataclass(frozen=True)
-class LayerSpan:
-    """Which blocks a run passes through: from ``start`` (its residual is given) up to, not including, ``stop``."""
-
-    start: int | None = None
-    stop: int | None = None
-
-
-class Scope:
-    """The lifetime of a group of hook functions. Compared by identity."""
-
-    def __init__(self, level: int) -> None:
-        self.level = level
-        self.closed = False
-
-
-_SCOPES: ContextVar[tuple[Scope, ...]] = ContextVar("pellucid_scopes", default=())
-_QUIET: ContextVar[bool] = ContextVar("pellucid_quiet", default=False)
-_RUN: ContextVar[RunContext | None] = ContextVar("pellucid_run", default=None)
-_GENERATION: ContextVar[GenerationRun | None] = ContextVar("pellucid_generation", default=None)
-_SPAN: ContextVar[LayerSpan] = ContextVar("pellucid_span", default=LayerSpan())  # noqa: B039 (frozen)
-
-
-def open_scope() -> Scope:
-    """Begin a scope in this thread or task."""
-    scopes = _SCOPES.get()
-    scope = Scope(level=len(scopes) + 1)
-    _SCOPES.set((*scopes, scope))
-    return scope
-
-
-def close_scope(scope: Scope) -> None:
-    """End a scope, whichever others are still open, and from whichever thread."""
-    scope.closed = True
-    _SCOPES.set(tuple(other for other in _SCOPES.get() if not other.closed))
-
-
-def is_quiet() -> bool:
-    """Whether hook points are silent because we are recomputing something beside the model."""
-    return _QUIET.get()
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Call modules of the model without any hook firing."""
-    token = _QUIET.set(True)
-    try:
-        yield
-    finally:
-        _QUIET.reset(token)
-
-
-def current_span() -> LayerSpan:
-    """The blocks that the current run passes through."""
-    return _SPAN.get()
-
-
-@contextmanager
-def layer_span(start: int | None, stop: int | None) -> Iterator[None]:
-    """Run from block ``start`` up to block ``stop``."""
-    token = _SPAN.set(LayerSpan(start, stop))
-    try:
-        yield
-    finally:
-        _SPAN.reset(token)
-
-
-@contextmanager
-def generation_run(n_prompts: int) -> Iterator[None]:
-    """Count the forwards of one ``generate``."""
-    token = _GENERATION.set(GenerationRun(n_prompts))
-    try:
-        yield
-    finally:
-        _GENERATION.reset(token)
-
-
-@contextmanager
-def forward_run(
-    batch: int,
-    length: int,
-    past_length: int,
-    device: torch.device,
-    tokens: Tensor | None,
-    attention_mask: Tensor | None,
-) -> Iterator[None]:
-    """Tell the hooks of one forward where in the sequence they are."""
-    generation = _GENERATION.get()
-    if generation is not None:
-        generation.step += 1
-    token = _RUN.set(RunContext(batch, length, past_length, device, tokens, attention_mask, generation))
-    try:
-        yield
-    finally:
-        _RUN.reset(token)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Handles and points
-# --------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class LensHandle:
     """One function attached to one point.
 
@@ -365,13 +196,22 @@ class HookPoint(nn.Module):
                 raise
         return handle
 
+    def attach_quietly(self, handle: LensHandle) -> None:
+        """Attach without telling :attr:`on_use`: for a caller that mounts many points at once."""
+        (self.fwd_hooks if handle.direction == "fwd" else self.bwd_hooks).append(handle)
+
+    def detach_quietly(self, handle: LensHandle) -> bool:
+        """Detach without telling :attr:`on_use`; whether it was attached."""
+        handles = self.fwd_hooks if handle.direction == "fwd" else self.bwd_hooks
+        if handle not in handles:
+            return False
+        handles.remove(handle)
+        return True
+
     def detach(self, handle: LensHandle) -> None:
         """Detach a function if it is attached."""
-        handles = self._by_direction()[handle.direction]
-        if handle in handles:
-            handles.remove(handle)
-            if self.on_use is not None:
-                self.on_use(self, -1)
+        if self.detach_quietly(handle) and self.on_use is not None:
+            self.on_use(self, -1)
 
     def handles(self, dir: Directions = "both", including_permanent: bool = True) -> list[LensHandle]:
         """The attached functions, forward ones first."""
@@ -381,14 +221,14 @@ class HookPoint(nn.Module):
         found += [] if dir == "fwd" else self.bwd_hooks
         return [handle for handle in found if including_permanent or not handle.is_permanent]
 
-    def has_hooks(
-        self, dir: Directions = "both", including_permanent: bool = True, level: int | None = None
-    ) -> bool:
+    def has_hooks(self, dir: Directions = "both", including_permanent: bool = True, level: int | None = None) -> bool:
         """Whether a function is attached (at context ``level``, if given)."""
         found = self.handles(dir, including_permanent)
         return any(level is None or handle.context_level == level for handle in found)
 
-    def remove_hooks(self, dir: Directions = "fwd", including_permanent: bool = False, level: int | None = None) -> None:
+    def remove_hooks(
+        self, dir: Directions = "fwd", including_permanent: bool = False, level: int | None = None
+    ) -> None:
         """Detach functions, of context ``level`` only if given."""
         for handle in self.handles(dir, including_permanent):
             if level is None or handle.context_level == level:
@@ -417,7 +257,7 @@ class HookPoint(nn.Module):
         Raises:
             InputError: no forward of a bridged model is running in this thread.
         """
-        run = _RUN.get()
+        run = current_run()
         if run is None:
             raise InputError("hook.run is known only while a forward of a bridged model is running.")
         return run
@@ -446,7 +286,13 @@ class HookPoint(nn.Module):
             private: the tensor is not ours to change (the caller owns it, or autograd has saved it): functions that may
                 write get a copy.
         """
-        forward = [handle for handle in self.fwd_hooks if _acts(handle)]
+        forward = self.fwd_hooks
+        if len(forward) == 1 and not self.bwd_hooks and forward[0].reads_only and self.hook_conversion is None:
+            # The common case of a cache: one function of ours that only looks.
+            if _acts(forward[0]):
+                forward[0].user_hook(value, hook=self)
+            return value
+        forward = [handle for handle in forward if _acts(handle)]
         backward = [handle for handle in self.bwd_hooks if _acts(handle)] if self.bwd_hooks else None
         if forward:
             value = self._run_forward(value, forward, private)
@@ -467,9 +313,9 @@ class HookPoint(nn.Module):
             shown = conversion.revert(shown)
             _check(shown, value, handles[-1], "the conversion rule's revert gave")
         if shown is not value and shown.stride() != value.stride():
-            shown = torch.empty_strided(
-                value.size(), value.stride(), dtype=value.dtype, device=value.device
-            ).copy_(shown)
+            shown = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device).copy_(
+                shown
+            )
         return shown
 
     def _register_backward(self, value: Tensor, handles: Sequence[LensHandle]) -> Tensor:
@@ -487,6 +333,12 @@ class HookPoint(nn.Module):
         return value
 
 
+def _direction(dir: str) -> Direction:
+    if dir not in ("fwd", "bwd"):
+        raise InputError(f"dir is 'fwd' or 'bwd'; found {dir!r}.")
+    return "fwd" if dir == "fwd" else "bwd"
+
+
 def _run_backward(point: HookPoint, handles: tuple[LensHandle, ...], gradient: Tensor) -> Tensor:
     conversion = point.hook_conversion
     shown = gradient if all(handle.reads_only for handle in handles) else gradient.clone()
@@ -498,7 +350,7 @@ def _run_backward(point: HookPoint, handles: tuple[LensHandle, ...], gradient: T
 
 
 def _acts(handle: LensHandle) -> bool:
-    return handle.scope is None or (not handle.scope.closed and handle.scope in _SCOPES.get())
+    return handle.scope is None or is_open(handle.scope)
 
 
 def _call(handle: LensHandle, shown: Tensor) -> Tensor:
@@ -570,4 +422,3 @@ def bits_differ(a: Tensor, b: Tensor) -> Tensor:
     """Elementwise: whether two tensors of one dtype differ in any bit (a NaN equals itself)."""
     integers = _INTEGERS[a.element_size()]
     return a.detach().view(integers) != b.detach().view(integers)
-

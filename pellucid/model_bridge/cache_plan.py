@@ -9,6 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from pellucid.activation_cache import GRADIENT
 from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import CacheTooLargeError, InputError
 from pellucid.hook_points import HookPoint
@@ -107,9 +108,10 @@ def refuse_large(plan: dict[str, int], limit: int | None) -> None:
 
 
 class Keeper:
-    """A caching function for one run: keeps what each point shows it.
+    """The caching function of one run: keeps what each point shows it, under the point's name.
 
     Args:
+        specs: the points it will be attached to.
         positions: which positions to keep.
         device: where to keep them, by default where they are.
         dtype: as what to keep floating-point ones, by default as they are.
@@ -118,38 +120,36 @@ class Keeper:
 
     def __init__(
         self,
+        specs: Sequence[HookSpec],
         positions: Tensor | slice,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
         copies: bool,
     ) -> None:
         self.kept: dict[str, Tensor] = {}
+        self._pos_axes = {spec.name: spec.pos_axis for spec in specs}
         self._positions = positions
-        self._whole = isinstance(positions, slice) and positions == slice(None)
+        self._as_is = isinstance(positions, slice) and positions == slice(None) and device is None and dtype is None
         self._device, self._dtype, self._copies = device, dtype, copies
 
-    def function(self, spec: HookSpec, suffix: str = "") -> _Keep:
-        """The hook function that keeps ``spec`` under its name and ``suffix``."""
-        return _Keep(self, spec.name + suffix, spec.pos_axis)
-
-    def keep(self, name: str, axis: int, tensor: Tensor) -> None:
-        """Keep one tensor."""
-        kept = tensor.detach()
-        if not self._whole:
-            kept = take_positions(kept, axis, self._positions)
-        if self._device is not None or self._dtype is not None:
-            kept = kept.to(device=self._device, dtype=self._dtype if kept.is_floating_point() else None)
-        part_of_larger = kept.untyped_storage().nbytes() != kept.nbytes
-        if part_of_larger or (self._copies and kept.data_ptr() == tensor.data_ptr()):
-            kept = kept.clone(memory_format=torch.contiguous_format)
-        self.kept[name] = kept
-
-
-class _Keep:
-    """Called by a hook point; see :class:`Keeper`."""
-
-    def __init__(self, keeper: Keeper, name: str, axis: int) -> None:
-        self._keeper, self._name, self._axis = keeper, name, axis
-
     def __call__(self, tensor: Tensor, hook: HookPoint) -> None:
-        self._keeper.keep(self._name, self._axis, tensor)
+        """Keep one tensor; called by a hook point."""
+        self.keep(tensor, str(hook.name), "")
+
+    def keep_gradient(self, tensor: Tensor, hook: HookPoint) -> None:
+        """Keep one gradient; called by a hook point."""
+        self.keep(tensor, str(hook.name), GRADIENT)
+
+    def keep(self, tensor: Tensor, name: str, suffix: str) -> None:
+        """Keep ``tensor`` under ``name + suffix``."""
+        kept = tensor.detach()
+        if not self._as_is:
+            kept = take_positions(kept, self._pos_axes[name], self._positions)
+            kept = kept.to(device=self._device, dtype=self._dtype if kept.is_floating_point() else None)
+        if self._copies:
+            if kept.data_ptr() == tensor.data_ptr():
+                kept = kept.clone(memory_format=torch.contiguous_format)
+        elif kept._is_view() and kept.untyped_storage().nbytes() != kept.nbytes:
+            # Part of a larger tensor, which it would keep alive.
+            kept = kept.clone(memory_format=torch.contiguous_format)
+        self.kept[name + suffix] = kept

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from pellucid.errors import InputError
-from pellucid.hook_points import generation_run
 from pellucid.model_bridge.mounting import ComponentTree
 from pellucid.model_bridge.tokens import TokenRules
+from pellucid.run_context import generation_run
 
 
 def generate(

@@ -191,9 +191,7 @@ def make_adapter(bloom: nn.Module) -> ArchitectureAdapter:
     return adapter
 
 
-def _refuse_unhandled(
-    config: Any, dtype: torch.dtype = torch.float32, device: str = "cpu"
-) -> TransformerBridgeConfig:
+def _refuse_unhandled(config: Any, dtype: torch.dtype = torch.float32, device: str = "cpu") -> TransformerBridgeConfig:
     from transformers import BloomConfig
 
     return config_from_huggingface(config, frozenset(BloomConfig().to_dict()), dtype, device)

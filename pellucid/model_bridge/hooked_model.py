@@ -13,19 +13,11 @@ from torch import Tensor, nn
 
 from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import GradientError, HookDisabledError, HookUnreachableError, InputError
-from pellucid.hook_points import (
-    Direction,
-    Directions,
-    HookFunction,
-    HookPoint,
-    LensHandle,
-    Scope,
-    close_scope,
-    open_scope,
-)
+from pellucid.hook_points import Direction, Directions, HookFunction, HookPoint, LensHandle
 from pellucid.model_bridge.generalized_components import GeneralizedComponent
 from pellucid.model_bridge.mounting import ComponentTree
 from pellucid.names import Flag, HookSpec, NamesFilter
+from pellucid.run_context import Scope, close_scope, open_scope
 
 HookRequest: TypeAlias = tuple[NamesFilter, HookFunction]
 """``(name, glob, list or predicate, function)``."""
@@ -126,7 +118,7 @@ class HookedModel(nn.Module):
         """The Hugging Face model's buffers under its own names."""
         return self.original_model.named_buffers(prefix, recurse, remove_duplicate)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The Hugging Face model's state under its own names."""
         return self.original_model.state_dict(*args, **kwargs)
 
@@ -136,7 +128,8 @@ class HookedModel(nn.Module):
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """Hugging Face's ``save_pretrained``."""
-        return self.original_model.save_pretrained(*args, **kwargs)
+        model: Any = self.original_model
+        return model.save_pretrained(*args, **kwargs)
 
     def detach(self) -> nn.Module:
         """Take everything of ours off the model and give it back, the very same object."""
@@ -166,7 +159,9 @@ class HookedModel(nn.Module):
             InputError: ``use_split_qkv_input`` is on.
         """
         if use_attn_in and self.cfg.use_split_qkv_input:
-            raise InputError("use_split_qkv_input is on: call set_use_split_qkv_input(False) before set_use_attn_in(True).")
+            raise InputError(
+                "use_split_qkv_input is on: call set_use_split_qkv_input(False) before set_use_attn_in(True)."
+            )
         self._set_flag("use_attn_in", use_attn_in)
 
     def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
@@ -266,7 +261,9 @@ class HookedModel(nn.Module):
             reset_hooks_end: ``False`` leaves the functions on after the block, as if added with :meth:`add_hook`.
             clear_contexts: empty the ``ctx`` of every point at the end.
         """
-        with self._attached(self._requests(fwd_hooks, "fwd") + self._requests(bwd_hooks, "bwd"), keep=not reset_hooks_end):
+        with self._attached(
+            self._requests(fwd_hooks, "fwd") + self._requests(bwd_hooks, "bwd"), keep=not reset_hooks_end
+        ):
             try:
                 yield self
             finally:
@@ -279,7 +276,9 @@ class HookedModel(nn.Module):
         handles = []
         for names_filter, function in requests:
             if not callable(function):
-                raise InputError(f"A hook is (name, function); found {function!r} as the function for {names_filter!r}.")
+                raise InputError(
+                    f"A hook is (name, function); found {function!r} as the function for {names_filter!r}."
+                )
             for spec, asked in self._select(names_filter, direction, "a hook's name", span):
                 handles.append(LensHandle(self._tree.point(spec.name), function, direction, asked))
         return handles
@@ -302,7 +301,13 @@ class HookedModel(nn.Module):
         """Points that a run from block ``start`` up to block ``stop`` passes; a named one it does not pass is refused."""
         start, stop = span
         passed = [(spec, asked) for spec, asked in chosen if runs_through(spec, start, stop, self.cfg.n_layers)]
-        named = [names_filter] if isinstance(names_filter, str) else names_filter if isinstance(names_filter, Sequence) else []
+        named = (
+            [names_filter]
+            if isinstance(names_filter, str)
+            else names_filter
+            if isinstance(names_filter, Sequence)
+            else []
+        )
         names = {self._tree.index[name].name for name in named if name in self._tree.index}
         missed = [asked for spec, asked in chosen if spec.name in names and (spec, asked) not in passed]
         if missed or not passed:
@@ -316,20 +321,18 @@ class HookedModel(nn.Module):
     def _attached(self, handles: Sequence[LensHandle], keep: bool = False) -> Iterator[Scope]:
         """Attach prepared functions for the length of a block."""
         scope = open_scope()
-        attached: list[LensHandle] = []
+        for handle in handles:
+            handle.scope = scope
         try:
-            for handle in handles:
-                handle.scope = scope
-                handle.point.attach(handle)
-                attached.append(handle)
+            self._tree.attach(handles)
             yield scope
         finally:
             close_scope(scope)
-            for handle in attached:
-                if keep:
+            if keep:
+                for handle in handles:
                     handle.scope = None
-                else:
-                    handle.remove()
+            else:
+                self._tree.detach(handles)
 
     def reset_hooks(
         self,

@@ -8,9 +8,7 @@ from torch import Tensor
 from pellucid.errors import InputError
 
 
-def next_token_loss(
-    logits: Tensor, tokens: Tensor, attention_mask: Tensor | None, per_token: bool = False
-) -> Tensor:
+def next_token_loss(logits: Tensor, tokens: Tensor, attention_mask: Tensor | None, per_token: bool = False) -> Tensor:
     """Cross-entropy of each token given those before it, in nats, in float32 at least.
 
     A position counts when it and its target are both real tokens: what a padding position predicts, the first real token

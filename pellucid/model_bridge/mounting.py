@@ -18,8 +18,8 @@ import copy
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
@@ -73,6 +73,7 @@ class ComponentTree:
                 self.components[f"blocks.{layer}.{name}"] = child
         adapter.link_outer(self.components, self.blocks)
         self._users: dict[str, int] = {}
+        self._needs: dict[HookPoint, tuple[str, ...]] = {}
         self._mounted: dict[str, Mounted] = {}
         self._copied = False
         self._place_all()
@@ -109,7 +110,8 @@ class ComponentTree:
             HookNameError: there is none.
         """
         spec = self.index[name]
-        return self.components[spec.component].point(spec.site)
+        component = self.components[spec.component]
+        return component._points.get(spec.site) or component.point(spec.site)
 
     def live_points(self) -> Iterator[HookPoint]:
         """Points that have been made."""
@@ -123,49 +125,77 @@ class ComponentTree:
 
     def on_use(self, point: HookPoint, change: int) -> None:
         """A point came into use (+1) or is no longer in use (-1): mount or unmount what fires it."""
+        needed = dict.fromkeys(self._needed(point), 1)
         if change > 0:
-            self.retain(self._needed(point))
+            self._retain(needed)
         else:
-            self.release(self._needed(point))
+            self._release(needed)
 
-    def _needed(self, point: HookPoint) -> list[str]:
-        spec = self.index[str(point.name)]
-        needed = [spec.component, "backbone"]
-        if spec.flag in ("use_attn_in", "use_split_qkv_input"):
-            needed.append(f"blocks.{spec.layer}")  # it knows the residual before the norm
+    def attach(self, handles: Sequence[LensHandle]) -> None:
+        """Attach functions to their points, mounting what fires them once for all."""
+        self._retain(self._needed_by(handles))
+        for handle in handles:
+            handle.point.attach_quietly(handle)
+
+    def detach(self, handles: Sequence[LensHandle]) -> None:
+        """Detach those of ``handles`` that are attached."""
+        self._release(self._needed_by([handle for handle in handles if handle.point.detach_quietly(handle)]))
+
+    def _needed_by(self, handles: Iterable[LensHandle]) -> dict[str, int]:
+        needed: dict[str, int] = {}
+        for handle in handles:
+            for name in self._needs.get(handle.point) or self._needed(handle.point):
+                needed[name] = needed.get(name, 0) + 1
+        return needed
+
+    def _needed(self, point: HookPoint) -> tuple[str, ...]:
+        """The components that have to be mounted for a point to fire."""
+        needed = self._needs.get(point)
+        if needed is None:
+            spec = self.index[str(point.name)]
+            needed = (spec.component, "backbone")
+            if spec.flag in ("use_attn_in", "use_split_qkv_input"):
+                needed = (*needed, f"blocks.{spec.layer}")  # it knows the residual before the norm
+            self._needs[point] = needed
         return needed
 
     # -- mounting ------------------------------------------------------------------------------------------------------
 
-    def retain(self, names: Iterable[str]) -> None:
-        """Mount components, or count one more user of those that are."""
-        with _LOCK, ExitStack() as undo:
-            for name in names:
-                users = self._users.get(name, 0)
-                if users == 0:
-                    self._mount(name)
-                self._users[name] = users + 1
-                undo.callback(self.release, [name])
-            undo.pop_all()
-
-    def release(self, names: Iterable[str]) -> None:
-        """Count one user less, and unmount components that have none left."""
+    def _retain(self, needed: Mapping[str, int]) -> None:
+        """Mount components, or count more users of those that are."""
+        done: dict[str, int] = {}
         with _LOCK:
-            for name in names:
-                self._users[name] -= 1
-                if self._users[name] == 0:
+            try:
+                for name, count in needed.items():
+                    users = self._users.get(name, 0)
+                    if users == 0:
+                        self._mount(name)
+                    self._users[name] = users + count
+                    done[name] = count
+            except BaseException:
+                self._release(done)
+                raise
+
+    def _release(self, needed: Mapping[str, int]) -> None:
+        """Count users less, and unmount components that have none left."""
+        with _LOCK:
+            for name, count in needed.items():
+                left = self._users[name] - count
+                if left:
+                    self._users[name] = left
+                else:
                     del self._users[name]
                     self._unmount(name)
 
     @contextmanager
     def mounted(self, names: Iterable[str]) -> Iterator[None]:
         """Keep components mounted for the length of a block."""
-        held = list(names)
-        self.retain(held)
+        held = Counter(names)
+        self._retain(held)
         try:
             yield
         finally:
-            self.release(held)
+            self._release(held)
 
     def is_mounted(self) -> bool:
         """Whether anything of ours stands on the model."""
@@ -179,14 +209,14 @@ class ComponentTree:
         slot = "_old_forward" if "_old_forward" in vars(module) else "forward"
         previous = vars(module).get(slot, _MISSING)
         native = type(module).forward.__get__(module) if previous is _MISSING else previous
-        component.engine = Engine(module, native)
+        vars(component)["engine"] = Engine(module, native)  # not through nn.Module's slow attribute setting
         ours = component.forward
         self._mounted[name] = Mounted(module, slot, previous, ours)
         vars(module)[slot] = ours
 
     def _unmount(self, name: str) -> None:
         mounted = self._mounted.pop(name)
-        self.components[name].engine = None
+        vars(self.components[name])["engine"] = None
         state = vars(mounted.module)
         if state.get(mounted.slot, _MISSING) != mounted.ours:
             warnings.warn(
@@ -200,9 +230,15 @@ class ComponentTree:
         else:
             state[mounted.slot] = mounted.previous
 
-    def all_modules(self) -> list[nn.Module]:
-        """The model's modules, for looking at hooks that others have put on them."""
-        return list(self.root.modules())
+    def has_torch_hooks(self) -> bool:
+        """Whether somebody has put torch hooks of their own on the model, which may write to tensors."""
+        waiting: list[nn.Module] = [self.root]
+        while waiting:
+            module = waiting.pop()
+            if module._forward_hooks or module._forward_pre_hooks:
+                return True
+            waiting.extend(child for child in module._modules.values() if child is not None)
+        return False
 
     # -- copies --------------------------------------------------------------------------------------------------------
 
@@ -227,7 +263,7 @@ class ComponentTree:
         if not self._copied:
             return
         self._copied = False
-        self._users = dict(Counter(name for handle in self.handles() for name in self._needed(handle.point)))
+        self._users = self._needed_by(self.handles())
         for name in [name for name in self._mounted if name not in self._users]:
             self._unmount(name)
 

@@ -221,9 +221,7 @@ def _install_on_fused(block: Any, tail: str, edit: Edit) -> list[Any]:
     if site in ("hook_q", "hook_k", "hook_v"):
         index = _PART[site[-1]]
         return [
-            _on_output(
-                fused, lambda out: _replace_parts(out, n_heads, {index: edit(_take_part(out, n_heads, index))})
-            )
+            _on_output(fused, lambda out: _replace_parts(out, n_heads, {index: edit(_take_part(out, n_heads, index))}))
         ]
     if site in ("q.hook_in", "k.hook_in", "v.hook_in"):
         index = _PART[site[0]]

@@ -75,9 +75,11 @@ class CheckReport:
 
     def to_json(self) -> str:
         """Everything, as JSON."""
-        return json.dumps({"model": self.model, "dtype": self.dtype, "ok": self.ok} | {
-            "results": [asdict(result) for result in self.results]
-        }, indent=1)
+        return json.dumps(
+            {"model": self.model, "dtype": self.dtype, "ok": self.ok}
+            | {"results": [asdict(result) for result in self.results]},
+            indent=1,
+        )
 
     def __str__(self) -> str:
         width = max((len(result.name) for result in self.results), default=0)
@@ -200,8 +202,16 @@ class _Checker:
         for layer in range(self.cfg.n_layers):
             pre = cache[f"blocks.{layer}.ln1.hook_out"] if post_norm else cache["resid_pre", layer]
             mid = cache[f"blocks.{layer}.mlp.hook_in"] if post_norm else cache["resid_mid", layer]
-            yield self.line(f"layer {layer}: resid + attn_out = resid_mid", pre + cache["attn_out", layer] - cache["resid_mid", layer], 0)
-            yield self.line(f"layer {layer}: resid + mlp_out = resid_post", mid + cache["mlp_out", layer] - cache["resid_post", layer], 0)
+            yield self.line(
+                f"layer {layer}: resid + attn_out = resid_mid",
+                pre + cache["attn_out", layer] - cache["resid_mid", layer],
+                0,
+            )
+            yield self.line(
+                f"layer {layer}: resid + mlp_out = resid_post",
+                mid + cache["mlp_out", layer] - cache["resid_post", layer],
+                0,
+            )
 
     def patterns(self) -> Check:
         mask = torch.ones_like(self.tokens)

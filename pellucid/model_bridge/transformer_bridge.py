@@ -17,9 +17,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pellucid.activation_cache import GRADIENT, ActivationCache
+from pellucid.activation_cache import ActivationCache
 from pellucid.errors import GradientError, InputError
-from pellucid.hook_points import LensHandle, Scope, layer_span
+from pellucid.hook_points import LensHandle
 from pellucid.model_bridge.cache_plan import Keeper, PosSlice, RunSize, cache_bytes, kept_positions, refuse_large
 from pellucid.model_bridge.generalized_components.base import StopForward
 from pellucid.model_bridge.generation import generate
@@ -28,9 +28,11 @@ from pellucid.model_bridge.hooked_model import HookedModel, HookRequest, runs_th
 from pellucid.model_bridge.losses import next_token_loss
 from pellucid.model_bridge.mounting import ComponentTree
 from pellucid.model_bridge.self_check import CheckReport, run_checks
+from pellucid.model_bridge.token_methods import TokenMethods
 from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, TokenRules, check_choice, check_mask
 from pellucid.model_bridge.weight_views import WeightViews
 from pellucid.names import HookSpec, NamesFilter
+from pellucid.run_context import Scope, layer_span
 
 ReturnType = Literal["logits", "loss", "both"] | None
 
@@ -66,7 +68,7 @@ class Prepared:
         return RunSize(batch, pos, key_pos)
 
 
-class TransformerBridge(WeightViews, HookedModel):
+class TransformerBridge(WeightViews, HookedModel, TokenMethods):
     """A BLOOM model whose every activation can be read and changed.
 
     Args:
@@ -134,7 +136,9 @@ class TransformerBridge(WeightViews, HookedModel):
                 "max_memory": max_memory,
                 "offload_folder": offload_folder,
             }
-            given = [name for name, value in unused.items() if value is not None] + ([] if load_weights else ["load_weights"])
+            given = [name for name, value in unused.items() if value is not None] + (
+                [] if load_weights else ["load_weights"]
+            )
             if given:
                 raise InputError(
                     f"hf_model is used as it is: {', '.join(given)} would have no effect. Convert or move the model "
@@ -171,22 +175,13 @@ class TransformerBridge(WeightViews, HookedModel):
         super().__setstate__(state)
         self._tree.settle()
 
-    # -- tokens --------------------------------------------------------------------------------------------------------
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer, the very object that was given; ``None`` if there is none."""
-        return self._rules.tokenizer
-
-    @tokenizer.setter
-    def tokenizer(self, tokenizer: Any) -> None:
-        self._rules.tokenizer = tokenizer
+    # -- the model's place and dtype -----------------------------------------------------------------------------------
 
     @property
     def device(self) -> torch.device:
         """Where token ids are sent."""
         parameter = self._tree.components["embed"].module.weight
-        return torch.device(self.cfg.device or "cpu") if parameter.is_meta else parameter.device
+        return torch.device(self.cfg.device or "cpu") if parameter.is_meta else torch.device(parameter.device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -208,94 +203,6 @@ class TransformerBridge(WeightViews, HookedModel):
         if not parameter.is_meta:
             self.cfg.device = str(parameter.device)
         return self
-
-    def to_tokens(
-        self,
-        input: str | Sequence[str],
-        prepend_bos: bool | None = None,
-        padding_side: PaddingSide | None = None,
-        move_to_device: bool = True,
-        truncate: Literal[False] = False,
-    ) -> Tensor:
-        """Token ids ``[batch, pos]`` of a string or strings, exactly as ``tokenizer(text)`` gives them.
-
-        Args:
-            input: text.
-            prepend_bos: put the beginning-of-sequence token first; by default not, as BLOOM was trained.
-            padding_side: of shorter rows; by default the tokenizer's.
-            move_to_device: put them where the model is.
-            truncate: only ``False``: nothing is cut off. BLOOM has no longest input.
-
-        Raises:
-            InputError: no tokenizer, empty text, ``truncate=True``.
-        """
-        if truncate:
-            raise InputError("Nothing is cut off: shorten the tokens yourself, to_tokens(text)[:, :n].")
-        tokens, _ = self._rules.encode(input, prepend_bos, padding_side)
-        return tokens.to(self.device) if move_to_device else tokens
-
-    def to_string(self, tokens: Tensor | Sequence[int] | int) -> str | list[str]:
-        """Text of ``[pos]`` ids, or a list of texts of ``[batch, pos]`` ids."""
-        return self._rules.decode(tokens)
-
-    def to_str_tokens(
-        self,
-        input: TextOrTokens,
-        prepend_bos: bool | None = None,
-        padding_side: PaddingSide | None = None,
-    ) -> list[str] | list[list[str]]:
-        """Each token's text; a list of lists for several rows. Part of a character decodes to U+FFFD."""
-        if isinstance(input, Tensor):
-            rows = input if input.dim() == 2 else input.reshape(1, -1)
-            texts = [[str(self._rules.decode([token])) for token in row] for row in rows.tolist()]
-            return texts if input.dim() == 2 and len(texts) > 1 else texts[0]
-        if isinstance(input, str):
-            return self.to_str_tokens(self._rules.encode(input, prepend_bos, padding_side)[0][0])
-        return [self.to_str_tokens(text, prepend_bos, padding_side) for text in input]  # type: ignore[misc]
-
-    def to_single_token(self, string: str) -> int:
-        """The id of a string that is one token.
-
-        Raises:
-            InputError: it is not.
-        """
-        return self._rules.single_token(string)
-
-    def to_single_str_token(self, int_token: int) -> str:
-        """The text of one token."""
-        return str(self._rules.decode([int_token]))
-
-    def get_token_position(
-        self,
-        single_token: str | int,
-        input: TextOrTokens,
-        mode: Literal["first", "last"] = "first",
-        prepend_bos: bool | None = None,
-        padding_side: PaddingSide | None = None,
-    ) -> int:
-        """Where a token stands in a prompt.
-
-        Raises:
-            InputError: it does not occur, several rows were given, or the mode is another.
-        """
-        check_choice("mode", mode, ("first", "last"))
-        token = self.to_single_token(single_token) if isinstance(single_token, str) else int(single_token)
-        tokens = input if isinstance(input, Tensor) else self._rules.encode(input, prepend_bos, padding_side)[0]
-        row = self._rules.check(tokens)
-        if row.shape[0] != 1:
-            raise InputError(f"get_token_position looks at one prompt; found {row.shape[0]}.")
-        places = (row[0] == token).nonzero()[:, 0].tolist()
-        if not places:
-            raise InputError(f"The token {single_token!r} does not occur in the prompt.")
-        return int(places[0] if mode == "first" else places[-1])
-
-    def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Tensor:
-        """The unembedding vectors of tokens: ``[d_model]`` for one, else ``[..., d_model]``."""
-        if isinstance(tokens, str):
-            tokens = self.to_single_token(tokens)
-        ids = torch.as_tensor(tokens, device=self.W_U.device)
-        directions = self.W_U.T[ids]
-        return directions[0] if ids.dim() == 1 and ids.numel() == 1 else directions
 
     # -- running -------------------------------------------------------------------------------------------------------
 
@@ -387,7 +294,9 @@ class TransformerBridge(WeightViews, HookedModel):
     def _check_residual(self, residual: Any) -> Tensor:
         d_model = self.cfg.d_model
         if not isinstance(residual, Tensor) or not residual.is_floating_point():
-            raise InputError(f"start_at_layer takes the residual [batch, pos, {d_model}]; found {type(residual).__name__}.")
+            raise InputError(
+                f"start_at_layer takes the residual [batch, pos, {d_model}]; found {type(residual).__name__}."
+            )
         if residual.dim() != 3 or residual.shape[-1] != d_model or residual.numel() == 0:
             raise InputError(
                 f"start_at_layer takes the residual [batch, pos, {d_model}]; found shape {tuple(residual.shape)}."
@@ -588,10 +497,15 @@ class TransformerBridge(WeightViews, HookedModel):
         if max_cache_bytes is not None:
             refuse_large(cache_bytes(specs, self.cfg, prepared.size(), pos_slice, dtype), max_cache_bytes)
         positions = kept_positions(pos_slice, prepared.given.shape[1])
-        keeper = Keeper(positions, device, dtype, copies=self._others_may_write())
-        handles = [_keep(self, spec, keeper, "fwd") for spec in specs]
+        keeper = Keeper(specs, positions, device, dtype, copies=self._others_may_write())
+        points = [self._tree.point(spec.name) for spec in specs]
+        handles = [LensHandle(point, keeper, "fwd", point.name, reads_only=True) for point in points]
         if incl_bwd:
-            handles += [_keep(self, spec, keeper, "bwd") for spec in specs if spec.kind != "int"]
+            handles += [
+                LensHandle(point, keeper.keep_gradient, "bwd", point.name, reads_only=True)
+                for spec, point in zip(specs, points, strict=True)
+                if spec.kind != "int"
+            ]
         with self._attached(handles, keep=not reset_hooks_end):
             try:
                 output = self._finish(prepared, self._run(prepared), return_type, loss_per_token)
@@ -622,7 +536,7 @@ class TransformerBridge(WeightViews, HookedModel):
         """Whether anything but our caching could change a tensor in place after it was kept."""
         if self._tree.is_mounted() and any(not handle.reads_only for handle in self._tree.handles()):
             return True
-        return any(module._forward_hooks or module._forward_pre_hooks for module in self._tree.all_modules())
+        return self._tree.has_torch_hooks()
 
     def estimate_cache(
         self,
@@ -727,7 +641,9 @@ class TransformerBridge(WeightViews, HookedModel):
             wants_text = return_type == "str" or (return_type == "input" and not isinstance(input, Tensor))
             if wants_text:
                 texts = self._rules.texts_without_padding(output, prepared.tokens.shape[1], prepared.attention_mask)
-                output = texts[0] if isinstance(input, str) or len(texts) == 1 and isinstance(input, Tensor) else texts
+                output = (
+                    texts[0] if isinstance(input, str) or (len(texts) == 1 and isinstance(input, Tensor)) else texts
+                )
         return (output, prepared.tokens) if return_input_tokens else output
 
     # -- checking ------------------------------------------------------------------------------------------------------
@@ -749,12 +665,6 @@ class TransformerBridge(WeightViews, HookedModel):
         return run_checks(self, self._tree, tokens, layers, progress)
 
 
-def _keep(bridge: TransformerBridge, spec: HookSpec, keeper: Keeper, direction: Literal["fwd", "bwd"]) -> LensHandle:
-    point = bridge._tree.point(spec.name)
-    suffix = GRADIENT if direction == "bwd" else ""
-    return LensHandle(point, keeper.function(spec, suffix), direction, spec.name, reads_only=True)
-
-
 def _refuse_backward(scope: Scope, gradient: Tensor) -> None:
     if scope.closed:
         raise GradientError(
@@ -762,5 +672,3 @@ def _refuse_backward(scope: Scope, gradient: Tensor) -> None:
             "then: its gradients would be those of the unhooked model. Use `with bridge.hooks(...):` around forward and "
             "backward, or switch gradient checkpointing off."
         )
-
-

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from pellucid.model_bridge.mounting import ComponentTree
+from pellucid.model_bridge.tokens import TokenRules
+from pellucid.run_context import quiet
 
 
 class WeightViews:
     """``W_Q`` and its kin. ``bridge.blocks[i].attn.W_Q`` is a writable view; ``bridge.W_Q`` stacks copies over layers."""
 
     _tree: ComponentTree
+    _rules: TokenRules
 
     @property
     def W_E(self) -> Tensor:
         """``[d_vocab, d_model]``: ``word_embeddings``, before the embedding norm."""
-        return self._component("embed").W_E
+        return cast(Tensor, self._component("embed").W_E)
 
     @property
     def W_E_eff(self) -> Tensor:
@@ -27,8 +30,6 @@ class WeightViews:
         BLOOM has no position embedding, so the embedding norm of ``word_embeddings`` is one table; circuits from token to
         token start from it.
         """
-        from pellucid.hook_points import quiet
-
         with quiet(), torch.no_grad():
             norm = self._tree.components["embed_ln"].module
             return torch.cat([norm(rows) for rows in self.W_E.split(16384)])
@@ -36,12 +37,12 @@ class WeightViews:
     @property
     def W_U(self) -> Tensor:
         """``[d_model, d_vocab]``, a view."""
-        return self._component("unembed").W_U
+        return cast(Tensor, self._component("unembed").W_U)
 
     @property
     def b_U(self) -> Tensor:
         """``[d_vocab]``."""
-        return self._component("unembed").b_U
+        return cast(Tensor, self._component("unembed").b_U)
 
     @property
     def W_Q(self) -> Tensor:
@@ -102,6 +103,14 @@ class WeightViews:
     def b_out(self) -> Tensor:
         """``[n_layers, d_model]``."""
         return torch.stack([block.mlp.b_out for block in self._blocks()])
+
+    def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Tensor:
+        """The unembedding vectors of tokens: ``[d_model]`` for one, else ``[..., d_model]``."""
+        if isinstance(tokens, str):
+            tokens = self._rules.single_token(tokens)
+        ids = torch.as_tensor(tokens, device=self.W_U.device)
+        directions = self.W_U.T[ids]
+        return directions[0] if ids.dim() == 1 and ids.numel() == 1 else directions
 
     def _component(self, name: str) -> Any:
         return self._tree.components[name]

@@ -16,14 +16,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, TypeAlias, cast, overload
+from typing import Any, ClassVar, NamedTuple, TypeAlias, cast, overload
 
 import torch
 from torch import Tensor, nn
 
 from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
 from pellucid.errors import HookNameError, NotSetUpError, WeightError
-from pellucid.hook_points import HookPoint, is_quiet
+from pellucid.hook_points import HookPoint
+from pellucid.run_context import is_quiet
 
 
 class Site:
@@ -44,8 +45,7 @@ class Site:
         return self if component is None else component.point(self.name)
 
 
-@dataclass(frozen=True)
-class Engine:
+class Engine(NamedTuple):
     """What a mounted component runs: the module it stands in for and the forward that was there."""
 
     module: nn.Module
@@ -134,14 +134,17 @@ class GeneralizedComponent(nn.Module):
     @property
     def original_component(self) -> nn.Module | None:
         """The Hugging Face module, ``None`` before :meth:`set_original_component`."""
-        if self._place is not None:
-            root, path = self._place
-            return root.get_submodule(path)
-        return self._modules.get("_original_component")
+        if self._place is None:
+            return self._modules.get("_original_component")
+        module: nn.Module | None
+        module, path = self._place
+        for part in path.split("."):
+            module = module._modules[part] if module is not None else None
+        return module
 
     @property
-    def module(self) -> nn.Module:
-        """The Hugging Face module.
+    def module(self) -> Any:
+        """The Hugging Face module. ``Any``: its children are Hugging Face's to name, and looked up when used.
 
         Raises:
             NotSetUpError: there is none yet.

@@ -22,10 +22,10 @@ from torch.nn import functional as F
 
 from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
 from pellucid.errors import InputError
-from pellucid.hook_points import is_quiet
 from pellucid.model_bridge.generalized_components.base import GeneralizedComponent
 from pellucid.model_bridge.generalized_components.bloom_mlp import sum_of_slices
 from pellucid.model_bridge.generalized_components.joint_qkv_attention import JointQKVAttentionBridge
+from pellucid.run_context import is_quiet
 
 
 class BloomAttentionBridge(JointQKVAttentionBridge):
@@ -109,9 +109,7 @@ class BloomAttentionBridge(JointQKVAttentionBridge):
         output = residual + F.dropout(contribution, p=attention.hidden_dropout, training=attention.training)
         return self.fire("hook_out", output), pattern
 
-    def alibi_scores(
-        self, q_bnqh: Tensor, k_bnkh: Tensor, alibi: Tensor, attention_mask: Tensor | None
-    ) -> Tensor:
+    def alibi_scores(self, q_bnqh: Tensor, k_bnkh: Tensor, alibi: Tensor, attention_mask: Tensor | None) -> Tensor:
         """``alibi + q k^T / sqrt(d_head) + mask``, ``[batch, n_heads, pos, key_pos]``, in one fused product.
 
         Raises:

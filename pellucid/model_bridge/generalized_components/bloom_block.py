@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
-from pellucid.hook_points import current_span, forward_run, is_quiet
 from pellucid.model_bridge.generalized_components.base import GeneralizedComponent, StopForward
 from pellucid.model_bridge.generalized_components.block import BlockBridge
 from pellucid.model_bridge.generalized_components.joint_qkv_attention import PRE_NORM
+from pellucid.run_context import current_span, forward_run, is_quiet
 
 BRANCH_POINTS: tuple[tuple[str, str, str], ...] = (
     # site of the block, child, site of the child
@@ -79,12 +79,22 @@ class BloomBlockBridge(BlockBridge):
         residual = self.fire("hook_in", hidden_states, private=span.start is not None)
         if self.layer_index is not None and self.layer_index == span.stop:
             raise StopForward(residual)
-        token = PRE_NORM.set((residual, self.module.input_layernorm))
-        try:
-            output, *rest = self.call_original(residual, *args, **kwargs)
-        finally:
-            PRE_NORM.reset(token)
-        return (self.fire("hook_out", output), *rest)
+        outputs: tuple[Any, ...]
+        if self._feeds_heads():
+            token = PRE_NORM.set((residual, self.module.input_layernorm))
+            try:
+                outputs = self.call_original(residual, *args, **kwargs)
+            finally:
+                PRE_NORM.reset(token)
+        else:
+            outputs = self.call_original(residual, *args, **kwargs)
+        if "hook_out" not in self._points:
+            return outputs
+        return (self.fire("hook_out", outputs[0]), *outputs[1:])
+
+    def _feeds_heads(self) -> bool:
+        """Whether attention's per-head inputs are switched on, which are copies of this block's residual."""
+        return self.config is not None and (self.config.use_attn_in or self.config.use_split_qkv_input)
 
 
 class BackboneBridge(GeneralizedComponent):
@@ -115,5 +125,3 @@ class BackboneBridge(GeneralizedComponent):
         past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
         with forward_run(given.shape[0], given.shape[1], past, given.device, input_ids, attention_mask):
             return self.call_original(**arguments)
-
-

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 
 from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
 from pellucid.errors import InputError
-from pellucid.hook_points import is_quiet
 from pellucid.model_bridge.generalized_components.base import GeneralizedComponent, readable_parameter
 from pellucid.model_bridge.generalized_components.linear import LinearBridge
 from pellucid.model_bridge.generalized_components.mlp import MLPBridge
+from pellucid.run_context import is_quiet
 
 
 def sum_of_slices(x: Tensor, linear: nn.Linear, count: int) -> Tensor:

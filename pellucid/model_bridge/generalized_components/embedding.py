@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from pellucid.hook_points import is_quiet
 from pellucid.model_bridge.generalized_components.base import GeneralizedComponent, readable_parameter
+from pellucid.run_context import is_quiet
 
 
 class EmbeddingBridge(GeneralizedComponent):

@@ -23,7 +23,7 @@ from pellucid.conversion_utils.conversion_steps.chain_tensor_conversion import C
 from pellucid.conversion_utils.conversion_steps.rearrange_tensor_conversion import RearrangeTensorConversion
 from pellucid.conversion_utils.fused_qkv import PARTS, Part
 from pellucid.errors import InputError, NotSetUpError
-from pellucid.hook_points import HookPoint, bits_differ, is_quiet, quiet
+from pellucid.hook_points import HookPoint, bits_differ
 from pellucid.model_bridge.generalized_components.attention import AttentionBridge
 from pellucid.model_bridge.generalized_components.base import (
     GeneralizedComponent,
@@ -33,12 +33,18 @@ from pellucid.model_bridge.generalized_components.base import (
     splice,
 )
 from pellucid.model_bridge.generalized_components.linear import LinearBridge
+from pellucid.run_context import is_quiet, quiet
 
 SplitFunction = Callable[[nn.Module], tuple[nn.Module, nn.Module, nn.Module]]
 """The original attention to its query, key and value transformations ``[..., d_model] -> [..., n_heads * d_head]``."""
 
 PRE_NORM: ContextVar[tuple[Tensor, nn.Module] | None] = ContextVar("pellucid_pre_norm", default=None)
 """The residual before the block's first norm, and that norm: what the per-head inputs are copies of."""
+
+INPUT_SITE: Mapping[Part, str] = {part: f"hook_{part}_in" for part in PARTS}
+PER_HEAD_SITE: Mapping[Part, str] = {part: f"hook_{part}_input" for part in PARTS}
+INPUT_SITES = frozenset({"hook_attn_in", *INPUT_SITE.values(), *PER_HEAD_SITE.values()})
+"""Sites on inputs that feed one of queries, keys and values, or one head."""
 
 
 class FusedPart(nn.Linear):
@@ -91,6 +97,10 @@ def split_fused(attention: nn.Module, n_heads: int) -> tuple[FusedPart, FusedPar
     """The three parts of ``attention.query_key_value``."""
     q, k, v = (FusedPart(attention, part, n_heads) for part in PARTS)
     return q, k, v
+
+
+def _by_head(flat: Tensor, n_heads: int) -> Tensor:
+    return flat.reshape(*flat.shape[:-1], n_heads, -1)
 
 
 class JointQKVAttentionBridge(AttentionBridge):
@@ -183,12 +193,14 @@ class JointQKVAttentionBridge(AttentionBridge):
         if self._own_split is None:
             native = fused_qkv.split_activation(self.module.query_key_value(hidden_states), self.n_heads)
         else:
-            native = cast(
-                "tuple[Tensor, Tensor, Tensor]",
-                tuple(
-                    part(hidden_states).unflatten(-1, (self.n_heads, -1)) for part in self._own_split.values()
-                ),
+            own = self._own_split
+            native = (
+                _by_head(own["q"](hidden_states), self.n_heads),
+                _by_head(own["k"](hidden_states), self.n_heads),
+                _by_head(own["v"](hidden_states), self.n_heads),
             )
+        if self._points.keys().isdisjoint(INPUT_SITES):
+            return native
         shared = self._fire_per_head("hook_attn_in")
         q, k, v = (
             self._with_own_input(part, values, hidden_states, shared)
@@ -200,15 +212,15 @@ class JointQKVAttentionBridge(AttentionBridge):
         self, part: Part, native: Tensor, hidden_states: Tensor, shared: tuple[Tensor, Tensor] | None
     ) -> Tensor:
         """One part, recomputed where a hook changed the input that feeds it alone."""
-        site = f"hook_{part}_in"
-        if self.is_live(site):
-            looks = self.only_reads(site)
-            edited = self.fire(site, hidden_states, private=True)
-            if not looks:
-                changed = bits_differ(edited, hidden_states).any(-1)[..., None, None]
-                if changed.any() or edited.requires_grad:
-                    native = splice(native, self._one_part(edited, part), changed)
-        for per_head in (shared, self._fire_per_head(f"hook_{part}_input")):
+        point = self._points.get(INPUT_SITE[part])
+        if point is not None and point.only_reads():
+            point.fire(hidden_states)
+        elif point is not None:
+            edited = point.fire(hidden_states, private=True)
+            changed = bits_differ(edited, hidden_states).any(-1)[..., None, None]
+            if changed.any() or edited.requires_grad:
+                native = splice(native, self._one_part(edited, part), changed)
+        for per_head in (shared, self._fire_per_head(PER_HEAD_SITE[part])):
             if per_head is not None:
                 edited_bqnm, changed_bqn = per_head
                 if changed_bqn.any() or edited_bqnm.requires_grad:
@@ -217,7 +229,7 @@ class JointQKVAttentionBridge(AttentionBridge):
 
     def _one_part(self, hidden_states: Tensor, part: Part) -> Tensor:
         if self._own_split is not None:
-            return cast(Tensor, self._own_split[part](hidden_states)).unflatten(-1, (self.n_heads, -1))
+            return _by_head(self._own_split[part](hidden_states), self.n_heads)
         return fused_qkv.part_of_activation(self.module.query_key_value(hidden_states), part, self.n_heads)
 
     def _fire_per_head(self, site: str) -> tuple[Tensor, Tensor] | None:
@@ -268,7 +280,9 @@ class JointQKVAttentionBridge(AttentionBridge):
     def mix(self, pattern: Tensor, v_bnkh: Tensor) -> Tensor:
         """Pattern times values, ``[batch, pos, n_heads, d_head]``."""
         batch, n_heads, length, _ = pattern.shape
-        z = torch.bmm(pattern.reshape(batch * n_heads, length, -1), v_bnkh.reshape(batch * n_heads, -1, v_bnkh.shape[-1]))
+        z = torch.bmm(
+            pattern.reshape(batch * n_heads, length, -1), v_bnkh.reshape(batch * n_heads, -1, v_bnkh.shape[-1])
+        )
         # Hugging Face's _merge_heads copies into [batch, pos, n_heads * d_head]; the same copy, seen per head.
         return z.view(batch, n_heads, length, -1).permute(0, 2, 1, 3).contiguous()
 
@@ -377,7 +391,7 @@ class JointQKVAttentionBridge(AttentionBridge):
     def W_O(self) -> Tensor:
         """``[n_heads, d_head, d_model]``, a writable view of ``dense.weight``."""
         weight = readable_parameter(self.module.dense, "weight", f"{self.path}.dense")
-        return weight.unflatten(1, (self.n_heads, -1)).permute(1, 2, 0)
+        return weight.view(weight.shape[0], self.n_heads, -1).permute(1, 2, 0)
 
     @property
     def b_O(self) -> Tensor:
@@ -398,4 +412,4 @@ class JointQKVAttentionBridge(AttentionBridge):
             return [fused]
         own = readable_parameter(self._own_split[part], name, f"{self.path}: split_qkv_matrix, {part}")
         # Views by head of both: the linears that compute here, and the fused layer that Hugging Face's forward uses.
-        return [fused, own.unflatten(0, (self.n_heads, -1))]
+        return [fused, own.view(self.n_heads, -1, *own.shape[1:])]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from pellucid.model_bridge.generalized_components.base import GeneralizedComponent, Site
 
 

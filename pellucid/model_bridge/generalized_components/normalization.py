@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
 from pellucid.errors import WeightError
-from pellucid.hook_points import bits_differ, current_span, is_quiet
+from pellucid.hook_points import bits_differ
 from pellucid.model_bridge.generalized_components.base import GeneralizedComponent, Site, StopForward, splice
+from pellucid.run_context import current_span, is_quiet
 
 Role = Literal["embedding", "block", "final"]
 
@@ -64,14 +65,16 @@ class NormalizationBridge(GeneralizedComponent):
     def _with_inside(self, x: Tensor, native: Tensor) -> Tensor:
         """Fire the scale and the normalised input; ``native`` is the module's own output for ``x``."""
         wide = x if x.dtype == torch.float64 else x.float()
+        if self.only_reads("hook_scale", "hook_normalized"):
+            normalized, _, reciprocal = torch.native_layer_norm(wide.detach(), wide.shape[-1:], None, None, self._eps())
+            self.fire("hook_scale", reciprocal.reciprocal())
+            self.fire("hook_normalized", normalized)
+            return native
         centred = wide - wide.mean(-1, keepdim=True)
         scale = (centred.square().mean(-1, keepdim=True) + self._eps()).sqrt()
-        looks = self.only_reads("hook_scale", "hook_normalized")
         edited_scale = self.fire("hook_scale", scale, private=True)
         normalized = centred / edited_scale
         edited = self.fire("hook_normalized", normalized, private=True)
-        if looks:
-            return native
         changed = bits_differ(scale, edited_scale) | bits_differ(normalized, edited).any(-1, keepdim=True)
         return splice(native, self._affine(edited), changed)
 

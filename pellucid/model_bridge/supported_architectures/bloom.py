@@ -20,7 +20,6 @@ from pellucid.model_bridge.generalized_components import (
     BloomMLPBridge,
     EmbeddingBridge,
     GeneralizedComponent,
-    LinearBridge,
     NormalizationBridge,
     UnembeddingBridge,
 )
@@ -54,9 +53,7 @@ def _norm(component: str) -> tuple[HookSpec, HookSpec]:
 
 
 BEFORE: tuple[HookSpec, ...] = (
-    HookSpec(
-        "embed.hook_in", "embed", "hook_in", ("batch", "pos"), "token ids; an edit replaces tokens", kind="int"
-    ),
+    HookSpec("embed.hook_in", "embed", "hook_in", ("batch", "pos"), "token ids; an edit replaces tokens", kind="int"),
     HookSpec(
         "embed.hook_out",
         "embed_ln",
@@ -144,9 +141,7 @@ IN_BLOCK: tuple[HookSpec, ...] = (
         "ALiBi added, scaled, masked, before the softmax",
     ),
     HookSpec(f"{_ATTN}.hook_pattern", _ATTN, "hook_pattern", _SCORES, "after the softmax, in the model's dtype"),
-    HookSpec(
-        f"{_ATTN}.hook_z", _ATTN, "hook_z", _PER_HEAD, "pattern times values", aliases=(f"{_ATTN}.o.hook_in",)
-    ),
+    HookSpec(f"{_ATTN}.hook_z", _ATTN, "hook_z", _PER_HEAD, "pattern times values", aliases=(f"{_ATTN}.o.hook_in",)),
     HookSpec(
         f"{_ATTN}.hook_result",
         _ATTN,
@@ -291,11 +286,15 @@ class BloomArchitectureAdapter(ArchitectureAdapter):
 
     def split_qkv_matrix(self, original_attention_component: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
         """Queries, keys and values as linear transformations that read the fused layer, copying nothing."""
-        return cast("tuple[nn.Linear, nn.Linear, nn.Linear]", split_fused(original_attention_component, self.cfg.n_heads))
+        return cast(
+            "tuple[nn.Linear, nn.Linear, nn.Linear]", split_fused(original_attention_component, self.cfg.n_heads)
+        )
 
     def missing_modules(self, model: nn.Module) -> list[str]:
         """Which of BLOOM's modules ``model`` has not."""
         present = {name for name, _ in model.named_modules(remove_duplicate=False)}
         expected = [str(component.name) for component in self.make_outer().values()]
-        expected += [f"{self.blocks_path}.{layer}.{name}" for layer in range(self.cfg.n_layers) for name in BLOCK_MODULES]
+        expected += [
+            f"{self.blocks_path}.{layer}.{name}" for layer in range(self.cfg.n_layers) for name in BLOCK_MODULES
+        ]
         return [path for path in expected if path not in present]

@@ -1,0 +1,116 @@
+"""The bridge's methods between text and tokens, under TransformerLens' names; the rules are in :mod:`tokens`."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pellucid.errors import InputError
+from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, TokenRules, check_choice
+
+
+class TokenMethods:
+    """``to_tokens`` and its kin."""
+
+    _rules: TokenRules
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where token ids are sent."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, the very object that was given; ``None`` if there is none."""
+        return self._rules.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self._rules.tokenizer = tokenizer
+
+    def to_tokens(
+        self,
+        input: str | Sequence[str],
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide | None = None,
+        move_to_device: bool = True,
+        truncate: Literal[False] = False,
+    ) -> Tensor:
+        """Token ids ``[batch, pos]`` of a string or strings, exactly as ``tokenizer(text)`` gives them.
+
+        Args:
+            input: text.
+            prepend_bos: put the beginning-of-sequence token first; by default not, as BLOOM was trained.
+            padding_side: of shorter rows; by default the tokenizer's.
+            move_to_device: put them where the model is.
+            truncate: only ``False``: nothing is cut off. BLOOM has no longest input.
+
+        Raises:
+            InputError: no tokenizer, empty text, ``truncate=True``.
+        """
+        if truncate:
+            raise InputError("Nothing is cut off: shorten the tokens yourself, to_tokens(text)[:, :n].")
+        tokens, _ = self._rules.encode(input, prepend_bos, padding_side)
+        return tokens.to(self.device) if move_to_device else tokens
+
+    def to_string(self, tokens: Tensor | Sequence[int] | int) -> str | list[str]:
+        """Text of ``[pos]`` ids, or a list of texts of ``[batch, pos]`` ids."""
+        return self._rules.decode(tokens)
+
+    def to_str_tokens(
+        self,
+        input: TextOrTokens,
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide | None = None,
+    ) -> list[str] | list[list[str]]:
+        """Each token's text; a list of lists for several rows. Part of a character decodes to U+FFFD."""
+        if isinstance(input, Tensor):
+            rows = [
+                [str(self._rules.decode([token])) for token in row]
+                for row in input.reshape(-1, input.shape[-1]).tolist()
+            ]
+            return rows[0] if len(rows) == 1 else rows
+        texts = [input] if isinstance(input, str) else list(input)
+        ids = [self._rules.encode(text, prepend_bos, padding_side)[0][0] for text in texts]
+        pieces = [[str(self._rules.decode([token])) for token in row.tolist()] for row in ids]
+        return pieces[0] if isinstance(input, str) else pieces
+
+    def to_single_token(self, string: str) -> int:
+        """The id of a string that is one token.
+
+        Raises:
+            InputError: it is not.
+        """
+        return self._rules.single_token(string)
+
+    def to_single_str_token(self, int_token: int) -> str:
+        """The text of one token."""
+        return str(self._rules.decode([int_token]))
+
+    def get_token_position(
+        self,
+        single_token: str | int,
+        input: TextOrTokens,
+        mode: Literal["first", "last"] = "first",
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide | None = None,
+    ) -> int:
+        """Where a token stands in a prompt.
+
+        Raises:
+            InputError: it does not occur, several rows were given, or the mode is another.
+        """
+        check_choice("mode", mode, ("first", "last"))
+        token = self.to_single_token(single_token) if isinstance(single_token, str) else int(single_token)
+        tokens = input if isinstance(input, Tensor) else self._rules.encode(input, prepend_bos, padding_side)[0]
+        row = self._rules.check(tokens)
+        if row.shape[0] != 1:
+            raise InputError(f"get_token_position looks at one prompt; found {row.shape[0]}.")
+        places = (row[0] == token).nonzero()[:, 0].tolist()
+        if not places:
+            raise InputError(f"The token {single_token!r} does not occur in the prompt.")
+        return int(places[0] if mode == "first" else places[-1])

@@ -1,0 +1,182 @@
+"""The run: what a hook can ask about the forward it is in, and which functions act in it.
+
+Everything here is kept in context variables, so it belongs to the thread or task that opened it and to nobody else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class GenerationRun:
+    """One call of ``generate``: how many prompts it serves and which step it is at (0 is the prompt itself)."""
+
+    n_prompts: int
+    step: int = -1
+
+
+class RunContext:
+    """Where in the sequence the tensors of this forward are; a hook reads it as ``hook.run``.
+
+    Attributes:
+        tokens: ``[batch, pos]`` ids given to this forward, or ``None`` if it was given embeddings.
+        past_length: number of positions already in the key/value cache.
+        step: the generation step (0 the prompt, then one a token), ``None`` outside ``generate``.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        length: int,
+        past_length: int,
+        device: torch.device,
+        tokens: Tensor | None,
+        attention_mask: Tensor | None,
+        generation: GenerationRun | None,
+    ) -> None:
+        self.batch, self.length, self.past_length, self.device = batch, length, past_length, device
+        self.tokens = tokens
+        self._attention_mask = attention_mask
+        self._n_prompts = generation.n_prompts if generation is not None else batch
+        self.step = generation.step if generation is not None else None
+
+    @property
+    def columns(self) -> Tensor:
+        """``[pos]``: index of each position in the padded sequence, cached positions counted."""
+        return torch.arange(self.past_length, self.past_length + self.length, device=self.device)
+
+    @property
+    def real(self) -> Tensor:
+        """``[batch, pos]`` bool: which positions hold real tokens, not padding."""
+        mask = self._attention_mask
+        if mask is None or mask.dim() != 2:
+            return torch.ones(self.batch, self.length, dtype=torch.bool, device=self.device)
+        return mask[:, self.past_length : self.past_length + self.length].to(self.device).bool()
+
+    @property
+    def positions(self) -> Tensor:
+        """``[batch, pos]``: how many real tokens of its row come before each position; -1 at padding."""
+        mask = self._attention_mask
+        if mask is None or mask.dim() != 2:
+            return self.columns.expand(self.batch, self.length)
+        before = (mask.long().cumsum(-1) - 1)[:, self.past_length : self.past_length + self.length]
+        return before.to(self.device).masked_fill(~self.real, -1)
+
+    @property
+    def rows(self) -> Tensor:
+        """``[batch]``: the prompt each row belongs to; under beam search several rows share one."""
+        return torch.arange(self.batch, device=self.device) // max(1, self.batch // self._n_prompts)
+
+
+@dataclass(frozen=True)
+class LayerSpan:
+    """Which blocks a run passes through: from ``start`` (its residual is given) up to, not including, ``stop``."""
+
+    start: int | None = None
+    stop: int | None = None
+
+
+class Scope:
+    """The lifetime of a group of hook functions. Compared by identity."""
+
+    def __init__(self, level: int) -> None:
+        self.level = level
+        self.closed = False
+
+
+_SCOPES: ContextVar[tuple[Scope, ...]] = ContextVar("pellucid_scopes", default=())
+_QUIET: ContextVar[bool] = ContextVar("pellucid_quiet", default=False)
+_RUN: ContextVar[RunContext | None] = ContextVar("pellucid_run", default=None)
+_GENERATION: ContextVar[GenerationRun | None] = ContextVar("pellucid_generation", default=None)
+_SPAN: ContextVar[LayerSpan] = ContextVar("pellucid_span", default=LayerSpan())  # noqa: B039 (frozen)
+
+
+def open_scope() -> Scope:
+    """Begin a scope in this thread or task."""
+    scopes = _SCOPES.get()
+    scope = Scope(level=len(scopes) + 1)
+    _SCOPES.set((*scopes, scope))
+    return scope
+
+
+def close_scope(scope: Scope) -> None:
+    """End a scope, whichever others are still open, and from whichever thread."""
+    scope.closed = True
+    _SCOPES.set(tuple(other for other in _SCOPES.get() if not other.closed))
+
+
+def is_quiet() -> bool:
+    """Whether hook points are silent because we are recomputing something beside the model."""
+    return _QUIET.get()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Call modules of the model without any hook firing."""
+    token = _QUIET.set(True)
+    try:
+        yield
+    finally:
+        _QUIET.reset(token)
+
+
+def current_span() -> LayerSpan:
+    """The blocks that the current run passes through."""
+    return _SPAN.get()
+
+
+@contextmanager
+def layer_span(start: int | None, stop: int | None) -> Iterator[None]:
+    """Run from block ``start`` up to block ``stop``."""
+    token = _SPAN.set(LayerSpan(start, stop))
+    try:
+        yield
+    finally:
+        _SPAN.reset(token)
+
+
+@contextmanager
+def generation_run(n_prompts: int) -> Iterator[None]:
+    """Count the forwards of one ``generate``."""
+    token = _GENERATION.set(GenerationRun(n_prompts))
+    try:
+        yield
+    finally:
+        _GENERATION.reset(token)
+
+
+@contextmanager
+def forward_run(
+    batch: int,
+    length: int,
+    past_length: int,
+    device: torch.device,
+    tokens: Tensor | None,
+    attention_mask: Tensor | None,
+) -> Iterator[None]:
+    """Tell the hooks of one forward where in the sequence they are."""
+    generation = _GENERATION.get()
+    if generation is not None:
+        generation.step += 1
+    token = _RUN.set(RunContext(batch, length, past_length, device, tokens, attention_mask, generation))
+    try:
+        yield
+    finally:
+        _RUN.reset(token)
+
+
+def is_open(scope: Scope) -> bool:
+    """Whether ``scope`` acts in this thread or task now."""
+    return not scope.closed and scope in _SCOPES.get()
+
+
+def current_run() -> RunContext | None:
+    """The forward that is running in this thread or task."""
+    return _RUN.get()
