@@ -1,0 +1,56 @@
+"""Small random BLOOMs for tests.
+
+A fresh checkpoint has norm gains 1 and biases 0, which hides most faults, so every parameter is moved at random. With small
+tied weights greedy decoding only copies its input, so generation tests take larger, untied ones.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BloomConfig, BloomForCausalLM
+
+from pellucid import TransformerBridge
+
+VOCAB = 97
+
+
+@cache
+def _built(dtype: torch.dtype, scale: float, settings: tuple[tuple[str, Any], ...]) -> nn.Module:
+    config = {"hidden_size": 48, "n_head": 4, "n_layer": 3, "vocab_size": VOCAB} | dict(settings)
+    model = BloomForCausalLM(BloomConfig(**config)).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+    return model.to(dtype)
+
+
+def make_bloom(dtype: torch.dtype = torch.float32, scale: float = 0.1, **settings: Any) -> Any:
+    """A BLOOM with random gains and biases; the same arguments give the same weights."""
+    return copy.deepcopy(_built(dtype, scale, tuple(sorted(settings.items()))))
+
+
+def make_generator(**settings: Any) -> Any:
+    """A BLOOM whose greedy decoding wanders: larger, untied weights."""
+    return make_bloom(scale=0.5, tie_word_embeddings=False, **settings)
+
+
+def make_pair(dtype: torch.dtype = torch.float32, **settings: Any) -> tuple[TransformerBridge, Any]:
+    """A bridge, and an untouched Hugging Face copy of its model."""
+    model = make_bloom(dtype, **settings)
+    return TransformerBridge(model), copy.deepcopy(model)
+
+
+def random_tokens(batch: int = 2, length: int = 9, seed: int = 0, vocab: int = VOCAB) -> Tensor:
+    """``[batch, length]`` ids."""
+    return torch.randint(0, vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def is_pristine(model: nn.Module) -> bool:
+    """Whether nothing stands in for any module's forward."""
+    return not any("forward" in vars(module) or "_old_forward" in vars(module) for module in model.modules())

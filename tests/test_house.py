@@ -1,0 +1,373 @@
+"""The house rules: import floors, public names, specified signatures, sizes of files, nothing that runs code from data."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import pellucid
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "pellucid"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# --------------------------------------------------------------------------------------------------------------------
+# (a) Floors
+# --------------------------------------------------------------------------------------------------------------------
+
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("errors",),
+    ("axes", "names", "progress", "token_text"),
+    ("config", "run_context", "factored_matrix", "running_stats", "corpora", "conversion_utils.*"),
+    ("hook_points", "activation_cache", "weight_processing"),
+    ("model_bridge.generalized_components.*",),
+    (
+        "model_bridge.architecture_adapter",
+        "model_bridge.cache_plan",
+        "model_bridge.losses",
+        "model_bridge.reference_edits",
+        "model_bridge.tokens",
+    ),
+    (
+        "model_bridge.mounting",
+        "model_bridge.supported_architectures.*",
+        "model_bridge.token_methods",
+    ),
+    (
+        "model_bridge.generation",
+        "model_bridge.hf_source",
+        "model_bridge.hooked_model",
+        "model_bridge.self_check",
+        "model_bridge.weight_views",
+    ),
+    ("model_bridge.transformer_bridge",),
+    ("model_bridge", "sweep"),
+    ("analysis.*", "demo.*", "patching", "scale.*"),
+    ("", "plots.*", "report.*"),
+    ("cli.*",),
+    ("__main__",),
+)
+"""Rooms from the ground up, relative to ``pellucid``. A room is a module, or a folder (``name.*``) with all in it. A module
+imports its own room and lower floors; rooms of one floor do not import each other. ``""`` is ``pellucid`` itself."""
+
+USERS_OF_TRANSFORMERS = (
+    "model_bridge.generation",
+    "model_bridge.hf_source",
+    "model_bridge.self_check",
+)
+"""Who imports transformers, and only inside functions: it takes seconds to load."""
+
+WITHOUT_TORCH = (
+    "",
+    "errors",
+    "names",
+    "progress",
+    "token_text",
+    "cli.app",
+    "cli.options",
+    "cli.prompt",
+    "cli.mistakes",
+)
+"""Who may be imported without loading torch."""
+
+
+class Import(NamedTuple):
+    """One import statement's target, at any depth, in functions and under ``TYPE_CHECKING`` too."""
+
+    target: str
+    line: int
+    at_top: bool
+
+
+def dotted(path: Path) -> str:
+    """The module's name relative to ``pellucid``; a package's own file is the package."""
+    parts = list(path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(source: str, known: frozenset[str], package: str) -> list[Import]:
+    """Every import in ``source``; names that are modules of ours are followed to the module.
+
+    Args:
+        source: Python text.
+        known: our modules, relative to ``pellucid``.
+        package: the package that relative imports start from, ``pellucid...``.
+    """
+    found = []
+    tree = ast.parse(source)
+    top = {id(node) for node in tree.body}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [Import(alias.name, node.lineno, id(node) in top) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if node.level:
+                base = package.split(".")[: len(package.split(".")) - node.level + 1]
+                module = ".".join([*base, module]).rstrip(".")
+            for alias in node.names:
+                deeper = f"{module}.{alias.name}"
+                is_module = deeper.startswith("pellucid.") and deeper.removeprefix("pellucid.") in known
+                found.append(Import(deeper if is_module else module, node.lineno, id(node) in top))
+    return found
+
+
+def room_of(module: str) -> str:
+    """The entry of the table that ``module`` (relative to ``pellucid``) belongs to."""
+    rooms = [room for floor in FLOORS for room in floor]
+    if module in rooms:
+        return module
+    return next(
+        (room for room in rooms if room.endswith(".*") and f"{module}.".startswith(room.removesuffix("*"))), "?"
+    )
+
+
+def floor_of(room: str) -> int:
+    """Height of a room."""
+    return next(height for height, rooms in enumerate(FLOORS) if room in rooms)
+
+
+def violations(module: str, source: str, known: frozenset[str], is_package: bool = False) -> Iterator[str]:
+    """What ``module`` imports and may not."""
+    room = room_of(module)
+    if room == "?":
+        yield f"{module} has no floor: give it one in FLOORS"
+        return
+    name = "pellucid" + (f".{module}" if module else "")
+    for found in imports_of(source, known, name if is_package else name.rpartition(".")[0]):
+        outermost = found.target.split(".")[0]
+        if outermost == "transformers" and (module not in USERS_OF_TRANSFORMERS or found.at_top):
+            yield f"{module}:{found.line} imports transformers"
+        if outermost in ("peft", "transformer_lens", "nnsight"):
+            yield f"{module}:{found.line} imports {outermost}, which only tests and benchmarks install"
+        if outermost != "pellucid":
+            continue
+        target = room_of(found.target.removeprefix("pellucid").removeprefix("."))
+        if target == "?":
+            yield f"{module}:{found.line} imports {found.target}, which has no floor"
+        elif target != room and floor_of(target) >= floor_of(room):
+            yield (
+                f"{module}:{found.line} (floor {floor_of(room)}) imports {found.target} (floor {floor_of(target)}): "
+                "a module imports its own room and lower floors"
+            )
+
+
+KNOWN = frozenset(dotted(path) for path in MODULES)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_a_module_imports_its_own_room_and_lower_floors(path: Path) -> None:
+    is_package = path.name == "__init__.py"
+    assert not list(violations(dotted(path), path.read_text("utf-8"), KNOWN, is_package))
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("names", "from pellucid import config"),
+        ("names", "def f():\n    from pellucid.hook_points import HookPoint"),
+        ("names", "if TYPE_CHECKING:\n    import pellucid.config"),
+        ("names", "from pellucid.token_text import token_label"),
+        ("names", "from . import config"),
+        ("model_bridge.generalized_components.base", "from ..transformer_bridge import TransformerBridge"),
+        ("model_bridge.generalized_components.base", "def f():\n    import transformers"),
+        ("model_bridge.hf_source", "import transformers"),
+        ("model_bridge.transformer_bridge", "from pellucid.demo import load_demo_bridge"),
+        ("model_bridge.losses", "import peft"),
+        ("a_new_module", ""),
+    ],
+)
+def test_a_planted_upward_import_is_found(module: str, source: str) -> None:
+    assert list(violations(module, source, KNOWN))
+
+
+def test_every_room_has_one_floor() -> None:
+    rooms = [room for floor in FLOORS for room in floor]
+    assert len(rooms) == len(set(rooms))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# (b) The public face
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_public_names_resolve() -> None:
+    assert sorted(pellucid.__all__) == list(pellucid.__all__)
+    for name in pellucid.__all__:
+        assert getattr(pellucid, name).__name__ == name
+    assert set(pellucid.__all__) <= set(dir(pellucid))
+    with pytest.raises(AttributeError, match="TransformerBridge"):
+        pellucid.Transformerbridge  # noqa: B018
+
+
+def test_the_version_is_the_packages() -> None:
+    assert f'version = "{pellucid.__version__}"' in (ROOT / "pyproject.toml").read_text("utf-8")
+
+
+@pytest.mark.parametrize("module", WITHOUT_TORCH)
+def test_importing_loads_neither_torch_nor_transformers(module: str) -> None:
+    name = f"pellucid.{module}".rstrip(".")
+    code = f"import sys, {name}; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+def test_importing_the_bridge_does_not_load_transformers() -> None:
+    code = "import sys, pellucid.model_bridge.transformer_bridge; print('transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "False"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# (d) What is specified, where it is specified
+# --------------------------------------------------------------------------------------------------------------------
+
+COMPONENTS = "pellucid.model_bridge.generalized_components"
+
+SIGNATURES = {
+    f"{COMPONENTS}.bloom_attention:BloomAttentionBridge.__init__": (
+        "(self, name: str, config: Any, split_qkv_matrix: Callable[..., Any] | None = None, "
+        "submodules: Dict[str, GeneralizedComponent] | None = None, "
+        "qkv_conversion_rule: BaseTensorConversion | None = None, "
+        "attn_conversion_rule: BaseTensorConversion | None = None, "
+        "pattern_conversion_rule: BaseTensorConversion | None = None) -> None"
+    ),
+    f"{COMPONENTS}.bloom_attention:BloomAttentionBridge.forward": "(self, *args: Any, **kwargs: Any) -> Any",
+    f"{COMPONENTS}.bloom_attention:BloomAttentionBridge.set_processed_weights": (
+        "(self, weights: Mapping[str, Tensor | None], verbose: bool = False) -> None"
+    ),
+    f"{COMPONENTS}.alibi_utils:build_alibi_slopes": (
+        "(num_heads: int, device: torch.device | str | None = None) -> Tensor"
+    ),
+    f"{COMPONENTS}.alibi_utils:build_alibi_tensor": (
+        "(attention_mask: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor"
+    ),
+}
+"""Signatures that code written for TransformerLens relies on."""
+
+CLASSES = {
+    f"{COMPONENTS}.base:GeneralizedComponent": "torch.nn:Module",
+    f"{COMPONENTS}.attention:AttentionBridge": f"{COMPONENTS}.base:GeneralizedComponent",
+    f"{COMPONENTS}.joint_qkv_attention:JointQKVAttentionBridge": f"{COMPONENTS}.base:GeneralizedComponent",
+    f"{COMPONENTS}.bloom_attention:BloomAttentionBridge": f"{COMPONENTS}.joint_qkv_attention:JointQKVAttentionBridge",
+    f"{COMPONENTS}.block:BlockBridge": f"{COMPONENTS}.base:GeneralizedComponent",
+    f"{COMPONENTS}.bloom_block:BloomBlockBridge": f"{COMPONENTS}.block:BlockBridge",
+    f"{COMPONENTS}.mlp:MLPBridge": f"{COMPONENTS}.base:GeneralizedComponent",
+    f"{COMPONENTS}.bloom_mlp:BloomMLPBridge": f"{COMPONENTS}.mlp:MLPBridge",
+    f"{COMPONENTS}.embedding:EmbeddingBridge": f"{COMPONENTS}.base:GeneralizedComponent",
+    f"{COMPONENTS}.normalization:NormalizationBridge": f"{COMPONENTS}.base:GeneralizedComponent",
+    f"{COMPONENTS}.linear:LinearBridge": f"{COMPONENTS}.base:GeneralizedComponent",
+    f"{COMPONENTS}.unembedding:UnembeddingBridge": f"{COMPONENTS}.base:GeneralizedComponent",
+    "pellucid.model_bridge.supported_architectures.bloom:BloomArchitectureAdapter": (
+        "pellucid.model_bridge.architecture_adapter:ArchitectureAdapter"
+    ),
+    "pellucid.hook_points:HookPoint": "torch.nn:Module",
+    "pellucid.conversion_utils.conversion_steps.base_tensor_conversion:BaseTensorConversion": "builtins:object",
+    "pellucid.conversion_utils.conversion_steps.rearrange_tensor_conversion:RearrangeTensorConversion": (
+        "pellucid.conversion_utils.conversion_steps.base_tensor_conversion:BaseTensorConversion"
+    ),
+}
+"""Classes at their paths, and a base of each."""
+
+
+def found_at(place: str) -> object:
+    """``module:Class.attribute``."""
+    module, _, names = place.partition(":")
+    found: object = importlib.import_module(module)
+    for name in names.split("."):
+        found = getattr(found, name)
+    return found
+
+
+@pytest.mark.parametrize("place", SIGNATURES)
+def test_a_specified_signature(place: str) -> None:
+    found = found_at(place)
+    assert callable(found)
+    shown = re.sub(r"'", "", str(inspect.signature(found)))
+    assert shown == SIGNATURES[place]
+
+
+@pytest.mark.parametrize("place", CLASSES)
+def test_a_specified_class(place: str) -> None:
+    found, base = found_at(place), found_at(CLASSES[place])
+    assert isinstance(found, type)
+    assert isinstance(base, type)
+    assert issubclass(found, base)
+    assert found.__module__ == place.partition(":")[0]
+
+
+@pytest.mark.parametrize("module", sorted({place.partition(":")[0] for place in CLASSES}))
+def test_a_specified_module_is_importable_first(module: str) -> None:
+    done = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_module_has_one_specified_public_class() -> None:
+    module = importlib.import_module(f"{COMPONENTS}.bloom_attention")
+    own = [
+        name
+        for name, value in vars(module).items()
+        if isinstance(value, type) and value.__module__ == module.__name__ and not name.startswith("_")
+    ]
+    assert own == ["BloomAttentionBridge"]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# (c), (e) Text
+# --------------------------------------------------------------------------------------------------------------------
+
+LONGEST_FILE = 700
+RUNS_CODE_FROM_DATA = re.compile(r"(?<![\w.])(eval|exec)\(|^\s*(import|from)\s+(pickle|marshal|dill|shelve)\b", re.M)
+MACHINE_PATH = re.compile(r"(?<![\w.:/])/(home|Users|root|work|opt|mnt|tmp|scratch|data)/[\w.]")
+"""A path that exists on somebody's machine only."""
+
+
+def tracked_text() -> list[Path]:
+    """Files of the project that are text: those git knows or would add, or all of them where git is not there."""
+    try:
+        listed = subprocess.run(
+            ["git", "ls-files", "-co", "--exclude-standard", "-z"], capture_output=True, check=True, cwd=ROOT
+        ).stdout.decode()
+        paths = [ROOT / name for name in listed.split("\0") if name]
+    except (OSError, subprocess.CalledProcessError):
+        folders = ("pellucid", "tests", "docs", "examples", "scripts", "benchmarks", ".ci")
+        paths = [path for folder in folders for path in (ROOT / folder).rglob("*")] + list(ROOT.glob("*.*"))
+    return [path for path in paths if path.is_file() and b"\0" not in path.read_bytes()[:4096]]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_no_file_is_too_long(path: Path) -> None:
+    assert path.read_text("utf-8").count("\n") <= LONGEST_FILE
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_nothing_runs_code_from_data(path: Path) -> None:
+    assert not RUNS_CODE_FROM_DATA.findall(path.read_text("utf-8"))
+
+
+def test_no_machine_paths() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in tracked_text()
+        for number, line in enumerate(path.read_text("utf-8", errors="replace").splitlines(), 1)
+        if MACHINE_PATH.search(line)
+    ]
+    assert not found
+
+
+def test_the_planted_faults_of_this_page_are_found() -> None:
+    for text in ("x = eval('1')", "exec(code)", "import pickle", "  from pickle import loads"):
+        assert RUNS_CODE_FROM_DATA.search(text), text
+    for text in ("model.eval()", "re.exec(x)", "evaluate(", "pickle files can run code"):
+        assert not RUNS_CODE_FROM_DATA.search(text), text
+    assert MACHINE_PATH.search('"/' + 'home/me/x"')
+    for text in ("https://host/home/x", "docs/data/x", "#!/usr/bin/env bash"):
+        assert not MACHINE_PATH.search(text), text
