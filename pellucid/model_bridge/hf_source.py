@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,7 @@ def load_model(
     trust_remote_code: bool = False,
     use_safetensors: bool | None = True,
     tokenizer: Any | None = None,
+    inspect: Callable[[TransformerBridgeConfig], None] | None = None,
 ) -> LoadedModel:
     """Load a BLOOM checkpoint with Hugging Face.
 
@@ -66,6 +67,7 @@ def load_model(
         trust_remote_code: run code from the repository.
         use_safetensors: ``False`` allows pickle files, which can run code when loaded; ``None`` takes what is there.
         tokenizer: to use instead of the checkpoint's.
+        inspect: shown the configuration before any weight is read; may raise.
 
     Raises:
         InputError: contradicting arguments, or no safetensors file.
@@ -78,6 +80,8 @@ def load_model(
     if device is not None and device_map is not None:
         raise InputError("device and device_map both say where the model goes; give one.")
     local = os.path.isdir(name_or_path)
+    if not local and (os.path.isabs(name_or_path) or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1):
+        raise InputError(f"There is no folder {name_or_path!r}; a hub name has the form 'owner/name'.")
     common = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": local}
     config = transformers.AutoConfig.from_pretrained(name_or_path, **common)
     if config.model_type != "bloom":
@@ -86,7 +90,9 @@ def load_model(
         )
     for key, value in (hf_config_overrides or {}).items():
         setattr(config, key, value)
-    _refuse_unhandled(config)
+    cfg = _refuse_unhandled(config)
+    if inspect is not None:
+        inspect(cfg)
     if not load_weights:
         model = transformers.BloomForCausalLM._from_config(
             config, dtype=dtype if isinstance(dtype, torch.dtype) else None, attn_implementation=attn_implementation

@@ -36,7 +36,6 @@ from pellucid.model_bridge.generalized_components.base import Engine
 from pellucid.names import HookIndex
 
 _LOCK = threading.RLock()
-_MISSING = object()
 
 
 @dataclass
@@ -45,7 +44,7 @@ class Mounted:
 
     module: nn.Module
     slot: str
-    previous: Any
+    previous: Callable[..., Any] | None  # None: the class's own forward, no instance attribute
     ours: Callable[..., Any]
 
 
@@ -76,6 +75,7 @@ class ComponentTree:
         self._needs: dict[HookPoint, tuple[str, ...]] = {}
         self._mounted: dict[str, Mounted] = {}
         self._copied = False
+        self.notes: dict[str, Any] = {}  # what others remember of this model, each under its own word; copied with it
         self._place_all()
 
     @classmethod
@@ -207,8 +207,8 @@ class ComponentTree:
         assert module is not None
         # accelerate: module.forward is a wrapper around module._old_forward; ours goes inside the wrapper.
         slot = "_old_forward" if "_old_forward" in vars(module) else "forward"
-        previous = vars(module).get(slot, _MISSING)
-        native = type(module).forward.__get__(module) if previous is _MISSING else previous
+        previous = vars(module).get(slot)
+        native = type(module).forward.__get__(module) if previous is None else previous
         vars(component)["engine"] = Engine(module, native)  # not through nn.Module's slow attribute setting
         ours = component.forward
         self._mounted[name] = Mounted(module, slot, previous, ours)
@@ -218,14 +218,14 @@ class ComponentTree:
         mounted = self._mounted.pop(name)
         vars(self.components[name])["engine"] = None
         state = vars(mounted.module)
-        if state.get(mounted.slot, _MISSING) != mounted.ours:
+        if state.get(mounted.slot) != mounted.ours:
             warnings.warn(
                 f"The forward of {self.components[name].path} was replaced while Pellucid had hooks on it; it is left "
                 "as found. Remove hooks before wrapping a module, and wrap it before hooking.",
                 PellucidWarning,
                 stacklevel=4,
             )
-        elif mounted.previous is _MISSING:
+        elif mounted.previous is None:
             del state[mounted.slot]
         else:
             state[mounted.slot] = mounted.previous

@@ -250,7 +250,7 @@ class GeneralizedComponent(nn.Module):
         if unknown:
             raise WeightError(f"{self.path} has no weight {unknown[0]!r}. It takes: {', '.join(targets)}.")
         return [
-            check_write(f"{self.path}: {key}", target, value)
+            check_write(f"{self.path}: {key}", target.storage, value, target.shape)
             for key, value in weights.items()
             if value is not None
             for target in targets[key]()
@@ -266,12 +266,20 @@ class GeneralizedComponent(nn.Module):
             for key, targets in component.weight_targets().items()
         }
 
-    def _own_parameter(self, name: str) -> list[Tensor]:
-        return [readable_parameter(self.module, name, self.path)]
+    def _own_parameter(self, name: str) -> list[WeightTarget]:
+        parameter = readable_parameter(self.module, name, self.path)
+        return [WeightTarget(parameter, tuple(parameter.shape))]
 
 
-WeightTargets: TypeAlias = Callable[[], list[Tensor]]
-"""Gives the storages that one weight is written to, as views shaped like the weight, leading axes possibly unflattened."""
+class WeightTarget(NamedTuple):
+    """A storage that a weight is written to, possibly viewed by head, and the shape in which the weight is given."""
+
+    storage: Tensor
+    shape: tuple[int, ...]
+
+
+WeightTargets: TypeAlias = Callable[[], list[WeightTarget]]
+"""Gives the storages that one weight is written to."""
 
 
 @dataclass(frozen=True)
@@ -283,18 +291,21 @@ class WeightWrite:
     value: Tensor
 
 
-def check_write(key: str, target: Tensor, value: Tensor) -> WeightWrite:
+def check_write(key: str, target: Tensor, value: Tensor, shape: tuple[int, ...] | None = None) -> WeightWrite:
     """Check that ``value`` can take the place of ``target``.
+
+    Args:
+        key: what to call it in an error.
+        target: the storage, possibly viewed by head.
+        value: what is to be written.
+        shape: what ``value`` must have, if the storage is viewed in another.
 
     Raises:
         WeightError: wrong type, shape or dtype, or not finite.
     """
     if not isinstance(value, Tensor):
         raise WeightError(f"{key} must be a tensor; found {type(value).__name__}.")
-    rank = value.dim()
-    shape = tuple(target.shape)
-    if len(shape) == rank + 1:  # a part of the fused layer, by head
-        shape = (shape[0] * shape[1], *shape[2:])
+    shape = tuple(target.shape) if shape is None else shape
     if tuple(value.shape) != shape:
         raise WeightError(f"{key} must have shape {shape}; found {tuple(value.shape)}.")
     if value.dtype != target.dtype:

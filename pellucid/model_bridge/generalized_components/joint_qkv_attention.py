@@ -27,6 +27,7 @@ from pellucid.hook_points import HookPoint, bits_differ
 from pellucid.model_bridge.generalized_components.attention import AttentionBridge
 from pellucid.model_bridge.generalized_components.base import (
     GeneralizedComponent,
+    WeightTarget,
     WeightTargets,
     plain_weight,
     readable_parameter,
@@ -201,16 +202,25 @@ class JointQKVAttentionBridge(AttentionBridge):
             )
         if self._points.keys().isdisjoint(INPUT_SITES):
             return native
+        # Upstream first: the residual before the norm, then what the norm gives.
         shared = self._fire_per_head("hook_attn_in")
+        per_head = {part: self._fire_per_head(PER_HEAD_SITE[part]) for part in PARTS}
         q, k, v = (
-            self._with_own_input(part, values, hidden_states, shared)
+            self._with_own_input(part, self._with_head_inputs(part, values, shared, per_head[part]), hidden_states)
             for part, values in zip(PARTS, native, strict=True)
         )
         return q, k, v
 
-    def _with_own_input(
-        self, part: Part, native: Tensor, hidden_states: Tensor, shared: tuple[Tensor, Tensor] | None
-    ) -> Tensor:
+    def _with_head_inputs(self, part: Part, native: Tensor, *inputs: tuple[Tensor, Tensor] | None) -> Tensor:
+        """One part, recomputed for the heads whose copy of the residual a hook changed."""
+        for given in inputs:
+            if given is not None:
+                edited_bqnm, changed_bqn = given
+                if changed_bqn.any() or edited_bqnm.requires_grad:
+                    native = splice(native, self._project_per_head(edited_bqnm, part), changed_bqn[..., None])
+        return native
+
+    def _with_own_input(self, part: Part, native: Tensor, hidden_states: Tensor) -> Tensor:
         """One part, recomputed where a hook changed the input that feeds it alone."""
         point = self._points.get(INPUT_SITE[part])
         if point is not None and point.only_reads():
@@ -220,11 +230,6 @@ class JointQKVAttentionBridge(AttentionBridge):
             changed = bits_differ(edited, hidden_states).any(-1)[..., None, None]
             if changed.any() or edited.requires_grad:
                 native = splice(native, self._one_part(edited, part), changed)
-        for per_head in (shared, self._fire_per_head(PER_HEAD_SITE[part])):
-            if per_head is not None:
-                edited_bqnm, changed_bqn = per_head
-                if changed_bqn.any() or edited_bqnm.requires_grad:
-                    native = splice(native, self._project_per_head(edited_bqnm, part), changed_bqn[..., None])
         return native
 
     def _one_part(self, hidden_states: Tensor, part: Part) -> Tensor:
@@ -406,10 +411,12 @@ class JointQKVAttentionBridge(AttentionBridge):
             targets[f"{part}.bias"] = partial(self._part_targets, part, "bias")
         return targets | {f"o.{key}": target for key, target in self.submodules["o"].weight_targets().items()}
 
-    def _part_targets(self, part: Part, name: str) -> list[Tensor]:
+    def _part_targets(self, part: Part, name: str) -> list[WeightTarget]:
         fused = self._part_weight(part) if name == "weight" else self._part_bias(part)
-        if self._own_split is None:
-            return [fused]
-        own = readable_parameter(self._own_split[part], name, f"{self.path}: split_qkv_matrix, {part}")
-        # Views by head of both: the linears that compute here, and the fused layer that Hugging Face's forward uses.
-        return [fused, own.view(self.n_heads, -1, *own.shape[1:])]
+        shape = (fused.shape[0] * fused.shape[1], *fused.shape[2:])
+        targets = [WeightTarget(fused, shape)]
+        if self._own_split is not None:
+            # The linears that compute here, beside the fused layer that Hugging Face's own forward uses.
+            own = readable_parameter(self._own_split[part], name, f"{self.path}: split_qkv_matrix, {part}")
+            targets.append(WeightTarget(own, tuple(own.shape)))
+        return targets
