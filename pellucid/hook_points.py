@@ -294,11 +294,13 @@ class HookPoint(nn.Module):
             return value
         forward = [handle for handle in forward if _acts(handle)]
         backward = [handle for handle in self.bwd_hooks if _acts(handle)] if self.bwd_hooks else None
-        if forward:
-            value = self._run_forward(value, forward, private)
+        shown = self._run_forward(value, forward, private) if forward else value
         if backward:
-            value = self._register_backward(value, backward)
-        return value
+            if private and shown is value:
+                # A copy for one branch: its gradient is that branch's alone, so it needs a place in the graph.
+                shown = value.view_as(value)
+            shown = self._register_backward(shown, backward)
+        return shown
 
     def _run_forward(self, value: Tensor, handles: Sequence[LensHandle], private: bool) -> Tensor:
         conversion = self.hook_conversion

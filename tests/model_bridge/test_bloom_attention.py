@@ -32,7 +32,17 @@ from pellucid.model_bridge.generalized_components import (
 from pellucid.model_bridge.generalized_components.bloom_attention import BloomAttentionBridge
 from tests.models import make_bloom
 
-SITES = ("hook_in", "hook_q", "hook_k", "hook_v", "hook_attn_scores", "hook_pattern", "hook_z", "hook_attn_out", "hook_out")
+SITES = (
+    "hook_in",
+    "hook_q",
+    "hook_k",
+    "hook_v",
+    "hook_attn_scores",
+    "hook_pattern",
+    "hook_z",
+    "hook_attn_out",
+    "hook_out",
+)
 
 
 def attention_of(n_head: int = 4, dtype: torch.dtype = torch.float32, **settings: Any) -> BloomAttention:
@@ -69,7 +79,9 @@ def test_equal_to_the_original(dtype: torch.dtype, n_heads: int) -> None:
         bridge.point(site).add_hook(lambda t, hook: fired.append(hook.name))
     for call in (
         lambda: bridge(**given),
-        lambda: bridge(given["hidden_states"], given["residual"], alibi=given["alibi"], attention_mask=given["attention_mask"]),
+        lambda: bridge(
+            given["hidden_states"], given["residual"], alibi=given["alibi"], attention_mask=given["attention_mask"]
+        ),
         lambda: bridge(given.pop("hidden_states"), **given, use_cache=True, output_attentions=True, layer_past=None),
     ):
         fired.clear()
@@ -251,8 +263,11 @@ def test_the_adapters_split_copies_nothing() -> None:
 
 def split_weights(attention: nn.Module) -> dict[str, Tensor | None]:
     q, k, v = own_linears(attention)
-    named = {f"{part}.{name}": getattr(linear, name).data for part, linear in zip("qkv", (q, k, v), strict=True)
-             for name in ("weight", "bias")}
+    named = {
+        f"{part}.{name}": getattr(linear, name).data
+        for part, linear in zip("qkv", (q, k, v), strict=True)
+        for name in ("weight", "bias")
+    }
     return named | {"o.weight": attention.dense.weight.data.clone(), "o.bias": attention.dense.bias.data.clone()}
 
 
@@ -276,7 +291,9 @@ def test_processed_weights_reach_every_route() -> None:
     weights = split_weights(source)
     fused = fuse_weights(weights["q.weight"], weights["k.weight"], weights["v.weight"], 4)
     assert torch.equal(fused, source.query_key_value.weight)
-    assert torch.equal(fuse_biases(weights["q.bias"], weights["k.bias"], weights["v.bias"], 4), source.query_key_value.bias)
+    assert torch.equal(
+        fuse_biases(weights["q.bias"], weights["k.bias"], weights["v.bias"], 4), source.query_key_value.bias
+    )
 
 
 def test_none_leaves_a_weight_and_a_part_is_enough(capsys: pytest.CaptureFixture[str]) -> None:
@@ -321,7 +338,9 @@ def test_wrong_weights_change_nothing(change: dict[str, Any], message: str) -> N
     attention = attention_of()
     bridge = bridge_of(attention)
     before = checksum(attention)
-    weights = {name: torch.zeros_like(weight) for name, weight in split_weights(attention).items() if weight is not None}
+    weights = {
+        name: torch.zeros_like(weight) for name, weight in split_weights(attention).items() if weight is not None
+    }
     with pytest.raises(WeightError, match=message):
         bridge.set_processed_weights(weights | change)
     assert all(torch.equal(before[name], parameter) for name, parameter in attention.named_parameters())
@@ -343,7 +362,13 @@ def test_other_components_alone() -> None:
     mlp = BloomMLPBridge("mlp")
     mlp.set_original_component(block.mlp)
     seen: list[str] = []
-    for point in (mlp.hook_in, mlp.submodules["in"].hook_out, mlp.hook_post, mlp.submodules["out"].hook_out, mlp.hook_out):
+    for point in (
+        mlp.hook_in,
+        mlp.submodules["in"].hook_out,
+        mlp.hook_post,
+        mlp.submodules["out"].hook_out,
+        mlp.hook_out,
+    ):
         point.add_hook(lambda t, hook: seen.append(hook.name))
     assert torch.equal(mlp(x, residual), block.mlp(x, residual))
     assert seen == ["hook_in", "hook_pre", "hook_post", "hook_mlp_out", "hook_out"]
@@ -405,7 +430,9 @@ def test_alibi_is_hugging_faces(n_heads: int) -> None:
         assert ours.shape == (3, n_heads, 1, 40)
         assert torch.equal(ours.flatten(0, 1), native_alibi(mask, n_heads, dtype))
     assert build_alibi_slopes(n_heads, torch.device("cpu")).shape == (n_heads,)
-    assert torch.equal(build_alibi_tensor(mask.bool(), n_heads, torch.float32), build_alibi_tensor(mask, n_heads, torch.float32))
+    assert torch.equal(
+        build_alibi_tensor(mask.bool(), n_heads, torch.float32), build_alibi_tensor(mask, n_heads, torch.float32)
+    )
 
 
 def test_bad_alibi_arguments() -> None:

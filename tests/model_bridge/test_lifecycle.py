@@ -73,8 +73,12 @@ def test_nested_contexts_run_in_order() -> None:
     assert [handle.context_level for handle in bridge.hook_dict[POINT].fwd_hooks] == [None, None]
 
 
-@pytest.mark.parametrize("error", [RuntimeError("mine"), KeyboardInterrupt(), GeneratorExit()], ids=lambda e: type(e).__name__)
-@pytest.mark.parametrize("name", [POINT, "embed.hook_in", "hook_unembed", "blocks.2.ln1.hook_scale", "ln_final.hook_out"])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("mine"), KeyboardInterrupt(), GeneratorExit()], ids=lambda e: type(e).__name__
+)
+@pytest.mark.parametrize(
+    "name", [POINT, "embed.hook_in", "hook_unembed", "blocks.2.ln1.hook_scale", "ln_final.hook_out"]
+)
 def test_after_an_exception_all_is_as_before(name: str, error: BaseException) -> None:
     bridge, model = make_pair()
     tokens = random_tokens()
@@ -416,7 +420,9 @@ def test_offloaded_models(where: str, tmp_path: Path) -> None:
         if name == "embed.hook_in":
             continue
         edited = bridge.run_with_hooks(tokens, fwd_hooks=[(name, lambda t, hook: t * 1.5)])
-        assert torch.allclose(edited, plain.run_with_hooks(tokens, fwd_hooks=[(name, lambda t, hook: t * 1.5)]), atol=1e-4), name
+        assert torch.allclose(
+            edited, plain.run_with_hooks(tokens, fwd_hooks=[(name, lambda t, hook: t * 1.5)]), atol=1e-4
+        ), name
 
         def fail(tensor: Tensor, hook: Any) -> None:
             raise RuntimeError("mine")
@@ -431,7 +437,9 @@ def test_offloaded_models(where: str, tmp_path: Path) -> None:
         bridge.blocks[0].attn.W_Q  # noqa: B018
     with pytest.raises(WeightError, match="offloaded"):
         bridge.blocks[0].attn.set_processed_weights({"q.weight": torch.zeros(48, 48)})
-    assert torch.equal(bridge.generate(tokens, do_sample=False, verbose=False), plain.generate(tokens, do_sample=False, verbose=False))
+    assert torch.equal(
+        bridge.generate(tokens, do_sample=False, verbose=False), plain.generate(tokens, do_sample=False, verbose=False)
+    )
 
 
 def test_checkpointing_refuses_a_backward_without_its_hooks() -> None:

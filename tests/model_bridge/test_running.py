@@ -64,7 +64,7 @@ def test_stop_returns_the_residual_and_runs_nothing_after() -> None:
         handles = [
             module.register_forward_hook(lambda m, a, o, name=name: ran.append(name))
             for name, module in bridge.hf_model.named_modules()
-            if name.startswith("transformer.h.") and name.count(".") == 2 or name == "lm_head"
+            if (name.startswith("transformer.h.") and name.count(".") == 2) or name == "lm_head"
         ]
         assert torch.equal(bridge(tokens, stop_at_layer=layer), wanted)
         for handle in handles:
@@ -142,9 +142,7 @@ def test_losses() -> None:
         assert torch.allclose(loss, native_loss(model, tokens, mask), rtol=1e-6, atol=1e-6)
         each = bridge(tokens, return_type="loss", loss_per_token=True, attention_mask=mask)
         assert each.shape == (3, 7)
-        count = (
-            torch.ones(3, 7) if mask is None else mask[:, 1:].float() * mask[:, :-1].float()
-        )
+        count = torch.ones(3, 7) if mask is None else mask[:, 1:].float() * mask[:, :-1].float()
         assert (each[count == 0] == 0).all()
         assert torch.allclose(each.sum() / count.sum(), loss)
         logits, both = bridge(tokens, return_type="both", attention_mask=mask)
@@ -278,7 +276,9 @@ def test_the_estimate_counts_cached_keys() -> None:
     past = DynamicCache()
     bridge(random_tokens(2, 4), past_key_values=past)
     with pytest.raises(CacheTooLargeError):
-        bridge.run_with_cache(random_tokens(2, 1), names_filter="*hook_pattern", past_key_values=past, max_cache_bytes=479)
+        bridge.run_with_cache(
+            random_tokens(2, 1), names_filter="*hook_pattern", past_key_values=past, max_cache_bytes=479
+        )
     _, cache = bridge.run_with_cache(
         random_tokens(2, 1), names_filter="*hook_pattern", past_key_values=past, max_cache_bytes=480
     )

@@ -174,12 +174,18 @@ def test_a_cached_tensor_never_changes() -> None:
     tokens = random_tokens()
     _, clean = bridge.run_with_cache(tokens)
     kept = {name: tensor.clone() for name, tensor in clean.items()}
-    later = [(name, lambda t, hook: _write(t, torch.zeros_like(t))) for name in bridge.hook_dict if "embed.hook_in" not in name]
+    later = [
+        (name, lambda t, hook: _write(t, torch.zeros_like(t)))
+        for name in bridge.hook_dict
+        if "embed.hook_in" not in name
+    ]
     bridge.run_with_hooks(tokens, fwd_hooks=later)
     for name in kept:
         assert torch.equal(clean[name], kept[name]), name
     seen: dict[str, Tensor] = {}
-    with bridge.hooks([(name, lambda t, hook: seen.__setitem__(hook.name, t.detach().clone())) for name in bridge.hook_dict]):
+    with bridge.hooks(
+        [(name, lambda t, hook: seen.__setitem__(hook.name, t.detach().clone())) for name in bridge.hook_dict]
+    ):
         # Each point is cached after what comes before it in the list, and every later point writes.
         with bridge.hooks([("blocks.0.hook_resid_post", lambda t, hook: _write(t, t + 1))]):
             _, cache = bridge.run_with_cache(tokens)

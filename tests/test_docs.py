@@ -1,0 +1,166 @@
+"""Every example in README.md and docs/ runs, prints what the page says it prints, and every link and command exists.
+
+A page's blocks marked ``python`` run in order in one namespace. A block marked ``text`` right after one is what it prints;
+``...`` in it stands for anything. Blocks marked ``python no-run`` are only compiled (they need the hub, or a device).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+FENCE = re.compile(r"^```(?P<info>[^\n]*)\n(?P<body>.*?)^```$", re.M | re.S)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: what is written after the fence, its text, its first line in the page, and what stands before it."""
+
+    info: str
+    body: str
+    line: int
+    follows: str
+
+
+def blocks_of(text: str) -> Iterator[Block]:
+    end = 0
+    for match in FENCE.finditer(text):
+        yield Block(
+            match["info"].strip(),
+            match["body"],
+            text.count("\n", 0, match.start()) + 2,
+            text[end : match.start()].strip(),
+        )
+        end = match.end()
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def as_printed(expected: str) -> re.Pattern[str]:
+    """A pattern for expected output, in which ``...`` stands for anything."""
+    return re.compile(".*".join(map(re.escape, expected.rstrip().split("..."))), re.S)
+
+
+def run_page(page: Path, namespace: dict[str, Any]) -> int:
+    """Run a page's blocks; the number of those that ran."""
+    printed, ran = "", 0
+    for block in blocks_of(page.read_text("utf-8")):
+        place = f"{name_of(page)}:{block.line}"
+        if block.info in ("python", "python no-run"):
+            code = compile("\n" * (block.line - 1) + block.body, name_of(page), "exec")
+            if block.info == "python":
+                output = io.StringIO()
+                with contextlib.redirect_stdout(output):
+                    exec(code, namespace)
+                printed, ran = output.getvalue(), ran + 1
+        elif block.info == "text" and ran and not block.follows:
+            found = "\n".join(line.rstrip() for line in printed.rstrip().splitlines())
+            assert as_printed(block.body).fullmatch(found), f"{place} says\n{block.body}\nbut this is printed:\n{found}"
+    return ran
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_the_examples_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # what an example writes, it writes here
+    with torch.random.fork_rng():
+        run_page(page, {"__name__": "__main__"})
+
+
+def test_what_is_planted_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    page = tmp_path / "page.md"
+    page.write_text("```python\nprint('a b c')\n```\n\n```text\na ... c\n```\n", "utf-8")
+    assert run_page(page, {}) == 1
+    page.write_text("```python\nprint('a')\n```\n\n```text\nb\n```\n", "utf-8")
+    with pytest.raises(AssertionError, match=r"page\.md:6"):
+        run_page(page, {})
+    page.write_text("```python\nx = 1\n```\n\n```python\nassert x == 2\n```\n", "utf-8")
+    with pytest.raises(AssertionError):
+        run_page(page, {})
+    page.write_text("```python no-run\nx = (\n```\n", "utf-8")
+    with pytest.raises(SyntaxError):
+        run_page(page, {})
+
+
+def test_every_page_has_only_known_blocks() -> None:
+    known = {"python", "python no-run", "text", "bash"}
+    found = {(name_of(page), block.info) for page in PAGES for block in blocks_of(page.read_text("utf-8"))}
+    assert {info for _, info in found} <= known, found
+
+
+def test_the_hook_table_is_up_to_date() -> None:
+    done = subprocess.run([sys.executable, "scripts/make_hook_table.py", "--check"], cwd=ROOT)
+    assert done.returncode == 0, "run: python scripts/make_hook_table.py"
+
+
+def anchors_of(page: Path) -> set[str]:
+    """What a heading can be linked by."""
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text("utf-8")), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = FENCE.sub("", page.read_text("utf-8"))
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in link:
+            continue
+        target, _, anchor = link.partition("#")
+        file = (page.parent / target).resolve() if target else page
+        assert file.exists(), f"{name_of(page)}: {link}"
+        if anchor:
+            assert anchor in anchors_of(file), f"{name_of(page)}: {link}"
+
+
+def test_every_page_is_reachable_from_the_index() -> None:
+    index = (ROOT / "docs" / "index.md").read_text("utf-8")
+    for page in (ROOT / "docs").rglob("*.md"):
+        name = str(page.relative_to(ROOT / "docs"))
+        assert name == "index.md" or f"({name})" in index, name
+
+
+def commands() -> Iterator[tuple[str, list[str]]]:
+    """Every ``pellucid ...`` line in a bash block, with the page."""
+    for page in PAGES:
+        for block in blocks_of(page.read_text("utf-8")):
+            if block.info == "bash":
+                for line in block.body.replace("\\\n", " ").splitlines():
+                    words = shlex.split(line, comments=True)
+                    if words and words[0] in ("pellucid", "scripts/demo"):
+                        yield name_of(page), ["demo", *words[1:]] if words[0] == "scripts/demo" else words[1:]
+
+
+@pytest.mark.parametrize(("page", "words"), list(commands()))
+def test_the_commands_of_a_page_are_commands(page: str, words: list[str]) -> None:
+    from typer.main import get_command
+
+    from pellucid.cli.app import app
+
+    group: Any = get_command(app)
+    command = group.commands[words[0]]
+    options = {name for parameter in command.params for name in parameter.opts} | {"--help", "-h"}
+    for word in words[1:]:
+        if word.startswith("-") and word != "-":
+            assert word.partition("=")[0] in options, f"{page}: {words[0]} has no {word}"
+
+
+@pytest.mark.parametrize("script", ["scripts/demo", "scripts/check", ".ci/run"])
+def test_the_scripts_can_be_run(script: str) -> None:
+    path = ROOT / script
+    assert path.stat().st_mode & 0o111
+    assert subprocess.run(["bash", "-n", str(path)]).returncode == 0
