@@ -102,15 +102,24 @@ class HookIndex(Mapping[str, HookSpec]):
         block: points of one block, with ``{i}`` for the layer.
         after: points fired after the blocks.
         n_layers: number of blocks.
+        last_aliases: further names of points of the last block (alias to name with ``{i}``).
     """
 
     def __init__(
-        self, before: Sequence[HookSpec], block: Sequence[HookSpec], after: Sequence[HookSpec], n_layers: int
+        self,
+        before: Sequence[HookSpec],
+        block: Sequence[HookSpec],
+        after: Sequence[HookSpec],
+        n_layers: int,
+        last_aliases: Mapping[str, str] = {},  # noqa: B006 (read only)
     ) -> None:
         specs = [*before]
         for layer in range(n_layers):
             specs += [spec.at_layer(layer) for spec in block]
         specs += after
+        for alias, name in last_aliases.items():
+            last = name.format(i=n_layers - 1)
+            specs = [replace(spec, aliases=(*spec.aliases, alias)) if spec.name == last else spec for spec in specs]
         self._specs = {spec.name: spec for spec in specs}
         self._canonical = {alias: spec.name for spec in specs for alias in spec.aliases}
         self.n_layers = n_layers

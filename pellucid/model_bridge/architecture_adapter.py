@@ -25,6 +25,8 @@ class ArchitectureAdapter(ABC):
     """Hook points of block ``{i}``, in firing order."""
     hooks_after: tuple[HookSpec, ...]
     """Hook points fired after the blocks."""
+    last_block_aliases: Mapping[str, str]
+    """Further names of points of the last block, which a component after the blocks shares."""
     backbone_path: str
     """Path of the module that runs the blocks."""
     blocks_path: str

@@ -45,13 +45,15 @@ def generate(
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens must be at least 1; found {max_new_tokens}.")
     arguments: dict[str, Any] = {
-        "attention_mask": torch.ones_like(tokens) if attention_mask is None else attention_mask,
         "max_new_tokens": max_new_tokens,
         "do_sample": do_sample,
         "repetition_penalty": repetition_penalty,
         "use_cache": use_past_kv_cache,
         **_eos(model, rules, stop_at_eos, eos_token_id),
     }
+    if attention_mask is not None:
+        # Without one Hugging Face makes its own: it takes ids equal to the padding token for padding.
+        arguments["attention_mask"] = attention_mask
     if do_sample:
         # Explicit, so that the model's own generation configuration cannot cut what the user did not ask to cut.
         arguments |= {

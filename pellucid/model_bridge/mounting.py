@@ -61,7 +61,9 @@ class ComponentTree:
         self.root = root
         self.adapter = adapter
         self.cfg: TransformerBridgeConfig = cfg
-        self.index = HookIndex(adapter.hooks_before, adapter.hooks_in_block, adapter.hooks_after, cfg.n_layers)
+        self.index = HookIndex(
+            adapter.hooks_before, adapter.hooks_in_block, adapter.hooks_after, cfg.n_layers, adapter.last_block_aliases
+        )
         self.components: dict[str, GeneralizedComponent] = dict(adapter.make_outer())
         self.blocks = [adapter.make_block(layer) for layer in range(cfg.n_layers)]
         self.backbone = BackboneBridge(adapter.backbone_path, cfg)

@@ -9,6 +9,7 @@ With ``apply_residual_connection_post_layernorm`` the residual that attention (M
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import cast
 
 from torch import nn
@@ -251,6 +252,7 @@ class BloomArchitectureAdapter(ArchitectureAdapter):
     hooks_before = BEFORE
     hooks_in_block = IN_BLOCK
     hooks_after = AFTER
+    last_block_aliases = MappingProxyType({"ln_final.hook_in": "blocks.{i}.hook_resid_post"})
     backbone_path = "transformer"
     blocks_path = "transformer.h"
 

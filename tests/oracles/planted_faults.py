@@ -1,0 +1,208 @@
+"""Plant one fault after another in a copy of the package and see the tests fail.
+
+A check that cannot fail shows nothing. Each line names a fault, the text it replaces and the tests that have to notice.
+Run it with ``python -m tests.oracles.planted_faults`` (minutes; not part of the suite); it exits 1 if a fault passes unseen.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+COMPONENTS = "pellucid/model_bridge/generalized_components"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is changed where, and which tests must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+FAULTS = (
+    Fault(
+        "queries, keys and values taken as three stacked blocks",
+        "pellucid/conversion_utils/fused_qkv.py",
+        "by_head = fused.view(batch, pos, n_heads, 3, width // (3 * n_heads))\n    return by_head[..., 0, :], by_head[..., 1, :], by_head[..., 2, :]",
+        "by_head = fused.view(batch, pos, 3, n_heads, width // (3 * n_heads))\n    return by_head[:, :, 0], by_head[:, :, 1], by_head[:, :, 2]",
+        "tests/model_bridge/test_bloom_attention.py",
+    ),
+    Fault(
+        "softmax in the model's dtype",
+        f"{COMPONENTS}/joint_qkv_attention.py",
+        "dtype=torch.promote_types(scores.dtype, torch.float32)",
+        "dtype=scores.dtype",
+        "tests/oracles/test_parity.py",
+    ),
+    Fault(
+        "scale applied to alibi too",
+        f"{COMPONENTS}/bloom_attention.py",
+        "beta=attention.beta",
+        "beta=attention.inv_norm_factor",
+        "tests/model_bridge/test_bloom_attention.py",
+    ),
+    Fault(
+        "an in-place edit of the pattern writes where autograd has saved it",
+        f"{COMPONENTS}/joint_qkv_attention.py",
+        "private=pattern.requires_grad",
+        "private=False",
+        "tests/model_bridge/test_gradients.py tests/oracles/test_incumbent_faults.py",
+    ),
+    Fault(
+        "a returned tensor keeps its own memory layout",
+        "pellucid/hook_points.py",
+        "if shown is not value and shown.stride() != value.stride():",
+        "if False:",
+        "tests/oracles/test_hook_table.py",
+    ),
+    Fault(
+        "the contribution hooked after the residual is added",
+        f"{COMPONENTS}/bloom_mlp.py",
+        'contribution = self.fire("hook_mlp_out", contribution)\n        output = residual + F.dropout(contribution, p=mlp.hidden_dropout, training=mlp.training)',
+        'output = residual + F.dropout(contribution, p=mlp.hidden_dropout, training=mlp.training)\n        output = self.fire("hook_mlp_out", output)',
+        "tests/oracles/test_hook_table.py tests/oracles/test_parity.py",
+    ),
+    Fault(
+        "hooks of a block act in every thread",
+        "pellucid/hook_points.py",
+        "return handle.scope is None or is_open(handle.scope)",
+        "return True",
+        "tests/model_bridge/test_lifecycle.py",
+    ),
+    Fault(
+        "what was there before mounting is not put back",
+        "pellucid/model_bridge/mounting.py",
+        "            state[mounted.slot] = mounted.previous",
+        "            del state[mounted.slot]",
+        "tests/model_bridge/test_lifecycle.py",
+    ),
+    Fault(
+        "offloaded weights stay in memory after an exception",
+        "pellucid/model_bridge/mounting.py",
+        "                    hook.post_forward(module, None)",
+        "                    pass",
+        "tests/model_bridge/test_lifecycle.py",
+    ),
+    Fault(
+        "cached tensors are shared with edits to come",
+        "pellucid/model_bridge/cache_plan.py",
+        "        if self._copies:",
+        "        if False:",
+        "tests/oracles/test_hook_table.py",
+    ),
+    Fault(
+        "a copied tree keeps the original's open hooks",
+        "pellucid/hook_points.py",
+        "                if handle.scope is None:\n                    copied",
+        "                if True:\n                    copied",
+        "tests/model_bridge/test_lifecycle.py",
+    ),
+    Fault(
+        "the loss counts targets after padding",
+        "pellucid/model_bridge/losses.py",
+        "counts = real[:, :-1] & real[:, 1:]",
+        "counts = real[:, 1:]",
+        "tests/model_bridge/test_running.py",
+    ),
+    Fault(
+        "a residual given to start at is written to",
+        f"{COMPONENTS}/bloom_block.py",
+        "private=span.start is not None",
+        "private=False",
+        "tests/model_bridge/test_running.py",
+    ),
+    Fault(
+        "positions ignore padding",
+        "pellucid/run_context.py",
+        "before = (mask.long().cumsum(-1) - 1)",
+        "before = (torch.ones_like(mask.long()).cumsum(-1) - 1)",
+        "tests/model_bridge/test_generation.py",
+    ),
+    Fault(
+        "weights are written before all are checked",
+        f"{COMPONENTS}/base.py",
+        "    if not bool(torch.isfinite(value).all()):",
+        "    target.data.zero_()\n    if not bool(torch.isfinite(value).all()):",
+        "tests/model_bridge/test_bloom_attention.py",
+    ),
+    Fault(
+        "a branch's copy shares its gradient with the stream",
+        "pellucid/hook_points.py",
+        "            if private and shown is value:",
+        "            if False:",
+        "tests/model_bridge/test_gradients.py",
+    ),
+    Fault(
+        "the gradient of what we compute beside the model is lost",
+        f"{COMPONENTS}/base.py",
+        "    if torch.is_grad_enabled() and side.requires_grad:",
+        "    if False:",
+        "tests/model_bridge/test_gradients.py",
+    ),
+    Fault(
+        "one misspelt name in a list is passed over",
+        "pellucid/names.py",
+        "            for spec, asked in self._select_name(entry, flags):",
+        "            if entry not in self and '*' not in entry:\n                continue\n            for spec, asked in self._select_name(entry, flags):",
+        "tests/model_bridge/test_bad_input.py",
+    ),
+    Fault(
+        "a mask shorter than cache and input is accepted",
+        "pellucid/model_bridge/tokens.py",
+        "    if tuple(mask.shape) != (batch, past + length):",
+        "    if tuple(mask.shape) not in ((batch, past + length), (batch, length)):",
+        "tests/model_bridge/test_bad_input.py",
+    ),
+    Fault(
+        "the estimate of a cache forgets cached keys",
+        "pellucid/model_bridge/transformer_bridge.py",
+        "key_pos = pos if past is None else int(past.get_mask_sizes(pos, 0)[0])",
+        "key_pos = pos",
+        "tests/model_bridge/test_running.py",
+    ),
+)
+
+
+def sees(fault: Fault) -> bool:
+    """Whether the tests fail on a copy with the fault planted."""
+    with tempfile.TemporaryDirectory() as name:
+        copy = Path(name)
+        for part in ("pellucid", "tests", "pyproject.toml"):
+            source = ROOT / part
+            if source.is_dir():
+                shutil.copytree(source, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, copy / part)
+        target = copy / fault.file
+        text = target.read_text(encoding="utf-8")
+        if text.count(fault.old) < 1:
+            raise SystemExit(
+                f"{fault.file} no longer holds the text of the fault {fault.name!r}: bring the table up to date."
+            )
+        target.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *fault.tests.split()]
+        return subprocess.run(command, cwd=copy, capture_output=True, check=False).returncode == 1
+
+
+def main() -> int:
+    """Plant every fault."""
+    unseen = []
+    for fault in FAULTS:
+        seen = sees(fault)
+        print(f"{'seen  ' if seen else 'UNSEEN'}  {fault.name}", flush=True)
+        unseen += [] if seen else [fault.name]
+    print(f"{len(FAULTS) - len(unseen)} of {len(FAULTS)} faults are seen")
+    return 1 if unseen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
