@@ -111,7 +111,7 @@ class HookIndex(Mapping[str, HookSpec]):
         block: Sequence[HookSpec],
         after: Sequence[HookSpec],
         n_layers: int,
-        last_aliases: Mapping[str, str] = {},  # noqa: B006 (read only)
+        last_aliases: Mapping[str, str] = {},
     ) -> None:
         specs = [*before]
         for layer in range(n_layers):

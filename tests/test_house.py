@@ -311,8 +311,11 @@ def test_a_specified_class(place: str) -> None:
     assert found.__module__ == place.partition(":")[0]
 
 
-@pytest.mark.parametrize("module", sorted({place.partition(":")[0] for place in CLASSES}))
-def test_a_specified_module_is_importable_first(module: str) -> None:
+@pytest.mark.parametrize(
+    "module",
+    [f"{COMPONENTS}.bloom_attention", "pellucid.conversion_utils.conversion_steps.base_tensor_conversion"],
+)
+def test_a_specified_module_can_be_the_first_import(module: str) -> None:
     done = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
 

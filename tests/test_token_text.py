@@ -168,7 +168,7 @@ def test_the_whole_vocabulary_has_labels_of_its_own(demo: TransformerBridge) -> 
 @pytest.mark.parametrize(
     ("text", "labels"),
     [
-        ("<s>The right", ["⟦<s>⟧", "The", "·right"]),
+        ("<s>Everyone has", ["⟦<s>⟧", "Everyone", "·has"]),
         ("a\n\tb", ["a", "⏎", "⇥", "b"]),
         (" 🙂", ["·", "⟨F0⟩", "⟨9F⟩", "⟨99⟩", "⟨82⟩"]),
     ],

@@ -9,7 +9,7 @@ from torch import nn
 
 from pellucid.config import TransformerBridgeConfig
 from pellucid.model_bridge.generalized_components.base import GeneralizedComponent
-from pellucid.names import HookSpec
+from pellucid.names import HookIndex, HookSpec
 
 
 class ArchitectureAdapter(ABC):
@@ -34,6 +34,12 @@ class ArchitectureAdapter(ABC):
 
     def __init__(self, cfg: TransformerBridgeConfig) -> None:
         self.cfg = cfg
+
+    def hook_index(self) -> HookIndex:
+        """Every hook point by name."""
+        return HookIndex(
+            self.hooks_before, self.hooks_in_block, self.hooks_after, self.cfg.n_layers, self.last_block_aliases
+        )
 
     @property
     def component_mapping(self) -> dict[str, GeneralizedComponent]:

@@ -149,7 +149,7 @@ class Keeper:
         if self._copies:
             if kept.data_ptr() == tensor.data_ptr():
                 kept = kept.clone(memory_format=torch.contiguous_format)
-        elif kept._is_view() and kept.untyped_storage().nbytes() != kept.nbytes:
+        elif kept.untyped_storage().nbytes() != kept.nbytes:
             # Part of a larger tensor, which it would keep alive.
             kept = kept.clone(memory_format=torch.contiguous_format)
         self.kept[name + suffix] = kept

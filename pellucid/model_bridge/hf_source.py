@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from pellucid.config import TransformerBridgeConfig, config_from_huggingface
-from pellucid.errors import InputError, PellucidWarning, UnsupportedModelError
+from pellucid.errors import InputError, PellucidWarning, UnsupportedModelError, WeightError
 from pellucid.model_bridge.architecture_adapter import ArchitectureAdapter
 from pellucid.model_bridge.supported_architectures.bloom import BloomArchitectureAdapter
 
@@ -80,7 +81,9 @@ def load_model(
     if device is not None and device_map is not None:
         raise InputError("device and device_map both say where the model goes; give one.")
     local = os.path.isdir(name_or_path)
-    if not local and (os.path.isabs(name_or_path) or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1):
+    if not local and (
+        os.path.isabs(name_or_path) or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1
+    ):
         raise InputError(f"There is no folder {name_or_path!r}; a hub name has the form 'owner/name'.")
     common = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": local}
     config = transformers.AutoConfig.from_pretrained(name_or_path, **common)
@@ -112,12 +115,17 @@ def load_model(
             )
         except OSError as error:
             if use_safetensors and "safetensors" in str(error):
+                where = name_or_path if revision is None else f"{name_or_path} (revision {revision})"
                 raise InputError(
-                    f"{name_or_path} (revision {revision}) has no safetensors weights. Older BLOOM repositories ship "
-                    "pickle files, which can run code when they are loaded; if you trust the source, pass "
-                    f"use_safetensors=False. Hugging Face said: {error}"
+                    f"{where} has no safetensors weights that could be found. Older BLOOM repositories ship pickle files "
+                    "only, which can run code when they are loaded; if you trust the source, pass use_safetensors=False. "
+                    f"Hugging Face said: {str(error).splitlines()[0]}"
                 ) from error
             raise
+        except SafetensorError as error:
+            raise WeightError(
+                f"The weights of {name_or_path} are damaged or cut off ({error}): fetch or save them again."
+            ) from error
     if device is not None:
         model.to(device)
     model.eval()

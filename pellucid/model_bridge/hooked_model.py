@@ -370,6 +370,14 @@ class HookedModel(nn.Module):
                 found[str(point.name)] = handles
         return found
 
+    def hook_spec(self, name: str) -> HookSpec:
+        """The line of the hook table for a point: its axes, dtype, other names and what it holds.
+
+        Raises:
+            HookNameError: no such name.
+        """
+        return self._tree.index[name]
+
     def explain(self, name: str) -> str:
         """What a hook point holds: its shape, dtype, other names and the module it stands on, in a few lines."""
         spec = self._tree.index[name]

@@ -33,7 +33,6 @@ from pellucid.hook_points import HookPoint, LensHandle
 from pellucid.model_bridge.architecture_adapter import ArchitectureAdapter
 from pellucid.model_bridge.generalized_components import BackboneBridge, GeneralizedComponent, LinearBridge
 from pellucid.model_bridge.generalized_components.base import Engine
-from pellucid.names import HookIndex
 
 _LOCK = threading.RLock()
 
@@ -61,9 +60,7 @@ class ComponentTree:
         self.root = root
         self.adapter = adapter
         self.cfg: TransformerBridgeConfig = cfg
-        self.index = HookIndex(
-            adapter.hooks_before, adapter.hooks_in_block, adapter.hooks_after, cfg.n_layers, adapter.last_block_aliases
-        )
+        self.index = adapter.hook_index()
         self.components: dict[str, GeneralizedComponent] = dict(adapter.make_outer())
         self.blocks = [adapter.make_block(layer) for layer in range(cfg.n_layers)]
         self.backbone = BackboneBridge(adapter.backbone_path, cfg)

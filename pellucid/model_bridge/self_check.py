@@ -8,8 +8,9 @@ by a few units in the last place of the largest logit per layer, so the bound is
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -46,13 +47,25 @@ class CheckedBridge(Protocol):
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One check: what was held against what, and what came out."""
+    """One check: what was held against what, and what came out.
+
+    Attributes:
+        name: what was checked, in words.
+        held: whether it holds.
+        measured: a largest difference, or a count.
+        bound: what ``measured`` may be at most; for "moves the logits", what it must exceed.
+        detail: what to look at when it does not hold.
+        hook: the hook point that was tried, if one was.
+        aspect: what of it: looking, returned = in place, as by Hugging Face, moves the logits.
+    """
 
     name: str
     held: bool
     measured: float
     bound: float
     detail: str = ""
+    hook: str = ""
+    aspect: str = ""
 
 
 @dataclass
@@ -74,12 +87,12 @@ class CheckReport:
         return [result for result in self.results if not result.held]
 
     def to_json(self) -> str:
-        """Everything, as JSON."""
-        return json.dumps(
-            {"model": self.model, "dtype": self.dtype, "ok": self.ok}
-            | {"results": [asdict(result) for result in self.results]},
-            indent=1,
-        )
+        """Everything, as JSON; a measurement that is not finite is ``null``."""
+        results = [asdict(result) for result in self.results]
+        for result in results:
+            result["measured"] = result["measured"] if math.isfinite(result["measured"]) else None
+        head = {"model": self.model, "dtype": self.dtype, "ok": self.ok}
+        return json.dumps(head | {"results": results}, indent=1, allow_nan=False)
 
     def __str__(self) -> str:
         width = max((len(result.name) for result in self.results), default=0)
@@ -175,6 +188,9 @@ class _Checker:
         measured = float(difference.abs().max()) if isinstance(difference, Tensor) else float(difference)
         return CheckResult(name, measured <= bound, measured, bound, detail)
 
+    def of_hook(self, spec: HookSpec, aspect: str, difference: Tensor, bound: float) -> CheckResult:
+        return replace(self.line(f"{spec.name}: {aspect}", difference, bound), hook=spec.name, aspect=aspect)
+
     def weights(self) -> Check:
         bad = [
             name
@@ -257,17 +273,18 @@ class _Checker:
         """Looking changes nothing; an edit, returned or in place, is the reference's edit and moves the logits."""
         with self.switched_on(spec.flag):
             looked = self.edited(spec, lambda tensor, hook: None)
-            yield self.line(f"{spec.name}: looking", looked.double() - self.bridge(self.tokens).double(), 0)
+            yield self.of_hook(spec, "looking", looked.double() - self.bridge(self.tokens).double(), 0)
             edit = _random_edit(spec, self.cfg.d_vocab)
             returned = self.edited(spec, lambda tensor, hook: edit(tensor))
             in_place = self.edited(spec, _in_place(edit))
-        yield self.line(f"{spec.name}: returned = in place", returned.double() - in_place.double(), 0)
+        yield self.of_hook(spec, "returned = in place", returned.double() - in_place.double(), 0)
         with reference_edit(self.tree.root, spec, edit):
             reference = self.native(self.tokens)
         bound = max(self.exact, self.bound if spec.site in REBUILT else 0.0)
-        yield self.line(f"{spec.name}: as by Hugging Face", returned.double() - reference.double(), bound)
+        yield self.of_hook(spec, "as by Hugging Face", returned.double() - reference.double(), bound)
         moved = float((returned.double() - self.base.double()).abs().max())
-        yield CheckResult(f"{spec.name}: moves the logits", moved > 0, moved, 0.0, "an edit had no effect")
+        aspect = "moves the logits"
+        yield CheckResult(f"{spec.name}: {aspect}", moved > 0, moved, 0.0, "an edit had no effect", spec.name, aspect)
 
     def edited(self, spec: HookSpec, function: Callable[[Tensor, HookPoint], Tensor | None]) -> Tensor:
         return self.bridge.run_with_hooks(self.tokens, fwd_hooks=[(spec.name, function)])  # type: ignore[no-any-return]

@@ -24,15 +24,15 @@ from pellucid.model_bridge.cache_plan import Keeper, PosSlice, RunSize, cache_by
 from pellucid.model_bridge.generalized_components.base import StopForward
 from pellucid.model_bridge.generation import generate
 from pellucid.model_bridge.hf_source import find_bloom, load_model, make_adapter
-from pellucid.model_bridge.hooked_model import HookedModel, HookRequest, runs_through
+from pellucid.model_bridge.hooked_model import HookRequest, runs_through
 from pellucid.model_bridge.losses import next_token_loss
 from pellucid.model_bridge.mounting import ComponentTree
 from pellucid.model_bridge.self_check import CheckReport, run_checks
 from pellucid.model_bridge.token_methods import TokenMethods
 from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, TokenRules, check_choice, check_mask
-from pellucid.model_bridge.weight_views import WeightViews
+from pellucid.model_bridge.weight_state import ProcessableWeights, refuse_early
 from pellucid.names import HookSpec, NamesFilter
-from pellucid.run_context import Scope, layer_span
+from pellucid.run_context import layer_span
 
 ReturnType = Literal["logits", "loss", "both"] | None
 
@@ -68,7 +68,7 @@ class Prepared:
         return RunSize(batch, pos, key_pos)
 
 
-class TransformerBridge(WeightViews, HookedModel, TokenMethods):
+class TransformerBridge(ProcessableWeights, TokenMethods):
     """A BLOOM model whose every activation can be read and changed.
 
     Args:
@@ -103,6 +103,7 @@ class TransformerBridge(WeightViews, HookedModel, TokenMethods):
         offload_folder: str | os.PathLike[str] | None = None,
         attn_implementation: Literal["eager"] = "eager",
         use_safetensors: bool | None = True,
+        process_weights: bool | Mapping[str, bool] = False,
     ) -> TransformerBridge:
         """Open a checkpoint: a hub name, a local folder, or a live model.
 
@@ -121,9 +122,12 @@ class TransformerBridge(WeightViews, HookedModel, TokenMethods):
             offload_folder: where accelerate may put weights.
             attn_implementation: ``"eager"``, bitwise Hugging Face's.
             use_safetensors: ``False`` allows pickle files, which can run code when loaded.
+            process_weights: ``True``, or arguments of :meth:`process_weights`, to process the weights where they were
+                loaded; what the configuration forbids is refused before any weight is read.
 
         Raises:
             InputError: contradicting arguments.
+            WeightError: see :meth:`process_weights`.
             UnsupportedModelError: not a BLOOM, or one configured in a way we do not handle.
         """
         if hf_model is not None:
@@ -144,7 +148,7 @@ class TransformerBridge(WeightViews, HookedModel, TokenMethods):
                     f"hf_model is used as it is: {', '.join(given)} would have no effect. Convert or move the model "
                     "before bridging it."
                 )
-            return cls(hf_model, tokenizer)
+            return cls(hf_model, tokenizer)._processed(process_weights)
         if not str(model_name):
             raise InputError("Give a hub name or a folder, or a live model as hf_model=.")
         loaded = load_model(
@@ -161,8 +165,9 @@ class TransformerBridge(WeightViews, HookedModel, TokenMethods):
             trust_remote_code=trust_remote_code,
             use_safetensors=use_safetensors,
             tokenizer=tokenizer,
+            inspect=partial(refuse_early, process_weights),
         )
-        return cls(loaded.model, loaded.tokenizer)
+        return cls(loaded.model, loaded.tokenizer)._processed(process_weights)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TransformerBridge:
         clone = type(self).__new__(type(self))
@@ -321,13 +326,13 @@ class TransformerBridge(WeightViews, HookedModel, TokenMethods):
             if not self._tree.is_mounted():
                 return self.original_model(**arguments).logits  # type: ignore[no-any-return]
             with self._safely():
-                return self.original_model(**arguments).logits  # type: ignore[no-any-return]
+                return self._guarded(self.original_model(**arguments).logits)
         with self._safely(), self._tree.mounted(helpers), layer_span(prepared.start, prepared.stop):
             try:
-                return self.original_model(**arguments).logits  # type: ignore[no-any-return]
+                return self._guarded(self.original_model(**arguments).logits)
             except StopForward as stopped:
                 self._tree.restore_offloaded()
-                return stopped.residual
+                return self._guarded(stopped.residual)
 
     def _helpers(self, start: int | None, stop: int | None) -> list[str]:
         """Components that a run needs mounted for itself, hooks or not."""
@@ -381,6 +386,7 @@ class TransformerBridge(WeightViews, HookedModel, TokenMethods):
         past_key_values: Any | None = None,
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
+        remove_batch_dim: bool = False,
         assert_effect: bool = False,
     ) -> Any:
         """Run the model with functions attached for this run.
@@ -392,6 +398,7 @@ class TransformerBridge(WeightViews, HookedModel, TokenMethods):
             reset_hooks_end: ``False`` leaves the functions on.
             clear_contexts: empty every point's ``ctx`` afterwards.
             return_type: see :meth:`forward`, as for the arguments below.
+            remove_batch_dim: give the output of a single row without its batch axis; hooks see it with it.
             assert_effect: raise if a forward function never ran or left its tensor unchanged to the bit.
 
         Raises:
@@ -403,12 +410,14 @@ class TransformerBridge(WeightViews, HookedModel, TokenMethods):
         prepared = self._prepare(
             input, prepend_bos, padding_side, attention_mask, past_key_values, start_at_layer, stop_at_layer
         )
+        if remove_batch_dim:
+            _refuse_rows(prepared)
         span = self._span(prepared)
         forward = self._requests(fwd_hooks, "fwd", span)
         backward = self._requests(bwd_hooks, "bwd", span)
         for handle in forward:
             handle.must_change = assert_effect
-        with self._attached(forward + backward, keep=not reset_hooks_end) as scope:
+        with self._attached(forward + backward, keep=not reset_hooks_end):
             try:
                 output = self._finish(prepared, self._run(prepared), return_type, loss_per_token)
             finally:
@@ -416,21 +425,18 @@ class TransformerBridge(WeightViews, HookedModel, TokenMethods):
                     self.clear_contexts()
         for handle in forward:
             handle.check_effect()
-        self._guard_checkpointing(output, scope)
-        return output
+        return _without_batch_dim(output) if remove_batch_dim else output
 
     def _span(self, prepared: Prepared) -> tuple[int, int]:
         start = -1 if prepared.start is None else prepared.start
         return start, self.cfg.n_layers + 1 if prepared.stop is None else prepared.stop
 
-    def _guard_checkpointing(self, output: Any, scope: Scope) -> None:
-        """With gradient checkpointing the backward pass runs the forward again, and these hooks will be gone."""
+    def _guarded(self, output: Tensor) -> Tensor:
+        """With gradient checkpointing the backward pass runs the forward again: see that its hooks are still there."""
         backbone = self._tree.backbone.module
-        if not (backbone.gradient_checkpointing and backbone.training):
-            return
-        for tensor in output if isinstance(output, tuple) else (output,):
-            if isinstance(tensor, Tensor) and tensor.requires_grad:
-                tensor.register_hook(partial(_refuse_backward, scope))
+        if backbone.gradient_checkpointing and backbone.training and output.requires_grad:
+            output.register_hook(partial(_refuse_backward, tuple(self._tree.handles())))
+        return output
 
     def run_with_cache(
         self,
@@ -491,8 +497,8 @@ class TransformerBridge(WeightViews, HookedModel, TokenMethods):
         prepared = self._prepare(
             input, prepend_bos, padding_side, attention_mask, past_key_values, start_at_layer, stop_at_layer
         )
-        if remove_batch_dim and prepared.given.shape[0] != 1:
-            raise InputError(f"remove_batch_dim needs a batch of one row; found {prepared.given.shape[0]}.")
+        if remove_batch_dim:
+            _refuse_rows(prepared)
         specs = self._cached_specs(prepared, names_filter)
         if max_cache_bytes is not None:
             refuse_large(cache_bytes(specs, self.cfg, prepared.size(), pos_slice, dtype), max_cache_bytes)
@@ -603,7 +609,8 @@ class TransformerBridge(WeightViews, HookedModel, TokenMethods):
             return_input_tokens: return ``(output, input tokens)``.
             stop_strings: end a row when one of these has been written.
             stopping_criteria: Hugging Face's.
-            attention_mask: ``[batch, pos]`` for token ids.
+            attention_mask: ``[batch, pos]`` for token ids. Without one Hugging Face takes ids equal to the padding token
+                for padding.
             hf_kwargs: anything else ``generate`` of Hugging Face takes (``num_beams``, ``streamer``, ...); it refuses
                 what it does not know.
 
@@ -665,10 +672,22 @@ class TransformerBridge(WeightViews, HookedModel, TokenMethods):
         return run_checks(self, self._tree, tokens, layers, progress)
 
 
-def _refuse_backward(scope: Scope, gradient: Tensor) -> None:
-    if scope.closed:
+def _refuse_rows(prepared: Prepared) -> None:
+    if prepared.given.shape[0] != 1:
+        raise InputError(f"remove_batch_dim needs a batch of one row; found {prepared.given.shape[0]}.")
+
+
+def _without_batch_dim(output: Any) -> Any:
+    """The first row of every tensor that has rows; a mean loss has none."""
+    if isinstance(output, tuple):
+        return tuple(map(_without_batch_dim, output))
+    return output[0] if isinstance(output, Tensor) and output.dim() > 0 else output
+
+
+def _refuse_backward(handles: tuple[LensHandle, ...], gradient: Tensor) -> None:
+    if any(handle not in handle.point.handles() for handle in handles):
         raise GradientError(
-            "Gradient checkpointing runs the forward again during backward(), and the hooks of this run are gone by "
-            "then: its gradients would be those of the unhooked model. Use `with bridge.hooks(...):` around forward and "
+            "Gradient checkpointing runs the forward again during backward(), and hooks of this run are gone by then: "
+            "its gradients would not be those of the hooked model. Use `with bridge.hooks(...):` around forward and "
             "backward, or switch gradient checkpointing off."
         )

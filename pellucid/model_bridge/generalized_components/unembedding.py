@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from pellucid.model_bridge.generalized_components.base import GeneralizedComponent, readable_parameter
+from pellucid.model_bridge.generalized_components.base import GeneralizedComponent, WeightTargets, readable_parameter
 
 
 class UnembeddingBridge(GeneralizedComponent):
-    """Stands for ``lm_head``. BLOOM ties it to ``word_embeddings`` and gives it no bias."""
+    """Stands for ``lm_head``. BLOOM ties it to ``word_embeddings`` and gives it no bias; folding the final norm does."""
 
     weight_names: ClassVar[tuple[str, ...]] = ("weight",)
+
+    def weight_targets(self) -> dict[str, WeightTargets]:
+        """``weight`` ``[d_vocab, d_model]``, and ``bias`` ``[d_vocab]`` where there is one."""
+        targets = super().weight_targets()
+        if getattr(self.module, "bias", None) is not None:
+            targets["bias"] = partial(self._own_parameter, "bias")
+        return targets
 
     @property
     def W_U(self) -> Tensor:
@@ -22,7 +30,9 @@ class UnembeddingBridge(GeneralizedComponent):
 
     @property
     def b_U(self) -> Tensor:
-        """``[d_vocab]``: zeros, BLOOM's ``lm_head`` has no bias."""
+        """``[d_vocab]``: zeros as long as ``lm_head`` has no bias, as BLOOM's has none."""
+        if getattr(self.module, "bias", None) is not None:
+            return readable_parameter(self.module, "bias", self.path)
         weight = readable_parameter(self.module, "weight", self.path)
         return torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device)
 

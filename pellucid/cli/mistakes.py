@@ -1,0 +1,58 @@
+"""Errors as the person at the keyboard sees them: what is wrong and what to do, on standard error, and exit code 2.
+
+Only errors that say something to a user are caught (Pellucid's own, and the operating system's: no such file, no network,
+disk full). Anything else is a fault of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from pellucid.errors import PellucidError
+
+READER_GONE = 141
+"""The exit code of a program that a closed pipe ends, so that ``| head`` is not taken for a check that failed."""
+
+
+@contextmanager
+def told_to_a_person(debug: bool) -> Iterator[None]:
+    """Print errors and warnings raised inside as messages; with ``debug``, errors after their traceback."""
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            yield
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+            raise typer.Exit(READER_GONE) from None
+        except (PellucidError, OSError) as error:
+            if debug:
+                traceback.print_exc()
+            _say("error", "bold red", str(error) or type(error).__name__)
+            raise typer.Exit(2) from None
+
+
+def _say(word: str, style: str, message: str) -> None:
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(Text.assemble((f"{word}: ", style), message))
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+    **_: Any,
+) -> None:
+    _say("warning", "yellow", str(message))

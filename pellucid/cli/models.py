@@ -1,0 +1,111 @@
+"""From the MODEL of a command line to a bridge, and to its hook names before any weight is loaded."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub import try_to_load_from_cache
+
+from pellucid.cli.options import Dtype, ModelChoice
+from pellucid.config import config_from_huggingface
+from pellucid.demo import MODEL_FOLDER, load_demo_bridge
+from pellucid.errors import InputError
+from pellucid.model_bridge.supported_architectures.bloom import BloomArchitectureAdapter
+from pellucid.model_bridge.transformer_bridge import TransformerBridge
+from pellucid.names import HookIndex
+
+_DTYPES = {
+    Dtype.float32: torch.float32,
+    Dtype.bfloat16: torch.bfloat16,
+    Dtype.float16: torch.float16,
+    Dtype.float64: torch.float64,
+}
+
+
+def read_hook_index(choice: ModelChoice) -> HookIndex:
+    """The model's hook names, from its configuration alone.
+
+    Raises:
+        InputError: no such folder.
+        UnsupportedModelError: not a BLOOM, or one configured in a way we do not handle.
+        OSError: no such model, or no network to ask.
+    """
+    folder = _folder(choice)
+    config = transformers.AutoConfig.from_pretrained(
+        folder or choice.name, revision=choice.revision, local_files_only=folder is not None
+    )
+    known = frozenset(transformers.BloomConfig().to_dict())
+    adapter = BloomArchitectureAdapter(config_from_huggingface(config, known, torch.float32, "cpu"))
+    return adapter.hook_index()
+
+
+def open_bridge(choice: ModelChoice) -> TransformerBridge:
+    """Load the model.
+
+    Raises:
+        InputError: no such folder or device, or no safetensors weights.
+        WeightError: a weight file that is cut off or damaged.
+        UnsupportedModelError: not a BLOOM, or one configured in a way we do not handle.
+        OSError: no such model, or no network to ask.
+    """
+    device, dtype = parse_device(choice.device), _DTYPES.get(choice.dtype)
+    if choice.is_demo or not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    if choice.is_demo:
+        torch.set_num_threads(1)  # as fast when the machine is idle, many times faster when it is not
+        if choice.revision is not None:
+            raise InputError("The embedded model has no revisions: leave --revision out.")
+        return load_demo_bridge(dtype=dtype or torch.float32, device=device)
+    try:
+        return TransformerBridge.boot_transformers(
+            _folder(choice) or choice.name,
+            dtype=dtype,
+            device=device,
+            revision=choice.revision,
+            use_safetensors=None if choice.allow_pickle else True,
+        )
+    except InputError as error:  # the same advice in the words of the command line
+        raise InputError(str(error).replace("pass use_safetensors=False", "add --allow-pickle")) from error
+
+
+def parse_device(name: str | None) -> torch.device | None:
+    """A device that this machine has.
+
+    Raises:
+        InputError: it has none of that name.
+    """
+    if name is None:
+        return None
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {name} cannot be used here ({reason}). cpu always can.") from None
+
+
+def commit_of(choice: ModelChoice) -> str | None:
+    """The commit that a hub model's files came from; ``None`` for a folder."""
+    if choice.is_demo or _folder(choice) is not None:
+        return None
+    found = try_to_load_from_cache(choice.name, "config.json", revision=choice.revision)
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
+def _folder(choice: ModelChoice) -> str | None:
+    """The folder that MODEL names, ``None`` for a hub name."""
+    if choice.is_demo:
+        return str(MODEL_FOLDER)
+    path = os.path.expanduser(choice.name)
+    if os.path.isdir(path):
+        if not os.path.isfile(os.path.join(path, "config.json")):
+            raise InputError(f"The folder {path} holds no config.json: it is not a Hugging Face model.")
+        return path
+    if path.startswith((os.sep, ".")) or path != choice.name or path.count("/") > 1 or os.path.exists(path):
+        raise InputError(
+            f"There is no folder {path}. MODEL is a folder, a hub name such as bigscience/bloom-560m, or demo."
+        )
+    return None

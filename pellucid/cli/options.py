@@ -1,0 +1,82 @@
+"""Options that several commands share, and what they come to. Knows neither torch nor transformers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+from pellucid.errors import InputError
+
+DEMO = "demo"
+"""The MODEL that stands for the embedded one."""
+
+
+class Format(str, Enum):
+    """How a result is written."""
+
+    auto = "auto"
+    human = "human"
+    json = "json"
+
+
+class Dtype(str, Enum):
+    """What the weights are loaded as."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float64 = "float64"
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model, and how it is loaded."""
+
+    name: str
+    revision: str | None = None
+    device: str | None = None
+    dtype: Dtype = Dtype.auto
+    allow_pickle: bool = False
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether it is the embedded model."""
+        return self.name == DEMO
+
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A hub name, a local folder, or demo for the embedded model.")
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit, such as global_step10000.")]
+Device = Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps. By default cpu.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Of the weights; auto is the checkpoint's own (demo: float32).")]
+PickleOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-pickle",
+        help="Load pickle weights if there are no safetensors. They can run code: only from a source you trust.",
+    ),
+]
+FormatOption = Annotated[
+    Format, typer.Option(help="auto: tables, coloured on a terminal; human: coloured in a pipe too; json.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def layer_list(text: str | None) -> list[int] | None:
+    """``0,5,11`` as numbers.
+
+    Raises:
+        InputError: anything else.
+    """
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"--layers takes numbers with commas between them, such as 0,5,11; found {text!r}.") from None

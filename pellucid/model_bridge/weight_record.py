@@ -1,0 +1,306 @@
+"""What was done to a model's weights, and what may be done to them.
+
+The record of a model is kept with its component tree, so bridges on one model share it and a copy has its own; it is held
+against the weights when read, since a state dict may have been loaded over them. What processing would break is refused
+by name before anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from pellucid.config import TransformerBridgeConfig
+from pellucid.errors import WeightError
+from pellucid.model_bridge.generalized_components import GeneralizedComponent
+from pellucid.model_bridge.generalized_components.base import readable_parameter
+from pellucid.model_bridge.mounting import ComponentTree
+from pellucid.weight_processing import BLOCK_STEPS, STEPS, Step
+
+Unit: TypeAlias = str
+"""``"unembed"``, ``"embed"`` or ``"blocks.{i}"``: what is changed in one go."""
+
+CHUNK = 2**17
+"""Numbers of a vocabulary-sized table that are worked on at a time: a chunk stays in the processor's cache."""
+
+
+# -- what was done -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class WeightsRecord:
+    """What was done to a model's weights, kept with its component tree and copied with it."""
+
+    done: dict[Unit, frozenset[Step]] = field(default_factory=dict)
+    on_access: bool = False
+    """The final norm's gain is where it was; ``W_U`` and ``b_U`` are folded when asked for (``keep_tied``)."""
+    damaged: Unit | None = None
+    """A table whose rewriting failed half-way and could not be put back."""
+    originals: dict[str, Tensor] | None = None
+    """Copies, on the CPU, of parameters as they were before the first change."""
+    was_tied: bool = False
+
+    def clear(self) -> None:
+        """Nothing was done: the weights have been replaced."""
+        self.done, self.on_access, self.damaged = {}, False, None
+        self.originals, self.was_tied = None, False
+
+
+@dataclass(frozen=True)
+class WeightsState:
+    """How far a model's weights are processed; ``bridge.weights_state``.
+
+    Attributes:
+        done: for each unit (``"unembed"``, ``"embed"``, ``"blocks.0"`` ...) the steps applied to it.
+        final_norm_on_access: ``keep_tied``: ``ln_f`` keeps its gain, ``W_U`` and ``b_U`` are folded when asked for.
+        has_originals: ``unprocess_weights()`` can restore the model without its checkpoint.
+        damaged: the unit that could not be finished or put back, ``None`` in a sound model.
+    """
+
+    done: Mapping[Unit, frozenset[Step]]
+    final_norm_on_access: bool = False
+    has_originals: bool = False
+    damaged: Unit | None = None
+
+    @property
+    def complete(self) -> frozenset[Step]:
+        """Steps applied to every unit that they concern."""
+        return frozenset(
+            step for step in STEPS if all(step in done for unit, done in self.done.items() if step in concerns(unit))
+        )
+
+    @property
+    def partial(self) -> frozenset[Step]:
+        """Steps that an interrupted call applied to some units only."""
+        return frozenset(step for done in self.done.values() for step in done) - self.complete
+
+    @property
+    def is_processed(self) -> bool:
+        """Whether anything was applied anywhere."""
+        return any(self.done.values())
+
+    def __str__(self) -> str:
+        if not self.is_processed:
+            return "weights as loaded"
+        lines = []
+        for step in STEPS:
+            units = [unit for unit in self.done if step in concerns(unit)]
+            count = sum(step in self.done[unit] for unit in units)
+            word = "done" if count == len(units) else "not done" if count == 0 else f"{count} of {len(units)} units"
+            note = "; final norm folded on access" if step == "fold_ln" and self.final_norm_on_access else ""
+            lines.append(f"{step:<32}{word}{note}")
+        if self.damaged is not None:
+            lines.append(f"{self.damaged} could not be finished: load the model again")
+        return "\n".join(lines)
+
+
+def units_of(cfg: TransformerBridgeConfig) -> list[Unit]:
+    """All units, in the order in which they are processed."""
+    return ["unembed", "embed", *(f"blocks.{layer}" for layer in range(cfg.n_layers))]
+
+
+def concerns(unit: Unit) -> frozenset[Step]:
+    """The steps that change a unit."""
+    if unit == "unembed":
+        return frozenset({"fold_ln", "center_unembed"})
+    return frozenset({"center_writing_weights"}) if unit == "embed" else BLOCK_STEPS
+
+
+def record_of(tree: ComponentTree) -> WeightsRecord:
+    """The record of a model, made when first asked for."""
+    record = tree.notes.setdefault("weights", WeightsRecord())
+    assert isinstance(record, WeightsRecord)
+    return record
+
+
+def state_of(tree: ComponentTree) -> WeightsState:
+    """A snapshot of the record, held against the weights."""
+    record = record_of(tree)
+    done = {unit: believed(tree, unit) for unit in units_of(tree.cfg)}
+    return WeightsState(done, record.on_access, record.originals is not None, record.damaged)
+
+
+def believed(tree: ComponentTree, unit: Unit) -> frozenset[Step]:
+    """What the record says of a unit, unless its weights have been replaced since (a state dict loaded, training).
+
+    A folded norm has gain 1 and bias 0, a folded value bias is 0. Where that no longer holds, nothing is believed.
+    """
+    record = record_of(tree)
+    done = record.done.get(unit, frozenset())
+    if unit == "unembed":
+        final = tree.components["ln_final"].module
+        return done if "fold_ln" not in done or record.on_access or is_identity(final) else frozenset()
+    if unit == "embed" or not done:
+        return done
+    block = tree.components[unit]
+    norms = [block.submodules["ln1"].module, block.submodules["ln2"].module]
+    if "fold_ln" in done and not all(is_identity(norm) for norm in norms):
+        return frozenset()
+    if "fold_value_biases" in done and bool(cast(Any, block.submodules["attn"]).b_V.any()):
+        return frozenset()
+    return done
+
+
+def is_identity(norm: nn.Module) -> bool:
+    """Whether a layer norm only normalises: gain 1, bias 0."""
+    gain, shift = cast(Tensor, norm.weight), cast(Tensor, norm.bias)
+    return not gain.is_meta and bool((gain == 1).all()) and not bool(shift.any())
+
+
+def is_tied(tree: ComponentTree) -> bool:
+    """Whether embedding and unembedding are one storage."""
+    embedding, head = (cast(Tensor, tree.components[name].module.weight) for name in ("embed", "unembed"))
+    if head is embedding:
+        return True
+    return not head.is_meta and not embedding.is_meta and head.data_ptr() == embedding.data_ptr()
+
+
+# -- what is legal -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a call asks for."""
+
+    steps: frozenset[Step]
+    keep_tied: bool = False
+    keep_originals: bool = False
+
+
+def refuse_by_config(cfg: TransformerBridgeConfig, steps: frozenset[Step]) -> None:
+    """Refuse what the configuration alone forbids; asked before any weight is loaded.
+
+    Raises:
+        WeightError: with what to change.
+    """
+    if not steps:
+        return
+    if cfg.sums_weight_slices:
+        raise WeightError(
+            f"slow_but_exact=True with pretraining_tp={cfg.pretraining_tp}: Hugging Face drops the biases of dense and "
+            "dense_4h_to_h there, so that nothing can be folded into them and log-probabilities would move. Load the model "
+            "with hf_config_overrides={'slow_but_exact': False} to process its weights."
+        )
+    if cfg.apply_residual_connection_post_layernorm and "fold_ln" in steps:
+        raise WeightError(
+            "apply_residual_connection_post_layernorm=True: the output of ln1 and ln2 is the residual stream itself, so "
+            "fold_ln would change it and with it the model. Pass fold_ln=False."
+        )
+    if "center_writing_weights" in steps and not cfg.eps > 0:
+        raise WeightError(
+            f"layer_norm_epsilon={cfg.eps}: centring the embedding rests on a positive eps. Pass "
+            "center_writing_weights=False."
+        )
+
+
+def refuse_illegal(tree: ComponentTree, request: Request) -> None:
+    """Refuse, before anything is written, whatever can be refused.
+
+    Raises:
+        WeightError: what forbids the call, by name, and what to do instead.
+    """
+    refuse_by_config(tree.cfg, request.steps)
+    if not request.steps:
+        return
+    record = record_of(tree)
+    if record.damaged is not None:
+        way = "load the model again" if record.originals is None else "call unprocess_weights() first"
+        raise WeightError(f"{record.damaged} was left half-written by a failed call: {way}.")
+    if request.keep_tied and is_tied(tree):
+        moved = [step for step in ("center_writing_weights", "center_unembed") if step in request.steps]
+        if moved:
+            raise WeightError(
+                f"keep_tied=True keeps one table for embedding and unembedding, and {' and '.join(moved)} would change one "
+                f"of the two. Pass {', '.join(f'{step}=False' for step in moved)}, or keep_tied=False."
+            )
+    if request.keep_originals and record.originals is None and any(record.done.values()):
+        raise WeightError(
+            "keep_originals=True has to be given before the first step: the original weights are gone. Load the model "
+            "again."
+        )
+    refuse_adapters(tree.root)
+    seen: dict[int, str] = {}
+    for path, parameter in plain_parameters(tree):
+        _refuse_unusable(path, parameter)
+        other = seen.setdefault(parameter.data_ptr(), path)
+        if other != path and {path, other} != {"transformer.word_embeddings.weight", "lm_head.weight"}:
+            raise WeightError(f"{path} and {other} are one storage: processing one would change the other. Untie them.")
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """Refuse a model with adapters on it.
+
+    Raises:
+        WeightError: with the call that merges them.
+    """
+    mounted = next((path for path, module in model.named_modules() if hasattr(module, "base_layer")), None)
+    if mounted is not None or getattr(model, "peft_config", None):
+        raise WeightError(
+            f"An adapter is mounted{'' if mounted is None else f' on {mounted}'}: folding would change the weights under "
+            "it. Merge it (model = bridge.hf_model.merge_and_unload()) or take it off, then make a bridge of the result."
+        )
+
+
+def plain_parameters(tree: ComponentTree) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter that processing may read or write, by Hugging Face's name.
+
+    Raises:
+        WeightError: one that is quantised, offloaded, computed from others, or in a module of another kind.
+    """
+    for component, kind in _modules(tree):
+        module = component.module
+        if parametrize.is_parametrized(module):
+            raise WeightError(
+                f"{component.path} is parametrised (torch.nn.utils.parametrize): what is written would be computed over. "
+                "Remove the parametrisation first."
+            )
+        names = ["weight"] if kind is nn.Embedding or getattr(module, "bias", None) is None else ["weight", "bias"]
+        for name in names:
+            parameter = readable_parameter(module, name, component.path)
+            if type(module) is not kind or module._parameters.get(name) is not parameter:
+                raise WeightError(
+                    f"{component.path} is a {type(module).__name__} with its own way to its {name}; processing knows plain "
+                    f"{kind.__name__} modules. Load the model without it."
+                )
+            yield f"{component.path}.{name}", parameter
+
+
+def _modules(tree: ComponentTree) -> Iterator[tuple[GeneralizedComponent, type[nn.Module]]]:
+    yield tree.components["embed"], nn.Embedding
+    yield tree.components["embed_ln"], nn.LayerNorm
+    for block in tree.blocks:
+        yield block.submodules["ln1"], nn.LayerNorm
+        yield block.submodules["attn"].submodules["qkv"], nn.Linear
+        yield block.submodules["attn"].submodules["o"], nn.Linear
+        yield block.submodules["ln2"], nn.LayerNorm
+        yield block.submodules["mlp"].submodules["in"], nn.Linear
+        yield block.submodules["mlp"].submodules["out"], nn.Linear
+    yield tree.components["ln_final"], nn.LayerNorm
+    yield tree.components["unembed"], nn.Linear
+
+
+def _refuse_unusable(path: str, parameter: Tensor) -> None:
+    if parameter.is_inference():
+        raise WeightError(f"{path} was made in inference mode and cannot be written. Load the model outside of it.")
+    for rows in chunks(parameter.detach()):
+        low, high = torch.aminmax(rows)
+        if not bool(torch.isfinite(high - low)):
+            raise WeightError(f"{path} holds values that are not finite; processing would spread them.")
+
+
+def chunks(table: Tensor) -> Iterator[Tensor]:
+    """A tensor in views of rows, each of about :data:`CHUNK` numbers."""
+    if table.dim() < 2:
+        yield table
+    else:
+        yield from table.split(chunk_rows(table))
+
+
+def chunk_rows(table: Tensor) -> int:
+    """How many rows :func:`chunks` takes at a time."""
+    return max(1, CHUNK // table.shape[-1])
