@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pellucid.activation_cache import ActivationCache as ActivationCache
     from pellucid.config import TransformerBridgeConfig as TransformerBridgeConfig
+    from pellucid.factored_matrix import FactoredMatrix as FactoredMatrix
     from pellucid.hook_points import HookPoint as HookPoint
     from pellucid.model_bridge.self_check import CheckReport as CheckReport
     from pellucid.model_bridge.transformer_bridge import TransformerBridge as TransformerBridge
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "ActivationCache": "pellucid.activation_cache",
     "CheckReport": "pellucid.model_bridge.self_check",
+    "FactoredMatrix": "pellucid.factored_matrix",
     "HookPoint": "pellucid.hook_points",
     "TransformerBridge": "pellucid.model_bridge.transformer_bridge",
     "TransformerBridgeConfig": "pellucid.config",
@@ -30,6 +32,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ActivationCache",
     "CheckReport",
+    "FactoredMatrix",
     "HookPoint",
     "TransformerBridge",
     "TransformerBridgeConfig",

@@ -60,7 +60,10 @@ class ActivationCache(Mapping[str, Tensor]):
     def __contains__(self, key: object) -> bool:
         if not isinstance(key, str | tuple):
             return False
-        return self._canonical(key) in self.cache_dict
+        try:
+            return self._canonical(key) in self.cache_dict
+        except CacheKeyError:
+            return False
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.cache_dict)
@@ -73,10 +76,18 @@ class ActivationCache(Mapping[str, Tensor]):
 
     def _canonical(self, key: str | tuple[Any, ...]) -> str:
         if isinstance(key, tuple):
+            if len(key) not in (2, 3) or not isinstance(key[0], str):
+                raise CacheKeyError(f"A key is a name, (name, layer) or (name, layer, section); found {key!r}.")
             name, layer, *rest = key
-            if isinstance(layer, int) and layer < 0:
-                layer += self.index.n_layers
+            if isinstance(layer, int):
+                if not -self.index.n_layers <= layer < self.index.n_layers:
+                    raise CacheKeyError(
+                        f"The model has layers 0 to {self.index.n_layers - 1}; {key!r} asks for {layer}."
+                    )
+                layer %= self.index.n_layers
             key = get_act_name(name, layer, rest[0] if rest else None)
+        elif not isinstance(key, str):
+            raise CacheKeyError(f"A key is a name, (name, layer) or (name, layer, section); found {key!r}.")
         elif key not in self.index and key not in self.cache_dict:
             key = get_act_name(key)
         stem = key.removesuffix(GRADIENT)

@@ -37,8 +37,15 @@ def kept_positions(pos_slice: PosSlice, length: int) -> Tensor | slice:
     if pos_slice is None:
         return slice(None)
     if isinstance(pos_slice, slice):
+        if pos_slice.step is not None and pos_slice.step < 1:
+            raise InputError(f"pos_slice steps forward; found {pos_slice}. A list of positions keeps any order.")
         return pos_slice
-    wanted = torch.as_tensor([pos_slice] if isinstance(pos_slice, int) else pos_slice, dtype=torch.long)
+    given = torch.as_tensor([pos_slice] if isinstance(pos_slice, int) else pos_slice)
+    if given.dtype == torch.bool or given.is_floating_point():
+        raise InputError(
+            f"pos_slice is positions (integers), not {given.dtype}; mask.nonzero()[:, 0] has those of a mask."
+        )
+    wanted = given.long()
     if wanted.dim() != 1 or bool(((wanted < -length) | (wanted >= length)).any()):
         raise InputError(f"pos_slice asks for positions {wanted.tolist()}; the run has {length}, 0 to {length - 1}.")
     return wanted % length

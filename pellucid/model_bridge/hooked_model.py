@@ -274,7 +274,10 @@ class HookedModel(nn.Module):
         self, requests: Sequence[HookRequest], direction: Direction, span: tuple[int, int] | None = None
     ) -> list[LensHandle]:
         handles = []
-        for names_filter, function in requests:
+        for request in requests:
+            if not isinstance(request, tuple | list) or len(request) != 2:
+                raise InputError(f"Hooks are a list of (name, function) pairs; found {request!r} in it.")
+            names_filter, function = request
             if not callable(function):
                 raise InputError(
                     f"A hook is (name, function); found {function!r} as the function for {names_filter!r}."
@@ -311,9 +314,11 @@ class HookedModel(nn.Module):
         names = {self._tree.index[name].name for name in named if name in self._tree.index}
         missed = [asked for spec, asked in chosen if spec.name in names and (spec, asked) not in passed]
         if missed or not passed:
+            limits = [f"start_at_layer={start}"] if start >= 0 else []
+            limits += [f"stop_at_layer={stop}"] if stop <= self.cfg.n_layers else []
             raise HookUnreachableError(
-                f"{missed[0] if missed else names_filter!r} is not on the way of a run with start_at_layer={start} and "
-                f"stop_at_layer={stop}: nothing would be hooked there."
+                f"{missed[0] if missed else names_filter!r} is not on the way of a run with {' and '.join(limits)}: nothing "
+                "would be hooked there."
             )
         return passed
 

@@ -97,7 +97,8 @@ def process(tree: ComponentTree, request: Request, verbose: bool = False, progre
         if asked - has:
             applied |= asked - has
             todo[unit] = asked | has  # steps keep each other's invariants only when they run together
-    with torch.no_grad():
+    # A parameter made in inference mode could never be trained.
+    with torch.inference_mode(False), torch.no_grad():
         processor = Processor(tree, request, record)
         for unit in _watched(list(todo), tree, progress):
             processor.process(unit, todo[unit])

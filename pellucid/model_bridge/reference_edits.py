@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -85,7 +86,8 @@ def _norm_inside(norm: nn.Module, edit: Edit, of_scale: bool) -> Any:
         normalized = (wide - mean) / (edit(scale) if of_scale else scale)
         if not of_scale:
             normalized = edit(normalized)
-        return (normalized * layer_norm.weight + layer_norm.bias).to(output.dtype)
+        with align_module_device(layer_norm):  # offloaded weights are in memory only inside this block
+            return (normalized * layer_norm.weight + layer_norm.bias).to(output.dtype)
 
     return _recompute(norm, again)
 
@@ -204,11 +206,16 @@ def _result_handles(attention: Any, layer: int, edit: Edit) -> list[Any]:
 
     def summed(contribution: Tensor) -> Tensor:
         z = kept.pop().unflatten(-1, (attention.num_heads, -1))
-        weight = attention.dense.weight.unflatten(1, (attention.num_heads, -1))
-        heads = [z[:, :, head] @ weight[:, head].T for head in range(attention.num_heads)]
         slices = attention.pretraining_tp > 1 and attention.slow_but_exact
-        bias = torch.zeros_like(contribution) if slices else attention.dense.bias
-        return edit(torch.stack(heads, dim=2)).sum(2) + bias
+        # The layer is called with one head at a time, so an adapter on it acts; without its bias where that is dropped.
+        nothing = torch.zeros_like(z)
+        bias = attention.dense(nothing.flatten(-2))
+        heads = []
+        for head in range(attention.num_heads):
+            alone = nothing.clone()
+            alone[:, :, head] = z[:, :, head]
+            heads.append(attention.dense(alone.flatten(-2)) - bias)
+        return edit(torch.stack(heads, dim=2)).sum(2) + (0 if slices else bias)
 
     return [_merged_heads(attention, remember), _Intercept(F.dropout, 3 * layer + 1, summed, on_input=True)]
 

@@ -125,10 +125,12 @@ def run_checks(
         progress: whether to show a bar.
 
     Raises:
-        InputError: hooks are attached, or a layer does not exist.
+        InputError: hooks are attached, a layer does not exist, or rows have a single token.
     """
     if any(True for _ in tree.handles()):
         raise InputError("verify() compares with the unhooked model: remove your hooks first (reset_hooks).")
+    if tokens is not None and tokens.shape[1] < 2:
+        raise InputError("verify() needs rows of two tokens or more: a single one attends to nothing but itself.")
     cfg = tree.cfg
     chosen = sorted({0, cfg.n_layers // 2, cfg.n_layers - 1}) if layers is None else sorted(set(layers))
     if any(not 0 <= layer < cfg.n_layers for layer in chosen):
@@ -245,8 +247,8 @@ class _Checker:
             yield self.line(f"layer {layer}: nothing attends to the future or padding", pattern * unseen[:, None], 0)
 
     def padding(self, side: str) -> Check:
-        pads = 3
-        extra = self.tokens[:, :pads]
+        extra = self.tokens[:, :3]
+        pads = extra.shape[1]
         order = (extra, self.tokens) if side == "left" else (self.tokens, extra)
         tokens = torch.cat(order, dim=1)
         ones, zeros = torch.ones_like(self.tokens), torch.zeros_like(extra)

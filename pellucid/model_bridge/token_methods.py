@@ -75,6 +75,8 @@ class TokenMethods:
             ]
             return rows[0] if len(rows) == 1 else rows
         texts = [input] if isinstance(input, str) else list(input)
+        if any(not isinstance(text, str) for text in texts):
+            raise InputError("to_str_tokens takes a string, strings or a tensor of ids; make a list of ids a tensor.")
         ids = [self._rules.encode(text, prepend_bos, padding_side)[0][0] for text in texts]
         pieces = [[str(self._rules.decode([token])) for token in row.tolist()] for row in ids]
         return pieces[0] if isinstance(input, str) else pieces

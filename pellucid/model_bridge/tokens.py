@@ -66,7 +66,10 @@ class TokenRules:
             rows = [[tokenizer.bos_token_id, *row] for row in rows]
         empty = [index for index, row in enumerate(rows) if not row]
         if empty:
-            raise InputError(f"Text {empty[0]} ({texts[empty[0]]!r}) has no tokens: there is nothing to run.")
+            raise InputError(
+                f"Text {empty[0]} ({texts[empty[0]]!r}) has no tokens: there is nothing to run. prepend_bos=True begins "
+                "with the beginning-of-sequence token."
+            )
         return self._pad(rows, padding_side)
 
     def _pad(self, rows: list[list[int]], padding_side: PaddingSide | None) -> tuple[Tensor, Tensor | None]:
@@ -106,6 +109,10 @@ class TokenRules:
             raise InputError(f"Token ids are [pos] or [batch, pos]; found shape {tuple(tokens.shape)}.")
         if tokens.numel() == 0:
             raise InputError(f"There are no tokens: the batch has shape {tuple(tokens.shape)}.")
+        if torch.compiler.is_compiling():
+            return tokens.long()  # the check below reads values, which would break the graph
+        if tokens.dtype in (torch.uint16, torch.uint32, torch.uint64):
+            tokens = tokens.long()
         low, high = (int(value) for value in tokens.aminmax())
         if low < 0 or high >= self.d_vocab:
             wrong = low if low < 0 else high

@@ -261,6 +261,10 @@ class TransformerBridge(ProcessableWeights, TokenMethods):
     ) -> Prepared:
         start = self._layer("start_at_layer", start_at_layer)
         stop = self._layer("stop_at_layer", stop_at_layer)
+        if start is not None and stop is not None and stop < start:
+            raise InputError(
+                f"A run from block {start} up to block {stop} has nothing to run: stop_at_layer comes after."
+            )
         tokens = residual = None
         if start is not None:
             residual = self._check_residual(input)
@@ -299,9 +303,8 @@ class TransformerBridge(ProcessableWeights, TokenMethods):
     def _check_residual(self, residual: Any) -> Tensor:
         d_model = self.cfg.d_model
         if not isinstance(residual, Tensor) or not residual.is_floating_point():
-            raise InputError(
-                f"start_at_layer takes the residual [batch, pos, {d_model}]; found {type(residual).__name__}."
-            )
+            found = f"integers ({residual.dtype})" if isinstance(residual, Tensor) else type(residual).__name__
+            raise InputError(f"start_at_layer takes the residual [batch, pos, {d_model}]; found {found}.")
         if residual.dim() != 3 or residual.shape[-1] != d_model or residual.numel() == 0:
             raise InputError(
                 f"start_at_layer takes the residual [batch, pos, {d_model}]; found shape {tuple(residual.shape)}."
@@ -322,6 +325,8 @@ class TransformerBridge(ProcessableWeights, TokenMethods):
         if prepared.past_key_values is not None:
             arguments["past_key_values"] = prepared.past_key_values
         helpers = self._helpers(prepared.start, prepared.stop)
+        if self._tree.is_float64():
+            self._refuse_checkpointing()
         if not helpers:
             if not self._tree.is_mounted():
                 return self.original_model(**arguments).logits  # type: ignore[no-any-return]
@@ -333,6 +338,15 @@ class TransformerBridge(ProcessableWeights, TokenMethods):
             except StopForward as stopped:
                 self._tree.restore_offloaded()
                 return self._guarded(stopped.residual)
+
+    def _refuse_checkpointing(self) -> None:
+        """Attention is ours in a float64 run only: a forward that is run again later would be Hugging Face's."""
+        backbone = self._tree.backbone.module
+        if backbone.gradient_checkpointing and backbone.training and torch.is_grad_enabled():
+            raise GradientError(
+                "In float64 attention is Pellucid's own for the length of a run, and gradient checkpointing runs it again "
+                "after that. Switch gradient checkpointing off for a float64 model."
+            )
 
     def _helpers(self, start: int | None, stop: int | None) -> list[str]:
         """Components that a run needs mounted for itself, hooks or not."""
@@ -505,6 +519,9 @@ class TransformerBridge(ProcessableWeights, TokenMethods):
         positions = kept_positions(pos_slice, prepared.given.shape[1])
         keeper = Keeper(specs, positions, device, dtype, copies=self._others_may_write())
         points = [self._tree.point(spec.name) for spec in specs]
+        reshaped = [point.name for point in points if point.hook_conversion is not None]
+        if reshaped and pos_slice is not None:
+            raise InputError(f"pos_slice cannot find the positions of {reshaped[0]}, which is shown in another shape.")
         handles = [LensHandle(point, keeper, "fwd", point.name, reads_only=True) for point in points]
         if incl_bwd:
             handles += [

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import WeightError
 from pellucid.model_bridge.generalized_components import GeneralizedComponent
-from pellucid.model_bridge.generalized_components.base import readable_parameter
+from pellucid.model_bridge.generalized_components.base import all_finite, readable_parameter
 from pellucid.model_bridge.mounting import ComponentTree
 from pellucid.weight_processing import BLOCK_STEPS, STEPS, Step
 
@@ -128,28 +128,43 @@ def state_of(tree: ComponentTree) -> WeightsState:
 def believed(tree: ComponentTree, unit: Unit) -> frozenset[Step]:
     """What the record says of a unit, unless its weights have been replaced since (a state dict loaded, training).
 
-    A folded norm has gain 1 and bias 0, a folded value bias is 0. Where that no longer holds, nothing is believed.
+    Vectors tell, at no cost: a folded norm has gain 1 and bias 0, a centred bias has mean 0, a folded value bias is 0, the
+    norm of a centred embedding has one gain and no bias. Where one of these no longer holds, nothing is believed.
     """
     record = record_of(tree)
     done = record.done.get(unit, frozenset())
+    witness = tree.components[{"unembed": "ln_final", "embed": "embed_ln"}.get(unit, unit)]
+    if not done or any(parameter.is_meta for parameter in witness.module.parameters()):
+        return done  # offloaded since: there is nothing to look at
     if unit == "unembed":
-        final = tree.components["ln_final"].module
-        return done if "fold_ln" not in done or record.on_access or is_identity(final) else frozenset()
-    if unit == "embed" or not done:
-        return done
-    block = tree.components[unit]
-    norms = [block.submodules["ln1"].module, block.submodules["ln2"].module]
-    if "fold_ln" in done and not all(is_identity(norm) for norm in norms):
-        return frozenset()
-    if "fold_value_biases" in done and bool(cast(Any, block.submodules["attn"]).b_V.any()):
-        return frozenset()
-    return done
+        holds = "fold_ln" not in done or record.on_access or is_identity(witness.module)
+    elif unit == "embed":
+        gain, shift = cast(Tensor, witness.module.weight), cast(Tensor, witness.module.bias)
+        holds = bool((gain == gain[0]).all()) and not bool(shift.any())
+    else:
+        holds = _block_holds(witness, done)
+    return done if holds else frozenset()
+
+
+def _block_holds(block: GeneralizedComponent, done: frozenset[Step]) -> bool:
+    attention, mlp = cast(Any, block.submodules["attn"]), cast(Any, block.submodules["mlp"])
+    if "fold_ln" in done and not all(is_identity(block.submodules[norm].module) for norm in ("ln1", "ln2")):
+        return False
+    if done & {"fold_value_biases", "refactor_factored_attn_matrices"} and bool(attention.b_V.any()):
+        return False
+    return "center_writing_weights" not in done or all(is_centred(bias) for bias in (attention.b_O, mlp.b_out))
+
+
+def is_centred(vector: Tensor) -> bool:
+    """Whether a vector has mean zero, up to the rounding of its own numbers."""
+    wide = vector.detach().double()
+    return bool(wide.mean().abs() <= torch.finfo(vector.dtype).eps * wide.abs().max())
 
 
 def is_identity(norm: nn.Module) -> bool:
     """Whether a layer norm only normalises: gain 1, bias 0."""
     gain, shift = cast(Tensor, norm.weight), cast(Tensor, norm.bias)
-    return not gain.is_meta and bool((gain == 1).all()) and not bool(shift.any())
+    return bool((gain == 1).all()) and not bool(shift.any())
 
 
 def is_tied(tree: ComponentTree) -> bool:
@@ -287,10 +302,8 @@ def _modules(tree: ComponentTree) -> Iterator[tuple[GeneralizedComponent, type[n
 def _refuse_unusable(path: str, parameter: Tensor) -> None:
     if parameter.is_inference():
         raise WeightError(f"{path} was made in inference mode and cannot be written. Load the model outside of it.")
-    for rows in chunks(parameter.detach()):
-        low, high = torch.aminmax(rows)
-        if not bool(torch.isfinite(high - low)):
-            raise WeightError(f"{path} holds values that are not finite; processing would spread them.")
+    if not all_finite(parameter):
+        raise WeightError(f"{path} holds values that are not finite; processing would spread them.")
 
 
 def chunks(table: Tensor) -> Iterator[Tensor]:

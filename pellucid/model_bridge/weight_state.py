@@ -206,6 +206,16 @@ class ProcessableWeights(WeightViews, HookedModel):
         """``W_V W_O``, ``[n_layers, n_heads, d_model, d_model]`` (source, destination)."""
         return FactoredMatrix(self.W_V, self.W_O)
 
+    def explain(self, name: str) -> str:
+        """What a hook point holds, see :meth:`HookedModel.explain`; says where processing changed its meaning."""
+        text = super().explain(name)
+        inside = self._tree.index[name].name in ("embed.hook_out", "embed_ln.hook_scale", "embed_ln.hook_normalized")
+        if inside and "center_writing_weights" in self.weights_state.done["embed"]:
+            text += (
+                "\n  note    in the terms of the rewritten embedding: W_E is small, its norm gives the centred W_E_eff"
+            )
+        return text
+
     # -- files ---------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:

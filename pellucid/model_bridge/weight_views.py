@@ -20,7 +20,10 @@ class WeightViews:
 
     @property
     def W_E(self) -> Tensor:
-        """``[d_vocab, d_model]``: ``word_embeddings``, before the embedding norm."""
+        """``[d_vocab, d_model]``: ``word_embeddings``, before the embedding norm.
+
+        After ``process_weights(center_writing_weights=True)`` it is small and only :attr:`W_E_eff` is readable.
+        """
         return cast(Tensor, self._component("embed").W_E)
 
     @property

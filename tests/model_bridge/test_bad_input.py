@@ -47,7 +47,6 @@ def look(tensor: Tensor, hook: Any) -> None:
         (["hook_embed", 3], "found 3 of type int"),
         (lambda name: False, "predicate"),
     ],
-    ids=str,
 )
 def test_names_that_match_nothing(bridge: TransformerBridge, names_filter: Any, message: str) -> None:
     ran: list[int] = []
@@ -379,3 +378,45 @@ def test_boot_arguments(tmp_path: Any) -> None:
 def test_every_error_is_ours_and_reads_well() -> None:
     for error in PellucidError.__subclasses__():
         assert str(error("two 'quoted' words\nand a line")) == "two 'quoted' words\nand a line"
+
+
+def test_spans_slices_and_requests_that_make_no_sense(bridge: TransformerBridge) -> None:
+    with pytest.raises(InputError, match="nothing to run"):
+        bridge(torch.zeros(2, 3, 48), start_at_layer=2, stop_at_layer=1)
+    for positions in (torch.tensor([True] * 9), True, [0.5]):
+        with pytest.raises(InputError, match="positions"):
+            bridge.run_with_cache(random_tokens(), pos_slice=positions)
+    with pytest.raises(InputError, match="steps forward"):
+        bridge.run_with_cache(random_tokens(), pos_slice=slice(None, None, -1))
+    for requests in (["hook_embed"], ("hook_embed", look)):
+        with pytest.raises(InputError, match="pairs"):
+            bridge.run_with_hooks(random_tokens(), fwd_hooks=requests)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="integers"):
+        bridge(random_tokens(), start_at_layer=1)
+    _, cache = bridge.run_with_cache(random_tokens())
+    for key in (3, ("q",), ("q", 0, "attn", 1), ("pattern", -9), ("pattern", 3)):
+        with pytest.raises(KeyError):
+            cache[key]  # type: ignore[index]
+        assert key not in cache
+    with pytest.raises(InputError, match="two tokens or more"):
+        bridge.verify(random_tokens(1, 1))
+    assert bridge.verify(random_tokens(1, 2), layers=[0]).ok
+
+
+def test_positions_of_a_reshaped_point() -> None:
+    from pellucid.conversion_utils.conversion_steps import RearrangeTensorConversion
+
+    bridge, _ = make_pair()
+    bridge.hook_dict["blocks.0.attn.hook_z"].enable_reshape(RearrangeTensorConversion("b p n h -> n b p h"))
+    _, cache = bridge.run_with_cache(random_tokens())
+    assert cache["z", 0].shape == (4, 2, 9, 12)
+    with pytest.raises(InputError, match="another shape"):
+        bridge.run_with_cache(random_tokens(), pos_slice=-1)
+
+
+def test_float64_and_checkpointing() -> None:
+    bridge = TransformerBridge(make_bloom(torch.float64))
+    bridge.hf_model.gradient_checkpointing_enable()
+    bridge.train()
+    with pytest.raises(GradientError, match="checkpointing"):
+        bridge(random_tokens(), return_type="loss")

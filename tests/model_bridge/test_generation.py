@@ -206,3 +206,8 @@ def test_text(demo: TransformerBridge) -> None:
     assert len(output.logits) == 3
     stopped = demo.generate(prompt, do_sample=False, max_new_tokens=30, verbose=False, stop_strings=[" and"])
     assert stopped.endswith(" and") or " and" not in stopped
+    several = demo.generate(
+        prompt, do_sample=False, max_new_tokens=3, verbose=False, num_beams=3, num_return_sequences=2
+    )
+    assert len(several) == 2
+    assert all(text.startswith(prompt) for text in several)

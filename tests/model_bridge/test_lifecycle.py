@@ -416,6 +416,8 @@ def test_offloaded_models(where: str, tmp_path: Path) -> None:
     assert as_before()
     for name in reference:
         assert torch.allclose(cache[name], reference[name], atol=1e-5), name
+    assert bridge.verify(layers=[1]).ok
+    assert as_before()
     for name in bridge.hook_dict:
         if name == "embed.hook_in":
             continue
@@ -510,6 +512,8 @@ def test_compiles_to_one_graph_when_unhooked() -> None:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert torch.equal(compiled(tokens, use_cache=False).logits, model(tokens).logits)
+        whole = torch.compile(bridge, fullgraph=True, backend="eager")
+        assert torch.equal(whole(tokens), model(tokens).logits)
         with bridge.hooks([("blocks.0.hook_in", zero)]):
             hooked = torch.compile(bridge.hf_model, backend="eager")(tokens, use_cache=False).logits
         assert torch.equal(hooked, bridge.run_with_hooks(tokens, fwd_hooks=[("blocks.0.hook_in", zero)]))

@@ -129,6 +129,7 @@ def test_lora_on_the_fused_projection() -> None:
         fused = bridge.blocks[1].attn.module.query_key_value(clean["blocks.1.ln1.hook_out"] * 1.5)
         assert torch.equal(edited["q", 1], fused.view(2, 9, 4, 3, 12)[:, :, :, 0])
         bridge.set_use_attn_result(False)
+        assert bridge.verify(layers=[1]).ok
     assert late.blocks[0].attn.W_Q.shape == (4, 48, 12)
     loss = late.run_with_hooks(tokens, fwd_hooks=[("*", lambda t, hook: None)], return_type="loss")
     loss.backward()

@@ -191,6 +191,14 @@ def test_norm_hooks_tell_the_truth() -> None:
     assert (after["embed_ln.hook_scale"] <= (2 * bridge.cfg.eps) ** 0.5 * (1 + 1e-12)).all()
 
 
+def test_points_whose_meaning_changed_say_so() -> None:
+    bridge, _ = make_pair()
+    assert "rewritten" not in bridge.explain("embed.hook_out")
+    bridge.process_weights()
+    assert "rewritten embedding" in bridge.explain("embed.hook_out")
+    assert "rewritten" not in bridge.explain("hook_embed")
+
+
 def test_logits_are_the_final_norm_times_the_unembedding() -> None:
     for settings in ({}, {"keep_tied": True, "center_writing_weights": False, "center_unembed": False}):
         bridge, _ = make_pair(torch.float64)
@@ -284,6 +292,33 @@ def test_weights_loaded_over_processed_ones_are_processed_again() -> None:
         assert largest(bridge.W_in.mean(1)) < 1e-15
 
 
+@pytest.mark.parametrize("step", [step for step in STEPS if step != "center_unembed"])
+def test_one_step_undone_from_outside_is_noticed(step: str) -> None:
+    """``center_unembed`` alone leaves no vector to tell by: reading a whole table at each look would be too dear."""
+    bridge, native = make_pair(tie_word_embeddings=False)
+    bridge.process_weights(**{**dict.fromkeys(STEPS, False), step: True})
+    assert step in bridge.weights_state.complete
+    bridge.hf_model.load_state_dict(native.state_dict(), strict=False)
+    assert not bridge.weights_state.is_processed
+
+
+def test_loading_through_the_bridge_forgets_every_step() -> None:
+    bridge, native = make_pair(tie_word_embeddings=False)
+    bridge.process_weights(**{**dict.fromkeys(STEPS, False), "center_unembed": True})
+    bridge.load_state_dict(native.state_dict())
+    assert not bridge.weights_state.is_processed
+
+
+def test_a_processed_model_can_be_offloaded() -> None:
+    bridge, native = make_pair()
+    tokens = random_tokens()
+    before = log_probabilities(native, tokens)
+    state = bridge.process_weights()
+    cpu_offload(bridge.hf_model)
+    assert bridge.weights_state == state
+    assert largest(log_probabilities(bridge, tokens) - before) < BOUND[torch.float32]
+
+
 def test_transformer_lens_words() -> None:
     bridge, _ = make_pair()
     before = contents(bridge.hf_model)
@@ -311,6 +346,14 @@ def test_everything_is_written_where_it_was() -> None:
     assert all(parameter.requires_grad and parameter.is_leaf for parameter in model.parameters())
     bridge(random_tokens(), return_type="loss").backward()
     assert model.lm_head.bias.grad is not None
+
+
+def test_called_in_inference_mode_it_makes_ordinary_parameters() -> None:
+    bridge, _ = make_pair()
+    with torch.inference_mode():
+        bridge.process_weights()
+    assert not any(parameter.is_inference() for parameter in bridge.hf_model.parameters())
+    bridge(random_tokens(), return_type="loss").backward()
 
 
 def test_a_copy_has_its_own_state_and_two_bridges_share_one() -> None:
@@ -570,11 +613,15 @@ def test_a_failing_write_is_put_back() -> None:
 
 def test_ctrl_c_waits_until_a_part_is_written() -> None:
     reached = []
-    with pytest.raises(KeyboardInterrupt), processed_weights.undisturbed():
-        signal.raise_signal(signal.SIGINT)
-        reached.append("the end")
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt), processed_weights.undisturbed():
+            signal.raise_signal(signal.SIGINT)
+            reached.append("the end")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, previous)
     assert reached == ["the end"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_table_that_fails_half_way_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

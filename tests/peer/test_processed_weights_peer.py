@@ -135,14 +135,14 @@ def test_where_the_norms_output_is_the_residual(peer: Any) -> None:
 def test_float64_stays_float64(peer: Any) -> None:
     model = make_bloom(torch.float64)
     tokens = random_tokens()
-    before = log_probabilities(TransformerBridge(model), tokens)
-    theirs = peer(model)
-    raw = largest(log_probabilities(theirs, tokens) - before)
-    theirs.enable_compatibility_mode(disable_warnings=True)
-    moved = largest(log_probabilities(theirs, tokens) - before)
-    assert moved > 10 * max(raw, 1e-9) or moved > 1e-8  # through float32 and back
-    ours = TransformerBridge(copy.deepcopy(model))
-    ours.process_weights()
+    before = log_probabilities(TransformerBridge(copy.deepcopy(model)), tokens)
+    ours, theirs = both(peer, model)
+    block = model.transformer.h[1]
+    folded = (block.mlp.dense_h_to_4h.weight * block.post_attention_layernorm.weight).T
+    exact = folded - folded.mean(0)
+    assert theirs.W_in.dtype == ours.W_in.dtype == torch.float64
+    assert largest(ours.W_in[1] - exact) < 1e-15
+    assert largest(theirs.W_in[1] - exact) > 1e-9  # through float32 and back
     assert largest(log_probabilities(ours, tokens) - before) < 1e-12
 
 

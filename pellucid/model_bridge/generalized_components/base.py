@@ -310,9 +310,17 @@ def check_write(key: str, target: Tensor, value: Tensor, shape: tuple[int, ...] 
         raise WeightError(f"{key} must have shape {shape}; found {tuple(value.shape)}.")
     if value.dtype != target.dtype:
         raise WeightError(f"{key} must have dtype {target.dtype}; found {value.dtype}. Cast it where it was made.")
-    if not bool(torch.isfinite(value).all()):
+    if not all_finite(value):
         raise WeightError(f"{key} holds values that are not finite.")
     return WeightWrite(key, target, value.reshape(target.shape))
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither infinities nor NaN: one pass, nothing allocated."""
+    if tensor.numel() == 0:
+        return True
+    low, high = torch.aminmax(tensor.detach())
+    return bool(torch.isfinite(low)) and bool(torch.isfinite(high))
 
 
 def commit_writes(writes: list[WeightWrite], verbose: bool) -> None:
