@@ -93,7 +93,7 @@ class Bench:
 
     @cached_property
     def sight(self) -> Any:
-        import nnsight
+        import nnsight  # type: ignore[import-not-found, unused-ignore]
 
         return nnsight.NNsight(twin(self.reference))
 
@@ -109,7 +109,9 @@ def run_bare(model: nn.Module, tokens: Tensor) -> Tensor:
 
 def open_lens(model: BloomForCausalLM) -> Any:
     """TransformerLens' bridge on ``model``, raw as it comes."""
-    from transformer_lens.model_bridge import TransformerBridge as LensBridge
+    from transformer_lens.model_bridge import (  # type: ignore[import-not-found, unused-ignore]
+        TransformerBridge as LensBridge,
+    )
 
     # It opens its tokenizer a second time by path, so there has to be one on disk.
     return LensBridge.boot_transformers("bigscience/bloom-560m", hf_model=model, tokenizer=small_tokenizer())
@@ -477,7 +479,7 @@ def case_decoding(report: Report, bench: Bench, rounds: int, count: int = 32) ->
     def plain_generate() -> Tensor:
         mask = torch.ones_like(tokens)
         # -1 is no token: the stopping rule is asked at each step and never says yes, as for the others.
-        ids: Tensor = bench.model.generate(input_ids=tokens, attention_mask=mask, eos_token_id=-1, **settings)  # type: ignore[operator]
+        ids: Tensor = bench.model.generate(input_ids=tokens, attention_mask=mask, eos_token_id=-1, **settings)
         return ids
 
     def torch_steered() -> Tensor:

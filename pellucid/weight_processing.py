@@ -259,7 +259,7 @@ def center_embedding(table: Tensor, gain: Tensor, shift: Tensor, eps: float) -> 
     if not eps > 0:
         raise WeightError(f"Centring the embedding rests on the norm's eps, which must be positive; found {eps}.")
     rows = centred_rows(table, gain, shift, eps)
-    scale = embedding_gain(rows.square().mean(-1).max(), gain.dtype)
+    scale = embedding_gain(mean_square(rows).max(), gain.dtype)
     return (
         rows_for_gain(rows, scale, eps),
         torch.full_like(gain, scale, dtype=rows.dtype),
@@ -281,9 +281,13 @@ def embedding_gain(largest_power: Tensor | float, dtype: torch.dtype) -> float:
 
 def rows_for_gain(rows: Tensor, scale: float, eps: float) -> Tensor:
     """Rows of the new table for centred rows ``r`` and gain ``c``; may be given in chunks."""
-    normalized = rows / scale
-    rho = normalized.square().mean(-1, keepdim=True)
-    return normalized.mul_((eps / (1 - rho)).sqrt_())
+    rho = mean_square(rows)[..., None] / scale**2
+    return rows * ((eps / (1 - rho)).sqrt_() / scale)
+
+
+def mean_square(rows: Tensor) -> Tensor:
+    """Mean of the squares of each row, ``[...]`` of ``[..., d_model]``."""
+    return torch.linalg.vector_norm(rows, dim=-1).square_() / rows.shape[-1]
 
 
 # -- a block -----------------------------------------------------------------------------------------------------------

@@ -51,6 +51,7 @@ from pellucid.weight_processing import (
     centred_rows,
     embedding_gain,
     fold_layer_norm,
+    mean_square,
     process_block,
     rows_for_gain,
     working_dtype,
@@ -124,6 +125,7 @@ class Processor:
 
     def __init__(self, tree: ComponentTree, request: Request, record: WeightsRecord) -> None:
         self.tree, self.request, self.record = tree, request, record
+        self._spare: list[Tensor] = []  # a block's old values while it is written
         if request.keep_originals and record.originals is None:
             record.originals, record.was_tied = {}, is_tied(tree)
 
@@ -147,7 +149,7 @@ class Processor:
         rounded = {key: new.pop(key).to(places[key].storage.dtype) for key in list(new)}
         writes = block.plan_writes(rounded)
         self._remember(*(f"{block.path}.{name}" for name, _ in block.module.named_parameters()))
-        write_all([(write.target, write.value) for write in writes])
+        write_all([(write.target, write.value) for write in writes], self._spare)
 
     # -- the two tables ------------------------------------------------------------------------------------------------
 
@@ -202,7 +204,7 @@ class Processor:
             "transformer.word_embeddings_layernorm.bias",
         )
         eps = float(norm.eps)
-        power = max(float(centred_rows(rows, gain, shift, eps).square().mean(-1).max()) for rows in chunks(table))
+        power = max(float(mean_square(centred_rows(rows, gain, shift, eps)).max()) for rows in chunks(table))
         scale = embedding_gain(power, gain.dtype)
         with undisturbed(), self._at_risk("embed"):
             for rows in chunks(table):
@@ -271,10 +273,11 @@ class TableChange:
 
     def rows(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Some rows of the new table, and what they add to ``b_U``, in the working dtype."""
-        new, added = rows.to(working_dtype(rows.dtype)), None
-        if self.gain is not None and self.shift is not None:
-            new, added = fold_layer_norm(rows, None, self.gain, self.shift)
-        return (new if self.mean is None else new - self.mean), added
+        if self.gain is None or self.shift is None:
+            wide = rows.to(working_dtype(rows.dtype))
+            return (wide if self.mean is None else wide - self.mean), None
+        new, added = fold_layer_norm(rows, None, self.gain, self.shift)
+        return (new if self.mean is None else new.sub_(self.mean)), added
 
     def write(self, table: Tensor, into: Tensor, bias: Tensor | None) -> Tensor | None:
         """Write the new table, row by row; ``into`` may be the table itself.
@@ -377,16 +380,28 @@ def _parameter(root: nn.Module, path: str) -> nn.Parameter | None:
 # -- all or nothing ----------------------------------------------------------------------------------------------------
 
 
-def write_all(writes: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Copy each value into its storage; put everything back if one copy fails. Ctrl-C waits until it is through."""
+def write_all(writes: Sequence[tuple[Tensor, Tensor]], spare: list[Tensor] | None = None) -> None:
+    """Copy each value into its storage; put everything back if one copy fails. Ctrl-C waits until it is through.
+
+    Args:
+        writes: ``(storage, value)`` pairs.
+        spare: where to keep the old values meanwhile; filled, and used again by a call with the same shapes.
+    """
+    targets = [target.detach() for target, _ in writes]
+    before = [] if spare is None else spare
+    if [(old.shape, old.dtype, old.device) for old in before] != [
+        (new.shape, new.dtype, new.device) for new in targets
+    ]:
+        before[:] = [torch.empty(new.shape, dtype=new.dtype, device=new.device) for new in targets]
     with undisturbed():
-        before = [target.detach().clone() for target, _ in writes]
+        for target, old in zip(targets, before, strict=True):
+            old.copy_(target)
         try:
-            for target, value in writes:
-                target.detach().copy_(value)
+            for target, (_, value) in zip(targets, writes, strict=True):
+                target.copy_(value)
         except BaseException:
-            for (target, _), old in zip(writes, before, strict=True):
-                target.detach().copy_(old)
+            for target, old in zip(targets, before, strict=True):
+                target.copy_(old)
             raise
 
 

@@ -1,0 +1,264 @@
+"""One run: checking what was given, sending it through the model, and what comes back.
+
+With nothing hooked, a run is one call of the Hugging Face model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from pellucid.errors import GradientError, InputError
+from pellucid.hook_points import LensHandle
+from pellucid.model_bridge.cache_plan import RunSize
+from pellucid.model_bridge.generalized_components.base import StopForward
+from pellucid.model_bridge.hooked_model import HookedModel
+from pellucid.model_bridge.losses import next_token_loss
+from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, TokenRules, check_mask
+from pellucid.run_context import layer_span
+
+ReturnType: TypeAlias = Literal["logits", "loss", "both"] | None
+
+
+@dataclass
+class Prepared:
+    """A checked input: what goes to Hugging Face's model, and which blocks it passes through."""
+
+    tokens: Tensor | None
+    residual: Tensor | None
+    attention_mask: Tensor | None
+    past_key_values: Any | None
+    start: int | None
+    stop: int | None
+
+    @property
+    def given(self) -> Tensor:
+        """The tokens, or the residual."""
+        given = self.tokens if self.tokens is not None else self.residual
+        assert given is not None
+        return given
+
+    def past_length(self) -> int:
+        """Positions already in the key/value cache."""
+        return 0 if self.past_key_values is None else int(self.past_key_values.get_seq_length())
+
+    def size(self) -> RunSize:
+        """Sizes of the run, for estimating a cache."""
+        batch, pos = self.given.shape[:2]
+        past = self.past_key_values
+        # A static cache attends over its whole capacity.
+        key_pos = pos if past is None else int(past.get_mask_sizes(pos, 0)[0])
+        return RunSize(batch, pos, key_pos)
+
+
+class RunnableModel(HookedModel):
+    """A hooked model that can be run on text, tokens or a residual."""
+
+    _rules: TokenRules
+
+    # -- the model's place and dtype -----------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids are sent."""
+        parameter = self._tree.components["embed"].module.weight
+        return torch.device(self.cfg.device or "cpu") if parameter.is_meta else torch.device(parameter.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's dtype."""
+        return self.cfg.dtype
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move or cast the model, as ``nn.Module.to`` does."""
+        super().to(*args, **kwargs)
+        return self._refresh()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        super()._apply(*args, **kwargs)  # .half(), .cuda() and their kin come through here
+        return self._refresh()
+
+    def _refresh(self) -> Self:
+        parameter = next(parameter for parameter in self.parameters() if parameter.is_floating_point())
+        self.cfg.dtype = parameter.dtype
+        if not parameter.is_meta:
+            self.cfg.device = str(parameter.device)
+        return self
+
+    # -- a run ---------------------------------------------------------------------------------------------------------
+
+    def _prepare(
+        self,
+        input: TextOrTokens,
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any | None = None,
+        start_at_layer: int | None = None,
+        stop_at_layer: int | None = None,
+    ) -> Prepared:
+        start = self._layer("start_at_layer", start_at_layer)
+        stop = self._layer("stop_at_layer", stop_at_layer)
+        if start is not None and stop is not None and stop < start:
+            raise InputError(
+                f"A run from block {start} up to block {stop} has nothing to run: stop_at_layer comes after."
+            )
+        tokens = residual = None
+        if start is not None:
+            residual = self._check_residual(input)
+            if past_key_values is not None:
+                raise InputError("start_at_layer with past_key_values: earlier layers would be missing from the cache.")
+        elif isinstance(input, Tensor):
+            tokens = self._rules.check(input)
+            if prepend_bos:
+                raise InputError("prepend_bos is for strings; put the id before the token ids yourself.")
+        elif isinstance(input, str | list | tuple):
+            tokens, inferred = self._rules.encode(input, prepend_bos, padding_side)
+            if attention_mask is None:
+                attention_mask = inferred
+        else:
+            raise InputError(f"Input is a string, strings or a tensor of token ids; found {type(input).__name__}.")
+        prepared = Prepared(tokens, residual, None, past_key_values, start, stop)
+        device = self.device
+        if tokens is not None and tokens.device != device:
+            prepared.tokens = tokens.to(device)
+        if attention_mask is not None:
+            batch, length = prepared.given.shape[:2]
+            prepared.attention_mask = check_mask(attention_mask, batch, length, prepared.past_length(), device)
+        if stop is not None and past_key_values is not None:
+            raise InputError("stop_at_layer with past_key_values: later layers would be missing from the cache.")
+        return prepared
+
+    def _layer(self, argument: str, layer: int | None) -> int | None:
+        if layer is None:
+            return None
+        n_layers = self.cfg.n_layers
+        index = layer + n_layers if layer < 0 else layer
+        if not 0 <= index <= n_layers:
+            raise InputError(f"{argument} is a block, 0 to {n_layers - 1}, or {n_layers} for the end; found {layer}.")
+        return index
+
+    def _check_residual(self, residual: Any) -> Tensor:
+        d_model = self.cfg.d_model
+        if not isinstance(residual, Tensor) or not residual.is_floating_point():
+            found = f"integers ({residual.dtype})" if isinstance(residual, Tensor) else type(residual).__name__
+            raise InputError(f"start_at_layer takes the residual [batch, pos, {d_model}]; found {found}.")
+        if residual.dim() != 3 or residual.shape[-1] != d_model or residual.numel() == 0:
+            raise InputError(
+                f"start_at_layer takes the residual [batch, pos, {d_model}]; found shape {tuple(residual.shape)}."
+            )
+        if residual.dtype != self.cfg.dtype:
+            raise InputError(f"The residual must have the model's dtype {self.cfg.dtype}; found {residual.dtype}.")
+        return residual
+
+    def _run(self, prepared: Prepared) -> Tensor:
+        """Logits, or the residual at which the run stops."""
+        arguments: dict[str, Any] = {"use_cache": prepared.past_key_values is not None}
+        if prepared.tokens is not None:
+            arguments["input_ids"] = prepared.tokens
+        else:
+            arguments["inputs_embeds"] = prepared.residual
+        if prepared.attention_mask is not None:
+            arguments["attention_mask"] = prepared.attention_mask
+        if prepared.past_key_values is not None:
+            arguments["past_key_values"] = prepared.past_key_values
+        helpers = self._helpers(prepared.start, prepared.stop)
+        if self._tree.is_float64():
+            self._refuse_checkpointing()
+        if not helpers:
+            if not self._tree.is_mounted():
+                return self.original_model(**arguments).logits  # type: ignore[no-any-return]
+            with self._safely():
+                return self._guarded(self.original_model(**arguments).logits)
+        with self._safely(), self._tree.mounted(helpers), layer_span(prepared.start, prepared.stop):
+            try:
+                return self._guarded(self.original_model(**arguments).logits)
+            except StopForward as stopped:
+                self._tree.restore_offloaded()
+                return self._guarded(stopped.residual)
+
+    def _refuse_checkpointing(self) -> None:
+        """Attention is ours in a float64 run only: a forward that is run again later would be Hugging Face's."""
+        backbone = self._tree.backbone.module
+        if backbone.gradient_checkpointing and backbone.training and torch.is_grad_enabled():
+            raise GradientError(
+                "In float64 attention is Pellucid's own for the length of a run, and gradient checkpointing runs it again "
+                "after that. Switch gradient checkpointing off for a float64 model."
+            )
+
+    def _helpers(self, start: int | None, stop: int | None) -> list[str]:
+        """Components that a run needs mounted for itself, hooks or not."""
+        names: list[str] = []
+        if start is not None:
+            names += ["embed_ln", *(f"blocks.{layer}" for layer in range(start))]
+        if stop is not None:
+            names.append("ln_final" if stop == self.cfg.n_layers else f"blocks.{stop}")
+        if self._tree.is_float64():
+            names += self._tree.attentions()
+        return names
+
+    @contextmanager
+    def _safely(self) -> Iterator[None]:
+        """Leave an offloaded model as it was if something is raised inside it."""
+        try:
+            yield
+        except BaseException:
+            self._tree.restore_offloaded()
+            raise
+
+    def _finish(self, prepared: Prepared, output: Tensor, return_type: ReturnType, loss_per_token: bool) -> Any:
+        if return_type is None:
+            return None
+        if prepared.stop is not None:
+            if return_type != "logits":
+                raise InputError(f"A run with stop_at_layer has no logits: return_type={return_type!r} cannot be had.")
+            return output
+        if return_type == "logits":
+            return output
+        if prepared.tokens is None:
+            raise InputError("A loss needs tokens; this run was given a residual. Take the logits and the targets.")
+        mask = prepared.attention_mask
+        if mask is not None:
+            mask = mask[:, -prepared.tokens.shape[1] :]
+        loss = next_token_loss(output, prepared.tokens, mask, loss_per_token)
+        return loss if return_type == "loss" else (output, loss)
+
+    def _span(self, prepared: Prepared) -> tuple[int, int]:
+        start = -1 if prepared.start is None else prepared.start
+        return start, self.cfg.n_layers + 1 if prepared.stop is None else prepared.stop
+
+    def _guarded(self, output: Tensor) -> Tensor:
+        """With gradient checkpointing the backward pass runs the forward again: see that its hooks are still there."""
+        backbone = self._tree.backbone.module
+        if backbone.gradient_checkpointing and backbone.training and output.requires_grad:
+            output.register_hook(partial(_refuse_backward, tuple(self._tree.handles())))
+        return output
+
+
+def refuse_rows(prepared: Prepared) -> None:
+    """Refuse a batch of several rows where its axis is to be removed."""
+    if prepared.given.shape[0] != 1:
+        raise InputError(f"remove_batch_dim needs a batch of one row; found {prepared.given.shape[0]}.")
+
+
+def without_batch_dim(output: Any) -> Any:
+    """The first row of every tensor that has rows; a mean loss has none."""
+    if isinstance(output, tuple):
+        return tuple(map(without_batch_dim, output))
+    return output[0] if isinstance(output, Tensor) and output.dim() > 0 else output
+
+
+def _refuse_backward(handles: tuple[LensHandle, ...], gradient: Tensor) -> None:
+    if any(handle not in handle.point.handles() for handle in handles):
+        raise GradientError(
+            "Gradient checkpointing runs the forward again during backward(), and hooks of this run are gone by then: "
+            "its gradients would not be those of the hooked model. Use `with bridge.hooks(...):` around forward and "
+            "backward, or switch gradient checkpointing off."
+        )
