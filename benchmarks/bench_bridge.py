@@ -17,7 +17,7 @@ import tracemalloc
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -124,9 +124,15 @@ def small_tokenizer() -> Any:
 
     words = Tokenizer(models.WordLevel({f"w{index}": index for index in range(1000)}, unk_token="w0"))
     special = {"unk_token": "w0", "bos_token": "w1", "eos_token": "w2", "pad_token": "w3"}
-    folder = Path(tempfile.mkdtemp(prefix="bench_tokenizer_"))
+    folder = scratch().name
     PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
     return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+@cache
+def scratch() -> tempfile.TemporaryDirectory[str]:
+    """A folder that is gone when the program ends."""
+    return tempfile.TemporaryDirectory(prefix="bench_tokenizer_")
 
 
 def has_lens() -> bool:

@@ -287,7 +287,8 @@ def rows_for_gain(rows: Tensor, scale: float, eps: float) -> Tensor:
 
 def mean_square(rows: Tensor) -> Tensor:
     """Mean of the squares of each row, ``[...]`` of ``[..., d_model]``."""
-    return torch.linalg.vector_norm(rows, dim=-1).square_() / rows.shape[-1]
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=-1)
+    return norms.square() / rows.shape[-1]
 
 
 # -- a block -----------------------------------------------------------------------------------------------------------

@@ -609,6 +609,13 @@ def test_a_failing_write_is_put_back() -> None:
     with pytest.raises(RuntimeError):
         processed_weights.write_all(writes)
     assert all(torch.equal(target, old) for target, old in zip(targets, before, strict=True))
+    spare: list[Tensor] = [torch.empty(1)]
+    for values in (torch.ones(3), torch.full((3,), 2.0)):  # the second call uses the first one's buffers
+        kept = [buffer.data_ptr() for buffer in spare]
+        processed_weights.write_all([(targets[0], values)], spare)
+        assert torch.equal(targets[0], values)
+    assert [buffer.data_ptr() for buffer in spare] == kept
+    assert torch.equal(spare[0], torch.ones(3))
 
 
 def test_ctrl_c_waits_until_a_part_is_written() -> None:
