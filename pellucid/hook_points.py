@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
 from pellucid.errors import GradientError, HookValueError, InputError, NoEffectError
 from pellucid.names import layer_of
-from pellucid.run_context import RunContext, Scope, current_run, is_open
+from pellucid.run_context import RunContext, Scope, acts, current_run
 
 HookFunction: TypeAlias = Callable[..., Any]
 """``fn(tensor, hook=point) -> Tensor | None``."""
@@ -202,10 +202,10 @@ class HookPoint(nn.Module):
 
     def detach_quietly(self, handle: LensHandle) -> bool:
         """Detach without telling :attr:`on_use`; whether it was attached."""
-        handles = self.fwd_hooks if handle.direction == "fwd" else self.bwd_hooks
-        if handle not in handles:
+        try:
+            (self.fwd_hooks if handle.direction == "fwd" else self.bwd_hooks).remove(handle)
+        except ValueError:
             return False
-        handles.remove(handle)
         return True
 
     def detach(self, handle: LensHandle) -> None:
@@ -270,10 +270,14 @@ class HookPoint(nn.Module):
 
     def is_live(self) -> bool:
         """Whether a function attached here acts in this thread or task now."""
+        if len(self.fwd_hooks) == 1 and _acts(self.fwd_hooks[0]):
+            return True
         return any(_acts(handle) for handle in self.fwd_hooks) or any(_acts(handle) for handle in self.bwd_hooks)
 
     def only_reads(self) -> bool:
         """Whether every function that acts here now is a forward one of ours that never writes."""
+        if len(self.fwd_hooks) == 1 and not self.bwd_hooks and self.fwd_hooks[0].reads_only:
+            return True
         return not any(_acts(handle) for handle in self.bwd_hooks) and all(
             handle.reads_only for handle in self.fwd_hooks if _acts(handle)
         )
@@ -287,11 +291,15 @@ class HookPoint(nn.Module):
                 write get a copy.
         """
         forward = self.fwd_hooks
-        if len(forward) == 1 and not self.bwd_hooks and forward[0].reads_only and self.hook_conversion is None:
-            # The common case of a cache: one function of ours that only looks.
-            if _acts(forward[0]):
-                forward[0].user_hook(value, hook=self)
-            return value
+        if len(forward) == 1 and not self.bwd_hooks:
+            only = forward[0]
+            if not acts(only.scope):
+                return value
+            if only.reads_only and self.hook_conversion is None:
+                # The common case of a cache: one function of ours that only looks.
+                only.user_hook(value, self)
+                return value
+            return self._run_forward(value, (only,), private)
         forward = [handle for handle in forward if _acts(handle)]
         backward = [handle for handle in self.bwd_hooks if _acts(handle)] if self.bwd_hooks else None
         shown = self._run_forward(value, forward, private) if forward else value
@@ -352,7 +360,7 @@ def _run_backward(point: HookPoint, handles: tuple[LensHandle, ...], gradient: T
 
 
 def _acts(handle: LensHandle) -> bool:
-    return handle.scope is None or is_open(handle.scope)
+    return acts(handle.scope)
 
 
 def _call(handle: LensHandle, shown: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from dataclasses import dataclass
 
 import torch
@@ -33,19 +33,33 @@ class RunContext:
 
     def __init__(
         self,
-        batch: int,
-        length: int,
+        given: Tensor,
         past_length: int,
-        device: torch.device,
         tokens: Tensor | None,
         attention_mask: Tensor | None,
         generation: GenerationRun | None,
     ) -> None:
-        self.batch, self.length, self.past_length, self.device = batch, length, past_length, device
+        self._given = given
+        self.past_length = past_length
         self.tokens = tokens
         self._attention_mask = attention_mask
-        self._n_prompts = generation.n_prompts if generation is not None else batch
-        self.step = generation.step if generation is not None else None
+        self._generation = generation
+        self.step = None if generation is None else generation.step
+
+    @property
+    def batch(self) -> int:
+        """Rows."""
+        return self._given.shape[0]
+
+    @property
+    def length(self) -> int:
+        """New positions."""
+        return self._given.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tokens are."""
+        return self._given.device
 
     @property
     def columns(self) -> Tensor:
@@ -72,7 +86,8 @@ class RunContext:
     @property
     def rows(self) -> Tensor:
         """``[batch]``: the prompt each row belongs to; under beam search several rows share one."""
-        return torch.arange(self.batch, device=self.device) // max(1, self.batch // self._n_prompts)
+        n_prompts = self.batch if self._generation is None else self._generation.n_prompts
+        return torch.arange(self.batch, device=self.device) // max(1, self.batch // n_prompts)
 
 
 @dataclass(frozen=True)
@@ -152,31 +167,29 @@ def generation_run(n_prompts: int) -> Iterator[None]:
         _GENERATION.reset(token)
 
 
-@contextmanager
-def forward_run(
-    batch: int,
-    length: int,
-    past_length: int,
-    device: torch.device,
-    tokens: Tensor | None,
-    attention_mask: Tensor | None,
-) -> Iterator[None]:
-    """Tell the hooks of one forward where in the sequence they are."""
+def begin_run(
+    given: Tensor, past_length: int, tokens: Tensor | None, attention_mask: Tensor | None
+) -> Token[RunContext | None]:
+    """Tell the hooks of one forward where in the sequence they are, until :func:`end_run`.
+
+    A pair of functions and not a context manager: it is on the way of every hooked forward.
+    """
     generation = _GENERATION.get()
     if generation is not None:
         generation.step += 1
-    token = _RUN.set(RunContext(batch, length, past_length, device, tokens, attention_mask, generation))
-    try:
-        yield
-    finally:
-        _RUN.reset(token)
+    return _RUN.set(RunContext(given, past_length, tokens, attention_mask, generation))
 
 
-def is_open(scope: Scope) -> bool:
-    """Whether ``scope`` acts in this thread or task now."""
-    return not scope.closed and scope in _SCOPES.get()
+def end_run(token: Token[RunContext | None]) -> None:
+    """End the run that :func:`begin_run` began."""
+    _RUN.reset(token)
 
 
 def current_run() -> RunContext | None:
     """The forward that is running in this thread or task."""
     return _RUN.get()
+
+
+def acts(scope: Scope | None) -> bool:
+    """Whether what belongs to ``scope`` (``None``: for good) acts in this thread or task now."""
+    return scope is None or (not scope.closed and scope in _SCOPES.get())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -118,7 +118,7 @@ class Keeper:
     """The caching function of one run: keeps what each point shows it, under the point's name.
 
     Args:
-        specs: the points it will be attached to.
+        pos_axes: of the points it will be attached to, by name.
         positions: which positions to keep.
         device: where to keep them, by default where they are.
         dtype: as what to keep floating-point ones, by default as they are.
@@ -127,21 +127,31 @@ class Keeper:
 
     def __init__(
         self,
-        specs: Sequence[HookSpec],
+        pos_axes: Mapping[str, int],
         positions: Tensor | slice,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
         copies: bool,
     ) -> None:
         self.kept: dict[str, Tensor] = {}
-        self._pos_axes = {spec.name: spec.pos_axis for spec in specs}
+        self._pos_axes = pos_axes
         self._positions = positions
         self._as_is = isinstance(positions, slice) and positions == slice(None) and device is None and dtype is None
         self._device, self._dtype, self._copies = device, dtype, copies
+        self._plain = self._as_is and not copies
 
     def __call__(self, tensor: Tensor, hook: HookPoint) -> None:
         """Keep one tensor; called by a hook point."""
-        self.keep(tensor, str(hook.name), "")
+        # Token ids belong to the caller, who may write to them later.
+        if (
+            self._plain
+            and tensor.is_floating_point()
+            and not tensor.requires_grad
+            and tensor.untyped_storage().nbytes() == tensor.nbytes
+        ):
+            self.kept[hook.name] = tensor  # type: ignore[index]
+        else:
+            self.keep(tensor, str(hook.name), "")
 
     def keep_gradient(self, tensor: Tensor, hook: HookPoint) -> None:
         """Keep one gradient; called by a hook point."""
@@ -156,7 +166,7 @@ class Keeper:
         if self._copies:
             if kept.data_ptr() == tensor.data_ptr():
                 kept = kept.clone(memory_format=torch.contiguous_format)
-        elif kept.untyped_storage().nbytes() != kept.nbytes:
+        elif kept.untyped_storage().nbytes() != kept.nbytes or not kept.is_floating_point():
             # Part of a larger tensor, which it would keep alive.
             kept = kept.clone(memory_format=torch.contiguous_format)
         self.kept[name + suffix] = kept

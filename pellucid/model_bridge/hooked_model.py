@@ -323,13 +323,15 @@ class HookedModel(nn.Module):
         return passed
 
     @contextmanager
-    def _attached(self, handles: Sequence[LensHandle], keep: bool = False) -> Iterator[Scope]:
+    def _attached(
+        self, handles: Sequence[LensHandle], keep: bool = False, needed: Mapping[str, int] | None = None
+    ) -> Iterator[Scope]:
         """Attach prepared functions for the length of a block."""
         scope = open_scope()
         for handle in handles:
             handle.scope = scope
         try:
-            self._tree.attach(handles)
+            self._tree.attach(handles, needed)
             yield scope
         finally:
             close_scope(scope)
@@ -337,7 +339,7 @@ class HookedModel(nn.Module):
                 for handle in handles:
                     handle.scope = None
             else:
-                self._tree.detach(handles)
+                self._tree.detach(handles, needed)
 
     def reset_hooks(
         self,

@@ -33,6 +33,7 @@ from pellucid.hook_points import HookPoint, LensHandle
 from pellucid.model_bridge.architecture_adapter import ArchitectureAdapter
 from pellucid.model_bridge.generalized_components import BackboneBridge, GeneralizedComponent, LinearBridge
 from pellucid.model_bridge.generalized_components.base import Engine
+from pellucid.names import HookSpec
 
 _LOCK = threading.RLock()
 
@@ -45,6 +46,16 @@ class Mounted:
     slot: str
     previous: Callable[..., Any] | None  # None: the class's own forward, no instance attribute
     ours: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Points that are used together."""
+
+    specs: list[HookSpec]
+    points: list[HookPoint]
+    pos_axes: dict[str, int]
+    needed: dict[str, int]
 
 
 class ComponentTree:
@@ -73,6 +84,7 @@ class ComponentTree:
         self._users: dict[str, int] = {}
         self._needs: dict[HookPoint, tuple[str, ...]] = {}
         self._mounted: dict[str, Mounted] = {}
+        self._groups: dict[tuple[bool, ...], Group] = {}
         self._copied = False
         self.notes: dict[str, Any] = {}  # what others remember of this model, each under its own word; copied with it
         self._place_all()
@@ -130,15 +142,35 @@ class ComponentTree:
         else:
             self._release(needed)
 
-    def attach(self, handles: Sequence[LensHandle]) -> None:
-        """Attach functions to their points, mounting what fires them once for all."""
-        self._retain(self._needed_by(handles))
+    def everything(self) -> Group:
+        """All points that are on, put together once: what a cache without a filter holds."""
+        key = tuple(self.cfg.flags.values())
+        group = self._groups.get(key)
+        if group is None:
+            specs = [spec for spec, _ in self.index.select(None, self.cfg.flags)]
+            group = self.group(specs)
+            self._groups[key] = group
+        return group
+
+    def group(self, specs: list[HookSpec]) -> Group:
+        """Points by their specs, and the components that have to be mounted for them."""
+        points = [self.point(spec.name) for spec in specs]
+        needed: dict[str, int] = {}
+        for point in points:
+            for name in self._needed(point):
+                needed[name] = needed.get(name, 0) + 1
+        return Group(specs, points, {spec.name: spec.pos_axis for spec in specs}, needed)
+
+    def attach(self, handles: Sequence[LensHandle], needed: Mapping[str, int] | None = None) -> None:
+        """Attach functions to their points, mounting what fires them (``needed``, if known) once for all."""
+        self._retain(self._needed_by(handles) if needed is None else needed)
         for handle in handles:
             handle.point.attach_quietly(handle)
 
-    def detach(self, handles: Sequence[LensHandle]) -> None:
+    def detach(self, handles: Sequence[LensHandle], needed: Mapping[str, int] | None = None) -> None:
         """Detach those of ``handles`` that are attached."""
-        self._release(self._needed_by([handle for handle in handles if handle.point.detach_quietly(handle)]))
+        gone = [handle for handle in handles if handle.point.detach_quietly(handle)]
+        self._release(needed if needed is not None and len(gone) == len(handles) else self._needed_by(gone))
 
     def _needed_by(self, handles: Iterable[LensHandle]) -> dict[str, int]:
         needed: dict[str, int] = {}
@@ -247,6 +279,7 @@ class ComponentTree:
         for key, value in vars(self).items():
             setattr(clone, key, copy.deepcopy(value, memo))
         clone._copied = True
+        clone._groups = {}
         with _LOCK:
             _TREES[id(clone.root)] = clone
         return clone
@@ -276,6 +309,16 @@ class ComponentTree:
                 parameters = list(module.parameters(recurse=False))
                 if any(not parameter.is_meta for parameter in parameters):
                     hook.post_forward(module, None)
+
+    def embedding(self) -> nn.Module:
+        """The token embedding; where it is, token ids are sent."""
+        module: nn.Module = self.components["embed"].module
+        return module
+
+    def embeds_on_cpu(self) -> bool:
+        """Whether the embedding's weight is plainly a parameter in main memory (``False``: look closer)."""
+        weight = self.components["embed"].module._parameters.get("weight")
+        return weight is not None and weight.is_cpu
 
     def attentions(self) -> list[str]:
         """Canonical names of the attentions."""

@@ -27,7 +27,7 @@ from pellucid.run_context import layer_span
 ReturnType: TypeAlias = Literal["logits", "loss", "both"] | None
 
 
-@dataclass
+@dataclass(slots=True)
 class Prepared:
     """A checked input: what goes to Hugging Face's model, and which blocks it passes through."""
 
@@ -68,8 +68,8 @@ class RunnableModel(HookedModel):
     @property
     def device(self) -> torch.device:
         """Where token ids are sent."""
-        parameter = self._tree.components["embed"].module.weight
-        return torch.device(self.cfg.device or "cpu") if parameter.is_meta else torch.device(parameter.device)
+        weight: Any = self._tree.embedding().weight
+        return torch.device(self.cfg.device or "cpu") if weight.is_meta else torch.device(weight.device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -94,6 +94,34 @@ class RunnableModel(HookedModel):
 
     # -- a run ---------------------------------------------------------------------------------------------------------
 
+    def _is_ready(self, input: Any) -> bool:
+        """Whether ``input`` can go to the model as it is.
+
+        It decides for the commonest call what :meth:`_prepare`, :meth:`_run` and :meth:`_finish` decide for all: code that
+        runs once a forward is cold, and costs several times what a loop over it shows.
+        """
+        if not (isinstance(input, Tensor) and input.dtype is torch.int64 and input.dim() == 2 and input.numel()):
+            return False
+        tree = self._tree
+        return input.is_cpu and tree.embeds_on_cpu() and tree.cfg.dtype is not torch.float64
+
+    def _logits(self, arguments: dict[str, Any]) -> Tensor:
+        """Hugging Face's logits."""
+        try:
+            logits: Tensor = self._modules["original_model"](**arguments).logits  # type: ignore[misc]
+        except BaseException as error:
+            self._clean_up(error, arguments.get("input_ids"))
+            raise
+        return self._guarded(logits) if logits.requires_grad and self._tree.is_mounted() else logits
+
+    def _clean_up(self, error: BaseException, tokens: Tensor | None) -> None:
+        """After an exception: leave an offloaded model as it was, and name an id that the embedding did not have."""
+        if isinstance(error, StopForward):
+            return
+        self._tree.restore_offloaded()
+        if isinstance(error, IndexError) and tokens is not None:
+            self._rules.check_range(tokens)
+
     def _prepare(
         self,
         input: TextOrTokens,
@@ -104,6 +132,15 @@ class RunnableModel(HookedModel):
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
     ) -> Prepared:
+        if (
+            attention_mask is None
+            and past_key_values is None
+            and start_at_layer is None
+            and stop_at_layer is None
+            and not prepend_bos
+            and self._is_ready(input)
+        ):
+            return Prepared(input, None, None, None, None, None)  # type: ignore[arg-type]
         start = self._layer("start_at_layer", start_at_layer)
         stop = self._layer("stop_at_layer", stop_at_layer)
         if start is not None and stop is not None and stop < start:
@@ -127,8 +164,13 @@ class RunnableModel(HookedModel):
             raise InputError(f"Input is a string, strings or a tensor of token ids; found {type(input).__name__}.")
         prepared = Prepared(tokens, residual, None, past_key_values, start, stop)
         device = self.device
-        if tokens is not None and tokens.device != device:
-            prepared.tokens = tokens.to(device)
+        if tokens is not None:
+            if tokens.device != device:
+                prepared.tokens = tokens.to(device)
+            if device.type != "cpu" and not torch.compiler.is_compiling():
+                # On a CPU the embedding itself refuses an id it does not have (see _clean_up); elsewhere it would take
+                # the process with it.
+                self._rules.check_range(tokens)
         if attention_mask is not None:
             batch, length = prepared.given.shape[:2]
             prepared.attention_mask = check_mask(attention_mask, batch, length, prepared.past_length(), device)
@@ -173,13 +215,10 @@ class RunnableModel(HookedModel):
         if self._tree.is_float64():
             self._refuse_checkpointing()
         if not helpers:
-            if not self._tree.is_mounted():
-                return self.original_model(**arguments).logits  # type: ignore[no-any-return]
-            with self._safely():
-                return self._guarded(self.original_model(**arguments).logits)
-        with self._safely(), self._tree.mounted(helpers), layer_span(prepared.start, prepared.stop):
+            return self._logits(arguments)
+        with self._tree.mounted(helpers), layer_span(prepared.start, prepared.stop):
             try:
-                return self._guarded(self.original_model(**arguments).logits)
+                return self._logits(arguments)
             except StopForward as stopped:
                 self._tree.restore_offloaded()
                 return self._guarded(stopped.residual)
@@ -205,12 +244,12 @@ class RunnableModel(HookedModel):
         return names
 
     @contextmanager
-    def _safely(self) -> Iterator[None]:
-        """Leave an offloaded model as it was if something is raised inside it."""
+    def _safely(self, tokens: Tensor) -> Iterator[None]:
+        """Tidy up if something is raised inside."""
         try:
             yield
-        except BaseException:
-            self._tree.restore_offloaded()
+        except BaseException as error:
+            self._clean_up(error, tokens)
             raise
 
     def _finish(self, prepared: Prepared, output: Tensor, return_type: ReturnType, loss_per_token: bool) -> Any:

@@ -94,10 +94,10 @@ class TokenRules:
         return tokens, mask
 
     def check(self, tokens: Tensor) -> Tensor:
-        """Ids as ``[batch, pos]`` int64.
+        """Ids as ``[batch, pos]`` int64; whether they are in the vocabulary is :meth:`check_range`'s to say.
 
         Raises:
-            InputError: not integers, another number of axes, empty, or ids outside the vocabulary.
+            InputError: not integers, another number of axes, or empty.
         """
         if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
             raise InputError(
@@ -109,15 +109,18 @@ class TokenRules:
             raise InputError(f"Token ids are [pos] or [batch, pos]; found shape {tuple(tokens.shape)}.")
         if tokens.numel() == 0:
             raise InputError(f"There are no tokens: the batch has shape {tuple(tokens.shape)}.")
-        if torch.compiler.is_compiling():
-            return tokens.long()  # the check below reads values, which would break the graph
-        if tokens.dtype in (torch.uint16, torch.uint32, torch.uint64):
-            tokens = tokens.long()
+        return tokens.long()
+
+    def check_range(self, tokens: Tensor) -> None:
+        """Refuse ids outside the vocabulary.
+
+        Raises:
+            InputError: naming one.
+        """
         low, high = (int(value) for value in tokens.aminmax())
         if low < 0 or high >= self.d_vocab:
             wrong = low if low < 0 else high
             raise InputError(f"Token id {wrong} is outside the vocabulary: ids go from 0 to {self.d_vocab - 1}.")
-        return tokens.long()
 
     def decode(self, tokens: Any) -> str | list[str]:
         """Text of ``[pos]`` ids, or a list of texts of ``[batch, pos]`` ids; special tokens are kept."""

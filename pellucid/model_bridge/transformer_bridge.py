@@ -177,6 +177,16 @@ class TransformerBridge(ProcessableWeights, RunnableModel, TokenMethods):
         Raises:
             InputError: an input that cannot be run, with what to give instead.
         """
+        if (
+            return_type == "logits"
+            and attention_mask is None
+            and past_key_values is None
+            and start_at_layer is None
+            and stop_at_layer is None
+            and not prepend_bos
+            and self._is_ready(input)
+        ):
+            return self._logits({"input_ids": input, "use_cache": False})
         check_choice("return_type", return_type, ("logits", "loss", "both", None))
         prepared = self._prepare(
             input, prepend_bos, padding_side, attention_mask, past_key_values, start_at_layer, stop_at_layer
@@ -224,7 +234,7 @@ class TransformerBridge(ProcessableWeights, RunnableModel, TokenMethods):
         )
         if remove_batch_dim:
             refuse_rows(prepared)
-        span = self._span(prepared)
+        span = self._span(prepared) if prepared.start is not None or prepared.stop is not None else None
         forward = self._requests(fwd_hooks, "fwd", span)
         backward = self._requests(bwd_hooks, "bwd", span)
         for handle in forward:
@@ -300,23 +310,28 @@ class TransformerBridge(ProcessableWeights, RunnableModel, TokenMethods):
         )
         if remove_batch_dim:
             refuse_rows(prepared)
-        specs = self._cached_specs(prepared, names_filter)
+        whole = names_filter is None and prepared.start is None and prepared.stop is None
+        group = self._tree.everything() if whole else self._tree.group(self._cached_specs(prepared, names_filter))
         if max_cache_bytes is not None:
-            refuse_large(cache_bytes(specs, self.cfg, prepared.size(), pos_slice, dtype), max_cache_bytes)
+            plan = cache_bytes(group.specs, self.cfg, prepared.size(), pos_slice, dtype)
+            refuse_large(plan, max_cache_bytes)
         positions = kept_positions(pos_slice, prepared.given.shape[1])
-        keeper = Keeper(specs, positions, device, dtype, copies=self._others_may_write())
-        points = [self._tree.point(spec.name) for spec in specs]
-        reshaped = [point.name for point in points if point.hook_conversion is not None]
-        if reshaped and pos_slice is not None:
-            raise InputError(f"pos_slice cannot find the positions of {reshaped[0]}, which is shown in another shape.")
-        handles = [LensHandle(point, keeper, "fwd", point.name, reads_only=True) for point in points]
+        if pos_slice is not None:
+            reshaped = [point.name for point in group.points if point.hook_conversion is not None]
+            if reshaped:
+                raise InputError(
+                    f"pos_slice cannot find the positions of {reshaped[0]}, which is shown in another shape."
+                )
+        keeper = Keeper(group.pos_axes, positions, device, dtype, copies=self._others_may_write())
+        handles = [LensHandle(point, keeper, "fwd", point.name, reads_only=True) for point in group.points]
+        needed: Mapping[str, int] | None = None if incl_bwd else group.needed
         if incl_bwd:
             handles += [
                 LensHandle(point, keeper.keep_gradient, "bwd", point.name, reads_only=True)
-                for spec, point in zip(specs, points, strict=True)
+                for spec, point in zip(group.specs, group.points, strict=True)
                 if spec.kind != "int"
             ]
-        with self._attached(handles, keep=not reset_hooks_end):
+        with self._attached(handles, keep=not reset_hooks_end, needed=needed):
             try:
                 output = self._finish(prepared, self._run(prepared), return_type, loss_per_token)
                 if incl_bwd:
@@ -359,6 +374,8 @@ class TransformerBridge(ProcessableWeights, RunnableModel, TokenMethods):
     ) -> dict[str, int]:
         """Bytes that :meth:`run_with_cache` would keep, by canonical name, without running anything."""
         prepared = self._prepare(input, prepend_bos, stop_at_layer=stop_at_layer)
+        if prepared.tokens is not None:
+            self._rules.check_range(prepared.tokens)  # nothing runs that would refuse them
         specs = self._cached_specs(prepared, names_filter)
         return cache_bytes(specs, self.cfg, prepared.size(), pos_slice, dtype)
 
@@ -425,7 +442,7 @@ class TransformerBridge(ProcessableWeights, RunnableModel, TokenMethods):
         side: PaddingSide = padding_side if padding_side is not None else "left"
         prepared = self._prepare(input, prepend_bos, side, attention_mask)
         assert prepared.tokens is not None
-        with self._safely(), self._tree.mounted(self._helpers(None, None)):
+        with self._safely(prepared.tokens), self._tree.mounted(self._helpers(None, None)):
             output = generate(
                 self.original_model,
                 self._tree,

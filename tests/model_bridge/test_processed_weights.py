@@ -20,6 +20,7 @@ from pellucid import TransformerBridge
 from pellucid.errors import PellucidWarning, WeightError
 from pellucid.model_bridge import processed_weights
 from pellucid.model_bridge.generalized_components import BloomAttentionBridge
+from pellucid.model_bridge.generalized_components.base import all_finite
 from pellucid.weight_processing import STEPS, process_block
 from tests.models import VOCAB, make_bloom, make_generator, make_pair, random_tokens
 
@@ -949,6 +950,19 @@ def test_what_cannot_be_set_is_refused_with_nothing_changed(key: str, wrong: Any
         with pytest.raises(WeightError, match=message):
             component.set_processed_weights(new)
         assert unchanged(bridge.hf_model, before), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_finite_numbers_are_told_from_others(dtype: torch.dtype) -> None:
+    large = torch.full((7, 100), torch.finfo(dtype).max, dtype=dtype)  # the sum overflows
+    assert all_finite(large)
+    assert all_finite(torch.empty(0, dtype=dtype))
+    for wrong in (float("nan"), float("inf"), -float("inf")):
+        spoilt = torch.zeros(7, 100, dtype=dtype)
+        spoilt[3, 4] = wrong
+        assert not all_finite(spoilt)
+        spoilt[5, 5] = -wrong
+        assert not all_finite(spoilt)
 
 
 def test_an_attention_alone_takes_processed_weights() -> None:

@@ -74,7 +74,7 @@ FAULTS = (
     Fault(
         "hooks of a block act in every thread",
         "pellucid/hook_points.py",
-        "return handle.scope is None or is_open(handle.scope)",
+        "    return acts(handle.scope)",
         "return True",
         "tests/model_bridge/test_lifecycle.py",
     ),

@@ -212,7 +212,9 @@ class GeneralizedComponent(nn.Module):
     def fire(self, site: str, value: Tensor, *, private: bool = False) -> Tensor:
         """Show ``value`` to the functions at ``site``, if there are any. See :meth:`HookPoint.fire`."""
         point = self._points.get(site)
-        return value if point is None else point.fire(value, private=private)
+        if point is None or not (point.fwd_hooks or point.bwd_hooks):
+            return value
+        return point.fire(value, private=private)
 
     def is_live(self, site: str) -> bool:
         """Whether a function acts at ``site`` in this thread now."""
@@ -317,10 +319,11 @@ def check_write(key: str, target: Tensor, value: Tensor, shape: tuple[int, ...] 
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether a tensor holds neither infinities nor NaN: one pass, nothing allocated."""
-    if tensor.numel() == 0:
+    values = tensor.detach()
+    # A finite sum has finite terms, and is the quickest to have; finite terms whose sum overflows are looked at again.
+    if tensor.numel() == 0 or bool(torch.isfinite(values.sum())):
         return True
-    low, high = torch.aminmax(tensor.detach())
-    return bool(torch.isfinite(low)) and bool(torch.isfinite(high))
+    return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(values))
 
 
 def commit_writes(writes: list[WeightWrite], verbose: bool) -> None:

@@ -15,7 +15,7 @@ from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import Ba
 from pellucid.model_bridge.generalized_components.base import GeneralizedComponent, StopForward
 from pellucid.model_bridge.generalized_components.block import BlockBridge
 from pellucid.model_bridge.generalized_components.joint_qkv_attention import PRE_NORM
-from pellucid.run_context import current_span, forward_run, is_quiet
+from pellucid.run_context import begin_run, current_span, end_run, is_quiet
 
 BRANCH_POINTS: tuple[tuple[str, str, str], ...] = (
     # site of the block, child, site of the child
@@ -112,16 +112,19 @@ class BackboneBridge(GeneralizedComponent):
         **kwargs: Any,
     ) -> Any:
         """Hugging Face's arguments to Hugging Face's output."""
-        arguments: dict[str, Any] = {
-            "input_ids": input_ids,
-            "past_key_values": past_key_values,
-            "attention_mask": attention_mask,
-            "inputs_embeds": inputs_embeds,
-            **kwargs,
-        }
         given = input_ids if input_ids is not None else inputs_embeds
-        if given is None or is_quiet():
-            return self.call_original(**arguments)
-        past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
-        with forward_run(given.shape[0], given.shape[1], past, given.device, input_ids, attention_mask):
-            return self.call_original(**arguments)
+        token = None
+        if given is not None and not is_quiet():
+            past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+            token = begin_run(given, past, input_ids, attention_mask)
+        try:
+            return self.call_original(
+                input_ids=input_ids,
+                past_key_values=past_key_values,
+                attention_mask=attention_mask,
+                inputs_embeds=inputs_embeds,
+                **kwargs,
+            )
+        finally:
+            if token is not None:
+                end_run(token)
