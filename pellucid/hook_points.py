@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
 from pellucid.errors import GradientError, HookValueError, InputError, NoEffectError
 from pellucid.names import layer_of
-from pellucid.run_context import RunContext, Scope, acts, current_run
+from pellucid.run_context import RunContext, Scope, acts, current_run, outside_run
 
 HookFunction: TypeAlias = Callable[..., Any]
 """``fn(tensor, hook=point) -> Tensor | None``."""
@@ -108,6 +108,18 @@ class NamedHook:
     def layer(self) -> int:
         """The block's index, from the name."""
         return layer_of(self.name)
+
+    def add_hook(self, hook: HookFunction, dir: Direction = "fwd") -> LensHandle:
+        """See :meth:`HookPoint.add_hook`."""
+        return self._point.add_hook(hook, dir)
+
+    def remove_hooks(self, dir: Directions = "fwd") -> None:
+        """See :meth:`HookPoint.remove_hooks`."""
+        self._point.remove_hooks(dir)
+
+    def clear_context(self) -> None:
+        """See :meth:`HookPoint.clear_context`."""
+        self._point.clear_context()
 
 
 class HookPoint(nn.Module):
@@ -322,7 +334,7 @@ class HookPoint(nn.Module):
         if conversion is not None:
             shown = conversion.revert(shown)
             _check(shown, value, handles[-1], "the conversion rule's revert gave")
-        if shown is not value and shown.stride() != value.stride():
+        if shown is not value and shown.stride() != value.stride() and not _overlaps(value):
             shown = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device).copy_(
                 shown
             )
@@ -369,7 +381,11 @@ def _call(handle: LensHandle, shown: Tensor) -> Tensor:
     before = shown.detach().clone() if handle.must_change else None
     shape = shown.shape
     try:
-        result = handle.user_hook(shown, hook=view)
+        if handle.reads_only:
+            result = handle.user_hook(shown, hook=view)
+        else:
+            with outside_run():
+                result = handle.user_hook(shown, hook=view)
     except BaseException as error:
         add_note(error, f"raised by the hook {describe_function(handle.user_hook)} on {handle.name}")
         raise
@@ -381,6 +397,8 @@ def _call(handle: LensHandle, shown: Tensor) -> Tensor:
             raise HookValueError(_mismatch(handle, "left its tensor with shape", tuple(shape), tuple(shown.shape)))
     elif result is not shown:
         _check(result, shown, handle, "returned")
+        if result.data_ptr() != shown.data_ptr():
+            result = result.clone()  # the function may have kept it; a later one may write in place
     handle.calls += 1
     if before is not None:
         handle.changed = handle.changed or bool(bits_differ(before, result).any())
@@ -423,6 +441,11 @@ def add_note(error: BaseException, note: str) -> None:
         error.add_note(f"[pellucid] {note}")
     elif error.args and isinstance(error.args[0], str):
         error.args = (f"{error.args[0]} [pellucid: {note}]", *error.args[1:])
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether several elements share one place in memory, as after ``expand``."""
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

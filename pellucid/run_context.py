@@ -44,7 +44,22 @@ class RunContext:
         self.tokens = tokens
         self._attention_mask = attention_mask
         self._generation = generation
+        self._whole: RunContext | None = None
         self.step = None if generation is None else generation.step
+
+    def last(self, length: int) -> RunContext:
+        """The same run seen from its last ``length`` positions: ``generate`` unembeds no more than it needs."""
+        if length == self.length:
+            return self
+        tokens = None if self.tokens is None else self.tokens[:, -length:]
+        past = self.past_length + self.length - length
+        seen = RunContext(self._given[:, -length:], past, tokens, self._attention_mask, self._generation)
+        seen._whole = self
+        return seen
+
+    def is_part_of(self, other: RunContext | None) -> bool:
+        """Whether this is ``other``, or ``other`` seen from its last positions."""
+        return other is not None and (self is other or self._whole is other)
 
     @property
     def batch(self) -> int:
@@ -109,6 +124,7 @@ class Scope:
 _SCOPES: ContextVar[tuple[Scope, ...]] = ContextVar("pellucid_scopes", default=())
 _QUIET: ContextVar[bool] = ContextVar("pellucid_quiet", default=False)
 _RUN: ContextVar[RunContext | None] = ContextVar("pellucid_run", default=None)
+_FINISHED: ContextVar[RunContext | None] = ContextVar("pellucid_finished", default=None)
 _GENERATION: ContextVar[GenerationRun | None] = ContextVar("pellucid_generation", default=None)
 _SPAN: ContextVar[LayerSpan] = ContextVar("pellucid_span", default=LayerSpan())  # noqa: B039 (frozen)
 
@@ -167,6 +183,18 @@ def generation_run(n_prompts: int) -> Iterator[None]:
         _GENERATION.reset(token)
 
 
+@contextmanager
+def outside_run() -> Iterator[None]:
+    """While a user's function runs: a model that it calls is in a run of its own."""
+    span, generation, finished = _SPAN.set(LayerSpan()), _GENERATION.set(None), _FINISHED.set(_FINISHED.get())
+    try:
+        yield
+    finally:
+        _FINISHED.reset(finished)
+        _GENERATION.reset(generation)
+        _SPAN.reset(span)
+
+
 def begin_run(
     given: Tensor, past_length: int, tokens: Tensor | None, attention_mask: Tensor | None
 ) -> Token[RunContext | None]:
@@ -181,8 +209,21 @@ def begin_run(
 
 
 def end_run(token: Token[RunContext | None]) -> None:
-    """End the run that :func:`begin_run` began."""
+    """End the run that :func:`begin_run` began. The unembedding comes after: see :func:`finished_run`."""
+    _FINISHED.set(_RUN.get())
     _RUN.reset(token)
+
+
+@contextmanager
+def finished_run(length: int) -> Iterator[None]:
+    """Fire hooks on the last ``length`` positions of the run that has just left the blocks."""
+    run = _FINISHED.get()
+    token = _RUN.set(None if run is None else run.last(length))
+    _FINISHED.set(None)
+    try:
+        yield
+    finally:
+        _RUN.reset(token)
 
 
 def current_run() -> RunContext | None:

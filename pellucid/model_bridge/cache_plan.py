@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -14,6 +14,7 @@ from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import CacheTooLargeError, InputError
 from pellucid.hook_points import HookPoint
 from pellucid.names import HookSpec
+from pellucid.run_context import RunContext, current_run
 
 PosSlice: TypeAlias = int | slice | Sequence[int] | Tensor | None
 """Positions to keep: one (its axis stays), a slice, a list of indices, or all."""
@@ -69,8 +70,9 @@ def cache_bytes(
     size: RunSize,
     pos_slice: PosSlice = None,
     dtype: torch.dtype | None = None,
+    incl_bwd: bool = False,
 ) -> dict[str, int]:
-    """Bytes that each point will take in a cache, by canonical name."""
+    """Bytes that each point, and its gradient if asked for, will take in a cache, by the name of the entry."""
     pos = kept_count(kept_positions(pos_slice, size.pos), size.pos)
     assert cfg.d_mlp is not None
     lengths = {
@@ -95,6 +97,8 @@ def cache_bytes(
         for axis in spec.axes:
             count *= lengths[axis]
         plan[spec.name] = count * dtypes[spec.kind].itemsize
+        if incl_bwd and spec.kind != "int":
+            plan[spec.name + GRADIENT] = plan[spec.name]
     return plan
 
 
@@ -123,6 +127,7 @@ class Keeper:
         device: where to keep them, by default where they are.
         dtype: as what to keep floating-point ones, by default as they are.
         copies: whether anything else may write to the tensors, so that they have to be copied.
+        owned: points whose tensor the caller has too, before or after the run.
     """
 
     def __init__(
@@ -132,8 +137,11 @@ class Keeper:
         device: torch.device | str | None,
         dtype: torch.dtype | None,
         copies: bool,
+        owned: Collection[str] = (),
     ) -> None:
         self.kept: dict[str, Tensor] = {}
+        self._run: RunContext | None = None
+        self._owned = owned
         self._pos_axes = pos_axes
         self._positions = positions
         self._as_is = isinstance(positions, slice) and positions == slice(None) and device is None and dtype is None
@@ -142,16 +150,20 @@ class Keeper:
 
     def __call__(self, tensor: Tensor, hook: HookPoint) -> None:
         """Keep one tensor; called by a hook point."""
-        # Token ids belong to the caller, who may write to them later.
-        if (
-            self._plain
-            and tensor.is_floating_point()
-            and not tensor.requires_grad
-            and tensor.untyped_storage().nbytes() == tensor.nbytes
-        ):
-            self.kept[hook.name] = tensor  # type: ignore[index]
+        run = current_run()
+        if run is not self._run and self._is_another(run):
+            return  # a hook of the user's runs the model inside this run
+        name: str = hook.name  # type: ignore[assignment]
+        plain = self._plain and not tensor.requires_grad and name not in self._owned
+        if plain and tensor.untyped_storage().nbytes() == tensor.nbytes:
+            self.kept[name] = tensor
         else:
-            self.keep(tensor, str(hook.name), "")
+            self.keep(tensor, name, "")
+
+    def _is_another(self, run: RunContext | None) -> bool:
+        if self._run is None:
+            self._run = run
+        return run is not None and not run.is_part_of(self._run)
 
     def keep_gradient(self, tensor: Tensor, hook: HookPoint) -> None:
         """Keep one gradient; called by a hook point."""
@@ -166,7 +178,7 @@ class Keeper:
         if self._copies:
             if kept.data_ptr() == tensor.data_ptr():
                 kept = kept.clone(memory_format=torch.contiguous_format)
-        elif kept.untyped_storage().nbytes() != kept.nbytes or not kept.is_floating_point():
-            # Part of a larger tensor, which it would keep alive.
+        elif kept.untyped_storage().nbytes() != kept.nbytes or name in self._owned:
+            # Part of a larger tensor, which it would keep alive; or one that the caller may write to.
             kept = kept.clone(memory_format=torch.contiguous_format)
         self.kept[name + suffix] = kept

@@ -304,22 +304,19 @@ class HookedModel(nn.Module):
         """Points that a run from block ``start`` up to block ``stop`` passes; a named one it does not pass is refused."""
         start, stop = span
         passed = [(spec, asked) for spec, asked in chosen if runs_through(spec, start, stop, self.cfg.n_layers)]
-        named = (
-            [names_filter]
-            if isinstance(names_filter, str)
-            else names_filter
-            if isinstance(names_filter, Sequence)
-            else []
+        entries = (
+            [names_filter] if isinstance(names_filter, str) or callable(names_filter) else list(names_filter or ())
         )
-        names = {self._tree.index[name].name for name in named if name in self._tree.index}
-        missed = [asked for spec, asked in chosen if spec.name in names and (spec, asked) not in passed]
-        if missed or not passed:
-            limits = [f"start_at_layer={start}"] if start >= 0 else []
-            limits += [f"stop_at_layer={stop}"] if stop <= self.cfg.n_layers else []
-            raise HookUnreachableError(
-                f"{missed[0] if missed else names_filter!r} is not on the way of a run with {' and '.join(limits)}: nothing "
-                "would be hooked there."
-            )
+        names = {spec.name for spec, _ in passed}
+        for entry in entries:
+            met = self._tree.index.select(entry, self.cfg.flags)
+            if not any(spec.name in names for spec, _ in met):
+                limits = [f"start_at_layer={start}"] if start >= 0 else []
+                limits += [f"stop_at_layer={stop}"] if stop <= self.cfg.n_layers else []
+                what = repr(entry) if isinstance(entry, str) else "What the predicate matches"
+                raise HookUnreachableError(
+                    f"{what} is not on the way of a run with {' and '.join(limits)}: nothing would be hooked there."
+                )
         return passed
 
     @contextmanager
@@ -327,6 +324,7 @@ class HookedModel(nn.Module):
         self, handles: Sequence[LensHandle], keep: bool = False, needed: Mapping[str, int] | None = None
     ) -> Iterator[Scope]:
         """Attach prepared functions for the length of a block."""
+        self._refuse_parallel_gradients(handles)
         scope = open_scope()
         for handle in handles:
             handle.scope = scope
@@ -340,6 +338,26 @@ class HookedModel(nn.Module):
                     handle.scope = None
             else:
                 self._tree.detach(handles, needed)
+
+    def _refuse_parallel_gradients(self, handles: Sequence[LensHandle]) -> None:
+        """A per-head input is a second way to the same projection: the gradient can flow through it or around it.
+
+        Raises:
+            GradientError: gradients are wanted on both ways of one layer.
+        """
+        wanted = [self._tree.index[str(handle.point.name)] for handle in handles if handle.direction == "bwd"]
+        per_head = {spec.layer: spec.name for spec in wanted if spec.flag in ("use_attn_in", "use_split_qkv_input")}
+        for spec in wanted:
+            after_norm = spec.component == f"blocks.{spec.layer}.ln1" or spec.site in (
+                "hook_q_in",
+                "hook_k_in",
+                "hook_v_in",
+            )
+            if after_norm and spec.layer in per_head:
+                raise GradientError(
+                    f"The gradients at {per_head[spec.layer]} and at {spec.name} exclude each other: queries, keys and "
+                    "values are made from the one or from the other. Take them in two runs."
+                )
 
     def reset_hooks(
         self,

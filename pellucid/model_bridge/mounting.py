@@ -4,8 +4,8 @@ A component is mounted (its ``forward`` stands in for the module's, as an instan
 its users are counted, so contexts may end in any order and several bridges on one model share everything. The rules,
 each of which has a test that fails without it:
 
-* what stands in is a *bound method of the component*, never a closure: a deep copy of the model then computes with the
-  copy's weights;
+* what stands in is an object that belongs to the component, never a closure: a deep copy of the model then computes with
+  the copy's weights, and a deep copy of one module (PEFT makes some) is a plain module again;
 * unmounting puts back what was there. accelerate keeps a forward of its own on a module; ours goes inside it, so that
   offloaded weights are brought in around our forward as they are around Hugging Face's;
 * modules are looked up by path when mounting, so adapters added after wrapping are not missed;
@@ -38,6 +38,36 @@ from pellucid.names import HookSpec
 _LOCK = threading.RLock()
 
 
+class StandIn:
+    """What stands in for a module's forward: it calls the component's.
+
+    Args:
+        component: the mounted component.
+        module: the module it stands on.
+        previous: the instance forward that was there, ``None`` if it was the class's own.
+    """
+
+    def __init__(self, component: GeneralizedComponent, module: nn.Module, previous: Callable[..., Any] | None) -> None:
+        self.component, self.module, self.previous = component, module, previous
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The component's forward."""
+        return self.component.forward(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if self.component.root is None or id(self.component.root) in memo:
+            clone = StandIn.__new__(StandIn)
+            memo[id(self)] = clone
+            clone.component, clone.module, clone.previous = copy.deepcopy(
+                (self.component, self.module, self.previous), memo
+            )
+            return clone
+        # One module is copied, not the model: the copy is nobody's to hook.
+        if self.previous is not None:
+            return copy.deepcopy(self.previous, memo)
+        return type(self.module).forward.__get__(memo[id(self.module)])
+
+
 @dataclass
 class Mounted:
     """A mounted component and what has to be put back."""
@@ -45,7 +75,7 @@ class Mounted:
     module: nn.Module
     slot: str
     previous: Callable[..., Any] | None  # None: the class's own forward, no instance attribute
-    ours: Callable[..., Any]
+    ours: StandIn
 
 
 @dataclass(frozen=True)
@@ -84,6 +114,7 @@ class ComponentTree:
         self._users: dict[str, int] = {}
         self._needs: dict[HookPoint, tuple[str, ...]] = {}
         self._mounted: dict[str, Mounted] = {}
+        self._stranded: dict[str, Mounted] = {}
         self._groups: dict[tuple[bool, ...], Group] = {}
         self._copied = False
         self.notes: dict[str, Any] = {}  # what others remember of this model, each under its own word; copied with it
@@ -138,6 +169,7 @@ class ComponentTree:
         """A point came into use (+1) or is no longer in use (-1): mount or unmount what fires it."""
         needed = dict.fromkeys(self._needed(point), 1)
         if change > 0:
+            self.index.select(str(point.name), self.cfg.flags)  # refuses an opt-in point that is off
             self._retain(needed)
         else:
             self._release(needed)
@@ -236,30 +268,45 @@ class ComponentTree:
         component = self.components[name]
         module = component.original_component
         assert module is not None
+        stranded = self._stranded.pop(name, None)
+        if stranded is not None and stranded.module is module:
+            self._mounted[name] = stranded
+            return
         # accelerate: module.forward is a wrapper around module._old_forward; ours goes inside the wrapper.
         slot = "_old_forward" if "_old_forward" in vars(module) else "forward"
         previous = vars(module).get(slot)
         native = type(module).forward.__get__(module) if previous is None else previous
         vars(component)["engine"] = Engine(module, native)  # not through nn.Module's slow attribute setting
-        ours = component.forward
+        ours = StandIn(component, module, previous)
         self._mounted[name] = Mounted(module, slot, previous, ours)
         vars(module)[slot] = ours
 
     def _unmount(self, name: str) -> None:
         mounted = self._mounted.pop(name)
-        vars(self.components[name])["engine"] = None
         state = vars(mounted.module)
-        if state.get(mounted.slot) != mounted.ours:
+        if state.get(mounted.slot) is not mounted.ours:
+            # What wraps us still calls us: the engine stays, and what comes through passes on.
+            self._stranded[name] = mounted
             warnings.warn(
                 f"The forward of {self.components[name].path} was replaced while Pellucid had hooks on it; it is left "
                 "as found. Remove hooks before wrapping a module, and wrap it before hooking.",
                 PellucidWarning,
                 stacklevel=4,
             )
-        elif mounted.previous is None:
+            return
+        vars(self.components[name])["engine"] = None
+        if mounted.previous is None:
             del state[mounted.slot]
         else:
             state[mounted.slot] = mounted.previous
+
+    def remount_replaced(self) -> None:
+        """Mount anew what stands on a module that is no longer in the model (a merged adapter, a new layer)."""
+        with _LOCK:
+            for name, mounted in list(self._mounted.items()):
+                if self.components[name].original_component is not mounted.module:
+                    self._unmount(name)
+                    self._mount(name)
 
     def has_torch_hooks(self) -> bool:
         """Whether somebody has put torch hooks of their own on the model, which may write to tensors."""
@@ -314,11 +361,6 @@ class ComponentTree:
         """The token embedding; where it is, token ids are sent."""
         module: nn.Module = self.components["embed"].module
         return module
-
-    def embeds_on_cpu(self) -> bool:
-        """Whether the embedding's weight is plainly a parameter in main memory (``False``: look closer)."""
-        weight = self.components["embed"].module._parameters.get("weight")
-        return weight is not None and weight.is_cpu
 
     def attentions(self) -> list[str]:
         """Canonical names of the attentions."""

@@ -102,8 +102,15 @@ class RunnableModel(HookedModel):
         """
         if not (isinstance(input, Tensor) and input.dtype is torch.int64 and input.dim() == 2 and input.numel()):
             return False
-        tree = self._tree
-        return input.is_cpu and tree.embeds_on_cpu() and tree.cfg.dtype is not torch.float64
+        weight = self._tree.embedding()._parameters.get("weight")
+        cfg = self._tree.cfg
+        return (
+            input.is_cpu
+            and weight is not None
+            and weight.is_cpu
+            and weight.dtype is cfg.dtype
+            and cfg.dtype is not torch.float64
+        )
 
     def _logits(self, arguments: dict[str, Any]) -> Tensor:
         """Hugging Face's logits."""
@@ -141,6 +148,7 @@ class RunnableModel(HookedModel):
             and self._is_ready(input)
         ):
             return Prepared(input, None, None, None, None, None)  # type: ignore[arg-type]
+        self._refresh()  # the Hugging Face model may have been cast or moved behind our back
         start = self._layer("start_at_layer", start_at_layer)
         stop = self._layer("stop_at_layer", stop_at_layer)
         if start is not None and stop is not None and stop < start:

@@ -136,7 +136,7 @@ def run_checks(
     if any(not 0 <= layer < cfg.n_layers for layer in chosen):
         raise InputError(f"layers are 0 to {cfg.n_layers - 1}; asked for {chosen}.")
     report = CheckReport(cfg.model_name or type(tree.root).__name__, str(cfg.dtype).removeprefix("torch."))
-    was_training = tree.root.training
+    training = [module for module in tree.root.modules() if module.training]
     tree.root.eval()
     flags = dict(cfg.flags)
     try:
@@ -145,7 +145,8 @@ def run_checks(
             for step in progress_bar(steps, total=len(steps), desc="check", unit="check", show=progress):
                 report.results += list(step())
     finally:
-        tree.root.train(was_training)
+        for module in training:
+            module.training = True
         for flag, value in flags.items():
             setattr(cfg, flag, value)
     return report

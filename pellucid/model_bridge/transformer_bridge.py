@@ -186,6 +186,8 @@ class TransformerBridge(ProcessableWeights, RunnableModel, TokenMethods):
             and not prepend_bos
             and self._is_ready(input)
         ):
+            if self._tree.is_mounted():
+                self._tree.remount_replaced()
             return self._logits({"input_ids": input, "use_cache": False})
         check_choice("return_type", return_type, ("logits", "loss", "both", None))
         prepared = self._prepare(
@@ -290,7 +292,8 @@ class TransformerBridge(ProcessableWeights, RunnableModel, TokenMethods):
             return_type: see :meth:`forward`, as for the arguments below.
 
         Returns:
-            ``(output, cache)``.
+            ``(output, cache)``. Tensors of the cache do not change afterwards, with one sharing to know of: the entry
+            ``hook_unembed`` is the very tensor of logits that is returned. Clone one before writing to it.
 
         Raises:
             CacheTooLargeError: see ``max_cache_bytes``.
@@ -313,7 +316,7 @@ class TransformerBridge(ProcessableWeights, RunnableModel, TokenMethods):
         whole = names_filter is None and prepared.start is None and prepared.stop is None
         group = self._tree.everything() if whole else self._tree.group(self._cached_specs(prepared, names_filter))
         if max_cache_bytes is not None:
-            plan = cache_bytes(group.specs, self.cfg, prepared.size(), pos_slice, dtype)
+            plan = cache_bytes(group.specs, self.cfg, prepared.size(), pos_slice, dtype, incl_bwd)
             refuse_large(plan, max_cache_bytes)
         positions = kept_positions(pos_slice, prepared.given.shape[1])
         if pos_slice is not None:
@@ -322,7 +325,9 @@ class TransformerBridge(ProcessableWeights, RunnableModel, TokenMethods):
                 raise InputError(
                     f"pos_slice cannot find the positions of {reshaped[0]}, which is shown in another shape."
                 )
-        keeper = Keeper(group.pos_axes, positions, device, dtype, copies=self._others_may_write())
+        keeper = Keeper(
+            group.pos_axes, positions, device, dtype, copies=self._others_may_write(), owned=_owned_by_caller(prepared)
+        )
         handles = [LensHandle(point, keeper, "fwd", point.name, reads_only=True) for point in group.points]
         needed: Mapping[str, int] | None = None if incl_bwd else group.needed
         if incl_bwd:
@@ -342,7 +347,8 @@ class TransformerBridge(ProcessableWeights, RunnableModel, TokenMethods):
         mask = prepared.attention_mask
         if mask is not None:
             mask = mask[:, -prepared.given.shape[1] :]
-        cache = ActivationCache(keeper.kept, self._tree.index, prepared.tokens, mask)
+        tokens = None if prepared.tokens is None else prepared.tokens.clone()
+        cache = ActivationCache(keeper.kept, self._tree.index, tokens, mask)
         if remove_batch_dim:
             cache = cache.remove_batch_dim()
         return output, cache if return_cache_object else cache.cache_dict
@@ -371,13 +377,14 @@ class TransformerBridge(ProcessableWeights, RunnableModel, TokenMethods):
         dtype: torch.dtype | None = None,
         prepend_bos: bool | None = None,
         stop_at_layer: int | None = None,
+        incl_bwd: bool = False,
     ) -> dict[str, int]:
         """Bytes that :meth:`run_with_cache` would keep, by canonical name, without running anything."""
         prepared = self._prepare(input, prepend_bos, stop_at_layer=stop_at_layer)
         if prepared.tokens is not None:
             self._rules.check_range(prepared.tokens)  # nothing runs that would refuse them
         specs = self._cached_specs(prepared, names_filter)
-        return cache_bytes(specs, self.cfg, prepared.size(), pos_slice, dtype)
+        return cache_bytes(specs, self.cfg, prepared.size(), pos_slice, dtype, incl_bwd)
 
     # -- generating ----------------------------------------------------------------------------------------------------
 
@@ -439,6 +446,13 @@ class TransformerBridge(ProcessableWeights, RunnableModel, TokenMethods):
             InputError: see :meth:`forward`; ``max_new_tokens`` below 1.
         """
         check_choice("return_type", return_type, ("input", "str", "tokens"))
+        if "generation_config" in hf_kwargs:
+            raise InputError(
+                "generation_config would be overridden by this call's own arguments; pass its fields as keywords, or call "
+                "generate of bridge.hf_model inside `with bridge.hooks(...)`."
+            )
+        do_sample = do_sample and temperature != 0  # TransformerLens' way to ask for the most probable token
+        self._tree.remount_replaced()
         side: PaddingSide = padding_side if padding_side is not None else "left"
         prepared = self._prepare(input, prepend_bos, side, attention_mask)
         assert prepared.tokens is not None
@@ -489,3 +503,9 @@ class TransformerBridge(ProcessableWeights, RunnableModel, TokenMethods):
         """
         tokens = None if input is None else self._prepare(input).tokens
         return run_checks(self, self._tree, tokens, layers, progress)
+
+
+def _owned_by_caller(prepared: Prepared) -> frozenset[str]:
+    """Points whose tensor the caller has given or will be given back (the logits are shared, and said to be)."""
+    layers = [layer for layer in (prepared.start, prepared.stop) if layer is not None]
+    return frozenset({"embed.hook_in", *(f"blocks.{layer}.hook_resid_pre" for layer in layers)})

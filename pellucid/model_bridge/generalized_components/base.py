@@ -132,6 +132,11 @@ class GeneralizedComponent(nn.Module):
         return self._place[1] if self._place is not None else str(self.name)
 
     @property
+    def root(self) -> nn.Module | None:
+        """The model it is placed in, ``None`` when used alone."""
+        return None if self._place is None else self._place[0]
+
+    @property
     def original_component(self) -> nn.Module | None:
         """The Hugging Face module, ``None`` before :meth:`set_original_component`."""
         if self._place is None:
@@ -156,19 +161,29 @@ class GeneralizedComponent(nn.Module):
             raise NotSetUpError(f"Original component not set for {self.name}. Call set_original_component() first.")
         return module
 
+    def original(self) -> Callable[..., Any]:
+        """What runs the module as Hugging Face (or whoever wrapped it before us) would.
+
+        Asked for before hooks fire: one that removes itself may unmount the component under way.
+        """
+        engine = self.engine
+        if engine is not None:
+            return engine.forward
+        module: Callable[..., Any] = self.module
+        return module
+
     def call_original(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module as Hugging Face (or whoever wrapped it before us) would."""
-        if self.engine is not None:
-            return self.engine.forward(*args, **kwargs)
-        return self.module(*args, **kwargs)
+        """Run :meth:`original`."""
+        return self.original()(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module, with ``hook_in`` on its first tensor and ``hook_out`` on its (first) output."""
         if is_quiet():
             return self.call_original(*args, **kwargs)
+        original = self.original()
         if args:
             args = (self.fire("hook_in", args[0]), *args[1:])
-        output = self.call_original(*args, **kwargs)
+        output = original(*args, **kwargs)
         if isinstance(output, tuple):
             return (self.fire("hook_out", output[0]), *output[1:])
         return self.fire("hook_out", output)
@@ -206,7 +221,7 @@ class GeneralizedComponent(nn.Module):
             point.name = site if self._names is None else self._names[site]
             point.on_use = self._on_use
             point.hook_conversion = self._conversions.get(site)
-            self._points[site] = point
+            point = self._points.setdefault(site, point)  # another thread may have been first
         return point
 
     def fire(self, site: str, value: Tensor, *, private: bool = False) -> Tensor:
@@ -338,7 +353,9 @@ def commit_writes(writes: list[WeightWrite], verbose: bool) -> None:
 
 
 def plain_weight(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether ``module`` is just a ``kind`` (no adapter, no quantisation) with its floating-point weight in memory."""
+    """Whether ``module`` is just a ``kind``: no adapter, no quantisation, nobody's hook, its weight in memory."""
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        return False  # whoever put something on it wants it called
     weight = getattr(module, "weight", None)
     return type(module) is kind and isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta
 

@@ -143,7 +143,7 @@ class BloomAttentionBridge(JointQKVAttentionBridge):
     def _dense(self, z_flat: Tensor) -> Tensor:
         attention = self.module
         if attention.pretraining_tp > 1 and attention.slow_but_exact:
-            return sum_of_slices(z_flat, cast(nn.Linear, attention.dense), attention.pretraining_tp)
+            return sum_of_slices(z_flat, cast(nn.Linear, self.output_projection), attention.pretraining_tp)
         return super()._dense(z_flat)
 
 

@@ -75,6 +75,7 @@ class BloomBlockBridge(BlockBridge):
         span = current_span()
         if self.layer_index is not None and span.start is not None and self.layer_index < span.start:
             return hidden_states, None
+        original = self.original()
         # A residual that the run was given belongs to the caller.
         residual = self.fire("hook_in", hidden_states, private=span.start is not None)
         if self.layer_index is not None and self.layer_index == span.stop:
@@ -83,11 +84,11 @@ class BloomBlockBridge(BlockBridge):
         if self._feeds_heads():
             token = PRE_NORM.set((residual, self.module.input_layernorm))
             try:
-                outputs = self.call_original(residual, *args, **kwargs)
+                outputs = original(residual, *args, **kwargs)
             finally:
                 PRE_NORM.reset(token)
         else:
-            outputs = self.call_original(residual, *args, **kwargs)
+            outputs = original(residual, *args, **kwargs)
         if "hook_out" not in self._points:
             return outputs
         return (self.fire("hook_out", outputs[0]), *outputs[1:])

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from pellucid.errors import HookValueError
 from pellucid.model_bridge.generalized_components.base import GeneralizedComponent, readable_parameter
 from pellucid.run_context import is_quiet
 
@@ -25,5 +26,16 @@ class EmbeddingBridge(GeneralizedComponent):
         if is_quiet():
             return self.call_original(input, **kwargs)  # type: ignore[no-any-return]
         # The ids belong to the caller: a hook that writes gets a copy.
-        output = self.call_original(self.fire("hook_in", input, private=True), **kwargs)
-        return self.fire("hook_out", output)
+        original = self.original()
+        tokens = self.fire("hook_in", input, private=True)
+        if tokens is not input:
+            self._refuse_outside(tokens)
+        return self.fire("hook_out", original(tokens, **kwargs))
+
+    def _refuse_outside(self, tokens: Tensor) -> None:
+        """A hook has replaced tokens: refuse ids that are none, which a GPU would not survive."""
+        low, high = (int(value) for value in tokens.aminmax())
+        count = self.module.num_embeddings
+        if low < 0 or high >= count:
+            wrong = low if low < 0 else high
+            raise HookValueError(f"A hook on {self.path} gave token id {wrong}; ids go from 0 to {count - 1}.")

@@ -147,6 +147,7 @@ class JointQKVAttentionBridge(AttentionBridge):
         for part in PARTS:
             self.submodules[part].link("hook_in", self, f"hook_{part}_in")
             self.submodules[part].link("hook_out", self, f"hook_{part}")
+        self.submodules["qkv"]._names = {}  # its input and output are this component's points; nothing fires there
         self.submodules["o"].link("hook_in", self, "hook_z")
         self.submodules["o"].link("hook_out", self, "hook_attn_out")
         self._own_split: dict[Part, nn.Module] | None = None
@@ -206,7 +207,9 @@ class JointQKVAttentionBridge(AttentionBridge):
         shared = self._fire_per_head("hook_attn_in")
         per_head = {part: self._fire_per_head(PER_HEAD_SITE[part]) for part in PARTS}
         q, k, v = (
-            self._with_own_input(part, self._with_head_inputs(part, values, shared, per_head[part]), hidden_states)
+            self._with_own_input(
+                part, values, self._with_head_inputs(part, values, shared, per_head[part]), hidden_states
+            )
             for part, values in zip(PARTS, native, strict=True)
         )
         return q, k, v
@@ -220,8 +223,11 @@ class JointQKVAttentionBridge(AttentionBridge):
                     native = splice(native, self._project_per_head(edited_bqnm, part), changed_bqn[..., None])
         return native
 
-    def _with_own_input(self, part: Part, native: Tensor, hidden_states: Tensor) -> Tensor:
-        """One part, recomputed where a hook changed the input that feeds it alone."""
+    def _with_own_input(self, part: Part, plain: Tensor, native: Tensor, hidden_states: Tensor) -> Tensor:
+        """One part, recomputed where a hook changed the input that feeds it alone.
+
+        ``native`` differs from ``plain`` where a head's copy of the residual was edited; that edit stays.
+        """
         point = self._points.get(INPUT_SITE[part])
         if point is not None and point.only_reads():
             point.fire(hidden_states)
@@ -229,7 +235,8 @@ class JointQKVAttentionBridge(AttentionBridge):
             edited = point.fire(hidden_states, private=True)
             changed = bits_differ(edited, hidden_states).any(-1)[..., None, None]
             if changed.any() or edited.requires_grad:
-                native = splice(native, self._one_part(edited, part), changed)
+                side = self._one_part(edited, part)
+                native = splice(native, side if native is plain else native + (side - plain), changed)
         return native
 
     def _one_part(self, hidden_states: Tensor, part: Part) -> Tensor:
@@ -298,8 +305,14 @@ class JointQKVAttentionBridge(AttentionBridge):
             contribution = self._with_results(z, contribution)
         return self.fire("hook_attn_out", contribution)
 
+    @property
+    def output_projection(self) -> nn.Module:
+        """``dense``; used alone, what the component ``o`` was given."""
+        own = self.submodules["o"].original_component if self._place is None else None
+        return own if own is not None else cast(nn.Module, self.module.dense)
+
     def _dense(self, z_flat: Tensor) -> Tensor:
-        return cast(Tensor, self.module.dense(z_flat))
+        return cast(Tensor, self.output_projection(z_flat))
 
     def _with_results(self, z: Tensor, native: Tensor) -> Tensor:
         result = self.results(z)
@@ -314,7 +327,7 @@ class JointQKVAttentionBridge(AttentionBridge):
 
     def results(self, z: Tensor) -> Tensor:
         """Each head's contribution without b_O, ``[batch, pos, n_heads, d_model]``, from ``z``."""
-        dense = self.module.dense
+        dense: Any = self.output_projection
         if plain_weight(dense, nn.Linear):
             return torch.einsum("bqnh,mnh->bqnm", z, dense.weight.unflatten(1, (self.n_heads, -1)))
         # Adapted, quantised or offloaded: call it with one head at a time.
@@ -395,13 +408,13 @@ class JointQKVAttentionBridge(AttentionBridge):
     @property
     def W_O(self) -> Tensor:
         """``[n_heads, d_head, d_model]``, a writable view of ``dense.weight``."""
-        weight = readable_parameter(self.module.dense, "weight", f"{self.path}.dense")
+        weight = readable_parameter(self.output_projection, "weight", f"{self.path}.dense")
         return weight.view(weight.shape[0], self.n_heads, -1).permute(1, 2, 0)
 
     @property
     def b_O(self) -> Tensor:
         """``[d_model]``."""
-        return readable_parameter(self.module.dense, "bias", f"{self.path}.dense")
+        return readable_parameter(self.output_projection, "bias", f"{self.path}.dense")
 
     def weight_targets(self) -> dict[str, WeightTargets]:
         """``q.weight`` ``[n_heads * d_head, d_model]``, ``q.bias``, ``k...``, ``v...``, ``o.weight``, ``o.bias``."""

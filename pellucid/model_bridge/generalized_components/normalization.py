@@ -55,9 +55,10 @@ class NormalizationBridge(GeneralizedComponent):
             return hidden_states  # already a residual
         if self.role == "final" and self.config is not None and span.stop == self.config.n_layers:
             raise StopForward(hidden_states)
+        original = self.original()
         x = self.fire("hook_in", hidden_states)
         x = self.fire("hook_branch_in", x, private=True)
-        output: Tensor = self.call_original(x)
+        output: Tensor = original(x)
         if self.is_live("hook_scale") or self.is_live("hook_normalized"):
             output = self._with_inside(x, output)
         return self.fire("hook_out", output)
@@ -65,13 +66,15 @@ class NormalizationBridge(GeneralizedComponent):
     def _with_inside(self, x: Tensor, native: Tensor) -> Tensor:
         """Fire the scale and the normalised input; ``native`` is the module's own output for ``x``."""
         wide = x if x.dtype == torch.float64 else x.float()
-        if self.only_reads("hook_scale", "hook_normalized"):
-            normalized, _, reciprocal = torch.native_layer_norm(wide.detach(), wide.shape[-1:], None, None, self._eps())
-            self.fire("hook_scale", reciprocal.reciprocal())
-            self.fire("hook_normalized", normalized)
+        looks = self.only_reads("hook_scale", "hook_normalized")
+        if looks:
+            wide = wide.detach()
+        variance, mean = torch.var_mean(wide, dim=-1, correction=0, keepdim=True)
+        scale, centred = (variance + self._eps()).sqrt(), wide - mean
+        if looks:
+            self.fire("hook_scale", scale)
+            self.fire("hook_normalized", centred / scale)
             return native
-        centred = wide - wide.mean(-1, keepdim=True)
-        scale = (centred.square().mean(-1, keepdim=True) + self._eps()).sqrt()
         edited_scale = self.fire("hook_scale", scale, private=True)
         normalized = centred / edited_scale
         edited = self.fire("hook_normalized", normalized, private=True)

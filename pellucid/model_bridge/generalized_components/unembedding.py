@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pellucid.model_bridge.generalized_components.base import GeneralizedComponent, WeightTargets, readable_parameter
+from pellucid.run_context import finished_run
 
 
 class UnembeddingBridge(GeneralizedComponent):
@@ -38,4 +39,5 @@ class UnembeddingBridge(GeneralizedComponent):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[batch, pos, d_model]`` to logits ``[batch, pos, d_vocab]``."""
-        return super().forward(hidden_states)  # type: ignore[no-any-return]
+        with finished_run(hidden_states.shape[1]):
+            return super().forward(hidden_states)  # type: ignore[no-any-return]
