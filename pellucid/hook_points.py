@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
 from pellucid.errors import GradientError, HookValueError, InputError, NoEffectError
 from pellucid.names import layer_of
-from pellucid.run_context import RunContext, Scope, acts, current_run, outside_run
+from pellucid.run_context import RunContext, Scope, acts, current_run, in_plain_run, outside_run
 
 HookFunction: TypeAlias = Callable[..., Any]
 """``fn(tensor, hook=point) -> Tensor | None``."""
@@ -381,7 +381,7 @@ def _call(handle: LensHandle, shown: Tensor) -> Tensor:
     before = shown.detach().clone() if handle.must_change else None
     shape = shown.shape
     try:
-        if handle.reads_only:
+        if handle.reads_only or in_plain_run():
             result = handle.user_hook(shown, hook=view)
         else:
             with outside_run():

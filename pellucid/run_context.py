@@ -126,7 +126,8 @@ _QUIET: ContextVar[bool] = ContextVar("pellucid_quiet", default=False)
 _RUN: ContextVar[RunContext | None] = ContextVar("pellucid_run", default=None)
 _FINISHED: ContextVar[RunContext | None] = ContextVar("pellucid_finished", default=None)
 _GENERATION: ContextVar[GenerationRun | None] = ContextVar("pellucid_generation", default=None)
-_SPAN: ContextVar[LayerSpan] = ContextVar("pellucid_span", default=LayerSpan())  # noqa: B039 (frozen)
+_WHOLE = LayerSpan()
+_SPAN: ContextVar[LayerSpan] = ContextVar("pellucid_span", default=_WHOLE)
 
 
 def open_scope() -> Scope:
@@ -183,14 +184,18 @@ def generation_run(n_prompts: int) -> Iterator[None]:
         _GENERATION.reset(token)
 
 
+def in_plain_run() -> bool:
+    """Whether this run passes through every block and is no step of ``generate``."""
+    return _SPAN.get() is _WHOLE and _GENERATION.get() is None
+
+
 @contextmanager
 def outside_run() -> Iterator[None]:
     """While a user's function runs: a model that it calls is in a run of its own."""
-    span, generation, finished = _SPAN.set(LayerSpan()), _GENERATION.set(None), _FINISHED.set(_FINISHED.get())
+    span, generation = _SPAN.set(_WHOLE), _GENERATION.set(None)
     try:
         yield
     finally:
-        _FINISHED.reset(finished)
         _GENERATION.reset(generation)
         _SPAN.reset(span)
 

@@ -302,11 +302,14 @@ class ComponentTree:
 
     def remount_replaced(self) -> None:
         """Mount anew what stands on a module that is no longer in the model (a merged adapter, a new layer)."""
+        components = self.components
+        replaced = [n for n, held in list(self._mounted.items()) if components[n].original_component is not held.module]
+        if not replaced:
+            return
         with _LOCK:
-            for name, mounted in list(self._mounted.items()):
-                if self.components[name].original_component is not mounted.module:
-                    self._unmount(name)
-                    self._mount(name)
+            for name in replaced:
+                self._unmount(name)
+                self._mount(name)
 
     def has_torch_hooks(self) -> bool:
         """Whether somebody has put torch hooks of their own on the model, which may write to tensors."""
