@@ -261,6 +261,30 @@ def test_the_adapters_split_copies_nothing() -> None:
         assert torch.allclose(ours(given["hidden_states"]), copied(given["hidden_states"]), atol=1e-5)
 
 
+def test_the_adapters_split_of_anything_with_a_fused_projection() -> None:
+    from pellucid.config import TransformerBridgeConfig
+    from pellucid.model_bridge.supported_architectures.bloom import BloomArchitectureAdapter
+
+    cfg = TransformerBridgeConfig(
+        d_model=12, d_head=4, n_layers=2, n_ctx=128, n_heads=3, d_vocab=100, architecture="BloomForCausalLM"
+    )
+    adapter = BloomArchitectureAdapter(cfg)
+    holder = SimpleNamespace(query_key_value=nn.Linear(12, 36))
+    with torch.no_grad():
+        for part in range(3):
+            holder.query_key_value.weight.view(3, 3, 4, 12)[:, part] = part + 1.0
+            holder.query_key_value.bias.view(3, 3, 4)[:, part] = part + 1.0
+    for part, linear in enumerate(adapter.split_qkv_matrix(holder)):
+        assert isinstance(linear, nn.Linear)
+        assert (linear.weight == part + 1.0).all()
+        assert (linear.bias == part + 1.0).all()
+        assert linear(torch.randn(2, 5, 12)).shape == (2, 5, 12)
+    mapping = adapter.component_mapping
+    assert mapping["blocks"].name == "transformer.h"
+    assert mapping["blocks"].submodules["attn"].submodules["qkv"].name == "query_key_value"
+    assert mapping["blocks"].submodules["mlp"].submodules["out"].name == "dense_4h_to_h"
+
+
 def split_weights(attention: nn.Module) -> dict[str, Tensor | None]:
     q, k, v = own_linears(attention)
     named = {

@@ -65,7 +65,7 @@ class FusedPart(nn.Linear):
     @property
     def fused(self) -> nn.Module:
         """The fused projection."""
-        return self._attention[0].get_submodule("query_key_value")
+        return cast(nn.Module, self._attention[0].query_key_value)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -162,9 +162,11 @@ class JointQKVAttentionBridge(AttentionBridge):
     def set_original_component(self, original_component: nn.Module) -> None:
         """Stand for ``original_component``, its children included."""
         super().set_original_component(original_component)
+        children = dict(original_component.named_children())
         for key in ("qkv", "o"):
             child = self.submodules[key]
-            child.set_original_component(original_component.get_submodule(str(child.name)))
+            if child.name in children:  # an attention of another make has its own, which split_qkv_matrix knows
+                child.set_original_component(children[child.name])
         self._split(original_component)
 
     def place(
