@@ -60,7 +60,7 @@ FAULTS = (
     Fault(
         "a returned tensor keeps its own memory layout",
         "pellucid/hook_points.py",
-        "if shown is not value and shown.stride() != value.stride():",
+        "if shown is not value and shown.stride() != value.stride() and not _overlaps(value):",
         "if False:",
         "tests/oracles/test_hook_table.py",
     ),
@@ -130,8 +130,8 @@ FAULTS = (
     Fault(
         "weights are written before all are checked",
         f"{COMPONENTS}/base.py",
-        "    if not bool(torch.isfinite(value).all()):",
-        "    target.data.zero_()\n    if not bool(torch.isfinite(value).all()):",
+        "    if not all_finite(value):",
+        "    target.data.zero_()\n    if not all_finite(value):",
         "tests/model_bridge/test_bloom_attention.py",
     ),
     Fault(
@@ -163,8 +163,22 @@ FAULTS = (
         "tests/model_bridge/test_bad_input.py",
     ),
     Fault(
+        "what a hook calls is part of the run it is in",
+        "pellucid/hook_points.py",
+        "            with outside_run():",
+        "            if True:",
+        "tests/model_bridge/test_odd_code.py",
+    ),
+    Fault(
+        "a copy of one module keeps what stands on the original",
+        "pellucid/model_bridge/mounting.py",
+        "if self.component.root is None or id(self.component.root) in memo:",
+        "if True:",
+        "tests/model_bridge/test_odd_code.py",
+    ),
+    Fault(
         "the estimate of a cache forgets cached keys",
-        "pellucid/model_bridge/transformer_bridge.py",
+        "pellucid/model_bridge/running.py",
         "key_pos = pos if past is None else int(past.get_mask_sizes(pos, 0)[0])",
         "key_pos = pos",
         "tests/model_bridge/test_running.py",
