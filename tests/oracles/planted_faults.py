@@ -73,9 +73,9 @@ FAULTS = (
     ),
     Fault(
         "hooks of a block act in every thread",
-        "pellucid/hook_points.py",
-        "    return acts(handle.scope)",
-        "return True",
+        "pellucid/run_context.py",
+        "    return scope is None or (not scope.closed and scope in _SCOPES.get())",
+        "    return True",
         "tests/model_bridge/test_lifecycle.py",
     ),
     Fault(
