@@ -17,7 +17,7 @@ class BaseTensorConversion:
     in place or returned, has to find its way back into the model.
 
     Args:
-        input_filter: applied before converting; undone by nothing, so a view or a cast at most.
+        input_filter: applied before converting; undone by nothing, so a view at most.
         output_filter: applied after converting, likewise.
     """
 
