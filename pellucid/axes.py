@@ -8,9 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
-
 AXES: Mapping[str, str] = {
     "batch": "rows of the batch (prompts, times beams under beam search)",
     "pos": "positions of the tokens given to this forward",
@@ -22,13 +19,3 @@ AXES: Mapping[str, str] = {
     "d_vocab": "entries of the vocabulary",
     "1": "a single number",
 }
-
-Tokens = Int[Tensor, "batch pos"]
-PaddingMask = Bool[Tensor, "batch pos"]
-Residual = Float[Tensor, "batch pos d_model"]
-PerHead = Float[Tensor, "batch pos n_heads d_head"]
-PerHeadResidual = Float[Tensor, "batch pos n_heads d_model"]
-Scores = Float[Tensor, "batch n_heads pos key_pos"]
-Neurons = Float[Tensor, "batch pos d_mlp"]
-Logits = Float[Tensor, "batch pos d_vocab"]
-Alibi = Float[Tensor, "batch_heads 1 key_pos"]

@@ -131,8 +131,8 @@ def config_from_huggingface(
 
     Args:
         config: the model's configuration.
-        known: attributes that a default ``BloomConfig`` of the installed transformers has; generic ones of these that
-            we neither handle nor ignore must hold their default, which the caller checks by passing their names.
+        known: attributes that every configuration of the installed transformers has (those of a default
+            ``BloomConfig``); what is in none of the three lists is refused.
         dtype: dtype of the model's weights.
         device: where the model's inputs go.
 

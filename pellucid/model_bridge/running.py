@@ -94,12 +94,24 @@ class RunnableModel(HookedModel):
 
     # -- a run ---------------------------------------------------------------------------------------------------------
 
-    def _is_ready(self, input: Any) -> bool:
-        """Whether ``input`` can go to the model as it is.
+    def _is_ready(
+        self,
+        input: Any,
+        prepend_bos: bool | None,
+        attention_mask: Tensor | None,
+        past_key_values: Any | None,
+        start_at_layer: int | None,
+        stop_at_layer: int | None,
+    ) -> bool:
+        """Whether ``input`` can go to the model as it is: token ids in their place, and nothing asked for beside them.
 
         It decides for the commonest call what :meth:`_prepare`, :meth:`_run` and :meth:`_finish` decide for all: code that
         runs once a forward is cold, and costs several times what a loop over it shows.
         """
+        if attention_mask is not None or past_key_values is not None or prepend_bos:
+            return False
+        if start_at_layer is not None or stop_at_layer is not None:
+            return False
         if not (isinstance(input, Tensor) and input.dtype is torch.int64 and input.dim() == 2 and input.numel()):
             return False
         weight = self._tree.embedding()._parameters.get("weight")
@@ -139,14 +151,7 @@ class RunnableModel(HookedModel):
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
     ) -> Prepared:
-        if (
-            attention_mask is None
-            and past_key_values is None
-            and start_at_layer is None
-            and stop_at_layer is None
-            and not prepend_bos
-            and self._is_ready(input)
-        ):
+        if self._is_ready(input, prepend_bos, attention_mask, past_key_values, start_at_layer, stop_at_layer):
             return Prepared(input, None, None, None, None, None)  # type: ignore[arg-type]
         self._refresh()  # the Hugging Face model may have been cast or moved behind our back
         start = self._layer("start_at_layer", start_at_layer)

@@ -177,14 +177,8 @@ class TransformerBridge(ProcessableWeights, RunnableModel, TokenMethods):
         Raises:
             InputError: an input that cannot be run, with what to give instead.
         """
-        if (
-            return_type == "logits"
-            and attention_mask is None
-            and past_key_values is None
-            and start_at_layer is None
-            and stop_at_layer is None
-            and not prepend_bos
-            and self._is_ready(input)
+        if return_type == "logits" and self._is_ready(
+            input, prepend_bos, attention_mask, past_key_values, start_at_layer, stop_at_layer
         ):
             if self._tree.is_mounted():
                 self._tree.remount_replaced()

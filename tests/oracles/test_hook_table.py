@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pellucid import TransformerBridge
+from pellucid.axes import AXES
 from pellucid.model_bridge.reference_edits import REBUILT, reference_edit
 from pellucid.model_bridge.supported_architectures.bloom import AFTER, BEFORE, IN_BLOCK
 from pellucid.names import HookSpec
@@ -154,6 +155,10 @@ def test_one_row_one_position(name: str) -> None:
 
 def _write(tensor: Tensor, values: Tensor) -> None:
     tensor.copy_(values)
+
+
+def test_every_axis_word_is_explained() -> None:
+    assert {axis for spec in TABLE.values() for axis in spec.axes} == set(AXES)
 
 
 def test_the_reference_can_fail() -> None:
