@@ -17,11 +17,14 @@ Labels = Mapping[str, Sequence[str] | str]
 
 @dataclass(frozen=True)
 class Axis:
-    """A dimension: its name, the text of each place's tick, and how hover text names each place. Plain text, not escaped."""
+    """A dimension: its name; for each place the text of its tick, and its whole label with what stands before that.
+
+    All of it is plain text, not escaped.
+    """
 
     name: str
     ticks: tuple[str, ...]
-    names: tuple[str, ...]
+    whole: tuple[tuple[str, str], ...]
 
     def __len__(self) -> int:
         return len(self.ticks)
@@ -33,7 +36,13 @@ class Axis:
 
     def hover(self, place: int) -> str:
         """Escaped hover text of a place."""
-        return escaped(self.names[place])
+        before, label = self.whole[place]
+        return escaped(before) + isolated(escaped(label))
+
+    @property
+    def headings(self) -> tuple[str, ...]:
+        """Each place as a heading."""
+        return tuple(before + label for before, label in self.whole)
 
     def settings(self, pixels: float, shown: bool, turned: bool) -> dict[str, object]:
         """Plotly's settings of an axis that is ``pixels`` a place: an index axis with labels as text.
@@ -80,14 +89,14 @@ def axis_of(result: xarray.DataArray, dim: str, labels: Labels | None) -> Axis:
     )
     if texts is None:
         shown = numbers if numbers is not None else [str(value) for value in own]
-        names = [f"{visible(dim)} {isolated(visible(mark))}" for mark in shown]
+        before = [f"{visible(dim)} "] * size
     else:
         shown = texts
         before = (
             [f"{visible(dim)} {number}: " for number in numbers] if numbers is not None else [f"{visible(dim)} "] * size
         )
-        names = [prefix + isolated(visible(text)) for prefix, text in zip(before, texts, strict=True)]
-    return Axis(visible(dim), tuple(cut(visible(text)) for text in shown), tuple(names))
+    whole = zip(before, map(visible, shown), strict=True)
+    return Axis(visible(dim), tuple(cut(visible(text)) for text in shown), tuple(whole))
 
 
 def _texts_of(result: xarray.DataArray, dim: str, labels: Labels | None) -> list[str] | None:

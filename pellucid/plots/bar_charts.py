@@ -66,7 +66,7 @@ def bars(
     finite = everything[np.isfinite(everything)]
     if not finite.size:
         raise InputError(f"There is nothing to draw: none of the {everything.size:,} numbers is finite.")
-    headings = [""] if facets is None else list(facets.names)
+    headings = [""] if facets is None else list(facets.headings)
     notes = [] if subtitle is None else [subtitle]
     if finite.size < everything.size:
         notes.append(f"No bar: no finite number ({everything.size - finite.size:,} of {everything.size:,}).")

@@ -36,7 +36,7 @@ _KNOWN: Mapping[str, frozenset[str]] = {
         "template width height margin paper_bgcolor plot_bgcolor font hoverlabel hovermode title annotations coloraxis "
         "barmode bargap showlegend legend".split()
     ),
-    "annotation": frozenset("text x y xref yref xanchor yanchor showarrow font".split()),
+    "annotation": frozenset("text x y xref yref xanchor yanchor xshift yshift align borderpad showarrow font".split()),
     "coloraxis": frozenset("cmin cmax colorscale showscale colorbar".split()),
 }
 """What is drawn, or has nothing to do with a drawing."""
@@ -68,7 +68,7 @@ def draw(figure: Figure, path: Path, kind: str, scale: float) -> None:
         )
     with context("default"), matplotlib.rc_context(_STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Glyph \d+", category=UserWarning)  # we say it once, below
-        matplotlib.rcParams["font.sans-serif"] = fonts_for(_all_text(traces, layout))
+        matplotlib.rcParams["font.family"] = fonts_for(_all_text(traces, layout))
         canvas = _Drawing(layout, Counter(trace["xaxis"] for trace in traces))
         for trace in traces:
             (canvas.heat_map if trace["type"] == "heatmap" else canvas.bars)(trace)
@@ -78,7 +78,7 @@ def draw(figure: Figure, path: Path, kind: str, scale: float) -> None:
         )
 
 
-_STYLE = {"text.parse_math": False, "font.family": "sans-serif", "svg.hashsalt": "pellucid", "savefig.pad_inches": 0.1}
+_STYLE = {"text.parse_math": False, "svg.hashsalt": "pellucid", "savefig.pad_inches": 0.1}
 
 
 def _check(traces: list[dict[str, Any]], layout: Mapping[str, Any]) -> None:
@@ -101,6 +101,8 @@ def _check(traces: list[dict[str, Any]], layout: Mapping[str, Any]) -> None:
         if annotation.get("showarrow", True) or (annotation.get("xref"), annotation.get("yref")) != ("paper", "paper"):
             raise _not_drawn("annotations with an arrow or placed by data")
     _only(layout.get("coloraxis", {}), "coloraxis", "the colour axis'")
+    if layout.get("title", {}).get("subtitle", {}).get("text"):
+        raise _not_drawn("the title's subtitle")
     if "width" not in layout or "height" not in layout:
         raise _not_drawn("figures without a width and a height")
 
@@ -180,17 +182,19 @@ class _Drawing:
         title = self._layout.get("title", {})
         pad = title.get("pad", {})
         down = float(pad.get("t", 16))
-        for part, colour in ((title, self._ink), (title.get("subtitle", {}), "#57606a")):
-            size = float(part.get("font", {}).get("size", 14))
-            for line in plain(part.get("text") or "").split("\n") if part.get("text") else ():
-                self._write(
-                    float(pad.get("l", 16)), down, line, size, part.get("font", {}).get("color", colour), "left", "top"
-                )
-                down += 1.3 * size
+        size = float(title.get("font", {}).get("size", 16))
+        for line in plain(title["text"]).split("\n") if title.get("text") else ():
+            self._write(float(pad.get("l", 16)), down, line, size, self._ink, "left", "top")
+            down += 1.3 * size
         for note in self._layout.get("annotations", ()):
-            across, up = self._pixels(note["x"], note["y"])
-            size = float(note.get("font", {}).get("size", 13))
-            self._write(across, up - 3, plain(note["text"]), size, self._ink, "center", "bottom")
+            across, place = self._pixels(note["x"], note["y"])
+            font = note.get("font", {})
+            size, colour = float(font.get("size", 12)), font.get("color", self._ink)
+            across, place = across + note.get("xshift", 0), place - note.get("yshift", 0)
+            if note.get("yanchor") == "bottom":
+                place -= 3
+            for number, line in enumerate(plain(note["text"]).split("\n")):
+                self._write(across, place + 1.3 * size * number, line, size, colour, note["xanchor"], note["yanchor"])
         if self._colours is not None and self._layout["coloraxis"].get("showscale", True):
             self._colour_bar(self._layout["coloraxis"]["colorbar"])
         if self._keys:
@@ -281,8 +285,7 @@ def _colour_map(settings: Mapping[str, Any]) -> tuple[Any, Any]:
 
     stops = [(float(share), str(colour)) for share, colour in settings["colorscale"]]
     colours = LinearSegmentedColormap.from_list("pellucid", stops, N=1024)
-    colours.set_bad((0, 0, 0, 0))
-    return colours, Normalize(settings["cmin"], settings["cmax"])
+    return colours.with_extremes(bad=(0, 0, 0, 0)), Normalize(settings["cmin"], settings["cmax"])
 
 
 def _luminance(colour: tuple[float, float, float, float]) -> float:
@@ -293,7 +296,7 @@ def _luminance(colour: tuple[float, float, float, float]) -> float:
 def _all_text(traces: Sequence[Mapping[str, Any]], layout: Mapping[str, Any]) -> str:
     """Every text that is drawn."""
     title = layout.get("title", {})
-    found = [title.get("text"), title.get("subtitle", {}).get("text")]
+    found = [title.get("text")]
     found += [note.get("text") for note in layout.get("annotations", ())]
     found += [layout.get("coloraxis", {}).get("colorbar", {}).get("title", {}).get("text")]
     found += [trace.get("name") for trace in traces]

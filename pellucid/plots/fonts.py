@@ -15,6 +15,8 @@ from typing import Any
 from pellucid.errors import PellucidWarning
 
 _FIRST = "DejaVu Sans"
+_LAST_RESORT = "Last Resort"
+"""matplotlib brings along a font that says it has every character and has boxes."""
 _SHAPING_SINCE = (3, 11)
 """matplotlib's version that joins Arabic letters and orders Indic vowel signs; earlier ones set characters in a row."""
 
@@ -28,7 +30,7 @@ def fonts_for(text: str) -> list[str]:
     import matplotlib
     from matplotlib import font_manager
 
-    entries = font_manager.fontManager.ttflist
+    entries = [entry for entry in font_manager.fontManager.ttflist if not entry.name.startswith(_LAST_RESORT)]
     chosen = [_FIRST]
     missing = {char for char in text if char.isprintable()}
     missing -= _characters(font_manager.findfont(_FIRST))
@@ -58,14 +60,15 @@ def fonts_for(text: str) -> list[str]:
     return chosen
 
 
-def _preference(entry: Any) -> tuple[bool, bool, bool, int, str, str]:
-    """Upright sans-serif fonts of normal weight first."""
+def _preference(entry: Any) -> tuple[bool, bool, bool, int, bool, str, str]:
+    """Upright sans-serif fonts of normal weight first; of Chinese ones the simplified, which BLOOM's corpus is in."""
     name = str(entry.name)
     return (
         entry.style != "normal",
         "Sans" not in name,
         "Mono" in name or "Serif" in name,
         abs(int(entry.weight) - 400) if str(entry.weight).isdigit() else 0,
+        "CJK" in name and "SC" not in name,
         name,
         str(entry.fname),
     )

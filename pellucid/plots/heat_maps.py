@@ -32,7 +32,7 @@ MOST_CELLS = 300_000
 """Cells of one picture; each carries its hover text."""
 
 _CELL, _PRINTED_CELL, _SMALLEST_PANEL = 30.0, 46.0, 120.0
-_WIDEST, _HIGHEST = 1100.0, 1200.0
+_WIDEST, _HIGHEST, _NARROWEST_CELL = 1100.0, 1400.0, 14.0
 _BAR_ROOM, _MOST_PRINTED = 120.0, 144
 
 
@@ -124,7 +124,7 @@ def heat_map(
         check_panels(result.sizes[facet], f"the axis {facet}")
         names = axis_of(result, facet, labels)
         panels = {}
-        for place, name in enumerate(names.names):
+        for place, name in enumerate(names.headings):
             shown = name if name not in panels else f"{name} ({place})"
             panels[shown] = result.isel({facet: place}, drop=True)
     left = {dim: texts for dim, texts in (labels or {}).items() if dim != facet}
@@ -275,7 +275,7 @@ def _sized(headings: Sequence[str], x: Axis, y: Axis, printed: bool) -> Panels:
     cell = _PRINTED_CELL if printed else _CELL
     width = max(_SMALLEST_PANEL, min(cell * len(x), _WIDEST))
     height = max(_SMALLEST_PANEL / 2, min((0.75 if printed else 1.0) * cell * len(y), _HIGHEST))
-    columns = best_columns(len(headings), width, height)
+    columns = best_columns(len(headings), width, height, int(_WIDEST / (_NARROWEST_CELL * len(x))))
     rows = math.ceil(len(headings) / columns)
     smallest = 40.0 if len(headings) > 1 else _SMALLEST_PANEL / 2
     if not printed:

@@ -73,15 +73,23 @@ class Panels:
         return across_shares, (max(0.0, (top - self.height) / total_height), min(1.0, top / total_height))
 
 
-def best_columns(panels: int, width: float, height: float) -> int:
-    """Columns that make a grid of panels of these pixels about as wide as a page is; up to three panels stand in a row."""
+def best_columns(panels: int, width: float, height: float, most: int) -> int:
+    """Columns that make a grid of panels of these pixels about as wide as a page is, with few places left empty.
+
+    Args:
+        panels: how many; up to three stand in a row.
+        width: of one.
+        height: of one.
+        most: columns in which the labels of every cell can be written; two are always allowed.
+    """
     if panels <= 3:
         return panels
 
     def badness(columns: int) -> float:
-        return abs(math.log(columns * width / (math.ceil(panels / columns) * height) / 1.4))
+        rows = math.ceil(panels / columns)
+        return abs(math.log(columns * width / (rows * height) / 1.4)) + (rows * columns - panels) / columns
 
-    return min(range(1, panels + 1), key=badness)
+    return min(range(1, max(2, min(panels, most)) + 1), key=badness)
 
 
 def check_panels(panels: int, what: str) -> None:
@@ -154,8 +162,24 @@ def layout(
         },
         "annotations": [],
     }
-    if smaller:
-        made["title"]["subtitle"] = {"text": lines(smaller), "font": {"size": SUBTITLE_SIZE, "color": FAINT_INK}}
+    if smaller:  # Plotly's own subtitle moves a title of several lines off the page
+        made["annotations"].append(
+            {
+                "text": lines(smaller),
+                "x": 0,
+                "y": 1,
+                "xref": "paper",
+                "yref": "paper",
+                "xanchor": "left",
+                "yanchor": "top",
+                "align": "left",
+                "xshift": round(PAD - beside),
+                "yshift": round(above - PAD - len(titles) * TITLE_SIZE * 1.3 - 3),
+                "showarrow": False,
+                "borderpad": 0,
+                "font": {"size": SUBTITLE_SIZE, "color": FAINT_INK},
+            }
+        )
     for number, panel_title in enumerate(panels.titles):
         across, up = panels.place(number)
         lowest = number + panels.columns >= len(panels.titles)

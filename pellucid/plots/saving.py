@@ -24,7 +24,15 @@ _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
     "base-uri 'none'; form-action 'none'"
 )
-_CONFIG = {"displaylogo": False, "typesetMath": False, "responsive": False, "plotlyServerURL": "", "showTips": False}
+_CONFIG = {
+    "displaylogo": False,
+    "modeBarButtons": [["toImage", "resetScale2d"]],
+    "plotlyServerURL": "",
+    "responsive": False,
+    "showTips": False,
+    "typesetMath": False,
+}
+"""No button that leads off the page; no formulas."""
 
 
 def check_picture_path(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
