@@ -395,7 +395,6 @@ def test_a_png_shows_the_cells_in_the_figures_colours(tmp_path: Path) -> None:
         covered = (np.abs(found.astype(int) - wanted).max(-1) <= 2).sum()
         assert covered > 0.9 * cell, f"{colour} covers {covered} pixels, a cell has {cell}"
     assert len(colours) > 20
-    assert found.shape[1] > 600
 
 
 def test_the_png_follows_the_figure(tmp_path: Path) -> None:
