@@ -2,7 +2,10 @@
 
 Each check is a line of a table with what was measured and the bound it has to keep. Exact checks have bound 0. Bounds of
 the others follow from the dtype: two routes to the same logits that round differently at each of ``L`` layers may differ
-by a few units in the last place of the largest logit per layer, so the bound is ``64 * L * eps * max|logit|``.
+by a few units in the last place of the largest logit per layer, so the bound is ``64 * L * eps * max|logit|``. Fast
+attention, where it is switched on, is held against the exact path: both round scores to which ALiBi has added up to
+``pos``, by ``eps * pos`` each, and its bound is ``(64 + 2 * pos) * L * eps * max|logit|``. All else is checked with the
+exact path.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +33,15 @@ class CheckedBridge(Protocol):
     @property
     def hf_model(self) -> nn.Module:
         """The Hugging Face model."""
+        ...
+
+    @property
+    def attn_implementation(self) -> Literal["eager", "sdpa"]:
+        """How it computes attention."""
+        ...
+
+    def set_attn_implementation(self, attn_implementation: Literal["eager", "sdpa"]) -> None:
+        """Choose how it computes attention."""
         ...
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -139,14 +151,18 @@ def run_checks(
     training = [module for module in tree.root.modules() if module.training]
     tree.root.eval()
     flags = dict(cfg.flags)
+    attention = bridge.attn_implementation
     try:
+        bridge.set_attn_implementation("eager")
         with torch.no_grad():
-            steps = _Checker(bridge, tree, tokens, chosen).steps()
+            checker = _Checker(bridge, tree, tokens, chosen)
+            steps = checker.steps() + ([checker.fast_attention] if attention == "sdpa" else [])
             for step in progress_bar(steps, total=len(steps), desc="check", unit="check", show=progress):
                 report.results += list(step())
     finally:
         for module in training:
             module.training = True
+        bridge.set_attn_implementation(attention)
         for flag, value in flags.items():
             setattr(cfg, flag, value)
     return report
@@ -271,6 +287,21 @@ class _Checker:
             native = self.bridge.hf_model(input_ids=chunk, past_key_values=theirs, use_cache=True).logits
         yield self.line("key/value cache: logits", logits.double() - native.double(), self.exact)
         yield self.line("key/value cache: as without it", logits.double() - self.base[:, cut:].double(), self.bound)
+
+    def fast_attention(self) -> Check:
+        """The fused kernel against the exact path, without and with padding on the left."""
+        length = self.tokens.shape[1]
+        mask = torch.ones_like(self.tokens)
+        mask[0, : length // 2] = 0
+        bound = (64 + 2 * length) * self.cfg.n_layers * torch.finfo(self.cfg.dtype).eps * float(self.base.abs().max())
+        for what, given in (("logits", None), ("logits, padded left", mask)):
+            exact = self.bridge(self.tokens, attention_mask=given)
+            self.bridge.set_attn_implementation("sdpa")
+            try:
+                fast = self.bridge(self.tokens, attention_mask=given)
+            finally:
+                self.bridge.set_attn_implementation("eager")
+            yield self.line(f"sdpa against the exact path: {what}", fast.double() - exact.double(), bound)
 
     def liveness(self, spec: HookSpec) -> Check:
         """Looking changes nothing; an edit, returned or in place, is the reference's edit and moves the logits."""
