@@ -108,7 +108,7 @@ class BloomAttentionBridge(JointQKVAttentionBridge):
         keys, values = k.transpose(1, 2), v.transpose(1, 2)
         if layer_past is not None:
             keys, values = layer_past.update(keys, values, attention.layer_idx)
-        bias = None if output_attentions else self._fast_bias(q, alibi, attention_mask)
+        bias = None if output_attentions else self._fast_bias(q, keys, alibi, attention_mask)
         pattern: Tensor | None = None
         if bias is not None:
             contribution = self.attend_fast(q.transpose(1, 2), keys, values, bias, attention.inv_norm_factor)
@@ -118,15 +118,17 @@ class BloomAttentionBridge(JointQKVAttentionBridge):
         output = residual + F.dropout(contribution, p=attention.hidden_dropout, training=attention.training)
         return self.fire("hook_out", output), pattern
 
-    def _fast_bias(self, q: Tensor, alibi: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+    def _fast_bias(self, q: Tensor, keys: Tensor, alibi: Tensor, attention_mask: Tensor | None) -> Tensor | None:
         """What the fused kernel adds to its scores; ``None`` where the exact path has to be taken."""
         fast = current_fast_attention()
         if fast is None or fast.root is not self.root:
             return None
         if self.is_live("hook_attn_scores") or self.is_live("hook_pattern") or not _only_mixes(self.module):
             return None
-        if alibi.dtype != q.dtype or (attention_mask is not None and attention_mask.dtype != q.dtype):
-            return None  # autocast: the exact path rounds where Hugging Face does
+        for added in (alibi,) if attention_mask is None else (alibi, attention_mask):
+            # Under autocast the exact path rounds where Hugging Face does; what does not fit, it refuses.
+            if added.dtype != q.dtype or added.shape[-1] != keys.shape[-2]:
+                return None
         return fast.bias(alibi, attention_mask, partial(add_mask_to_alibi, num_heads=self.n_heads))
 
     def alibi_scores(self, q_bnqh: Tensor, k_bnkh: Tensor, alibi: Tensor, attention_mask: Tensor | None) -> Tensor:
