@@ -384,9 +384,7 @@ class JointQKVAttentionBridge(AttentionBridge):
 
     def attend(self, scores: Tensor, v_bnkh: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """From scores to the contribution and the pattern, hooks firing between the steps."""
-        pattern = self.pattern(self.fire("hook_attn_scores", scores), dtype)
-        # The softmax keeps its output for the backward pass: a hook that writes must not write there.
-        pattern = self.fire("hook_pattern", pattern, private=pattern.requires_grad)
+        pattern = self.fire_pattern(scores, dtype)
         z = self.fire("hook_z", self.mix(pattern, v_bnkh))
         return self.project_out(z), pattern
 
@@ -397,6 +395,12 @@ class JointQKVAttentionBridge(AttentionBridge):
         z = self.fast_mix(q_bnqh, k_bnkh, v_bnkh, bias, scale)
         # The kernel keeps its output for the backward pass, of which this may be a view: a hook must not write there.
         return self.project_out(self.fire("hook_z", z, private=z.requires_grad))
+
+    def fire_pattern(self, scores: Tensor, dtype: torch.dtype) -> Tensor:
+        """From scores to the pattern, both after their hooks."""
+        pattern = self.pattern(self.fire("hook_attn_scores", scores), dtype)
+        # The softmax keeps its output for the backward pass: a hook that writes must not write there.
+        return self.fire("hook_pattern", pattern, private=pattern.requires_grad)
 
     # -- weights -------------------------------------------------------------------------------------------------------
 
