@@ -1,6 +1,7 @@
 """What fast attention (``attn_implementation="sdpa"``) saves at length: memory and time, beside the exact path.
 
     python benchmarks/bench_attention.py              every case, writes results/attention_<hardware>_<yyyymm>.md
+    python benchmarks/bench_attention.py --quick      fewer sizes
     python benchmarks/bench_attention.py --tiny       a tiny model, to try the program itself
 
 The model is 560M-shaped but for its vocabulary, whose logits (2 GB at 2,048 tokens) would cover what attention takes.
@@ -143,10 +144,12 @@ def memory_of(route: str, dtype: str, batch: int, length: int, shape: Shape) -> 
     return Memory(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def report_memory(report: Report, shape: Shape, tiny: bool) -> None:
+def report_memory(report: Report, shape: Shape, tiny: bool, quick: bool) -> None:
     """Growth by route, and by length."""
     report.section("Memory of one forward")
     sizes = [(1, 64), (2, 64)] if tiny else [(1, 512), (1, 1024), (1, 2048), (4, 1024)]
+    if quick:
+        sizes = sizes[-2:-1]
     growth: dict[tuple[str, str, int, int], float] = {}
     rows = []
     for dtype in DTYPES:
@@ -157,7 +160,7 @@ def report_memory(report: Report, shape: Shape, tiny: bool) -> None:
             row = [growth[dtype, route, batch, length] for route in ROUTES]
             rows.append((dtype, f"{batch} x {length}", *(f"{mib:.0f}" for mib in row), f"{row[2] / row[0]:.2f}"))
     report.say(table(("dtype", "tokens", *(f"{route}, MiB" for route in ROUTES), "sdpa / hugging face"), rows))
-    length = sizes[-2][1]
+    length = max(length for _, length in sizes)
     bias = shape.n_heads * length**2 * 4 / 2**20
     report.say(
         f"\nThe bias of 1 x {length} in float32 is {bias:.0f} MiB: n_heads * pos * pos numbers, made once. The exact path "
@@ -172,11 +175,11 @@ def report_memory(report: Report, shape: Shape, tiny: bool) -> None:
 # -- time --------------------------------------------------------------------------------------------------------------
 
 
-def report_time(report: Report, shape: Shape, tiny: bool, rounds: int, clock: str) -> None:
+def report_time(report: Report, shape: Shape, tiny: bool, quick: bool, rounds: int, clock: str) -> None:
     """Time by length, every route on one model object."""
     for dtype in DTYPES:
         bridge = make_bridge(shape, dtype)
-        for length in (16, 64) if tiny else LENGTHS:
+        for length in (16, 64) if tiny else LENGTHS[:-1] if quick else LENGTHS:
             report.section(f"Time of one forward, {dtype}, 1 x {length}")
             tokens = random_tokens(shape, 1, length)
             runs = {route: runner(bridge, route, tokens) for route in ROUTES}
@@ -197,6 +200,7 @@ def report_time(report: Report, shape: Shape, tiny: bool, rounds: int, clock: st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a tiny model; writes nothing")
+    parser.add_argument("--quick", action="store_true", help="memory at 1 x 2048 and time up to 1,024 tokens only")
     parser.add_argument("--layers", type=int, help="fewer layers than 24, to be quicker; the file says how many")
     parser.add_argument("--rounds", type=int, default=48, help="at 128 tokens; fewer at more")
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu does not count the time of others")
@@ -215,8 +219,8 @@ def main() -> None:
     if arguments.note:
         report.say(f"- note: {arguments.note}")
     report.section(str(shape).replace(", float32", ""))
-    report_memory(report, shape, arguments.tiny)
-    report_time(report, shape, arguments.tiny, arguments.rounds, arguments.clock)
+    report_memory(report, shape, arguments.tiny, arguments.quick)
+    report_time(report, shape, arguments.tiny, arguments.quick, arguments.rounds, arguments.clock)
     if not arguments.tiny:
         name = f"attention_{arguments.hardware}_{time.strftime('%Y%m')}.md"
         report.write(Path(__file__).parent / "results" / name)
