@@ -215,7 +215,15 @@ def case_memory(report: Report, quick: bool) -> None:
             seconds = time.perf_counter() - started
             rows.append((str(megabytes), f"{found['tokens']:,}", f"{peaks[-1]:.0f}", f"{seconds:.0f}"))
     report.say(table(("corpus MB", "tokens", "peak MiB", "seconds"), rows))
-    report.target(Target("growth of peak memory", peaks[1] - peaks[0], TARGET_MEMORY_MIB, " MiB", f"{rows[1][0]} MB against {rows[0][0]}"))
+    report.target(
+        Target(
+            "growth of peak memory",
+            peaks[1] - peaks[0],
+            TARGET_MEMORY_MIB,
+            " MiB",
+            f"{rows[1][0]} MB against {rows[0][0]}",
+        )
+    )
 
 
 def main() -> None:
