@@ -20,9 +20,10 @@ from torch import Tensor
 from pellucid.analysis.neurons import NeuronChange, force, place_of, unit_shape
 from pellucid.conversion_utils.fused_qkv import fused_unit
 from pellucid.errors import InputError
+from pellucid.model_bridge.collected import Collected
 from pellucid.model_bridge.hooked_model import HookedModel
 from pellucid.names import layer_of, nearest
-from pellucid.running_stats import average_precision
+from pellucid.running_stats import AveragePrecision, average_precision
 
 Which: TypeAlias = Literal["top", "bottom", "both"]
 Value: TypeAlias = Literal["on_p50", "on_p90", "off_mean"]
@@ -203,15 +204,18 @@ def force_units(units: Sequence[Unit], values: float | Sequence[float]) -> list[
 
 
 def expertise(
-    responses: Mapping[str, Mapping[str, Tensor]],
+    responses: Collected | Mapping[str, Mapping[str, Tensor]],
     labels: Iterable[str] | None = None,
+    statistic: str = "average_precision",
 ) -> ExpertNeurons:
     """Average precision of every unit for every label, from responses that were collected.
 
     Args:
-        responses: by hook name (``blocks.3.mlp.hook_pre``) and label, ``[document, *units]``: pooled over the tokens of each
-            document, such as :class:`~pellucid.running_stats.AveragePrecision` keeps them.
+        responses: what ``bridge.collect(corpus, {"blocks.*.mlp.hook_pre": [AveragePrecision()]})`` gives, over a corpus
+            with one document a row; or by hook name (``blocks.3.mlp.hook_pre``) and label, ``[document, *units]``, pooled
+            over the tokens of each document.
         labels: which to try, each against all others; by default all.
+        statistic: of a collection: ``"average_precision"`` (pooled by mean) or ``"average_precision_max"``.
 
     Returns:
         average precision as scikit-learn has it (ties pass one threshold together), the median and 90th percentile over
@@ -220,9 +224,13 @@ def expertise(
     Raises:
         InputError: nothing to compare with, responses that do not fit one another, or that are not finite.
     """
-    if not responses:
+    if isinstance(responses, Collected):
+        names, known = [hook.spec.name for hook in responses.hooks], list(responses.labels)
+    else:
+        names = list(responses)
+        known = list(responses[names[0]]) if names else []
+    if not names:
         raise InputError("There are no responses.")
-    known = list(next(iter(responses.values())))
     chosen = list(labels) if labels is not None else known
     unknown = [label for label in chosen if label not in known]
     if unknown or not chosen:
@@ -231,10 +239,8 @@ def expertise(
         raise InputError(f"Expertise tells documents of a label from others; there is only {known[0]!r}.")
     columns: dict[str, list[np.ndarray]] = {name: [] for name in ("ap", *VALUES)}
     where: list[Unit] = []
-    for name, by_label in responses.items():
-        if list(by_label) != known:
-            raise InputError(f"{name} has responses of {list(by_label)}, and others of {known}.")
-        flat = {label: found.flatten(1) for label, found in by_label.items()}
+    for name in names:
+        flat = _responses_at(responses, name, known, statistic)
         layer = layer_of(name)
         width = flat[known[0]].shape[1]
         where += [Unit(name.removeprefix(f"blocks.{layer}."), layer, index) for index in range(width)]
@@ -258,6 +264,24 @@ def expertise(
     }
     table = {name: (("label", "unit"), np.concatenate(parts, axis=1)) for name, parts in columns.items()}
     return ExpertNeurons(xr.Dataset(table, coords))
+
+
+def _responses_at(
+    responses: Collected | Mapping[str, Mapping[str, Tensor]], name: str, labels: Sequence[str], statistic: str
+) -> dict[str, Tensor]:
+    """By label, ``[document, unit]`` at one hook: one at a time, so that not all are held twice."""
+    found: dict[str, Tensor] = {}
+    for label in labels:
+        if isinstance(responses, Collected):
+            kept = responses.get(name, statistic, label)
+            if not isinstance(kept, AveragePrecision):
+                raise InputError(f"{statistic} at {name} keeps no responses of documents: collect AveragePrecision().")
+            found[label] = kept.result().flatten(1)
+        elif list(responses[name]) != list(labels):
+            raise InputError(f"{name} has responses of {list(responses[name])}, and others of {list(labels)}.")
+        else:
+            found[label] = responses[name][label].flatten(1)
+    return found
 
 
 def check_units(bridge: HookedModel, units: Iterable[Unit]) -> None:

@@ -255,7 +255,7 @@ def lape(
 
     Args:
         counts: ``[layer, neuron, language]`` whole numbers: tokens at which a neuron was above zero. Named axes of a
-            ``DataArray`` may come in any order.
+            ``DataArray`` may come in any order, and ``label``, as a collection calls it, stands for ``language``.
         n: ``[language]`` whole numbers: tokens of each language; or a mapping from languages.
         top_rate: share of all neurons to select.
         filter_rate: quantile of step 2.
@@ -266,6 +266,8 @@ def lape(
         InputError: another shape; counts that are negative, not whole, not finite or more than there are tokens; a language
             without tokens; rates outside 0 to 1; an input so small that a quantile's rank rounds to 0.
     """
+    counts = _renamed(counts) if isinstance(counts, xr.DataArray) else counts
+    n = _renamed(n) if isinstance(n, xr.DataArray) else n
     labels = _labels(counts, n, languages)
     active = _whole(_by_dims(counts), "counts")
     if active.dim() != 3 or 0 in active.shape:
@@ -348,6 +350,11 @@ def _labels(counts: Any, n: Any, languages: Sequence[Language] | None) -> tuple[
     if len(set(labels)) < len(labels):
         raise InputError(f"Languages have labels of their own; found {list(labels)}.")
     return labels
+
+
+def _renamed(values: xr.DataArray) -> xr.DataArray:
+    """Labels of a collection are languages here."""
+    return values.rename(label="language") if "label" in values.dims and "language" not in values.dims else values
 
 
 def _by_dims(counts: Any) -> Any:
