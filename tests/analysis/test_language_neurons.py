@@ -118,7 +118,7 @@ def test_ties_are_broken_by_layer_and_neuron() -> None:
     counts = torch.full((3, 20, 2), 1)
     counts[:, 5:15, 1] = 90
     found = lape(counts, [100, 100], top_rate=0.2, filter_rate=0.5, activation_bar_ratio=0.5)
-    assert found.selected == tuple((0, index) for index in range(5, 15)) + ((1, 5), (1, 6))
+    assert list(found.selected) == [*((0, index) for index in range(5, 15)), (1, 5), (1, 6)]
 
 
 def test_a_dead_neuron_has_the_lowest_entropy_and_is_never_selected_before_a_live_one() -> None:
