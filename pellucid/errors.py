@@ -18,6 +18,7 @@ that code which catches ``KeyError`` or ``ValueError`` goes on working::
     ├── CacheTooLargeError     (MemoryError)   a cache over ``max_cache_bytes``
     ├── CorpusError            (ValueError)    a corpus that cannot be read, or has nothing to run
     ├── OtherJobError          (ValueError)    a folder that holds the work of another job
+    ├── MissingExtraError      (ImportError)   a package of an extra that is not installed
     └── NotSetUpError          (RuntimeError)  a component used before ``set_original_component``
 
     PellucidWarning (UserWarning)              something the user should know and may silence
@@ -84,6 +85,10 @@ class CorpusError(PellucidError, ValueError):
 
 class OtherJobError(PellucidError, ValueError):
     """A folder that holds the unfinished or finished work of another job: other weights, corpus or settings."""
+
+
+class MissingExtraError(PellucidError, ImportError):
+    """Something was asked for that needs a package of one of Pellucid's extras, and it is not installed."""
 
 
 class NotSetUpError(PellucidError, RuntimeError):
