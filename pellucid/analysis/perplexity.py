@@ -20,9 +20,14 @@ from pellucid.analysis.neurons import Neuron, NeuronChange, NeuronEdit, refuse_n
 from pellucid.errors import InputError, NoEffectError
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.progress import progress_bar
+from pellucid.token_text import tokens_to_text
 
 Average: TypeAlias = Literal["tokens", "rows"]
 """``"tokens"``: every token weighs the same. ``"rows"``: the mean of the rows' means, as arXiv 2402.16438's code has it."""
+
+
+UNCHANGED = "none"
+"""What is silenced in the unmodified model."""
 
 
 class Batch(Protocol):
@@ -212,10 +217,9 @@ def own_and_others(change: xr.DataArray) -> xr.Dataset:
     )
 
 
-def generated_languages(
+def continuations(
     bridge: TransformerBridge,
     prompts: Sequence[str],
-    language_of: Callable[[str], str],
     neurons: Mapping[Any, Sequence[Neuron]],
     *,
     change: Callable[[Sequence[Neuron]], NeuronChange] = zero,
@@ -224,13 +228,12 @@ def generated_languages(
     temperature: float = 1.0,
     seed: int = 0,
     assert_effect: bool = True,
-) -> xr.Dataset:
-    """In which language the model goes on, as it is and with the neurons of each language silenced (or forced).
+) -> xr.DataArray:
+    """How the model goes on with each prompt, as it is and with the neurons of each language silenced (or forced).
 
     Args:
         bridge: the model.
         prompts: texts to be continued.
-        language_of: from a continuation, without its prompt, to a label; a classifier of the caller's.
         neurons: by language, its neurons.
         change: what is done to them.
         max_new_tokens: length of a continuation.
@@ -240,54 +243,63 @@ def generated_languages(
         assert_effect: raise if a change changed no neuron.
 
     Returns:
-        a data set with ``share`` ``[silenced, generated]``, share of the prompts continued in each language, and ``text``
-        ``[silenced, prompt]``, the continuations; the first ``silenced`` is ``"none"``, the unmodified model.
+        ``[silenced, prompt]`` strings, without the prompts and special tokens (see ``token_text.tokens_to_text``); the first ``silenced`` is ``"none"``, the unmodified model.
 
     Raises:
-        InputError: no prompts; a label that is no string; neurons that the model does not have.
+        InputError: no prompts; neurons that the model does not have.
         NoEffectError: see ``assert_effect``.
     """
     if not prompts:
         raise InputError("There are no prompts to continue.")
-    ids = [bridge.to_tokens(prompt) for prompt in prompts]
-    contexts: dict[str, AbstractContextManager[Any]] = {"none": nullcontext()}
+    contexts: dict[str, AbstractContextManager[Any]] = {UNCHANGED: nullcontext()}
     for language, own in neurons.items():
         if str(language) in contexts:
             raise InputError(
-                f"A language is called {language!r} twice, or has the name of the unmodified model, 'none'."
+                f"A language is called {language!r} twice, or {UNCHANGED!r}, which is the unmodified model."
             )
         contexts[str(language)] = change(own).on(bridge, assert_effect=assert_effect)
-    texts, labels = [], []
+    ids = [bridge.to_tokens(prompt) for prompt in prompts]
+    texts = []
     for context in contexts.values():
         with torch.random.fork_rng(), context:
             torch.manual_seed(seed)
-            written = [
-                str(
-                    bridge.to_string(
-                        bridge.generate(
-                            prompt,
-                            max_new_tokens=max_new_tokens,
-                            do_sample=do_sample,
-                            temperature=temperature,
-                            return_type="tokens",
-                            verbose=False,
-                        )[0, prompt.shape[1] :]
-                    )
-                )
-                for prompt in ids
-            ]
-        found = [language_of(text) for text in written]
-        wrong = [label for label in found if not isinstance(label, str)]
-        if wrong:
-            raise InputError(f"language_of gives the label of a text, a string; it gave {wrong[0]!r}.")
-        texts.append(written)
-        labels.append(found)
-    generated = sorted({label for row in labels for label in row})
-    share = [[row.count(label) / len(prompts) for label in generated] for row in labels]
-    return xr.Dataset(
-        {"share": (("silenced", "generated"), share), "text": (("silenced", "prompt"), texts)},
-        {"silenced": list(contexts), "generated": generated, "prompt": list(prompts)},
+            texts.append([_continued(bridge, prompt, max_new_tokens, do_sample, temperature) for prompt in ids])
+    return xr.DataArray(texts, {"silenced": list(contexts), "prompt": list(prompts)}, ("silenced", "prompt"), "text")
+
+
+def _continued(bridge: TransformerBridge, prompt: Tensor, length: int, do_sample: bool, temperature: float) -> str:
+    written = bridge.generate(
+        prompt,
+        max_new_tokens=length,
+        do_sample=do_sample,
+        temperature=temperature,
+        return_type="tokens",
+        verbose=False,
     )
+    return tokens_to_text(bridge.tokenizer, written[0, prompt.shape[1] :].tolist())
+
+
+def language_shares(texts: xr.DataArray, language_of: Callable[[str], str]) -> xr.DataArray:
+    """In which languages continuations are.
+
+    Args:
+        texts: ``[silenced, prompt]``, of :func:`continuations`.
+        language_of: from a text to a label; a classifier of the caller's.
+
+    Returns:
+        ``[silenced, generated]``: share of the prompts continued in each language.
+
+    Raises:
+        InputError: a label that is no string.
+    """
+    labels = [[language_of(text) for text in row] for row in texts.transpose("silenced", "prompt").values.tolist()]
+    wrong = [label for row in labels for label in row if not isinstance(label, str)]
+    if wrong:
+        raise InputError(f"language_of gives the label of a text, a string; it gave {wrong[0]!r}.")
+    generated = sorted({label for row in labels for label in row})
+    share = [[row.count(label) / len(row) for label in generated] for row in labels]
+    coords = {"silenced": texts.coords["silenced"].values.tolist(), "generated": generated}
+    return xr.DataArray(share, coords, ("silenced", "generated"), "share")
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------

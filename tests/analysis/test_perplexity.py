@@ -9,8 +9,14 @@ import pytest
 import torch
 
 from pellucid import TransformerBridge
-from pellucid.analysis.neurons import force
-from pellucid.analysis.perplexity import generated_languages, log_perplexity, own_and_others, perplexity_change
+from pellucid.analysis.neurons import scale
+from pellucid.analysis.perplexity import (
+    continuations,
+    language_shares,
+    log_perplexity,
+    own_and_others,
+    perplexity_change,
+)
 from pellucid.errors import InputError, NoEffectError
 from tests.analysis.test_neurons import torch_hooks
 from tests.analysis.texts import TokenText
@@ -116,25 +122,36 @@ def test_what_is_refused() -> None:
 def test_the_language_of_what_is_written(demo: TransformerBridge) -> None:
     prompts = ["Everyone has the right to", "No one shall be"]
     listed = [(layer, index) for layer in range(4) for index in range(0, 512, 3)]
-    found = generated_languages(
-        demo, prompts, lambda text: "latin" if text.isascii() else "other", {"en": listed}, max_new_tokens=8
-    )
-    assert found["share"].dims == ("silenced", "generated")
-    assert found.coords["silenced"].values.tolist() == ["none", "en"]
-    plain = demo.generate(prompts[0], max_new_tokens=8, do_sample=False, verbose=False, return_type="str")
-    assert prompts[0] + str(found["text"].sel(silenced="none").values[0]) == plain
-    assert str(found["text"].sel(silenced="en").values[0]) != str(found["text"].sel(silenced="none").values[0])
-    assert found["share"].sum("generated").values.tolist() == [1.0, 1.0]
-    again = generated_languages(demo, prompts, str, {"en": listed}, max_new_tokens=3, do_sample=True, seed=5)
-    state = torch.random.get_rng_state()
-    same = generated_languages(demo, prompts, str, {"en": listed}, max_new_tokens=3, do_sample=True, seed=5)
-    assert again.identical(same)
-    assert torch.equal(state, torch.random.get_rng_state())
-    with pytest.raises(NoEffectError):
-        generated_languages(
-            demo, prompts, str, {"en": [(0, 0)]}, change=lambda _: force([], 0.0).__class__("scale", {(0, 0): 1.0})
-        )
+    texts = continuations(demo, prompts, {"en": listed}, max_new_tokens=8)
+    assert texts.dims == ("silenced", "prompt")
+    assert texts.coords["silenced"].values.tolist() == ["none", "en"]
+    for prompt in prompts:
+        plain = demo.generate(prompt, max_new_tokens=8, do_sample=False, verbose=False, return_type="str")
+        assert prompt + texts.sel(silenced="none", prompt=prompt).item() == plain
+        assert texts.sel(silenced="en", prompt=prompt).item() != texts.sel(silenced="none", prompt=prompt).item()
+    shares = language_shares(texts, lambda text: "x" if text == texts.values[0, 0] else "y")
+    assert shares.coords["generated"].values.tolist() == ["x", "y"]
+    assert shares.values.tolist() == [[0.5, 0.5], [0.0, 1.0]]
     with pytest.raises(InputError, match="language_of"):
-        generated_languages(demo, prompts, lambda text: 3, {"en": listed}, max_new_tokens=2)  # type: ignore[arg-type, return-value]
+        language_shares(texts, lambda text: 3)  # type: ignore[arg-type, return-value]
+
+
+def test_sampled_continuations_depend_on_their_seed_alone(demo: TransformerBridge) -> None:
+    listed = [(layer, index) for layer in range(4) for index in range(0, 512, 3)]
+    arguments = {"max_new_tokens": 3, "do_sample": True, "seed": 5}
+    again = continuations(demo, ["No one"], {"en": listed}, **arguments)
+    state = torch.random.get_rng_state()
+    torch.manual_seed(9)
+    torch.random.set_rng_state(state)
+    assert again.identical(continuations(demo, ["No one"], {"en": listed}, **arguments))
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_continuations_that_cannot_be(demo: TransformerBridge) -> None:
+    nothing = {"en": [(0, 0)]}
+    with pytest.raises(NoEffectError):
+        continuations(demo, ["No one"], nothing, change=lambda listed: scale(listed, 1.0), max_new_tokens=2)
     with pytest.raises(InputError, match="no prompts"):
-        generated_languages(demo, [], str, {"en": listed})
+        continuations(demo, [], nothing)
+    with pytest.raises(InputError, match="unmodified model"):
+        continuations(demo, ["No one"], {"none": [(0, 0)]})
