@@ -113,6 +113,8 @@ def find_neurons(choice: ModelChoice, request: NeuronRequest, format: Format) ->
     bridge = open_bridge(choice)
     context = request.context or (128 if choice.is_demo else 512)
     top_rate = request.top_rate if request.top_rate is not None else (0.05 if choice.is_demo else 0.01)
+    if 0 < request.measured_tokens < context:
+        raise InputError(f"--measured-tokens {request.measured_tokens} is less than one row of {context} tokens.")
     texts = open_texts(bridge, request, counted_files, measured_files, context)
     collected = count(bridge, texts, request)
     found = select(collected, top_rate, request)
@@ -281,13 +283,9 @@ def measure(
     request: NeuronRequest,
 ) -> xr.Dataset | None:
     """What silencing does, beside random sets; ``None`` if nothing is to be measured."""
-    rows = request.measured_tokens // texts.measured.rules.context
     if not request.measured_tokens:
         return None
-    if not rows:
-        raise InputError(
-            f"--measured-tokens {request.measured_tokens} is less than one row of {texts.measured.rules.context} tokens."
-        )
+    rows = request.measured_tokens // texts.measured.rules.context
     drawn = found.random_sets(request.random_sets, request.seed, request.match) if request.random_sets else []
     controls = [{language: control[language] for language in silenced} for control in drawn]
     return perplexity_change(

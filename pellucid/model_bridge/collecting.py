@@ -135,8 +135,9 @@ class CollectingModel(RunnableModel):
         ):
             bar.update(sum(state.n_tokens.values()))
             self._pass(state, batches, bar, store, interrupted)
-        if store is not None:
-            store.write(state)
+            if store is not None:
+                store.write(state)
+                interrupted.raise_if_set(store.path)
         return state
 
     def _pass(
@@ -168,8 +169,7 @@ class CollectingModel(RunnableModel):
                 bar.update(batch.n_tokens)
                 if store is not None and (interrupted.is_set or store.is_due()):
                     store.write(state)
-                    if interrupted.is_set:
-                        raise KeyboardInterrupt(f"the state is in {store.path}; the same call goes on from there")
+                    interrupted.raise_if_set(store.path)
 
     def _batch_input(self, batch: CorpusBatch, stop: int | None) -> Prepared:
         mask = batch.attention_mask.long() if batch.is_padded else None
@@ -296,6 +296,11 @@ class _Flag:
 
     def __init__(self) -> None:
         self.is_set = False
+
+    def raise_if_set(self, path: Path) -> None:
+        """Interrupt now that the state is written."""
+        if self.is_set:
+            raise KeyboardInterrupt(f"the state is in {path}; the same call goes on from there")
 
 
 @contextmanager
