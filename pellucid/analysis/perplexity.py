@@ -243,7 +243,8 @@ def continuations(
         assert_effect: raise if a change changed no neuron.
 
     Returns:
-        ``[silenced, prompt]`` strings, without the prompts and special tokens (see ``token_text.tokens_to_text``); the first ``silenced`` is ``"none"``, the unmodified model.
+        ``[silenced, prompt]`` strings, without the prompts and special tokens (see ``token_text.tokens_to_text``); the first
+        ``silenced`` is ``"none"``, the unmodified model.
 
     Raises:
         InputError: no prompts; neurons that the model does not have.
