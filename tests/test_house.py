@@ -56,7 +56,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("model_bridge.weight_state", "model_bridge.running"),
     ("model_bridge.collecting",),
     ("model_bridge.transformer_bridge",),
-    ("", "model_bridge", "sweep"),
+    ("", "model_bridge", "sweep.*"),
     ("analysis.*", "demo.*", "patching", "scale.*"),
     ("plots.*", "report.*"),
     ("cli.*",),

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from pellucid.corpora import Corpus, CorpusBatch
+from pellucid.corpora import Corpus, CorpusBatch, LabelCount
 from pellucid.errors import HookValueError, InputError, OtherJobError
 from pellucid.hook_points import HookPoint, LensHandle, describe_function
 from pellucid.model_bridge.collected import Collected, Hook, describe_request, read_collected, write_collected
@@ -115,7 +115,7 @@ class CollectingModel(RunnableModel):
             batch_size, labels=chosen, start_row=start_row, stop_row=stop_row, padding_side=padding_side
         )
         counts = corpus.index(chosen, progress)
-        total = None if start_row or stop_row is not None else sum(count.tokens for count in counts.values())
+        total = sum(_share(count, start_row, stop_row) for count in counts.values())
         state = Collected.empty(hooks, chosen)
         store = None
         if checkpoint is not None:
@@ -322,6 +322,12 @@ def _deferred_interrupt(wanted: bool) -> Iterator[_Flag]:
         yield flag
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+def _share(count: LabelCount, start: int, stop: int | None) -> int:
+    """Tokens of rows ``[start, stop)``, as if all rows were equally long: what the bar counts up to."""
+    last = count.rows if stop is None else min(stop, count.rows)
+    return max(0, last - start) * count.tokens // count.rows
 
 
 def _stop_after(specs: Sequence[HookSpec], n_layers: int) -> int | None:

@@ -301,6 +301,35 @@ def test_an_interrupted_job_goes_on_with_equal_bits(stop_at: int, tmp_path: Path
         assert_same(everything(found)[key], state)
 
 
+def test_a_job_that_broke_down_goes_on_after_its_last_state(tmp_path: Path) -> None:
+    bridge, _ = make_pair()
+    corpus = documents_corpus()
+    request = {POST: every_statistic()}
+    broken = [5, 8]
+
+    def breaks(tensor: Tensor, hook: Any) -> None:
+        nonlocal seen
+        seen += 1
+        if seen in broken:  # in the middle of a forward: statistics of block 0 have seen the batch, others have not
+            broken.remove(seen)
+            raise RuntimeError("the machine is gone")
+
+    seen = 0
+    handle = bridge.add_hook("blocks.1.mlp.hook_pre", breaks)[0]
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="the machine is gone"):
+            bridge.collect(corpus, request, checkpoint=tmp_path, every=0)
+    ran = seen
+    found = bridge.collect(corpus, request, checkpoint=tmp_path, every=0)
+    expected = bridge.collect(corpus, request)
+    handle.remove()
+    batches = len(list(corpus.batches(4)))
+    assert seen - ran == (batches - 6) + batches  # two forwards were lost, each batch before them was kept
+    for key, state in everything(expected).items():
+        assert_same(everything(found)[key], state)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_finished_job_is_not_run_again(tmp_path: Path) -> None:
     bridge, _ = make_pair()
     corpus = packed_corpus()
