@@ -27,7 +27,7 @@ from pellucid.model_bridge.tokens import TextOrTokens, check_choice
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.progress import progress_bar
 from pellucid.sweep.base_run import BaseRun, base_bytes, needed_names, run_base
-from pellucid.sweep.edits import Edit, Write, resolve
+from pellucid.sweep.edits import Edit, Write, Zero, resolve
 from pellucid.sweep.lazy_logits import Asked
 from pellucid.sweep.metrics import Metric
 from pellucid.sweep.packing import PackedModel, State
@@ -191,6 +191,20 @@ class Sweep:
             base = run_base(self.bridge, self._prepared_input, first, sites, self._base_cache)
             self._base, self._base_first = base, first
         return base
+
+    def base_activations(self, hooks: Iterable[str]) -> Mapping[str, Tensor]:
+        """The base run's activations at these hooks, for edits that are worked out from them.
+
+        A sweep of edits of the same hooks that follows does not run the base again.
+
+        Args:
+            hooks: names of hook points.
+
+        Returns:
+            By canonical name, ``[row, ...]``; not to be written to.
+        """
+        with torch.no_grad():
+            return self._run_base(self._resolve(Edit(name, Zero()) for name in hooks)).sites
 
     def forget(self) -> None:
         """Let go of the base run, so that the next call makes it anew: after the weights were changed, say."""
