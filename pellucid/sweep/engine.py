@@ -89,6 +89,7 @@ class Sweep:
         base_cache: activations of this very run, to take in place of running it (see :meth:`needed_names`).
         logit_positions: the positions that a function may read; by default it is found out.
         memory_limit: bytes that the sweep may take beside the model; by default half of what is available.
+        reserved: bytes of that limit that are taken elsewhere: by the values of the edits, say.
         rows_at_once: packed rows that go through a block together.
         prepend_bos: put the beginning-of-sequence token before strings.
         padding_side: of shorter strings.
@@ -107,6 +108,7 @@ class Sweep:
         base_cache: Mapping[str, Tensor] | None = None,
         logit_positions: Sequence[int] | None = None,
         memory_limit: int | None = None,
+        reserved: int = 0,
         rows_at_once: int = ROWS_AT_ONCE,
         prepend_bos: bool | None = None,
         padding_side: Literal["left", "right"] | None = None,
@@ -127,6 +129,7 @@ class Sweep:
         self._base_cache = base_cache
         self._logit_positions = logit_positions
         self._memory_limit = memory_limit
+        self._reserved = reserved
         self._rows_at_once = rows_at_once
         self._base: BaseRun | None = None
         self._base_first = 0
@@ -267,7 +270,7 @@ class Sweep:
         kept = base_bytes(bridge, base.n_rows, base.length, self._base_first)
         kept += sum(site.nbytes for site in base.sites.values())
         widest = max((sum(widest_rows(run, costs) for run in runs[edit]) for edit in packed), default=0)
-        limits = divide(costs, limit, kept, widest, read_cells, self._rows_at_once)
+        limits = divide(costs, limit, kept, widest, read_cells, self._rows_at_once, self._reserved)
         batches = make_batches(runs, packed, costs, limits, read_cells)
         plan = SweepPlan(
             n_edits=len(writes),

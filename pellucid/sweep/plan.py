@@ -9,6 +9,7 @@ runs; the temporaries of one chunk in a block, of which the MLP's eager GELU has
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -157,7 +158,9 @@ class Limits:
     logit_rows: int
 
 
-def divide(costs: Costs, limit: int, base_bytes: int, widest: int, read_cells: int, wish: int) -> Limits:
+def divide(
+    costs: Costs, limit: int, base_bytes: int, widest: int, read_cells: int, wish: int, reserved: int = 0
+) -> Limits:
     """Divide what a memory limit leaves beside the base run.
 
     Args:
@@ -167,16 +170,20 @@ def divide(costs: Costs, limit: int, base_bytes: int, widest: int, read_cells: i
         widest: packed rows of the widest single edit.
         read_cells: logits that one edit's metric reads.
         wish: packed rows that go through a block together, if memory allows.
+        reserved: bytes of the limit that are taken elsewhere.
 
     Raises:
         InputError: not even one edit at a time fits; says what would.
     """
-    left = limit - base_bytes
+    left = limit - reserved - base_bytes
     least = max(costs.chunk_bytes(costs.length) + costs.state_bytes(widest), costs.logit_bytes(read_cells))
     if left < least:
+        # What is reserved may be a share of the limit, and then grows with it.
+        enough = math.ceil((base_bytes + least) * limit / max(1, limit - reserved))
         raise InputError(
-            f"memory_limit={limit:,} bytes is too little: the base run takes {base_bytes:,} and one edit {least:,}. "
-            f"Give at least {base_bytes + least:,}, or sweep fewer layers or shorter prompts."
+            f"memory_limit={limit:,} bytes is too little: the base run takes {base_bytes:,} and one edit {least:,}"
+            + (f", with {reserved:,} kept for the edits' values" if reserved else "")
+            + f". Give at least {enough:,}, or sweep fewer layers or shorter prompts."
         )
     rows_at_once = max(wish, costs.length)
     while rows_at_once > costs.length and costs.chunk_bytes(rows_at_once) > left // 2:
