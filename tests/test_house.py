@@ -54,7 +54,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("model_bridge.weight_state", "model_bridge.running"),
     ("model_bridge.transformer_bridge",),
     ("", "model_bridge", "sweep.*"),
-    ("analysis.*", "demo.*", "patching", "scale.*"),
+    ("analysis.*", "demo.*", "patching.*", "scale.*"),
     ("plots.*", "report.*"),
     ("cli.*",),
     ("__main__",),
