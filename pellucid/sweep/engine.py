@@ -31,7 +31,7 @@ from pellucid.sweep.edits import Edit, Write, Zero, resolve
 from pellucid.sweep.lazy_logits import Asked
 from pellucid.sweep.metrics import Metric
 from pellucid.sweep.packing import PackedModel, State
-from pellucid.sweep.plan import Batch, Costs, Limits, SweepPlan, divide, make_batches, widest_rows
+from pellucid.sweep.plan import Batch, Costs, Limits, SweepPlan, divide, make_batches, resident, widest_rows
 from pellucid.sweep.runs import Run, make_run, needs_whole, stage_of
 from pellucid.sweep.scoring import MetricLike, Scorer, Unembedding, by_reads, make_scorer
 
@@ -282,7 +282,7 @@ class Sweep:
             flops=sum(batch.flops for batch in batches) + len(whole) * costs.whole_flops(),
             flops_whole=len(writes) * costs.whole_flops(),
             base_bytes=kept,
-            peak_bytes=kept + _peak(batches, costs, limits, read_cells, bool(whole)),
+            peak_bytes=resident(kept, _peak(batches, costs, limits, read_cells, bool(whole))),
             memory_limit=limit,
         )
         base_scores = {
@@ -376,8 +376,11 @@ class Sweep:
         with progress_bar(total=plan.n_edits, desc="sweep", unit="edit", show=progress) as bar:
             bar.update(int(unchanged.sum()))
             try:
+                rows = max((batch.rows for batch in plan.batches), default=0)
+                read = self._read(prepared.scorers)
+                model = PackedModel(self.bridge, prepared.base, read, prepared.limits.rows_at_once, rows)
                 for batch in plan.batches:
-                    again = self._run_batch(prepared, batch, values)
+                    again = self._run_batch(prepared, model, batch, values)
                     for edit in sorted(again):
                         self._run_whole(prepared, edit, values)
                     done[list(batch.edits)] = True
@@ -393,10 +396,9 @@ class Sweep:
                     value[~done] = torch.nan
         return SweepResult(values, prepared.base_scores, done, plan)
 
-    def _run_batch(self, prepared: _Prepared, batch: Batch, values: dict[str, Tensor]) -> set[int]:
+    def _run_batch(self, prepared: _Prepared, model: PackedModel, batch: Batch, values: dict[str, Tensor]) -> set[int]:
         """Run one batch; returns the edits that have to be run whole."""
-        base, read = prepared.base, self._read(prepared.scorers)
-        states = PackedModel(self.bridge, base, read, prepared.limits.rows_at_once).run(batch.runs)
+        base, states = prepared.base, model.run(batch.runs)
         again: set[int] = set()
         place = {edit: i for i, edit in enumerate(batch.edits)}
         for scorers in by_reads(prepared.scorers):
@@ -409,6 +411,10 @@ class Sweep:
                     for edit, score in zip(chosen, scorer.score(logits), strict=True):
                         if score is None:
                             again.add(edit)
+                        elif isinstance(scorer.metric, Metric):
+                            # Rows that the edit leaves alone keep the base run's bits.
+                            rows = [run.row for run in prepared.runs[edit]]
+                            values[scorer.name][edit, rows] = score[rows]
                         else:
                             _put(values, scorer.name, edit, score)
         return again
