@@ -15,6 +15,7 @@ that code which catches ``KeyError`` or ``ValueError`` goes on working::
     ├── UnsupportedModelError  (ValueError)    not a BLOOM, or a BLOOM configured in a way we do not handle
     ├── WeightError            (ValueError)    weights with a wrong name, shape or dtype, not finite or not readable
     ├── CacheKeyError          (KeyError)      a cache entry that does not exist or was not kept
+    ├── ResultKeyError         (KeyError)      a name that a result has nothing under
     ├── CacheTooLargeError     (MemoryError)   a cache over ``max_cache_bytes``
     ├── CorpusError            (ValueError)    a corpus that cannot be read, or has nothing to run
     ├── OtherJobError          (ValueError)    a folder that holds the work of another job
@@ -73,6 +74,10 @@ class WeightError(PellucidError, ValueError):
 
 class CacheKeyError(PellucidError, KeyError):
     """A key that an :class:`~pellucid.ActivationCache` does not hold."""
+
+
+class ResultKeyError(PellucidError, KeyError):
+    """A name that a result, such as a :class:`~pellucid.patching.PatchingResult`, has nothing under."""
 
 
 class CacheTooLargeError(PellucidError, MemoryError):

@@ -57,7 +57,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("model_bridge.collecting",),
     ("model_bridge.transformer_bridge",),
     ("", "model_bridge", "sweep.*"),
-    ("analysis.*", "demo.*", "patching", "scale.*"),
+    ("analysis.*", "demo.*", "patching.*", "scale.*"),
     ("plots.*", "report.*"),
     ("cli.*",),
     ("__main__",),
