@@ -114,15 +114,12 @@ class RunnableModel(HookedModel):
             return False
         if not (isinstance(input, Tensor) and input.dtype is torch.int64 and input.dim() == 2 and input.numel()):
             return False
-        weight = self._tree.embedding()._parameters.get("weight")
-        cfg = self._tree.cfg
-        return (
-            input.is_cpu
-            and weight is not None
-            and weight.is_cpu
-            and weight.dtype is cfg.dtype
-            and cfg.dtype is not torch.float64
-        )
+        embedding = self._tree.components["embed"].original_component
+        weight = None if embedding is None else embedding._parameters.get("weight")
+        if weight is None or not (weight.is_cpu and input.is_cpu):
+            return False
+        dtype = weight.dtype
+        return dtype is self._tree.cfg.dtype and dtype is not torch.float64
 
     def _logits(self, arguments: dict[str, Any]) -> Tensor:
         """Hugging Face's logits."""
@@ -215,7 +212,7 @@ class RunnableModel(HookedModel):
 
     def _run(self, prepared: Prepared) -> Tensor:
         """Logits, or the residual at which the run stops."""
-        arguments: dict[str, Any] = {"use_cache": prepared.past_key_values is not None}
+        arguments: dict[str, Any] = {"use_cache": prepared.past_key_values is not None, "return_dict": True}
         if prepared.tokens is not None:
             arguments["input_ids"] = prepared.tokens
         else:

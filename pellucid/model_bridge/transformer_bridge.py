@@ -182,7 +182,7 @@ class TransformerBridge(ProcessableWeights, RunnableModel, TokenMethods):
         ):
             if self._tree.is_mounted():
                 self._tree.remount_replaced()
-            return self._logits({"input_ids": input, "use_cache": False})
+            return self._logits({"input_ids": input, "use_cache": False, "return_dict": True})
         check_choice("return_type", return_type, ("logits", "loss", "both", None))
         prepared = self._prepare(
             input, prepend_bos, padding_side, attention_mask, past_key_values, start_at_layer, stop_at_layer
