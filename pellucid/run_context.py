@@ -5,7 +5,7 @@ Everything here is kept in context variables, so it belongs to the thread or tas
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
@@ -107,10 +107,18 @@ class RunContext:
 
 @dataclass(frozen=True)
 class LayerSpan:
-    """Which blocks a run passes through: from ``start`` (its residual is given) up to, not including, ``stop``."""
+    """Which blocks a run passes through: from ``start`` (its residual is given) up to, not including, ``stop``.
+
+    ``generation`` is the call of ``generate`` that it is a step of, if it is one.
+    """
 
     start: int | None = None
     stop: int | None = None
+    generation: GenerationRun | None = None
+
+
+WHOLE = LayerSpan()
+"""A run of its own, through every block."""
 
 
 class Scope:
@@ -125,9 +133,15 @@ _SCOPES: ContextVar[tuple[Scope, ...]] = ContextVar("pellucid_scopes", default=(
 _QUIET: ContextVar[bool] = ContextVar("pellucid_quiet", default=False)
 _RUN: ContextVar[RunContext | None] = ContextVar("pellucid_run", default=None)
 _FINISHED: ContextVar[RunContext | None] = ContextVar("pellucid_finished", default=None)
-_GENERATION: ContextVar[GenerationRun | None] = ContextVar("pellucid_generation", default=None)
-_WHOLE = LayerSpan()
-_SPAN: ContextVar[LayerSpan] = ContextVar("pellucid_span", default=_WHOLE)
+_SPAN: ContextVar[LayerSpan] = ContextVar("pellucid_span", default=WHOLE)
+
+# On the way of every hooked forward, where a Python function costs microseconds: the variables' own methods.
+is_quiet: Callable[[], bool] = _QUIET.get
+"""Whether hook points are silent because we are recomputing something beside the model."""
+current_span: Callable[[], LayerSpan] = _SPAN.get
+"""The blocks that the current run passes through."""
+current_run: Callable[[], RunContext | None] = _RUN.get
+"""The forward that is running in this thread or task."""
 
 
 def open_scope() -> Scope:
@@ -141,12 +155,8 @@ def open_scope() -> Scope:
 def close_scope(scope: Scope) -> None:
     """End a scope, whichever others are still open, and from whichever thread."""
     scope.closed = True
-    _SCOPES.set(tuple(other for other in _SCOPES.get() if not other.closed))
-
-
-def is_quiet() -> bool:
-    """Whether hook points are silent because we are recomputing something beside the model."""
-    return _QUIET.get()
+    scopes = _SCOPES.get()
+    _SCOPES.set(() if scopes == (scope,) else tuple(other for other in scopes if not other.closed))
 
 
 @contextmanager
@@ -159,15 +169,10 @@ def quiet() -> Iterator[None]:
         _QUIET.reset(token)
 
 
-def current_span() -> LayerSpan:
-    """The blocks that the current run passes through."""
-    return _SPAN.get()
-
-
 @contextmanager
 def layer_span(start: int | None, stop: int | None) -> Iterator[None]:
     """Run from block ``start`` up to block ``stop``."""
-    token = _SPAN.set(LayerSpan(start, stop))
+    token = _SPAN.set(LayerSpan(start, stop, _SPAN.get().generation))
     try:
         yield
     finally:
@@ -177,27 +182,22 @@ def layer_span(start: int | None, stop: int | None) -> Iterator[None]:
 @contextmanager
 def generation_run(n_prompts: int) -> Iterator[None]:
     """Count the forwards of one ``generate``."""
-    token = _GENERATION.set(GenerationRun(n_prompts))
+    span = _SPAN.get()
+    token = _SPAN.set(LayerSpan(span.start, span.stop, GenerationRun(n_prompts)))
     try:
         yield
     finally:
-        _GENERATION.reset(token)
-
-
-def in_plain_run() -> bool:
-    """Whether this run passes through every block and is no step of ``generate``."""
-    return _SPAN.get() is _WHOLE and _GENERATION.get() is None
+        _SPAN.reset(token)
 
 
 @contextmanager
 def outside_run() -> Iterator[None]:
     """While a user's function runs: a model that it calls is in a run of its own."""
-    span, generation = _SPAN.set(_WHOLE), _GENERATION.set(None)
+    token = _SPAN.set(WHOLE)
     try:
         yield
     finally:
-        _GENERATION.reset(generation)
-        _SPAN.reset(span)
+        _SPAN.reset(token)
 
 
 def begin_run(
@@ -207,7 +207,7 @@ def begin_run(
 
     A pair of functions and not a context manager: it is on the way of every hooked forward.
     """
-    generation = _GENERATION.get()
+    generation = _SPAN.get().generation
     if generation is not None:
         generation.step += 1
     return _RUN.set(RunContext(given, past_length, tokens, attention_mask, generation))
@@ -229,11 +229,6 @@ def finished_run(length: int) -> Iterator[None]:
         yield
     finally:
         _RUN.reset(token)
-
-
-def current_run() -> RunContext | None:
-    """The forward that is running in this thread or task."""
-    return _RUN.get()
 
 
 def acts(scope: Scope | None) -> bool:

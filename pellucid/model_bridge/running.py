@@ -37,6 +37,8 @@ class Prepared:
     past_key_values: Any | None
     start: int | None
     stop: int | None
+    plain: bool = False
+    """Nothing but token ids, which go to the model as they are."""
 
     @property
     def given(self) -> Tensor:
@@ -148,8 +150,10 @@ class RunnableModel(HookedModel):
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
     ) -> Prepared:
+        if self._tree.is_mounted():
+            self._tree.remount_replaced()
         if self._is_ready(input, prepend_bos, attention_mask, past_key_values, start_at_layer, stop_at_layer):
-            return Prepared(input, None, None, None, None, None)  # type: ignore[arg-type]
+            return Prepared(input, None, None, None, None, None, plain=True)  # type: ignore[arg-type]
         self._refresh()  # the Hugging Face model may have been cast or moved behind our back
         start = self._layer("start_at_layer", start_at_layer)
         stop = self._layer("stop_at_layer", stop_at_layer)
@@ -212,6 +216,8 @@ class RunnableModel(HookedModel):
 
     def _run(self, prepared: Prepared) -> Tensor:
         """Logits, or the residual at which the run stops."""
+        if prepared.plain:
+            return self._logits({"input_ids": prepared.tokens, "use_cache": False, "return_dict": True})
         arguments: dict[str, Any] = {"use_cache": prepared.past_key_values is not None, "return_dict": True}
         if prepared.tokens is not None:
             arguments["input_ids"] = prepared.tokens
