@@ -339,7 +339,7 @@ class HookPoint(nn.Module):
         if conversion is not None:
             shown = conversion.revert(shown)
             _check(shown, value, handles[-1], "the conversion rule's revert gave")
-        return value if shown is value else _laid_out_as(value, shown)
+        return _laid_out_as(value, shown)
 
     def _register_backward(self, value: Tensor, handles: Sequence[LensHandle]) -> Tensor:
         if not torch.is_grad_enabled():
@@ -446,10 +446,10 @@ def add_note(error: BaseException, note: str) -> None:
 
 def _laid_out_as(value: Tensor, shown: Tensor) -> Tensor:
     """``shown`` in the memory layout of the tensor it takes the place of."""
-    if shown.stride() == value.stride() or _overlaps(value):
-        return shown
-    laid_out = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
-    return laid_out.copy_(shown)
+    if shown is not value and shown.stride() != value.stride() and not _overlaps(value):
+        laid_out = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
+        return laid_out.copy_(shown)
+    return shown
 
 
 def _overlaps(tensor: Tensor) -> bool:

@@ -313,12 +313,12 @@ class ComponentTree:
 
     def has_torch_hooks(self) -> bool:
         """Whether somebody has put torch hooks of their own on the model, which may write to tensors."""
-        waiting: list[nn.Module] = [self.root]
-        while waiting:
-            module = waiting.pop()
-            if module._forward_hooks or module._forward_pre_hooks:
-                return True
-            waiting.extend(child for child in module._modules.values() if child is not None)
+        waiting: list[nn.Module | None] = [self.root]
+        for module in waiting:  # which grows on the way
+            if module is not None:
+                if module._forward_hooks or module._forward_pre_hooks:
+                    return True
+                waiting.extend(module._modules.values())
         return False
 
     # -- copies --------------------------------------------------------------------------------------------------------
