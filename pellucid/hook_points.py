@@ -29,7 +29,16 @@ from torch import Tensor, nn
 from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
 from pellucid.errors import GradientError, HookValueError, InputError, NoEffectError
 from pellucid.names import layer_of
-from pellucid.run_context import WHOLE, RunContext, Scope, acts, current_run, current_span, outside_run
+from pellucid.run_context import (
+    WHOLE,
+    RunContext,
+    Scope,
+    acts,
+    current_fast_attention,
+    current_run,
+    current_span,
+    outside_run,
+)
 
 HookFunction: TypeAlias = Callable[..., Any]
 """``fn(tensor, hook=point) -> Tensor | None``."""
@@ -382,7 +391,7 @@ def _call(handle: LensHandle, shown: Tensor) -> Tensor:
     before = shown.detach().clone() if handle.must_change else None
     shape = shown.shape
     try:
-        if handle.reads_only or current_span() is WHOLE:
+        if handle.reads_only or (current_span() is WHOLE and current_fast_attention() is None):
             result = handle.user_hook(shown, hook=view)
         else:
             with outside_run():

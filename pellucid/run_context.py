@@ -11,7 +11,7 @@ from contextvars import ContextVar, Token
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(eq=False)
@@ -121,6 +121,38 @@ WHOLE = LayerSpan()
 """A run of its own, through every block."""
 
 
+class FastAttention:
+    """A run whose attentions may take torch's fused kernel, and the bias that they all add to their scores.
+
+    The bias is made by the first attention of a forward and kept for the others: they are given the very same ALiBi and
+    mask.
+
+    Args:
+        root: the model that runs; attentions of another one, called meanwhile, are not meant.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        self._made_of: tuple[tuple[Tensor | None, int], ...] = ()
+        self._bias: Tensor | None = None
+
+    def bias(
+        self, alibi: Tensor, mask: Tensor | None, make: Callable[[Tensor, Tensor | None], Tensor | None]
+    ) -> Tensor | None:
+        """``make(alibi, mask)``, made once for the same two tensors, as long as nobody writes to them."""
+        made_of = (alibi, _version(alibi)), (mask, _version(mask))
+        known = self._made_of
+        if not known or any(a is not b or m != n for (a, m), (b, n) in zip(known, made_of, strict=True)):
+            self._made_of, self._bias = (), None  # the last forward's goes before this one's comes
+            self._bias = make(alibi, mask)
+            self._made_of = made_of
+        return self._bias
+
+
+def _version(tensor: Tensor | None) -> int:
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
+
+
 class Scope:
     """The lifetime of a group of hook functions. Compared by identity."""
 
@@ -134,6 +166,7 @@ _QUIET: ContextVar[bool] = ContextVar("pellucid_quiet", default=False)
 _RUN: ContextVar[RunContext | None] = ContextVar("pellucid_run", default=None)
 _FINISHED: ContextVar[RunContext | None] = ContextVar("pellucid_finished", default=None)
 _SPAN: ContextVar[LayerSpan] = ContextVar("pellucid_span", default=WHOLE)
+_FAST: ContextVar[FastAttention | None] = ContextVar("pellucid_fast_attention", default=None)
 
 # On the way of every hooked forward, where a Python function costs microseconds: the variables' own methods.
 is_quiet: Callable[[], bool] = _QUIET.get
@@ -142,6 +175,8 @@ current_span: Callable[[], LayerSpan] = _SPAN.get
 """The blocks that the current run passes through."""
 current_run: Callable[[], RunContext | None] = _RUN.get
 """The forward that is running in this thread or task."""
+current_fast_attention: Callable[[], FastAttention | None] = _FAST.get
+"""What the attentions of the current run share, ``None`` if all of them take the exact path."""
 
 
 def open_scope() -> Scope:
@@ -180,6 +215,16 @@ def layer_span(start: int | None, stop: int | None) -> Iterator[None]:
 
 
 @contextmanager
+def fast_attention(root: nn.Module | None) -> Iterator[None]:
+    """Let the attentions of ``root`` take the fused kernel; ``None``: all attentions take the exact path."""
+    token = _FAST.set(None if root is None else FastAttention(root))
+    try:
+        yield
+    finally:
+        _FAST.reset(token)
+
+
+@contextmanager
 def generation_run(n_prompts: int) -> Iterator[None]:
     """Count the forwards of one ``generate``."""
     span = _SPAN.get()
@@ -193,11 +238,12 @@ def generation_run(n_prompts: int) -> Iterator[None]:
 @contextmanager
 def outside_run() -> Iterator[None]:
     """While a user's function runs: a model that it calls is in a run of its own."""
-    token = _SPAN.set(WHOLE)
+    span, fast = _SPAN.set(WHOLE), _FAST.set(None)
     try:
         yield
     finally:
-        _SPAN.reset(token)
+        _FAST.reset(fast)
+        _SPAN.reset(span)
 
 
 def begin_run(

@@ -10,6 +10,8 @@ import typer
 import pellucid
 from pellucid.cli.mistakes import told_to_a_person
 from pellucid.cli.options import (
+    Attention,
+    AttentionOption,
     Debug,
     Device,
     Dtype,
@@ -82,6 +84,7 @@ def check(
     device: Device = None,
     dtype: DtypeOption = Dtype.auto,
     allow_pickle: PickleOption = False,
+    attn_implementation: AttentionOption = Attention.eager,
     format: FormatOption = Format.auto,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Every line, not one for each kind.")] = False,
     out: Annotated[Path | None, typer.Option(help="Also write the report there, as JSON.")] = None,
@@ -92,7 +95,7 @@ def check(
     with told_to_a_person(debug):
         from pellucid.cli.check import check_model
 
-        choice = ModelChoice(model, revision, device, dtype, allow_pickle)
+        choice = ModelChoice(model, revision, device, dtype, allow_pickle, attn_implementation)
         holds = check_model(choice, layer_list(layers), format, verbose, out, force)
     if not holds:
         raise typer.Exit(1)
@@ -123,6 +126,7 @@ def run(
     device: Device = None,
     dtype: DtypeOption = Dtype.auto,
     allow_pickle: PickleOption = False,
+    attn_implementation: AttentionOption = Attention.eager,
     format: FormatOption = Format.auto,
     force: Force = False,
     debug: Debug = False,
@@ -134,4 +138,4 @@ def run(
 
         prompt = read_prompt(text, prompt_file)
         request = RunRequest(prompt, tuple(hooks or ()), out, force, top_k, prepend_bos)
-        run_text(ModelChoice(model, revision, device, dtype, allow_pickle), request, format)
+        run_text(ModelChoice(model, revision, device, dtype, allow_pickle, attn_implementation), request, format)

@@ -18,12 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import pellucid
-from pellucid.cli.files import METADATA_KEY, refuse_out, whole_file
+from pellucid.cli.files import METADATA_KEY, refuse_out
 from pellucid.cli.models import commit_of, open_bridge, read_hook_index
 from pellucid.cli.options import Format, ModelChoice
 from pellucid.cli.output import Json, results, table, write_json
 from pellucid.demo.predictions import Prediction, next_tokens
 from pellucid.errors import HookDisabledError, InputError
+from pellucid.files import whole_file
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.names import Flag, HookIndex, HookSpec
 from pellucid.token_text import token_labels
@@ -86,6 +87,7 @@ def run_text(choice: ModelChoice, request: RunRequest, format: Format) -> None:
         "revision": choice.revision,
         "commit": commit_of(choice),
         "dtype": _dtype(bridge.dtype),
+        "attn_implementation": bridge.attn_implementation,
         "tokens": token_labels(bridge.tokenizer, tokens[0].tolist()),
     }
     if request.out is not None:
