@@ -107,10 +107,18 @@ class RunContext:
 
 @dataclass(frozen=True)
 class LayerSpan:
-    """Which blocks a run passes through: from ``start`` (its residual is given) up to, not including, ``stop``."""
+    """Which blocks a run passes through: from ``start`` (its residual is given) up to, not including, ``stop``.
+
+    ``generation`` is the call of ``generate`` that it is a step of, if it is one.
+    """
 
     start: int | None = None
     stop: int | None = None
+    generation: GenerationRun | None = None
+
+
+WHOLE = LayerSpan()
+"""A run of its own, through every block."""
 
 
 class FastAttention:
@@ -157,10 +165,18 @@ _SCOPES: ContextVar[tuple[Scope, ...]] = ContextVar("pellucid_scopes", default=(
 _QUIET: ContextVar[bool] = ContextVar("pellucid_quiet", default=False)
 _RUN: ContextVar[RunContext | None] = ContextVar("pellucid_run", default=None)
 _FINISHED: ContextVar[RunContext | None] = ContextVar("pellucid_finished", default=None)
-_GENERATION: ContextVar[GenerationRun | None] = ContextVar("pellucid_generation", default=None)
-_WHOLE = LayerSpan()
-_SPAN: ContextVar[LayerSpan] = ContextVar("pellucid_span", default=_WHOLE)
+_SPAN: ContextVar[LayerSpan] = ContextVar("pellucid_span", default=WHOLE)
 _FAST: ContextVar[FastAttention | None] = ContextVar("pellucid_fast_attention", default=None)
+
+# On the way of every hooked forward, where a Python function costs microseconds: the variables' own methods.
+is_quiet: Callable[[], bool] = _QUIET.get
+"""Whether hook points are silent because we are recomputing something beside the model."""
+current_span: Callable[[], LayerSpan] = _SPAN.get
+"""The blocks that the current run passes through."""
+current_run: Callable[[], RunContext | None] = _RUN.get
+"""The forward that is running in this thread or task."""
+current_fast_attention: Callable[[], FastAttention | None] = _FAST.get
+"""What the attentions of the current run share, ``None`` if all of them take the exact path."""
 
 
 def open_scope() -> Scope:
@@ -174,12 +190,8 @@ def open_scope() -> Scope:
 def close_scope(scope: Scope) -> None:
     """End a scope, whichever others are still open, and from whichever thread."""
     scope.closed = True
-    _SCOPES.set(tuple(other for other in _SCOPES.get() if not other.closed))
-
-
-def is_quiet() -> bool:
-    """Whether hook points are silent because we are recomputing something beside the model."""
-    return _QUIET.get()
+    scopes = _SCOPES.get()
+    _SCOPES.set(() if scopes == (scope,) else tuple(other for other in scopes if not other.closed))
 
 
 @contextmanager
@@ -192,24 +204,14 @@ def quiet() -> Iterator[None]:
         _QUIET.reset(token)
 
 
-def current_span() -> LayerSpan:
-    """The blocks that the current run passes through."""
-    return _SPAN.get()
-
-
 @contextmanager
 def layer_span(start: int | None, stop: int | None) -> Iterator[None]:
     """Run from block ``start`` up to block ``stop``."""
-    token = _SPAN.set(LayerSpan(start, stop))
+    token = _SPAN.set(LayerSpan(start, stop, _SPAN.get().generation))
     try:
         yield
     finally:
         _SPAN.reset(token)
-
-
-def current_fast_attention() -> FastAttention | None:
-    """What the attentions of the current run share, ``None`` if all of them take the exact path."""
-    return _FAST.get()
 
 
 @contextmanager
@@ -225,27 +227,22 @@ def fast_attention(root: nn.Module | None) -> Iterator[None]:
 @contextmanager
 def generation_run(n_prompts: int) -> Iterator[None]:
     """Count the forwards of one ``generate``."""
-    token = _GENERATION.set(GenerationRun(n_prompts))
+    span = _SPAN.get()
+    token = _SPAN.set(LayerSpan(span.start, span.stop, GenerationRun(n_prompts)))
     try:
         yield
     finally:
-        _GENERATION.reset(token)
-
-
-def in_plain_run() -> bool:
-    """Whether this run passes through every block, is no step of ``generate`` and has no attention but the exact one."""
-    return _SPAN.get() is _WHOLE and _GENERATION.get() is None and _FAST.get() is None
+        _SPAN.reset(token)
 
 
 @contextmanager
 def outside_run() -> Iterator[None]:
     """While a user's function runs: a model that it calls is in a run of its own."""
-    span, generation, fast = _SPAN.set(_WHOLE), _GENERATION.set(None), _FAST.set(None)
+    span, fast = _SPAN.set(WHOLE), _FAST.set(None)
     try:
         yield
     finally:
         _FAST.reset(fast)
-        _GENERATION.reset(generation)
         _SPAN.reset(span)
 
 
@@ -256,7 +253,7 @@ def begin_run(
 
     A pair of functions and not a context manager: it is on the way of every hooked forward.
     """
-    generation = _GENERATION.get()
+    generation = _SPAN.get().generation
     if generation is not None:
         generation.step += 1
     return _RUN.set(RunContext(given, past_length, tokens, attention_mask, generation))
@@ -278,11 +275,6 @@ def finished_run(length: int) -> Iterator[None]:
         yield
     finally:
         _RUN.reset(token)
-
-
-def current_run() -> RunContext | None:
-    """The forward that is running in this thread or task."""
-    return _RUN.get()
 
 
 def acts(scope: Scope | None) -> bool:

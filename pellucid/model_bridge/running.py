@@ -39,6 +39,8 @@ class Prepared:
     past_key_values: Any | None
     start: int | None
     stop: int | None
+    plain: bool = False
+    """Nothing but token ids, which go to the model as they are."""
 
     @property
     def given(self) -> Tensor:
@@ -147,16 +149,13 @@ class RunnableModel(HookedModel):
             return False
         if not (isinstance(input, Tensor) and input.dtype is torch.int64 and input.dim() == 2 and input.numel()):
             return False
-        weight = self._tree.embedding()._parameters.get("weight")
-        cfg = self._tree.cfg
-        return (
-            input.is_cpu
-            and weight is not None
-            and weight.is_cpu
-            and weight.dtype is cfg.dtype
-            and cfg.dtype is not torch.float64
-            and self._attn_implementation == "eager"
-        )
+        embedding = self._tree.components["embed"].original_component
+        weight = None if embedding is None else embedding._parameters.get("weight")
+        if weight is None or not (weight.is_cpu and input.is_cpu):
+            return False
+        dtype = weight.dtype
+        exact = self._attn_implementation == "eager"
+        return exact and dtype is self._tree.cfg.dtype and dtype is not torch.float64
 
     def _logits(self, arguments: dict[str, Any]) -> Tensor:
         """Hugging Face's logits."""
@@ -202,8 +201,10 @@ class RunnableModel(HookedModel):
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
     ) -> Prepared:
+        if self._tree.is_mounted():
+            self._tree.remount_replaced()
         if self._is_ready(input, prepend_bos, attention_mask, past_key_values, start_at_layer, stop_at_layer):
-            return Prepared(input, None, None, None, None, None)  # type: ignore[arg-type]
+            return Prepared(input, None, None, None, None, None, plain=True)  # type: ignore[arg-type]
         self._refresh()  # the Hugging Face model may have been cast or moved behind our back
         start = self._layer("start_at_layer", start_at_layer)
         stop = self._layer("stop_at_layer", stop_at_layer)
@@ -266,7 +267,9 @@ class RunnableModel(HookedModel):
 
     def _run(self, prepared: Prepared) -> Tensor:
         """Logits, or the residual at which the run stops."""
-        arguments: dict[str, Any] = {"use_cache": prepared.past_key_values is not None}
+        if prepared.plain:
+            return self._logits({"input_ids": prepared.tokens, "use_cache": False, "return_dict": True})
+        arguments: dict[str, Any] = {"use_cache": prepared.past_key_values is not None, "return_dict": True}
         if prepared.tokens is not None:
             arguments["input_ids"] = prepared.tokens
         else:

@@ -196,7 +196,7 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
         ):
             if self._tree.is_mounted():
                 self._tree.remount_replaced()
-            return self._logits({"input_ids": input, "use_cache": False})
+            return self._logits({"input_ids": input, "use_cache": False, "return_dict": True})
         check_choice("return_type", return_type, ("logits", "loss", "both", None))
         prepared = self._prepare(
             input, prepend_bos, padding_side, attention_mask, past_key_values, start_at_layer, stop_at_layer
@@ -247,16 +247,18 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
         span = self._span(prepared) if prepared.start is not None or prepared.stop is not None else None
         forward = self._requests(fwd_hooks, "fwd", span)
         backward = self._requests(bwd_hooks, "bwd", span)
-        for handle in forward:
-            handle.must_change = assert_effect
+        if assert_effect:
+            for handle in forward:
+                handle.must_change = True
         with self._attached(forward + backward, keep=not reset_hooks_end):
             try:
                 output = self._finish(prepared, self._run(prepared), return_type, loss_per_token)
             finally:
                 if clear_contexts:
                     self.clear_contexts()
-        for handle in forward:
-            handle.check_effect()
+        if assert_effect:
+            for handle in forward:
+                handle.check_effect()
         return without_batch_dim(output) if remove_batch_dim else output
 
     def run_with_cache(
@@ -460,7 +462,6 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
                 "generate of bridge.hf_model inside `with bridge.hooks(...)`."
             )
         do_sample = do_sample and temperature != 0  # TransformerLens' way to ask for the most probable token
-        self._tree.remount_replaced()
         side: PaddingSide = padding_side if padding_side is not None else "left"
         prepared = self._prepare(input, prepend_bos, side, attention_mask)
         assert prepared.tokens is not None

@@ -252,6 +252,8 @@ FAULTS = (
         "if self.tokens is not None and (asked.tokens is None or not asked.tokens.issubset(self.tokens)):",
         "if False:",
         "tests/sweep/test_metrics.py",
+    ),
+    Fault(
         "fast attention does not look whether the pattern is hooked",
         f"{COMPONENTS}/bloom_attention.py",
         'or self.is_live("hook_pattern")',
@@ -324,8 +326,8 @@ FAULTS = (
     Fault(
         "what a hook calls takes the fast attention of its run",
         "pellucid/run_context.py",
-        "span, generation, fast = _SPAN.set(_WHOLE), _GENERATION.set(None), _FAST.set(None)",
-        "span, generation, fast = _SPAN.set(_WHOLE), _GENERATION.set(None), _FAST.set(_FAST.get())",
+        "span, fast = _SPAN.set(WHOLE), _FAST.set(None)",
+        "span, fast = _SPAN.set(WHOLE), _FAST.set(_FAST.get())",
         "tests/model_bridge/test_fast_attention.py",
     ),
 )

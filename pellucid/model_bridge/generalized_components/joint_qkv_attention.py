@@ -156,7 +156,8 @@ class JointQKVAttentionBridge(AttentionBridge):
     @property
     def n_heads(self) -> int:
         """Attention heads."""
-        return int(cast(Any, self.config).n_heads)
+        config: Any = self.config
+        return int(config.n_heads)
 
     # -- the module ----------------------------------------------------------------------------------------------------
 
@@ -290,7 +291,8 @@ class JointQKVAttentionBridge(AttentionBridge):
         A float64 model stays in float64, where Hugging Face goes through float32.
         """
         probabilities = F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(dtype)
-        return cast(Tensor, self.module.attention_dropout(probabilities))
+        dropped: Tensor = self.module.attention_dropout(probabilities)
+        return dropped
 
     def mix(self, pattern: Tensor, v_bnkh: Tensor) -> Tensor:
         """Pattern times values, ``[batch, pos, n_heads, d_head]``."""
@@ -334,10 +336,12 @@ class JointQKVAttentionBridge(AttentionBridge):
     def output_projection(self) -> nn.Module:
         """``dense``; used alone, what the component ``o`` was given."""
         own = self.submodules["o"].original_component if self._place is None else None
-        return own if own is not None else cast(nn.Module, self.module.dense)
+        projection: nn.Module = self.module.dense if own is None else own
+        return projection
 
     def _dense(self, z_flat: Tensor) -> Tensor:
-        return cast(Tensor, self.output_projection(z_flat))
+        contribution: Tensor = self.output_projection(z_flat)
+        return contribution
 
     def _with_results(self, z: Tensor, native: Tensor) -> Tensor:
         result = self.results(z)
