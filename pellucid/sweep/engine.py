@@ -359,8 +359,11 @@ class Sweep:
         with progress_bar(total=plan.n_edits, desc="sweep", unit="edit", show=progress) as bar:
             bar.update(int(unchanged.sum()))
             try:
+                rows = max((batch.rows for batch in plan.batches), default=0)
+                read = self._read(prepared.scorers)
+                model = PackedModel(self.bridge, prepared.base, read, prepared.limits.rows_at_once, rows)
                 for batch in plan.batches:
-                    again = self._run_batch(prepared, batch, values)
+                    again = self._run_batch(prepared, model, batch, values)
                     for edit in sorted(again):
                         self._run_whole(prepared, edit, values)
                     done[list(batch.edits)] = True
@@ -376,10 +379,9 @@ class Sweep:
                     value[~done] = torch.nan
         return SweepResult(values, prepared.base_scores, done, plan)
 
-    def _run_batch(self, prepared: _Prepared, batch: Batch, values: dict[str, Tensor]) -> set[int]:
+    def _run_batch(self, prepared: _Prepared, model: PackedModel, batch: Batch, values: dict[str, Tensor]) -> set[int]:
         """Run one batch; returns the edits that have to be run whole."""
-        base, read = prepared.base, self._read(prepared.scorers)
-        states = PackedModel(self.bridge, base, read, prepared.limits.rows_at_once).run(batch.runs)
+        base, states = prepared.base, model.run(batch.runs)
         again: set[int] = set()
         place = {edit: i for i, edit in enumerate(batch.edits)}
         for scorers in by_reads(prepared.scorers):

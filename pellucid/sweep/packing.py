@@ -52,6 +52,61 @@ class State:
 
 
 @dataclass(eq=False)
+class Gathered:
+    """Runs that go through a layer at the same columns, and where each comes from.
+
+    Attributes:
+        columns: the columns.
+        runs: the runs.
+        sources: for each run the state that it was in and its number there, ``None`` if it enters here.
+    """
+
+    columns: Columns
+    runs: list[Run]
+    sources: list[tuple[State | None, int]]
+
+    @property
+    def rows(self) -> int:
+        """Packed rows."""
+        return len(self.runs) * len(self.columns)
+
+    def fill(self, buffer: Tensor, base: Tensor) -> None:
+        """Write the residual that enters the layer.
+
+        Args:
+            buffer: ``[row, d_model]``.
+            base: the base run's ``[base row, pos, d_model]``, for columns that a run has not changed.
+        """
+        residual = buffer.unflatten(0, (len(self.runs), -1))
+        columns = torch.tensor(self.columns)
+        start = 0
+        # Stretches of runs that come out of one state, in its order.
+        while start < len(self.runs):
+            source, number = self.sources[start]
+            end = start + 1
+            while end < len(self.runs) and self.sources[end] == (source, number + end - start):
+                end += 1
+            if source is None:
+                end = start + 1
+                while end < len(self.runs) and self.sources[end][0] is None:
+                    end += 1
+            part = residual[start:end]
+            if source is None or source.columns != self.columns:
+                rows = sorted({run.row for run in self.runs[start:end]})
+                if len(rows) == 1:
+                    part.copy_(base[rows[0], columns])  # broadcast, with no copy of it a run
+                else:
+                    part.copy_(base[torch.tensor([[run.row] for run in self.runs[start:end]]), columns])
+            if source is not None:
+                of_them = source.residual[number : number + end - start]
+                if source.columns == self.columns:
+                    part.copy_(of_them)
+                else:
+                    part[:, torch.tensor([self.columns.index(column) for column in source.columns])] = of_them
+            start = end
+
+
+@dataclass(eq=False)
 class Place:
     """Where one write goes in a packed tensor: the index on its first axis (or the run, by group) and those on ``pos``."""
 
@@ -68,12 +123,16 @@ class PackedModel:
         base: its unedited run.
         read: columns read in each row.
         rows_at_once: packed rows that go through a block together.
+        rows: packed rows of the largest batch.
     """
 
     def __init__(
-        self, bridge: TransformerBridge, base: BaseRun, read: Sequence[frozenset[int]], rows_at_once: int
+        self, bridge: TransformerBridge, base: BaseRun, read: Sequence[frozenset[int]], rows_at_once: int, rows: int
     ) -> None:
         self.bridge, self.base, self.read, self.rows_at_once = bridge, base, read, rows_at_once
+        # Two buffers for all states of all batches: what goes into a layer and what comes out of it.
+        whole = base.residual[bridge.cfg.n_layers]
+        self._incoming, self._outgoing = whole.new_empty(2, rows, whole.shape[-1])
         self._now: dict[str, list[list[Place]]] = {}
         self._packed: PackedRuns | None = None
 
@@ -104,65 +163,59 @@ class PackedModel:
         return states
 
     def _layer(self, layer: int, states: list[State], entering: list[Run]) -> list[State]:
-        groups: dict[tuple[Columns, int], list[State]] = {}
-        for state in states:
-            for widened in self._widened(state, layer):
-                groups.setdefault(self._key(widened, layer), []).append(widened)
-        for columns, runs in _grouped(entering, lambda run: run.columns).items():
-            for part in _by_row_kind(runs, self._kind if layer == self.bridge.cfg.n_layers - 1 else None):
-                rows = torch.tensor([run.row for run in part])
-                residual = self.base.residual[layer][rows[:, None], torch.tensor(columns)]
-                state = State(part, columns, residual)
-                groups.setdefault(self._key(state, layer), []).append(state)
-        return [
-            out
-            for chunk in self._chunks([_joined(parts) for parts in groups.values()])
-            for out in self._block(layer, chunk)
-        ]
+        groups = self._grouped_states(layer, states, entering)
+        incoming = self._incoming[: sum(group.rows for group in groups)]
+        start = 0
+        for group in groups:
+            group.fill(incoming[start : start + group.rows], self.base.residual[layer])
+            start += group.rows
+        states, leaving = [], 0
+        for chunk in self._chunks(groups, incoming):
+            for out in self._block(layer, chunk):
+                # Into a buffer of its own: the block's output would keep its whole chunk alive.
+                rows = out.residual.shape[0] * out.residual.shape[1]
+                kept = self._outgoing[leaving : leaving + rows].unflatten(0, out.residual.shape[:2])
+                states.append(State(out.runs, out.columns, kept.copy_(out.residual)))
+                leaving += rows
+        return states
 
-    def _kind(self, run: Run) -> int:
-        """Rows in which the metric reads the same columns."""
-        return self.read.index(self.read[run.row])
-
-    def _key(self, state: State, layer: int) -> tuple[Columns, int]:
+    def _grouped_states(self, layer: int, states: list[State], entering: list[Run]) -> list[Gathered]:
+        """Runs by the columns at which they go through this layer."""
         last = layer == self.bridge.cfg.n_layers - 1
-        return state.columns, self._kind(state.runs[0]) if last else 0
+        groups: dict[tuple[Columns, int], Gathered] = {}
 
-    def _widened(self, state: State, layer: int) -> Iterator[State]:
-        """The same runs at every column that they can have changed."""
-        kind = self._kind if layer == self.bridge.cfg.n_layers - 1 else None
-        for first, runs in _grouped(state.runs, lambda run: run.first).items():
-            for part in _by_row_kind(runs, kind):
-                columns = tuple(range(first, self.base.length))
-                if columns == state.columns and len(part) == len(state.runs):
-                    yield state
-                    continue
-                numbers = {id(run): number for number, run in enumerate(state.runs)}
-                chosen = state.residual[torch.tensor([numbers[id(run)] for run in part])]
-                rows = torch.tensor([run.row for run in part])
-                residual = self.base.residual[layer][rows, first:]
-                if state.columns:
-                    residual[:, torch.tensor(state.columns) - first] = chosen
-                yield State(part, columns, residual)
+        def add(columns: Columns, run: Run, source: State | None, number: int) -> None:
+            # In the last layer the columns that come out depend on what is read in the row.
+            key = (columns, self.read.index(self.read[run.row]) if last else 0)
+            group = groups.setdefault(key, Gathered(columns, [], []))
+            group.runs.append(run)
+            group.sources.append((source, number))
 
-    def _chunks(self, states: list[State]) -> Iterator[list[State]]:
+        for state in states:
+            for number, run in enumerate(state.runs):
+                add(tuple(range(run.first, self.base.length)), run, state, number)
+        for run in entering:
+            add(run.columns, run, None, 0)
+        return list(groups.values())
+
+    def _chunks(self, groups: list[Gathered], incoming: Tensor) -> Iterator[list[State]]:
         """States cut so that attention's scores stay small, and gathered to chunks of ``rows_at_once`` packed rows."""
         chunk: list[State] = []
-        rows = 0
-        for state in states:
-            width = len(state.columns)
+        rows = start = 0
+        for group in groups:
+            width = len(group.columns)
             scores = self.bridge.cfg.n_heads * width * self.base.length
             at_once = max(1, min(SCORES_AT_ONCE // scores, self.rows_at_once // width))
-            for start in range(0, len(state.runs), at_once):
-                part = State(
-                    state.runs[start : start + at_once], state.columns, state.residual[start : start + at_once]
-                )
-                count = len(part.runs) * width
+            for first in range(0, len(group.runs), at_once):
+                runs = group.runs[first : first + at_once]
+                count = len(runs) * width
                 if chunk and rows + count > self.rows_at_once:
                     yield chunk
                     chunk, rows = [], 0
-                chunk.append(part)
+                residual = incoming[start : start + count].unflatten(0, (len(runs), width))
+                chunk.append(State(runs, group.columns, residual))
                 rows += count
+                start += count
         if chunk:
             yield chunk
 
@@ -186,7 +239,9 @@ class PackedModel:
         packed = PackedRuns(groups, base.keys[layer], base.values[layer], base.alibi, base.mask)
         self._packed = packed
         self._locate(outs, layer)
-        rows = torch.cat([state.residual.flatten(0, 1) for state in chunk])[None]
+        # The states of a chunk lie one after the other in one buffer.
+        first = chunk[0].residual
+        rows = first.as_strided((1, start, first.shape[-1]), (0, first.shape[-1], 1), first.storage_offset())
         block: Any = self.bridge.blocks[layer].module
         output = block(rows, alibi=base.alibi, attention_mask=base.mask, layer_past=packed)[0][0]
         states, start = [], 0
@@ -253,15 +308,3 @@ def _grouped(runs: Iterable[Run], key: Callable[[Run], Any]) -> dict[Any, list[R
     for run in runs:
         groups.setdefault(key(run), []).append(run)
     return groups
-
-
-def _by_row_kind(runs: list[Run], kind: Callable[[Run], int] | None) -> list[list[Run]]:
-    return [runs] if kind is None else list(_grouped(runs, kind).values())
-
-
-def _joined(states: list[State]) -> State:
-    """One state of several at the same columns."""
-    if len(states) == 1:
-        return states[0]
-    runs = [run for state in states for run in state.runs]
-    return State(runs, states[0].columns, torch.cat([state.residual for state in states]))

@@ -134,8 +134,8 @@ class Costs:
         return max(mlp, attention) * self.itemsize
 
     def state_bytes(self, rows: int) -> int:
-        """States of a batch: as they come into a layer, gathered, and as they leave it."""
-        return 3 * rows * self.cfg.d_model * self.itemsize
+        """States of a batch: as they come into a layer and as they leave it."""
+        return 2 * rows * self.cfg.d_model * self.itemsize
 
     def logit_bytes(self, cells: int) -> int:
         """Logits of ``cells`` pairs of row and token, and what a softmax makes of them."""
