@@ -16,6 +16,7 @@ that code which catches ``KeyError`` or ``ValueError`` goes on working::
     ├── WeightError            (ValueError)    weights with a wrong name, shape or dtype, not finite or not readable
     ├── CacheKeyError          (KeyError)      a cache entry that does not exist or was not kept
     ├── CacheTooLargeError     (MemoryError)   a cache over ``max_cache_bytes``
+    ├── MissingExtraError      (ImportError)   a package of an extra that is not installed
     └── NotSetUpError          (RuntimeError)  a component used before ``set_original_component``
 
     PellucidWarning (UserWarning)              something the user should know and may silence
@@ -74,6 +75,10 @@ class CacheKeyError(PellucidError, KeyError):
 
 class CacheTooLargeError(PellucidError, MemoryError):
     """What was asked to be cached needs more than ``max_cache_bytes``."""
+
+
+class MissingExtraError(PellucidError, ImportError):
+    """Something was asked for that needs a package of one of Pellucid's extras, and it is not installed."""
 
 
 class NotSetUpError(PellucidError, RuntimeError):
