@@ -157,9 +157,9 @@ def refuse_different_lengths(first: Prompts, second: Prompts, names: tuple[str, 
         if one != other:
             where = f" in row {row}" if first.n_rows > 1 else ""
             raise InputError(
-                f"{names[0]} has {one} tokens{where} and {names[1]} {other}: {'|'.join(first.labels[row])} and "
-                f"{'|'.join(second.labels[row])}. A position must mean the same in both: reword one of them, so that "
-                "words are exchanged for words of as many tokens (bridge.to_str_tokens shows them)."
+                f"{names[0]} and {names[1]} have different numbers of tokens{where}, {one} and {other}: "
+                f"{'|'.join(first.labels[row])} and {'|'.join(second.labels[row])}. A position must mean the same in both: "
+                "reword one of them, so that words are exchanged for words of as many tokens."
             )
     masks = (first.attention_mask, second.attention_mask)
     if any(mask is not None for mask in masks):

@@ -307,9 +307,9 @@ def test_labels_are_tokens_as_a_person_should_see_them(demo: TransformerBridge) 
 
 
 def test_prompts_of_other_lengths_are_refused_with_what_to_do(demo: TransformerBridge) -> None:
-    with pytest.raises(InputError, match=r"clean has 3 tokens and corrupted 4: .*·the\|·law.*reword one of them"):
+    with pytest.raises(InputError, match=r"different numbers of tokens, 3 and 4: .*·the\|·law.*reword one of them"):
         activation_patching(demo, "Everyone has the", "Everyone has the law", METRIC)
-    with pytest.raises(InputError, match="tokens in row 1"):
+    with pytest.raises(InputError, match="tokens in row 1, "):
         activation_patching(
             demo, ["Everyone has the", "Everyone has the law"], ["Everyone has the", "Everyone has"], METRIC
         )
