@@ -5,13 +5,13 @@ Everything here is kept in context variables, so it belongs to the thread or tas
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(eq=False)
@@ -113,6 +113,38 @@ class LayerSpan:
     stop: int | None = None
 
 
+class FastAttention:
+    """A run whose attentions may take torch's fused kernel, and the bias that they all add to their scores.
+
+    The bias is made by the first attention of a forward and kept for the others: they are given the very same ALiBi and
+    mask.
+
+    Args:
+        root: the model that runs; attentions of another one, called meanwhile, are not meant.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        self._made_of: tuple[tuple[Tensor | None, int], ...] = ()
+        self._bias: Tensor | None = None
+
+    def bias(
+        self, alibi: Tensor, mask: Tensor | None, make: Callable[[Tensor, Tensor | None], Tensor | None]
+    ) -> Tensor | None:
+        """``make(alibi, mask)``, made once for the same two tensors, as long as nobody writes to them."""
+        made_of = (alibi, _version(alibi)), (mask, _version(mask))
+        known = self._made_of
+        if not known or any(a is not b or m != n for (a, m), (b, n) in zip(known, made_of, strict=True)):
+            self._made_of, self._bias = (), None  # the last forward's goes before this one's comes
+            self._bias = make(alibi, mask)
+            self._made_of = made_of
+        return self._bias
+
+
+def _version(tensor: Tensor | None) -> int:
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
+
+
 class Scope:
     """The lifetime of a group of hook functions. Compared by identity."""
 
@@ -128,6 +160,7 @@ _FINISHED: ContextVar[RunContext | None] = ContextVar("pellucid_finished", defau
 _GENERATION: ContextVar[GenerationRun | None] = ContextVar("pellucid_generation", default=None)
 _WHOLE = LayerSpan()
 _SPAN: ContextVar[LayerSpan] = ContextVar("pellucid_span", default=_WHOLE)
+_FAST: ContextVar[FastAttention | None] = ContextVar("pellucid_fast_attention", default=None)
 
 
 def open_scope() -> Scope:
@@ -174,6 +207,21 @@ def layer_span(start: int | None, stop: int | None) -> Iterator[None]:
         _SPAN.reset(token)
 
 
+def current_fast_attention() -> FastAttention | None:
+    """What the attentions of the current run share, ``None`` if all of them take the exact path."""
+    return _FAST.get()
+
+
+@contextmanager
+def fast_attention(root: nn.Module | None) -> Iterator[None]:
+    """Let the attentions of ``root`` take the fused kernel; ``None``: all attentions take the exact path."""
+    token = _FAST.set(None if root is None else FastAttention(root))
+    try:
+        yield
+    finally:
+        _FAST.reset(token)
+
+
 @contextmanager
 def generation_run(n_prompts: int) -> Iterator[None]:
     """Count the forwards of one ``generate``."""
@@ -185,17 +233,18 @@ def generation_run(n_prompts: int) -> Iterator[None]:
 
 
 def in_plain_run() -> bool:
-    """Whether this run passes through every block and is no step of ``generate``."""
-    return _SPAN.get() is _WHOLE and _GENERATION.get() is None
+    """Whether this run passes through every block, is no step of ``generate`` and has no attention but the exact one."""
+    return _SPAN.get() is _WHOLE and _GENERATION.get() is None and _FAST.get() is None
 
 
 @contextmanager
 def outside_run() -> Iterator[None]:
     """While a user's function runs: a model that it calls is in a run of its own."""
-    span, generation = _SPAN.set(_WHOLE), _GENERATION.set(None)
+    span, generation, fast = _SPAN.set(_WHOLE), _GENERATION.set(None), _FAST.set(None)
     try:
         yield
     finally:
+        _FAST.reset(fast)
         _GENERATION.reset(generation)
         _SPAN.reset(span)
 

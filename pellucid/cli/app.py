@@ -10,6 +10,8 @@ import typer
 import pellucid
 from pellucid.cli.mistakes import told_to_a_person
 from pellucid.cli.options import (
+    Attention,
+    AttentionOption,
     DEMO,
     Debug,
     Device,
@@ -86,6 +88,7 @@ def check(
     device: Device = None,
     dtype: DtypeOption = Dtype.auto,
     allow_pickle: PickleOption = False,
+    attn_implementation: AttentionOption = Attention.eager,
     format: FormatOption = Format.auto,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Every line, not one for each kind.")] = False,
     out: Annotated[Path | None, typer.Option(help="Also write the report there, as JSON.")] = None,
@@ -96,7 +99,7 @@ def check(
     with told_to_a_person(debug):
         from pellucid.cli.check import check_model
 
-        choice = ModelChoice(model, revision, device, dtype, allow_pickle)
+        choice = ModelChoice(model, revision, device, dtype, allow_pickle, attn_implementation)
         holds = check_model(choice, layer_list(layers), format, verbose, out, force)
     if not holds:
         raise typer.Exit(1)
@@ -127,6 +130,7 @@ def run(
     device: Device = None,
     dtype: DtypeOption = Dtype.auto,
     allow_pickle: PickleOption = False,
+    attn_implementation: AttentionOption = Attention.eager,
     format: FormatOption = Format.auto,
     force: Force = False,
     debug: Debug = False,
@@ -138,7 +142,7 @@ def run(
 
         prompt = read_prompt(text, prompt_file)
         request = RunRequest(prompt, tuple(hooks or ()), out, force, top_k, prepend_bos)
-        run_text(ModelChoice(model, revision, device, dtype, allow_pickle), request, format)
+        run_text(ModelChoice(model, revision, device, dtype, allow_pickle, attn_implementation), request, format)
 
 
 @app.command()
@@ -198,6 +202,7 @@ def patch(
     revision: Revision = None,
     device: Device = None,
     dtype: DtypeOption = Dtype.auto,
+    attn_implementation: AttentionOption = Attention.eager,
     allow_pickle: PickleOption = False,
     format: FormatOption = Format.auto,
     force: Force = False,
@@ -229,6 +234,7 @@ def patch(
             plan=plan,
             memory_limit=None if memory_limit is None else memory_limit * 2**20,
         )
-        whole = patch_model(ModelChoice(model, revision, device, dtype, allow_pickle), request, format)
+        choice = ModelChoice(model, revision, device, dtype, allow_pickle, attn_implementation)
+        whole = patch_model(choice, request, format)
     if not whole:
         raise typer.Exit(130)

@@ -32,6 +32,13 @@ class Dtype(str, Enum):
     float64 = "float64"
 
 
+class Attention(str, Enum):
+    """How attention is computed."""
+
+    eager = "eager"
+    sdpa = "sdpa"
+
+
 class MetricName(str, Enum):
     """What is measured of a run."""
 
@@ -57,6 +64,7 @@ class ModelChoice:
     device: str | None = None
     dtype: Dtype = Dtype.auto
     allow_pickle: bool = False
+    attention: Attention = Attention.eager
 
     @property
     def is_demo(self) -> bool:
@@ -75,6 +83,13 @@ PickleOption = Annotated[
     typer.Option(
         "--allow-pickle",
         help="Load pickle weights if there are no safetensors. They can run code: only from a source you trust.",
+    ),
+]
+AttentionOption = Annotated[
+    Attention,
+    typer.Option(
+        "--attn-implementation",
+        help="eager: Hugging Face's numbers to the bit; sdpa: torch's fused attention where no score or pattern is kept.",
     ),
 ]
 FormatOption = Annotated[

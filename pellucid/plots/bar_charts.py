@@ -74,7 +74,9 @@ def bars(
     panels = Panels(headings, 1, max(260.0, min(bar * len(x_axis), _WIDEST)), 2 * _HIGH if facet is None else _HIGH)
     keyed = any(results)
     right = 60.0 + max(width(name) for name in results) if keyed else 24.0
-    settings = layout(panels, x_axis, ValueAxis(visible(unit), _ends(finite)), title=title, subtitle=notes, right=right)
+    settings = layout(
+        panels, x_axis, ValueAxis(visible(unit), _ends(finite)), title=title, subtitle=notes, right=right, tall=0.0
+    )
     settings |= {"barmode": "group", "bargap": 0.2, "showlegend": keyed}
     settings["legend"] = {"x": 1, "xanchor": "left", "y": 1, "yanchor": "top"}
     figure = Figure()

@@ -181,10 +181,10 @@ class _Drawing:
         """Titles, headings, the colour bar, the legend."""
         title = self._layout.get("title", {})
         pad = title.get("pad", {})
-        down = float(pad.get("t", 16))
+        down = (1 - float(title.get("y", 1.0))) * self._height
         size = float(title.get("font", {}).get("size", 16))
         for line in plain(title["text"]).split("\n") if title.get("text") else ():
-            self._write(float(pad.get("l", 16)), down, line, size, self._ink, "left", "top")
+            self._write(float(pad.get("l", 16)), down, line, size, self._ink, "left", "baseline")
             down += 1.3 * size
         for note in self._layout.get("annotations", ()):
             across, place = self._pixels(note["x"], note["y"])

@@ -214,12 +214,9 @@ def _draw(
     notes = [] if subtitle is None else [subtitle]
     if finite.size < cells:
         notes.append(f"Grey: no finite number ({cells - finite.size:,} of {cells:,}).")
-    settings = layout(panels, x_axis, y_axis, title=title, subtitle=notes, right=_BAR_ROOM)
-    settings["coloraxis"] = colours.settings(unit, max(140.0, min(panels.total[1], 420.0)))
-    missing = round(140 - panels.total[1] - settings["margin"]["b"] + 12)
-    if missing > 0:  # the colour bar is longer than the panels are high
-        settings["height"] += missing
-        settings["margin"]["b"] += missing
+    bar = max(140.0, min(panels.total[1], 420.0))
+    settings = layout(panels, x_axis, y_axis, title=title, subtitle=notes, right=_BAR_ROOM, tall=bar)
+    settings["coloraxis"] = colours.settings(unit, bar)
     figure = Figure()
     for number, (heading, grid) in enumerate(zip(results, grids, strict=True)):
         if not np.isfinite(grid).all():

@@ -107,7 +107,7 @@ def check_panels(panels: int, what: str) -> None:
 
 
 def layout(
-    panels: Panels, x: Axis, y: Axis | ValueAxis, *, title: str, subtitle: Sequence[str], right: float
+    panels: Panels, x: Axis, y: Axis | ValueAxis, *, title: str, subtitle: Sequence[str], right: float, tall: float
 ) -> dict[str, Any]:
     """Plotly's layout of a grid of panels that share their axes' labels.
 
@@ -117,7 +117,8 @@ def layout(
         y: axis up; an :class:`Axis` counts downwards, as the rows of a matrix do.
         title: plain text.
         subtitle: paragraphs of plain text.
-        right: pixels kept free to the right, for a colour bar.
+        right: pixels kept free to the right, for a colour bar or a legend.
+        tall: pixels of what stands there, from the top of the panels.
     """
     total_width, total_height = panels.total
     x_pixels = panels.width / len(x)
@@ -127,15 +128,17 @@ def layout(
     beside = (y.widest if isinstance(y, Axis) else 56) + _AXIS_TITLE + PAD
     if angle == -45:
         beside = max(beside, 0.75 * x.widest + PAD)
+    below = max(below, tall - total_height + PAD)
     wide = max(NARROWEST, beside + total_width + right)
     titles = _paragraph(title, wide - 2 * PAD, TITLE_SIZE)
     smaller = [line for paragraph in subtitle for line in _paragraph(paragraph, wide - 2 * PAD, SUBTITLE_SIZE)]
     above = PAD + len(titles) * TITLE_SIZE * 1.3 + len(smaller) * SUBTITLE_SIZE * 1.3 + 14
     above += _PANEL_TITLE if any(panels.titles) else 0
+    high = round(above + total_height + below)
     made: dict[str, Any] = {
         "template": "none",
         "width": round(wide),
-        "height": round(above + total_height + below),
+        "height": high,
         "margin": {
             "l": round(beside),
             "r": round(wide - beside - total_width),
@@ -154,10 +157,10 @@ def layout(
             "x": 0,
             "xanchor": "left",
             "xref": "container",
-            "y": 1,
-            "yanchor": "top",
+            "y": 1 - (PAD + 0.75 * TITLE_SIZE) / high,
+            "yanchor": "bottom",  # of the first line; Plotly puts the first of several lines elsewhere for "top"
             "yref": "container",
-            "pad": {"l": PAD, "t": PAD},
+            "pad": {"l": PAD},
             "automargin": False,
         },
         "annotations": [],

@@ -31,7 +31,7 @@ from pellucid.sweep.edits import Edit, Write, resolve
 from pellucid.sweep.lazy_logits import Asked
 from pellucid.sweep.metrics import Metric
 from pellucid.sweep.packing import PackedModel, State
-from pellucid.sweep.plan import Batch, Costs, Limits, SweepPlan, divide, make_batches, widest_rows
+from pellucid.sweep.plan import Batch, Costs, Limits, SweepPlan, divide, make_batches, resident, widest_rows
 from pellucid.sweep.runs import Run, make_run, needs_whole, stage_of
 from pellucid.sweep.scoring import MetricLike, Scorer, Unembedding, by_reads, make_scorer
 
@@ -265,7 +265,7 @@ class Sweep:
             flops=sum(batch.flops for batch in batches) + len(whole) * costs.whole_flops(),
             flops_whole=len(writes) * costs.whole_flops(),
             base_bytes=kept,
-            peak_bytes=kept + _peak(batches, costs, limits, read_cells, bool(whole)),
+            peak_bytes=resident(kept, _peak(batches, costs, limits, read_cells, bool(whole))),
             memory_limit=limit,
         )
         base_scores = {
@@ -394,6 +394,10 @@ class Sweep:
                     for edit, score in zip(chosen, scorer.score(logits), strict=True):
                         if score is None:
                             again.add(edit)
+                        elif isinstance(scorer.metric, Metric):
+                            # Rows that the edit leaves alone keep the base run's bits.
+                            rows = [run.row for run in prepared.runs[edit]]
+                            values[scorer.name][edit, rows] = score[rows]
                         else:
                             _put(values, scorer.name, edit, score)
         return again

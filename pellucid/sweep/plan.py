@@ -3,8 +3,9 @@
 Operations are counted as two a multiplication-addition. Per packed row a block costs ``24 d_model^2`` for its four
 projections and ``4 d_model`` for each key it attends to; unembedding a row costs ``2 d_model`` for each token read.
 
-Memory is what is alive at the worst moment, summed from the sizes of the tensors: the base run; the states of a batch's
-runs; the temporaries of one chunk in a block, of which the MLP's eager GELU has the most; and the logits.
+Memory is what is alive at the worst moment, summed from the sizes of the tensors (the base run; the states of a batch's
+runs; the temporaries of one chunk in a block, of which the MLP's eager GELU has the most; the logits), times what the
+allocator makes of it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,13 @@ BATCH_CHUNKS = 8
 
 LOGIT_BYTES = 2**28
 """Logits computed at once, at most."""
+
+HEAP = 1.75
+"""What a process grows by for what is alive in it: glibc keeps freed blocks of up to 32 MiB, and new ones rarely fit into
+the gaps. Measured (``benchmarks/bench_sweep_memory.py``): 1.05 to 1.75 for sweeps of six shapes."""
+
+WORKSPACE = 16 * 2**20
+"""Buffers of the matrix library, made at the first large product."""
 
 GELU_TENSORS = 5
 """Tensors of ``[row, d_mlp]`` that Hugging Face's GELU has alive at once."""
@@ -171,12 +179,13 @@ def divide(costs: Costs, limit: int, base_bytes: int, widest: int, read_cells: i
     Raises:
         InputError: not even one edit at a time fits; says what would.
     """
-    left = limit - base_bytes
+    left = int((limit - base_bytes - WORKSPACE) / HEAP)
     least = max(costs.chunk_bytes(costs.length) + costs.state_bytes(widest), costs.logit_bytes(read_cells))
     if left < least:
+        needed = resident(base_bytes, least)
         raise InputError(
-            f"memory_limit={limit:,} bytes is too little: the base run takes {base_bytes:,} and one edit {least:,}. "
-            f"Give at least {base_bytes + least:,}, or sweep fewer layers or shorter prompts."
+            f"memory_limit={limit:,} bytes is too little: the base run takes {base_bytes:,} and one edit at a time "
+            f"{needed - base_bytes:,}. Give at least {needed:,}, or sweep fewer layers or shorter prompts."
         )
     rows_at_once = max(wish, costs.length)
     while rows_at_once > costs.length and costs.chunk_bytes(rows_at_once) > left // 2:
@@ -185,6 +194,11 @@ def divide(costs: Costs, limit: int, base_bytes: int, widest: int, read_cells: i
     batch_rows = max(widest, min(BATCH_CHUNKS * rows_at_once, rest // max(1, costs.state_bytes(1))))
     logit_edits = max(1, min(LOGIT_BYTES, left // 2) // max(1, costs.logit_bytes(read_cells)))
     return Limits(rows_at_once, batch_rows, logit_edits)
+
+
+def resident(base_bytes: int, alive: int) -> int:
+    """Bytes that the process grows by, from those of the base run and those alive beside it at the worst moment."""
+    return base_bytes + int(HEAP * alive) + WORKSPACE + 1
 
 
 def make_batches(
