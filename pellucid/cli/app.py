@@ -10,9 +10,9 @@ import typer
 import pellucid
 from pellucid.cli.mistakes import told_to_a_person
 from pellucid.cli.options import (
+    DEMO,
     Attention,
     AttentionOption,
-    DEMO,
     Debug,
     Device,
     Direction,
