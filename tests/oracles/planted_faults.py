@@ -252,6 +252,8 @@ FAULTS = (
         "if self.tokens is not None and (asked.tokens is None or not asked.tokens.issubset(self.tokens)):",
         "if False:",
         "tests/sweep/test_metrics.py",
+    ),
+    Fault(
         "fast attention does not look whether the pattern is hooked",
         f"{COMPONENTS}/bloom_attention.py",
         'or self.is_live("hook_pattern")',
