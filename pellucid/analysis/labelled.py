@@ -122,7 +122,7 @@ class LabelledSweep:
         with switched(self.sweep.bridge, self.flags):
             if not all(isinstance(metric, Metric) for metric in self.sweep.metrics.values()):
                 self.sweep.plan(self.grid.edits)  # makes the base run, which the next line scores
-                check_scores(self.sweep.run([]).base, self.sweep.tokens.shape[0])
+                check_scores(self.sweep.run([]).base, self.sweep.tokens.shape[0], self.rows)
             found = self.sweep.run(self.grid.edits, progress=progress, on_interrupt=on_interrupt)
         zero, one = dict(self.reference.zero), self.reference.one
         if self.reference.kind == "change" and not zero:
@@ -144,8 +144,6 @@ class LabelledSweep:
         above = by_row if zero is None else by_row - zero.to(by_row)
         below = torch.ones_like(by_row) if one is None or zero is None else (one - zero).to(by_row).expand_as(by_row)
         if self.rows == "each":
-            if by_row.shape[1] != n_rows:
-                raise InputError('rows="each" needs a metric with one number a row; this one gives one for all.')
             scores = (above / below).masked_fill(~real, torch.nan)
             return self._labelled(scores.view(*self.grid.shape, n_rows), ("row",))
         count = real.sum(-1)
@@ -203,8 +201,8 @@ def about_metrics(metric: MetricLike | Mapping[str, MetricLike], kind: Kind) -> 
     return named | {"value": kind}
 
 
-def check_scores(scores: Mapping[str, Tensor], n_rows: int) -> None:
-    """Refuse scores that are neither one number nor one a row.
+def check_scores(scores: Mapping[str, Tensor], n_rows: int, rows: Rows) -> None:
+    """Refuse scores that are neither one number nor one a row; and one number where each row is asked for.
 
     Raises:
         InputError: naming the metric.
@@ -215,6 +213,8 @@ def check_scores(scores: Mapping[str, Tensor], n_rows: int) -> None:
                 f"The metric {name!r} gives shape {tuple(score.shape)} for {n_rows} rows; a labelled result takes one "
                 "number, or one a row. Reduce it in the function, or run pellucid.sweep.Sweep with it."
             )
+        if rows == "each" and score.dim() != 1:
+            raise InputError(f'rows="each" needs a number for each row; the metric {name!r} gives one for all.')
 
 
 def between(zero: Mapping[str, Tensor], one: Mapping[str, Tensor], rows: Rows, names: tuple[str, str]) -> Reference:

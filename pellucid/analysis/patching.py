@@ -187,7 +187,7 @@ def prepare_activation_patching(
     scores: dict[str, list[float]] = {}
     if normalize:
         ends = {
-            name: score_of(bridge, prompts, sweep.metrics, logit_positions, rows_at_once, limit)
+            name: score_of(bridge, prompts, sweep.metrics, logit_positions, rows, rows_at_once, limit)
             for name, prompts in pair.items()
         }
         reference = between(ends["corrupted"], ends["clean"], rows, ("corrupted", "clean"))
@@ -255,6 +255,7 @@ def score_of(
     prompts: Prompts,
     metrics: Mapping[str, MetricLike],
     logit_positions: Sequence[int] | None,
+    rows: Rows,
     rows_at_once: int,
     memory_limit: int | None,
 ) -> dict[str, Tensor]:
@@ -269,7 +270,7 @@ def score_of(
         rows_at_once=rows_at_once,
     )
     scores = dict(run.run([]).base)
-    check_scores(scores, prompts.n_rows)
+    check_scores(scores, prompts.n_rows, rows)
     return scores
 
 

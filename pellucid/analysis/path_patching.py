@@ -18,6 +18,7 @@ difference, so that it does not (Wang et al.). For one receiver the two are the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import psutil
@@ -220,7 +221,7 @@ def prepare_path_patching(
     reference = Reference(value)
     if value == "normalized":
         ends = [
-            score_of(bridge, prompts, sweep.metrics, logit_positions, rows_at_once, limit)
+            score_of(bridge, prompts, sweep.metrics, logit_positions, rows, rows_at_once, limit)
             for prompts in (first, second)
         ]
         reference = between(ends[0], ends[1], rows, ("original", "new"))
@@ -291,6 +292,15 @@ def _grid(
     return Grid(tuple(dims), coords, tuple(shape), edits, asked)
 
 
+@dataclass(frozen=True, eq=False)
+class _Message:
+    """What goes into a receiver: for the stream ``[row, pos, d_model]``, for heads ``[row, pos, 1, d_model]``, and where."""
+
+    value: Add | SetTo
+    by_head: Add | SetTo
+    columns: list[int] | None
+
+
 class _Paths:
     """What each sender changes at each place of the stream, and the edits that put it into receivers.
 
@@ -327,7 +337,7 @@ class _Paths:
             flags.append("use_hook_mlp_in")
         self.flags = tuple(flags)
         self.places = sorted({receiver.place for receiver in receivers})
-        self.scale: dict[str, Tensor] = {}
+        self._messages: dict[tuple[str, int | None, tuple[int, ...]], _Message | None] = {}
         names = list(dict.fromkeys(sender.hook for sender in senders))
         more = ["ln_final.hook_scale"]
         if inputs == "set" or not freeze_mlps:
@@ -341,6 +351,7 @@ class _Paths:
             more += [f"blocks.{layer}.hook_mlp_out" for layer in range(self.n_layers)]
         opt_in: tuple[Flag, ...] = ("use_attn_result",) if any(s.kind == "head" for s in senders) else ()
         self.original = keep(bridge, original, list(dict.fromkeys([*names, *more])), opt_in)
+        self._scale = FromRun({"ln_final.hook_scale": self.original["ln_final.hook_scale"]})
         other = keep(bridge, new, names, opt_in)
         self.there = torch.zeros(original.length, dtype=torch.bool, device=bridge.device)
         self.there[list(columns)] = True
@@ -412,45 +423,47 @@ class _Paths:
 
     # -- edits ---------------------------------------------------------------------------------------------------------
 
-    def _difference(self, sender: Sender, place: int) -> Tensor:
-        if self.freeze_mlps:
-            return self.sent[sender.name]
-        found = self.arriving.get((sender.name, place))
-        return torch.zeros_like(self.sent[sender.name]) if found is None else found
-
     def edits(
-        self, sender: Sender, receivers: Sequence[Receiver], columns: Sequence[int], freeze_scale: bool
+        self, sender: Sender, receivers: Sequence[Receiver], columns: tuple[int, ...], freeze_scale: bool
     ) -> list[Edit]:
         """The edits that let the receivers hear the difference at some positions; none if they cannot."""
         heard: dict[tuple[str, int], list[int]] = {}
         for receiver in receivers:
             if receiver.hears(sender):
                 heard.setdefault((receiver.kind, receiver.place), []).append(receiver.head)
-        made = []
-        for (kind, place), heads in heard.items():
-            difference = self._difference(sender, place)
-            changed = [column for column in columns if bool(difference[:, column].any())]
-            if changed:
-                made.append(self._edit(kind, place, heads, difference, changed))
+        made = [
+            self._edit(kind, place, heads, message)
+            for (kind, place), heads in heard.items()
+            if (message := self._message(sender, place, columns)) is not None
+        ]
         if made and freeze_scale:
-            made.append(
-                Edit("ln_final.hook_scale", FromRun({"ln_final.hook_scale": self.original["ln_final.hook_scale"]}))
-            )
+            made.append(Edit("ln_final.hook_scale", self._scale))
         return made
 
-    def _edit(self, kind: str, place: int, heads: list[int], difference: Tensor, changed: list[int]) -> Edit:
-        split = kind in PARTS
-        if self.inputs == "set":
-            # Every position is set, so that nothing an earlier receiver changes arrives.
-            only = torch.zeros_like(difference)
-            only[:, changed] = difference[:, changed]
-            new = self.original[self._stream(place)] + only
-            put, where = SetTo(new.unsqueeze(2) if split else new), None
-            value: SetTo | Add = put
-        else:
-            taken = difference[:, changed]
-            value, where = Add(taken.unsqueeze(2) if split else taken), changed
-        if split:
-            return Edit(f"blocks.{place // 2}.hook_{kind}_input", value, positions=where, heads=heads)
+    def _message(self, sender: Sender, place: int, columns: tuple[int, ...]) -> _Message | None:
+        """What a place of the stream hears of a sender; made once, as many receivers may be given the same."""
+        key = (sender.name, None if self.freeze_mlps and self.inputs == "added" else place, columns)
+        if key not in self._messages:
+            difference = self.sent[sender.name] if self.freeze_mlps else self.arriving.get((sender.name, place))
+            self._messages[key] = None if difference is None else self._made(difference, place, columns)
+        return self._messages[key]
+
+    def _made(self, difference: Tensor, place: int, columns: tuple[int, ...]) -> _Message | None:
+        differs = difference.any(-1).any(0).tolist()
+        changed = [column for column in columns if differs[column]]
+        if not changed:
+            return None
+        taken = difference[:, changed]
+        if self.inputs == "added":
+            return _Message(Add(taken), Add(taken.unsqueeze(2)), changed)
+        # Every position is set, so that nothing an earlier receiver changes arrives.
+        new = self.original[self._stream(place)].clone()
+        new[:, changed] += taken
+        return _Message(SetTo(new), SetTo(new.unsqueeze(2)), None)
+
+    def _edit(self, kind: str, place: int, heads: list[int], message: _Message) -> Edit:
+        if kind in PARTS:
+            hook = f"blocks.{place // 2}.hook_{kind}_input"
+            return Edit(hook, message.by_head, positions=message.columns, heads=heads)
         hook = f"blocks.{place // 2}.hook_mlp_in" if kind == "mlp_in" else self._stream(place)
-        return Edit(hook, value, positions=where)
+        return Edit(hook, message.value, positions=message.columns)

@@ -287,6 +287,11 @@ def test_a_metric_of_the_wrong_shape_is_refused_before_the_sweep(
     monkeypatch.setattr(PackedModel, "run", fail)
     with pytest.raises(InputError, match=r"gives shape \(2, 97\)"):
         activation_patching(bridge, clean, corrupted, lambda logits: logits[:, -1], normalize=False)
+    for normalize in (True, False):
+        with pytest.raises(InputError, match="gives one for all"):
+            activation_patching(
+                bridge, clean, corrupted, lambda logits: logits[0, -1, 5], normalize=normalize, rows="each"
+            )
 
 
 def test_runs_that_score_the_same_cannot_be_normalized(bridge: TransformerBridge, clean: Tensor) -> None:

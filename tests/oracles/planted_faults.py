@@ -403,8 +403,8 @@ FAULTS = (
     Fault(
         "set inputs are set only where the sender differs",
         "pellucid/analysis/path_patching.py",
-        "put, where = SetTo(new.unsqueeze(2) if split else new), None",
-        "new = new[:, changed]\n            put, where = SetTo(new.unsqueeze(2) if split else new), changed",
+        "return _Message(SetTo(new), SetTo(new.unsqueeze(2)), None)",
+        "return _Message(SetTo(new[:, changed]), SetTo(new[:, changed].unsqueeze(2)), changed)",
         "tests/analysis/test_path_patching.py",
     ),
     Fault(
