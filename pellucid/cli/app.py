@@ -16,11 +16,13 @@ from pellucid.cli.options import (
     Debug,
     Device,
     Direction,
+    DocumentKind,
     Dtype,
     DtypeOption,
     Force,
     Format,
     FormatOption,
+    Match,
     MetricName,
     Model,
     ModelChoice,
@@ -143,6 +145,94 @@ def run(
         prompt = read_prompt(text, prompt_file)
         request = RunRequest(prompt, tuple(hooks or ()), out, force, top_k, prepend_bos)
         run_text(ModelChoice(model, revision, device, dtype, allow_pickle, attn_implementation), request, format)
+
+
+@app.command()
+def neurons(
+    model: Model,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="LANGUAGE=FILE: text to find neurons on; for each language, several times for several files. .jsonl "
+            "(field text) and .parquet (column text) too. The embedded model comes with text of its own."
+        ),
+    ] = None,
+    held_out: Annotated[
+        list[str] | None,
+        typer.Option(help="LANGUAGE=FILE: other text, to measure on. By default the last rows of --text."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A folder for tables, counts and pictures; an interrupted run goes on there.")
+    ] = None,
+    top_rate: Annotated[
+        float | None, typer.Option(help="Share of all neurons to select. By default .01, as published (demo: .05).")
+    ] = None,
+    filter_rate: Annotated[
+        float, typer.Option(help="Quantile of all activation probabilities that a neuron exceeds in some language.")
+    ] = 0.95,
+    activation_bar_ratio: Annotated[
+        float, typer.Option(help="Quantile above which a selected neuron belongs to a language.")
+    ] = 0.95,
+    random_sets: Annotated[int, typer.Option(min=0, help="Random sets of the same sizes to silence beside.")] = 3,
+    match: Annotated[
+        Match, typer.Option(help="Draw random sets among all neurons, or within layers as many as the language has.")
+    ] = Match.uniform,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random sets.")] = 0,
+    document: Annotated[DocumentKind, typer.Option(help="What a document of a text file is.")] = DocumentKind.line,
+    context: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a row; text is packed. By default 512 (demo: 128).")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a forward.")] = 8,
+    held_out_share: Annotated[
+        float, typer.Option(help="Share of the rows kept for measuring, without --held-out.")
+    ] = 0.2,
+    measured_tokens: Annotated[
+        int, typer.Option(min=0, help="Measure on at most so many tokens of a language; 0 silences nothing.")
+    ] = 65_536,
+    examples: Annotated[int, typer.Option(min=0, help="Top examples of a neuron to keep, with their text.")] = 5,
+    shown_neurons: Annotated[int, typer.Option(min=0, help="Neurons of each language to show examples of.")] = 3,
+    experts: Annotated[
+        int, typer.Option(min=0, help="Also find so many expert units, best and worst, by average precision.")
+    ] = 0,
+    expert_documents: Annotated[int, typer.Option(min=1, help="Documents of a language for --experts.")] = 500,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Show how the model goes on with this, as it is and silenced. Repeatable.")
+    ] = None,
+    revision: Revision = None,
+    device: Device = None,
+    dtype: DtypeOption = Dtype.auto,
+    allow_pickle: PickleOption = False,
+    format: FormatOption = Format.auto,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Find the neurons of languages in MODEL (LAPE), silence them, and measure what that does to each language."""
+    with told_to_a_person(debug):
+        from pellucid.cli.neurons import NeuronRequest, find_neurons
+
+        request = NeuronRequest(
+            text=tuple(text or ()),
+            held_out=tuple(held_out or ()),
+            out=out,
+            force=force,
+            document=document.value,
+            context=context,
+            batch_size=batch_size,
+            top_rate=top_rate,
+            filter_rate=filter_rate,
+            activation_bar_ratio=activation_bar_ratio,
+            random_sets=random_sets,
+            match="layer" if match is Match.layer else "uniform",
+            seed=seed,
+            held_out_share=held_out_share,
+            measured_tokens=measured_tokens,
+            examples=examples,
+            shown_neurons=shown_neurons,
+            experts=experts,
+            expert_documents=expert_documents,
+            prompts=tuple(prompt or ()),
+        )
+        find_neurons(ModelChoice(model, revision, device, dtype, allow_pickle), request, format)
 
 
 @app.command()

@@ -39,6 +39,21 @@ class Attention(str, Enum):
     sdpa = "sdpa"
 
 
+class Match(str, Enum):
+    """How random sets of neurons are drawn."""
+
+    uniform = "uniform"
+    layer = "layer"
+
+
+class DocumentKind(str, Enum):
+    """What a document of a text file is."""
+
+    line = "line"
+    paragraph = "paragraph"
+    file = "file"
+
+
 class MetricName(str, Enum):
     """What is measured of a run."""
 

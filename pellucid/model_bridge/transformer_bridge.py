@@ -19,6 +19,7 @@ from pellucid.activation_cache import ActivationCache
 from pellucid.errors import GradientError, InputError
 from pellucid.hook_points import LensHandle
 from pellucid.model_bridge.cache_plan import Keeper, PosSlice, cache_bytes, kept_positions, refuse_large
+from pellucid.model_bridge.collecting import CollectingModel
 from pellucid.model_bridge.generation import generate
 from pellucid.model_bridge.hf_source import find_bloom, load_model, make_adapter
 from pellucid.model_bridge.hooked_model import HookRequest, runs_through
@@ -28,7 +29,6 @@ from pellucid.model_bridge.running import (
     AttnImplementation,
     Prepared,
     ReturnType,
-    RunnableModel,
     refuse_rows,
     without_batch_dim,
 )
@@ -40,7 +40,7 @@ from pellucid.names import HookSpec, NamesFilter
 from pellucid.run_context import fast_attention
 
 
-class TransformerBridge(ProcessableWeights, RunnableModel, TokenMethods):
+class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
     """A BLOOM model whose every activation can be read and changed.
 
     Args:
