@@ -1,1 +1,1 @@
-"""Analyses on top of the bridge: what neurons do for languages and concepts, and what is lost without them."""
+"""Analyses on top of the bridge, with labelled results: what activations do, and what is lost without them."""

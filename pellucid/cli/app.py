@@ -10,10 +10,12 @@ import typer
 import pellucid
 from pellucid.cli.mistakes import told_to_a_person
 from pellucid.cli.options import (
+    DEMO,
     Attention,
     AttentionOption,
     Debug,
     Device,
+    Direction,
     DocumentKind,
     Dtype,
     DtypeOption,
@@ -21,11 +23,13 @@ from pellucid.cli.options import (
     Format,
     FormatOption,
     Match,
+    MetricName,
     Model,
     ModelChoice,
     PickleOption,
     Revision,
     layer_list,
+    number_list,
 )
 
 app = typer.Typer(
@@ -229,3 +233,98 @@ def neurons(
             prompts=tuple(prompt or ()),
         )
         find_neurons(ModelChoice(model, revision, device, dtype, allow_pickle), request, format)
+
+
+@app.command()
+def patch(
+    model: Model = DEMO,
+    clean: Annotated[
+        str | None, typer.Option(help="A prompt on which MODEL does what you study. For demo there is one.")
+    ] = None,
+    corrupted: Annotated[
+        str | None, typer.Option(help="The same prompt with words exchanged for words of as many tokens.")
+    ] = None,
+    answer: Annotated[
+        str | None, typer.Option(help="The token right after clean, with its leading space: ' Paris'; or id:123.")
+    ] = None,
+    foil: Annotated[str | None, typer.Option(help="The token right after corrupted, likewise.")] = None,
+    metric: Annotated[
+        MetricName, typer.Option(help="log-probability and probability are of --answer; kl-divergence needs no tokens.")
+    ] = MetricName.logit_difference,
+    site: Annotated[
+        str, typer.Option(help="resid_pre, resid_mid, attn_out, mlp_out, z, q, k, v, pattern, mlp_post, ...")
+    ] = "resid_pre",
+    by: Annotated[
+        str | None,
+        typer.Option(
+            help="Axes of the result, such as layer,pos or layer,head or layer,head,pos or layer,neuron. What is not named "
+            "is patched together."
+        ),
+    ] = None,
+    direction: Annotated[
+        Direction, typer.Option(help="denoising puts clean values into the corrupted run, noising the other way round.")
+    ] = Direction.denoising,
+    normalize: Annotated[
+        bool, typer.Option(help="0 is the corrupted run's metric and 1 the clean run's; else the metric itself.")
+    ] = True,
+    layers: Annotated[str | None, typer.Option(help="Some layers only, such as 0,5,11.")] = None,
+    positions: Annotated[str | None, typer.Option(help="Some positions only, such as 3,-1.")] = None,
+    heads: Annotated[str | None, typer.Option(help="Some heads only.")] = None,
+    neurons: Annotated[
+        int | None, typer.Option(min=1, help="With neuron in --by: consecutive neurons in a cell.")
+    ] = None,
+    prepend_bos: Annotated[
+        bool,
+        typer.Option("--prepend-bos", help="Put the beginning-of-sequence token first; BLOOM was trained without."),
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="A folder for patch.json (everything, to load again) and patch.csv (the numbers)."),
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="A heat map in this .html, .png or .svg file; needs the extra 'plots'.")
+    ] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="How many of the strongest cells to list.")] = 10,
+    plan: Annotated[bool, typer.Option("--plan", help="Say how much work it is, and stop.")] = False,
+    memory_limit: Annotated[
+        int | None, typer.Option(min=1, help="MiB to take beside the model; by default half of what is available.")
+    ] = None,
+    revision: Revision = None,
+    device: Device = None,
+    dtype: DtypeOption = Dtype.auto,
+    attn_implementation: AttentionOption = Attention.eager,
+    allow_pickle: PickleOption = False,
+    format: FormatOption = Format.auto,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Patch one run's activations into another, place by place: where does MODEL keep what makes the difference?"""
+    with told_to_a_person(debug):
+        from pellucid.cli.patch import PatchRequest, patch_model
+
+        request = PatchRequest(
+            clean=clean,
+            corrupted=corrupted,
+            answer=answer,
+            foil=foil,
+            metric=metric,
+            site=site,
+            by=None if by is None else tuple(word.strip() for word in by.split(",")),
+            direction=direction,
+            normalize=normalize,
+            layers=layer_list(layers),
+            positions=number_list(positions, "--positions"),
+            heads=number_list(heads, "--heads"),
+            neurons=neurons,
+            prepend_bos=prepend_bos,
+            out=out,
+            picture=picture,
+            force=force,
+            top_k=top_k,
+            plan=plan,
+            memory_limit=None if memory_limit is None else memory_limit * 2**20,
+        )
+        choice = ModelChoice(model, revision, device, dtype, allow_pickle, attn_implementation)
+        whole = patch_model(choice, request, format)
+    if not whole:
+        raise typer.Exit(130)

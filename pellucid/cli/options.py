@@ -54,6 +54,22 @@ class DocumentKind(str, Enum):
     file = "file"
 
 
+class MetricName(str, Enum):
+    """What is measured of a run."""
+
+    logit_difference = "logit-difference"
+    log_probability = "log-probability"
+    probability = "probability"
+    kl_divergence = "kl-divergence"
+
+
+class Direction(str, Enum):
+    """Which run is edited."""
+
+    denoising = "denoising"
+    noising = "noising"
+
+
 @dataclass(frozen=True)
 class ModelChoice:
     """Which model, and how it is loaded."""
@@ -104,9 +120,18 @@ def layer_list(text: str | None) -> list[int] | None:
     Raises:
         InputError: anything else.
     """
+    return number_list(text, "--layers")
+
+
+def number_list(text: str | None, option: str) -> list[int] | None:
+    """``0,5,11`` as numbers.
+
+    Raises:
+        InputError: anything else.
+    """
     if text is None:
         return None
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise InputError(f"--layers takes numbers with commas between them, such as 0,5,11; found {text!r}.") from None
+        raise InputError(f"{option} takes numbers with commas between them, such as 0,5,11; found {text!r}.") from None
