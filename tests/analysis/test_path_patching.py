@@ -213,6 +213,13 @@ def test_set_inputs_do_not_hear_earlier_receivers(bridge: TransformerBridge, ori
     added = path_patching(bridge, original, new, METRIC, "L0H1", both, freeze_mlps=True)
     assert np.abs(found.values - direct.values).max() < BOUND
     assert np.abs(added.values - direct.values).max() > 1e-6
+    # The path ends at position 1, so the position that is read is set to what it was, whatever the heads now send there.
+    elsewhere = path_patching(
+        bridge, original, new, METRIC, "L0H1", both, freeze_mlps=True, inputs="set", positions=[1]
+    )
+    heads = path_patching(bridge, original, new, METRIC, "L0H1", both[:1], freeze_mlps=True, positions=[1])
+    assert np.abs(elsewhere.values).max() < BOUND
+    assert np.abs(heads.values).max() > 1e-6
 
 
 @pytest.mark.parametrize("freeze_mlps", [True, False])

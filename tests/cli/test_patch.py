@@ -87,6 +87,9 @@ def test_numbers_are_the_librarys(demo: TransformerBridge) -> None:
     assert found["strongest"][0]["layer"] == 1
     assert found["strongest"][0]["value"] == pytest.approx(float(expected.max()), abs=1e-6)
     assert found["corrupted"]["next_tokens"][0]["token"] == "·freedom"
+    noised = document("--direction", "noising")["strongest"]  # strong is far from 1, the clean run
+    assert (noised[0]["layer"], noised[0]["pos"], noised[0]["token"]) == (0, 7, "·work←·freedom")
+    assert abs(noised[0]["value"]) < 1e-5
 
 
 @pytest.mark.parametrize("metric", ["log-probability", "kl-divergence"])
