@@ -1,0 +1,597 @@
+"""The store: a folder of shards, each a function of the job alone, and what says which of them are done.
+
+::
+
+    job.json                                        what decides every byte; written first, once
+    00000.rows.safetensors                          token, document, position, sequence: [rows]
+    00000.blocks.3.hook_out.safetensors             one tensor [rows, d], a file a hook
+    00000.json                                      lengths and checksums of shard 0's files; written last: it is done
+    manifest.json                                   job and shards in one file, when all are done
+
+A *row* is what is stored for one real token; a *sequence* is a row of the corpus, what the model is given. Shard k holds
+the sequences that the job says it holds, whoever computes it and when. There are no locks: two that compute one shard
+write the same bytes. A shard is done when its record is there and its files have the checksums that the record gives.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import re
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pellucid.errors import InputError, OtherJobError, StoreError
+from pellucid.names import nearest
+from pellucid.scale.shard_files import (
+    DTYPES,
+    FileRecord,
+    Json,
+    hash_file,
+    json_errors,
+    read_header,
+    remove_abandoned_parts,
+    safetensors_chunks,
+    sha256_of_json,
+    sync_folder,
+    to_json,
+    write_new,
+    write_whole,
+)
+
+FORMAT = "pellucid activations"
+FORMAT_VERSION = 1
+JOB_FILE, MANIFEST_FILE = "job.json", "manifest.json"
+ROWS = "rows"
+"""The file beside the hooks': what each row is."""
+
+COLUMNS: Mapping[str, torch.dtype] = {
+    "token": torch.int32,
+    "document": torch.int64,
+    "position": torch.int32,
+    "sequence": torch.int64,
+}
+"""What is kept of each row beside its activations."""
+
+_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+"""Names that go into file names."""
+
+
+# -- the job -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StoredHook:
+    """One hook of a job.
+
+    Attributes:
+        name: canonical name, as in the file names.
+        aliases: other names it can be asked for by.
+        axes: words for the axes of one row, such as ``("n_heads", "d_head")``.
+        shape: their lengths; a row holds their product.
+        dtype: of the stored numbers, as safetensors calls it.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def width(self) -> int:
+        """``d``: how many numbers a row has."""
+        width = 1
+        for length in self.shape:
+            width *= length
+        return width
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return self.width * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which sequences a shard holds: those of one label, ``first`` up to, not including, ``stop``."""
+
+    index: int
+    label: str
+    first: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class StoreJob:
+    """Everything that decides the bytes of a store.
+
+    Attributes:
+        hooks: what is stored.
+        labels: every label of the corpus and how many sequences it has.
+        sequences_per_shard: of one label; its last shard may have fewer.
+        length: positions of a sequence at most.
+        packed: every sequence has ``length`` real tokens.
+        settings: model, corpus, settings of the run, versions; see :mod:`pellucid.scale.harvest`.
+        remarks: what is worth knowing and decides nothing, such as the model's name.
+    """
+
+    hooks: tuple[StoredHook, ...]
+    labels: Mapping[str, int]
+    sequences_per_shard: int
+    length: int
+    packed: bool
+    settings: Mapping[str, Json]
+    remarks: Mapping[str, Json] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = [hook.name for hook in self.hooks]
+        unfit = [name for name in names if not _NAME.fullmatch(name) or name == ROWS]
+        if unfit or len(set(names)) != len(names) or not names:
+            raise StoreError(f"A job stores hooks by their names, each once; found {names}.")
+        if self.sequences_per_shard < 1 or self.length < 1 or not self.labels or min(self.labels.values()) < 1:
+            raise StoreError("A job has at least one label, and sequences in every label.")
+
+    def identity(self) -> dict[str, Json]:
+        """What decides the bytes, as JSON."""
+        return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "hooks": [_hook_json(hook) for hook in self.hooks],
+            "labels": [[label, count] for label, count in self.labels.items()],
+            "sequences_per_shard": self.sequences_per_shard,
+            "length": self.length,
+            "packed": self.packed,
+            "settings": dict(self.settings),
+        }
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of :meth:`identity`; every shard carries it."""
+        return sha256_of_json(self.identity())
+
+    def document(self) -> dict[str, Json]:
+        """What ``job.json`` says."""
+        return {"job": self.identity(), "job_sha256": self.sha256, "remarks": dict(self.remarks)}
+
+    @cached_property
+    def shards(self) -> tuple[Shard, ...]:
+        """Every shard, label by label."""
+        found: list[Shard] = []
+        for label, count in self.labels.items():
+            for first in range(0, count, self.sequences_per_shard):
+                found.append(Shard(len(found), label, first, min(count, first + self.sequences_per_shard)))
+        return tuple(found)
+
+    def bytes_of(self, shard: Shard) -> int:
+        """The most that a shard can take on disk, headers left out."""
+        columns = sum(dtype.itemsize for dtype in COLUMNS.values())
+        return (shard.stop - shard.first) * self.length * (columns + sum(hook.row_bytes for hook in self.hooks))
+
+    def hook(self, name: str) -> StoredHook:
+        """A stored hook, by any of its names.
+
+        Raises:
+            InputError: it is not stored; the nearest that are stand in the message.
+        """
+        for hook in self.hooks:
+            if name == hook.name or name in hook.aliases:
+                return hook
+        stored = [hook.name for hook in self.hooks]
+        raise InputError(f"{name!r} is not stored here. Nearest of what is: {', '.join(nearest(name, stored))}.")
+
+
+def _hook_json(hook: StoredHook) -> dict[str, Json]:
+    return {
+        "name": hook.name,
+        "aliases": list(hook.aliases),
+        "axes": list(hook.axes),
+        "shape": list(hook.shape),
+        "dtype": hook.dtype,
+    }
+
+
+def job_of_json(document: Mapping[str, Json]) -> StoreJob:
+    """The inverse of :meth:`StoreJob.document`.
+
+    Raises:
+        StoreError: it says something else than it was written to say.
+        KeyError, TypeError, ValueError: it is no such document.
+    """
+    said = _mapping(document["job"])
+    if said["format"] != FORMAT or said["format_version"] != FORMAT_VERSION:
+        raise StoreError(
+            f"The folder holds {said['format']!r} of version {said['format_version']}; this Pellucid reads version "
+            f"{FORMAT_VERSION} of {FORMAT!r}."
+        )
+    hooks = tuple(
+        StoredHook(
+            str(hook["name"]),
+            tuple(map(str, hook["aliases"])),
+            tuple(map(str, hook["axes"])),
+            tuple(map(int, hook["shape"])),
+            str(hook["dtype"]),
+        )
+        for hook in map(_mapping, _sequence(said["hooks"]))
+    )
+    if any(hook.dtype not in DTYPES for hook in hooks):
+        raise StoreError(f"A stored type is one of {', '.join(DTYPES)}; found {[hook.dtype for hook in hooks]}.")
+    labels = {str(label): int(count) for label, count in map(_sequence, _sequence(said["labels"]))}
+    job = StoreJob(
+        hooks,
+        labels,
+        int(str(said["sequences_per_shard"])),
+        int(str(said["length"])),
+        bool(said["packed"]),
+        _mapping(said["settings"]),
+        _mapping(document["remarks"]),
+    )
+    if job.sha256 != document["job_sha256"]:
+        raise StoreError("the description of the job does not have the checksum that stands beside it")
+    return job
+
+
+def _mapping(value: Json) -> Mapping[str, Json]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"expected an object, found {value!r}")
+    return value
+
+
+def _sequence(value: Json) -> Sequence[Json]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(f"expected a list, found {value!r}")
+    return value
+
+
+def differences(found: StoreJob, asked: StoreJob) -> list[str]:
+    """What differs between two jobs, each thing with both values: ``settings.threads: 1, asked for 2``."""
+    before, after = _flat("", found.identity()), _flat("", asked.identity())
+    missing = "nothing"
+    return [
+        f"{key}: {_short(before.get(key, missing))}, asked for {_short(after.get(key, missing))}"
+        for key in dict.fromkeys([*before, *after])
+        if before.get(key, missing) != after.get(key, missing)
+    ]
+
+
+def _flat(prefix: str, value: Json) -> dict[str, Json]:
+    if isinstance(value, Mapping):
+        return {
+            inner: leaf
+            for key, entry in value.items()
+            for inner, leaf in _flat(f"{prefix}.{key}" if prefix else str(key), entry).items()
+        }
+    return {prefix: value}
+
+
+def _short(value: Json) -> str:
+    if isinstance(value, list) and all(isinstance(entry, Mapping) and "name" in entry for entry in value):
+        value = [f"{entry['name']} ({entry.get('dtype')})" for entry in map(_mapping, value)]
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+# -- the folder --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What a shard's files have to be.
+
+    Attributes:
+        shard: its number.
+        rows: how many it has.
+        files: length and checksum by hook, and of :data:`ROWS`.
+    """
+
+    shard: int
+    rows: int
+    files: Mapping[str, FileRecord]
+
+    def to_json(self) -> dict[str, Json]:
+        """As it stands in the record and in the manifest."""
+        return {
+            "shard": self.shard,
+            "rows": self.rows,
+            "files": {name: {"bytes": file.bytes, "sha256": file.sha256} for name, file in self.files.items()},
+        }
+
+
+def record_of_json(document: Mapping[str, Json], job: StoreJob) -> ShardRecord:
+    """The inverse of :meth:`ShardRecord.to_json`.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is no such document, or not one of this job.
+    """
+    files = {
+        name: FileRecord(int(str(_mapping(file)["bytes"])), str(_mapping(file)["sha256"]))
+        for name, file in _mapping(document["files"]).items()
+    }
+    record = ShardRecord(int(str(document["shard"])), int(str(document["rows"])), files)
+    if not 0 <= record.shard < len(job.shards) or set(files) != {ROWS, *(hook.name for hook in job.hooks)}:
+        raise ValueError("it names a shard or files that the job does not have")
+    return record
+
+
+class StoreFolder:
+    """A folder that shards are written to. File names come from the job, never from a file in the folder.
+
+    Args:
+        path: the folder.
+        job: what it holds.
+    """
+
+    def __init__(self, path: Path, job: StoreJob) -> None:
+        self.path = path
+        self.job = job
+
+    @classmethod
+    def open(cls, path: Path, job: StoreJob) -> StoreFolder:
+        """Begin a job in a folder, or go on with the same one.
+
+        Raises:
+            OtherJobError: the folder holds another job, with what differs; or files of someone else's.
+            StorageFullError: there is no space.
+            StoreError: ``job.json`` is damaged.
+        """
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
+            raise InputError(f"{path} is not a folder: give another folder to write to.")
+        path.mkdir(parents=True, exist_ok=True)
+        job_file = path / JOB_FILE
+        if not job_file.exists():
+            strange = sorted(entry.name for entry in path.iterdir() if not _is_ours(entry.name))
+            if strange:
+                raise OtherJobError(
+                    f"{path} holds files that are no shards ({', '.join(strange[:3])}{', ...' * (len(strange) > 3)}): give "
+                    "an empty folder, or one where this job was begun."
+                )
+            write_new(job_file, to_json(job.document()))
+        found = read_job(path)
+        different = differences(found, job)
+        if different:
+            raise OtherJobError(
+                f"{path} was begun by another job, and shards of two jobs do not mix. It has "
+                + "; ".join(different)
+                + ". Give the settings it was begun with, or another folder."
+            )
+        remove_abandoned_parts(path)
+        return cls(path, found)
+
+    def file(self, shard: int, name: str) -> Path:
+        """The file of one hook, or of :data:`ROWS`."""
+        return self.path / f"{shard:05d}.{name}.safetensors"
+
+    def record_file(self, shard: int) -> Path:
+        """The record that says a shard is done."""
+        return self.path / f"{shard:05d}.json"
+
+    def read_record(self, shard: int) -> ShardRecord:
+        """What a shard's files have to be.
+
+        Raises:
+            StoreError: there is no record, or it is damaged.
+        """
+        path = self.record_file(shard)
+        with json_errors(path):
+            document = json.loads(path.read_text("utf-8"))
+            if document["job_sha256"] != self.job.sha256 or document["shard"]["shard"] != shard:
+                raise StoreError(f"{path} is of another job or shard: it was put here by hand.")
+            return record_of_json(document["shard"], self.job)
+
+    def damage(self, shard: int, record: ShardRecord, *, contents: bool = True) -> str | None:
+        """What is wrong with a shard's files, naming the file; ``None`` if nothing is.
+
+        Args:
+            shard: its number.
+            record: what its files have to be.
+            contents: check every byte; otherwise lengths and headers only.
+        """
+        for name, expected in record.files.items():
+            path = self.file(shard, name)
+            try:
+                size = path.stat().st_size
+                if size != expected.bytes:
+                    return f"shard {shard} is damaged: {path.name} has {size:,} bytes and should have {expected.bytes:,}"
+                if contents and hash_file(path) != expected:
+                    return f"shard {shard} is damaged: {path.name} does not have its checksum"
+                read_header(path)
+            except FileNotFoundError:
+                return f"shard {shard} is incomplete: {path.name} is missing"
+            except StoreError as error:
+                return f"shard {shard} is damaged: {error}"
+        return None
+
+    def is_done(self, shard: int) -> bool:
+        """Whether a shard is there and every byte of it is right."""
+        try:
+            record = self.read_record(shard)
+        except StoreError:
+            return False
+        return self.damage(shard, record) is None
+
+    def unfinished(self, shards: Sequence[Shard]) -> Iterator[Shard]:
+        """Those that are missing or damaged; each is looked at when it is its turn."""
+        return (shard for shard in shards if not self.is_done(shard.index))
+
+    def write_shard(self, shard: Shard, tensors: Mapping[str, Tensor], columns: Mapping[str, Tensor]) -> ShardRecord:
+        """Write a shard's files, then its record.
+
+        Args:
+            shard: which.
+            tensors: ``[rows, d]`` by hook, contiguous, on the CPU.
+            columns: ``[rows]`` by name, see :data:`COLUMNS`.
+
+        Raises:
+            StorageFullError: no space is left.
+        """
+        rows = len(columns["token"])
+        about: dict[str, Json] = {
+            "job": self.job.sha256,
+            "shard": shard.index,
+            "label": shard.label,
+            "sequences": [shard.first, shard.stop],
+        }
+        what, files = f"shard {shard.index} of {len(self.job.shards)}", {}
+        for hook in self.job.hooks:
+            tensor, more = tensors[hook.name], {"hook": hook.name, "axes": list(hook.axes), "shape": list(hook.shape)}
+            chunks = list(safetensors_chunks({hook.name: tensor}, about | more))
+            path = self.file(shard.index, hook.name)
+            files[hook.name] = write_whole(path, chunks, what=what, size=tensor.nbytes)
+        chunks = list(safetensors_chunks(columns, about))
+        size = sum(column.nbytes for column in columns.values())
+        files[ROWS] = write_whole(self.file(shard.index, ROWS), chunks, what=what, size=size)
+        sync_folder(self.path)
+        record = ShardRecord(shard.index, rows, files)
+        text = to_json({"job_sha256": self.job.sha256, "shard": record.to_json()}).encode()
+        write_whole(self.record_file(shard.index), [text], what=what, size=len(text))
+        sync_folder(self.path)
+        return record
+
+    def finish(self) -> bool:
+        """Write the manifest if every shard has its record; whether all have. Files are not read again.
+
+        Raises:
+            StorageFullError: no space is left.
+        """
+        records = []
+        for shard in self.job.shards:
+            try:
+                record = self.read_record(shard.index)
+            except StoreError:
+                return False
+            if self.damage(shard.index, record, contents=False) is not None:
+                return False
+            records.append(record.to_json())
+        rows = sum(int(str(record["rows"])) for record in records)
+        text = to_json(self.job.document() | {"rows": rows, "shards": records}).encode()
+        write_whole(self.path / MANIFEST_FILE, [text], what="the manifest", size=len(text))
+        sync_folder(self.path)
+        return True
+
+
+def read_job(path: Path) -> StoreJob:
+    """The job that a folder was begun with.
+
+    Raises:
+        StoreError: there is none, or it is damaged.
+    """
+    with json_errors(path / JOB_FILE):
+        return job_of_json(json.loads((path / JOB_FILE).read_text("utf-8")))
+
+
+def _is_ours(name: str) -> bool:
+    return bool(re.fullmatch(r"\d{5,}\..*|\..*\.part", name)) or name in (JOB_FILE, MANIFEST_FILE)
+
+
+# -- writing while computing -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ShardBuffers:
+    """Memory for one shard; used again for later ones.
+
+    Attributes:
+        tensors: ``[capacity, d]`` by hook.
+        columns: ``[capacity]`` by name.
+        rows: how many are filled.
+    """
+
+    tensors: dict[str, Tensor]
+    columns: dict[str, Tensor]
+    rows: int = 0
+
+    @classmethod
+    def of(cls, job: StoreJob, pinned: bool) -> ShardBuffers:
+        """For the largest shard of a job."""
+        largest = min(job.sequences_per_shard, max(job.labels.values()))
+        capacity = largest * job.length
+        return cls(
+            {
+                hook.name: torch.empty(capacity, hook.width, dtype=DTYPES[hook.dtype], pin_memory=pinned)
+                for hook in job.hooks
+            },
+            {name: torch.empty(capacity, dtype=dtype) for name, dtype in COLUMNS.items()},
+        )
+
+    def filled(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The part of each that is filled."""
+        return {name: tensor[: self.rows] for name, tensor in tensors.items()}
+
+
+class ShardWriter:
+    """Writes shards in a thread of its own while the next are computed; used in a ``with`` block.
+
+    There are as many buffers as shards may be in memory: one is filled while others are written, and where the disk is
+    slower than the model, :meth:`buffers` waits. Leaving the block waits for what is being written; if the block raised,
+    shards that are not begun are left unwritten.
+
+    Args:
+        folder: where to.
+        depth: how many buffers.
+        pinned: in memory that a GPU copies to directly.
+    """
+
+    def __init__(self, folder: StoreFolder, depth: int = 2, pinned: bool = False) -> None:
+        self._folder = folder
+        self._free: queue.SimpleQueue[ShardBuffers | None] = queue.SimpleQueue()
+        self._full: queue.SimpleQueue[tuple[Shard, ShardBuffers] | None] = queue.SimpleQueue()
+        self._to_make, self._pinned = depth, pinned
+        self._error: BaseException | None = None
+        self._abandoned = threading.Event()
+        self._thread = threading.Thread(target=self._write, name="pellucid-shard-writer", daemon=True)
+        self.records: list[ShardRecord] = []
+        """Of what this writer has written."""
+
+    def __enter__(self) -> ShardWriter:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if kind is not None:
+            self._abandoned.set()
+        self._full.put(None)
+        self._thread.join()
+        if kind is None:
+            self._raise()
+
+    def buffers(self) -> ShardBuffers:
+        """Memory for the next shard.
+
+        Raises:
+            StorageFullError, OSError: an earlier shard could not be written.
+        """
+        self._raise()
+        if self._to_make and self._free.empty():
+            self._to_make -= 1
+            return ShardBuffers.of(self._folder.job, self._pinned)
+        found = self._free.get()
+        self._raise()
+        assert found is not None
+        found.rows = 0
+        return found
+
+    def submit(self, shard: Shard, buffers: ShardBuffers) -> None:
+        """Write a shard when those before it are written; the buffers are the writer's from now on."""
+        self._raise()
+        self._full.put((shard, buffers))
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _write(self) -> None:
+        while (job := self._full.get()) is not None:
+            shard, buffers = job
+            if self._error is None and not self._abandoned.is_set():
+                try:
+                    columns = buffers.filled(buffers.columns)
+                    self.records.append(self._folder.write_shard(shard, buffers.filled(buffers.tensors), columns))
+                except BaseException as error:
+                    self._error = error
+            self._free.put(buffers)
