@@ -16,6 +16,8 @@ that code which catches ``KeyError`` or ``ValueError`` goes on working::
     ├── WeightError            (ValueError)    weights with a wrong name, shape or dtype, not finite or not readable
     ├── CacheKeyError          (KeyError)      a cache entry that does not exist or was not kept
     ├── CacheTooLargeError     (MemoryError)   a cache over ``max_cache_bytes``
+    ├── CorpusError            (ValueError)    a corpus that cannot be read, or has nothing to run
+    ├── OtherJobError          (ValueError)    a folder that holds the work of another job
     └── NotSetUpError          (RuntimeError)  a component used before ``set_original_component``
 
     PellucidWarning (UserWarning)              something the user should know and may silence
@@ -74,6 +76,14 @@ class CacheKeyError(PellucidError, KeyError):
 
 class CacheTooLargeError(PellucidError, MemoryError):
     """What was asked to be cached needs more than ``max_cache_bytes``."""
+
+
+class CorpusError(PellucidError, ValueError):
+    """A corpus that cannot be read (with the file and the place in it), or has no tokens to run."""
+
+
+class OtherJobError(PellucidError, ValueError):
+    """A folder that holds the unfinished or finished work of another job: other weights, corpus or settings."""
 
 
 class NotSetUpError(PellucidError, RuntimeError):

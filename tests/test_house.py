@@ -27,7 +27,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("axes", "names", "progress", "token_text"),
-    ("config", "run_context", "factored_matrix", "running_stats", "corpora", "conversion_utils.*"),
+    ("config", "run_context", "factored_matrix", "running_stats.*", "corpora.*", "conversion_utils.*"),
     ("hook_points", "activation_cache", "weight_processing"),
     ("model_bridge.generalized_components.*",),
     (
