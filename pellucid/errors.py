@@ -18,6 +18,8 @@ that code which catches ``KeyError`` or ``ValueError`` goes on working::
     ├── CacheTooLargeError     (MemoryError)   a cache over ``max_cache_bytes``
     ├── CorpusError            (ValueError)    a corpus that cannot be read, or has nothing to run
     ├── OtherJobError          (ValueError)    a folder that holds the work of another job
+    ├── StoreError             (ValueError)    stored activations that are unfinished, missing or damaged
+    ├── StorageFullError       (OSError)       no space left for what has to be written
     └── NotSetUpError          (RuntimeError)  a component used before ``set_original_component``
 
     PellucidWarning (UserWarning)              something the user should know and may silence
@@ -84,6 +86,14 @@ class CorpusError(PellucidError, ValueError):
 
 class OtherJobError(PellucidError, ValueError):
     """A folder that holds the unfinished or finished work of another job: other weights, corpus or settings."""
+
+
+class StoreError(PellucidError, ValueError):
+    """Stored activations that are unfinished, missing or damaged, with the shard and the file."""
+
+
+class StorageFullError(PellucidError, OSError):
+    """No space is left for what has to be written, with what it needs; what was written before is whole."""
 
 
 class NotSetUpError(PellucidError, RuntimeError):

@@ -104,7 +104,7 @@ def safetensors_chunks(tensors: Mapping[str, Tensor], about: Mapping[str, Json])
     end = 0
     for name in names:
         tensor = tensors[name]
-        assert tensor.is_contiguous() and tensor.device.type == "cpu"
+        assert tensor.is_contiguous()
         start, end = end, end + tensor.nbytes
         described[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
@@ -132,9 +132,8 @@ def write_whole(path: Path, chunks: Iterable[bytes | memoryview], *, what: str, 
         StorageFullError: no space is left, with what is needed.
         OSError: the folder cannot be written.
     """
+    kept = list(chunks)  # references, not copies
     for attempt in (1, 2, 3):
-        kept = list(chunks) if not isinstance(chunks, list) else chunks  # references, not copies
-        chunks = kept
         try:
             return _write_once(path, kept)
         except FileNotFoundError:

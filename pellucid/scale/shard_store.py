@@ -20,9 +20,10 @@ import queue
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -169,10 +170,10 @@ class StoreJob:
                 found.append(Shard(len(found), label, first, min(count, first + self.sequences_per_shard)))
         return tuple(found)
 
-    def bytes_of(self, shard: Shard) -> int:
-        """The most that a shard can take on disk, headers left out."""
-        columns = sum(dtype.itemsize for dtype in COLUMNS.values())
-        return (shard.stop - shard.first) * self.length * (columns + sum(hook.row_bytes for hook in self.hooks))
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row in all files together."""
+        return sum(dtype.itemsize for dtype in COLUMNS.values()) + sum(hook.row_bytes for hook in self.hooks)
 
     def hook(self, name: str) -> StoredHook:
         """A stored hook, by any of its names.
@@ -197,14 +198,14 @@ def _hook_json(hook: StoredHook) -> dict[str, Json]:
     }
 
 
-def job_of_json(document: Mapping[str, Json]) -> StoreJob:
+def job_of_json(document: Mapping[str, Any]) -> StoreJob:
     """The inverse of :meth:`StoreJob.document`.
 
     Raises:
-        StoreError: it says something else than it was written to say.
-        KeyError, TypeError, ValueError: it is no such document.
+        StoreError: another format, or a description that has been changed.
+        KeyError, TypeError, ValueError, AttributeError: it is no such document.
     """
-    said = _mapping(document["job"])
+    said = document["job"]
     if said["format"] != FORMAT or said["format_version"] != FORMAT_VERSION:
         raise StoreError(
             f"The folder holds {said['format']!r} of version {said['format_version']}; this Pellucid reads version "
@@ -218,43 +219,30 @@ def job_of_json(document: Mapping[str, Json]) -> StoreJob:
             tuple(map(int, hook["shape"])),
             str(hook["dtype"]),
         )
-        for hook in map(_mapping, _sequence(said["hooks"]))
+        for hook in said["hooks"]
     )
     if any(hook.dtype not in DTYPES for hook in hooks):
         raise StoreError(f"A stored type is one of {', '.join(DTYPES)}; found {[hook.dtype for hook in hooks]}.")
-    labels = {str(label): int(count) for label, count in map(_sequence, _sequence(said["labels"]))}
     job = StoreJob(
         hooks,
-        labels,
-        int(str(said["sequences_per_shard"])),
-        int(str(said["length"])),
+        {str(label): int(count) for label, count in said["labels"]},
+        int(said["sequences_per_shard"]),
+        int(said["length"]),
         bool(said["packed"]),
-        _mapping(said["settings"]),
-        _mapping(document["remarks"]),
+        dict(said["settings"]),
+        dict(document["remarks"]),
     )
     if job.sha256 != document["job_sha256"]:
-        raise StoreError("the description of the job does not have the checksum that stands beside it")
+        raise StoreError("The description of the job does not have the checksum that stands beside it.")
     return job
 
 
-def _mapping(value: Json) -> Mapping[str, Json]:
-    if not isinstance(value, Mapping):
-        raise TypeError(f"expected an object, found {value!r}")
-    return value
-
-
-def _sequence(value: Json) -> Sequence[Json]:
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise TypeError(f"expected a list, found {value!r}")
-    return value
-
-
 def differences(found: StoreJob, asked: StoreJob) -> list[str]:
-    """What differs between two jobs, each thing with both values: ``settings.threads: 1, asked for 2``."""
+    """What differs between two jobs, each thing with both values: ``run.threads 1 (asked for: 2)``."""
     before, after = _flat("", found.identity()), _flat("", asked.identity())
     missing = "nothing"
     return [
-        f"{key}: {_short(before.get(key, missing))}, asked for {_short(after.get(key, missing))}"
+        f"{key.removeprefix('settings.')} {_short(before.get(key, missing))} (asked for: {_short(after.get(key, missing))})"
         for key in dict.fromkeys([*before, *after])
         if before.get(key, missing) != after.get(key, missing)
     ]
@@ -272,7 +260,7 @@ def _flat(prefix: str, value: Json) -> dict[str, Json]:
 
 def _short(value: Json) -> str:
     if isinstance(value, list) and all(isinstance(entry, Mapping) and "name" in entry for entry in value):
-        value = [f"{entry['name']} ({entry.get('dtype')})" for entry in map(_mapping, value)]
+        value = [f"{entry['name']} ({entry.get('dtype')})" for entry in value]
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 200 else text[:197] + "..."
 
@@ -303,17 +291,14 @@ class ShardRecord:
         }
 
 
-def record_of_json(document: Mapping[str, Json], job: StoreJob) -> ShardRecord:
+def record_of_json(document: Mapping[str, Any], job: StoreJob) -> ShardRecord:
     """The inverse of :meth:`ShardRecord.to_json`.
 
     Raises:
-        KeyError, TypeError, ValueError: it is no such document, or not one of this job.
+        KeyError, TypeError, ValueError, AttributeError: it is no such document, or not one of this job.
     """
-    files = {
-        name: FileRecord(int(str(_mapping(file)["bytes"])), str(_mapping(file)["sha256"]))
-        for name, file in _mapping(document["files"]).items()
-    }
-    record = ShardRecord(int(str(document["shard"])), int(str(document["rows"])), files)
+    files = {name: FileRecord(int(file["bytes"]), str(file["sha256"])) for name, file in document["files"].items()}
+    record = ShardRecord(int(document["shard"]), int(document["rows"]), files)
     if not 0 <= record.shard < len(job.shards) or set(files) != {ROWS, *(hook.name for hook in job.hooks)}:
         raise ValueError("it names a shard or files that the job does not have")
     return record
@@ -337,10 +322,11 @@ class StoreFolder:
 
         Raises:
             OtherJobError: the folder holds another job, with what differs; or files of someone else's.
+            InputError: it is a file.
             StorageFullError: there is no space.
             StoreError: ``job.json`` is damaged.
         """
-        if path.is_symlink() or (path.exists() and not path.is_dir()):
+        if path.exists() and not path.is_dir():
             raise InputError(f"{path} is not a folder: give another folder to write to.")
         path.mkdir(parents=True, exist_ok=True)
         job_file = path / JOB_FILE
@@ -397,7 +383,9 @@ class StoreFolder:
             try:
                 size = path.stat().st_size
                 if size != expected.bytes:
-                    return f"shard {shard} is damaged: {path.name} has {size:,} bytes and should have {expected.bytes:,}"
+                    return (
+                        f"shard {shard} is damaged: {path.name} has {size:,} bytes and should have {expected.bytes:,}"
+                    )
                 if contents and hash_file(path) != expected:
                     return f"shard {shard} is damaged: {path.name} does not have its checksum"
                 read_header(path)
@@ -429,8 +417,10 @@ class StoreFolder:
 
         Raises:
             StorageFullError: no space is left.
+            StoreError: values that are not finite in float16.
         """
         rows = len(columns["token"])
+        self._refuse_overflow(shard, tensors)
         about: dict[str, Json] = {
             "job": self.job.sha256,
             "shard": shard.index,
@@ -439,8 +429,8 @@ class StoreFolder:
         }
         what, files = f"shard {shard.index} of {len(self.job.shards)}", {}
         for hook in self.job.hooks:
-            tensor, more = tensors[hook.name], {"hook": hook.name, "axes": list(hook.axes), "shape": list(hook.shape)}
-            chunks = list(safetensors_chunks({hook.name: tensor}, about | more))
+            tensor, more = tensors[hook.name], _hook_json(hook)
+            chunks = list(safetensors_chunks({hook.name: tensor}, about | {"hook": more}))
             path = self.file(shard.index, hook.name)
             files[hook.name] = write_whole(path, chunks, what=what, size=tensor.nbytes)
         chunks = list(safetensors_chunks(columns, about))
@@ -452,6 +442,15 @@ class StoreFolder:
         write_whole(self.record_file(shard.index), [text], what=what, size=len(text))
         sync_folder(self.path)
         return record
+
+    def _refuse_overflow(self, shard: Shard, tensors: Mapping[str, Tensor]) -> None:
+        """Half precision ends at 65,504, and what is above became infinite when it was cast."""
+        for hook in self.job.hooks:
+            if hook.dtype == "F16" and not bool(torch.isfinite(tensors[hook.name]).all()):
+                raise StoreError(
+                    f"{hook.name} in shard {shard.index} has values that float16 cannot hold: store it as bfloat16 or "
+                    "float32, in another folder."
+                )
 
     def finish(self) -> bool:
         """Write the manifest if every shard has its record; whether all have. Files are not read again.

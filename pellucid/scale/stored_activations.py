@@ -254,7 +254,9 @@ class StoredActivations:
             raise InputError(f"Rows are asked for by a list of numbers; found {wanted.dtype} of {wanted.dim()} axes.")
         places = wanted.long().numpy()
         if places.size and (places.min() < 0 or places.max() >= len(self)):
-            raise InputError(f"There are rows 0 to {len(self) - 1:,}; found {int(places.min())} to {int(places.max())}.")
+            raise InputError(
+                f"There are rows 0 to {len(self) - 1:,}; found {int(places.min())} to {int(places.max())}."
+            )
         return self._gather(places, self._chosen(hooks))
 
     def _chosen(self, hooks: Sequence[str] | None) -> list[StoredHook]:
@@ -266,9 +268,7 @@ class StoredActivations:
         shard_of = np.searchsorted(self._ends, numbers, side="right")
         within = numbers - np.concatenate([[0], self._ends[:-1]])[shard_of]
         parts = [(int(index), np.flatnonzero(shard_of == index)) for index in np.unique(shard_of)]
-        taken = {
-            hook.name: torch.empty(len(numbers), hook.width, dtype=DTYPES[hook.dtype]) for hook in hooks
-        }
+        taken = {hook.name: torch.empty(len(numbers), hook.width, dtype=DTYPES[hook.dtype]) for hook in hooks}
         columns = {name: torch.empty(len(numbers), dtype=dtype) for name, dtype in COLUMNS.items()}
         label = torch.empty(len(numbers), dtype=torch.int64)
         names = self.labels
