@@ -19,11 +19,12 @@ from pellucid.activation_cache import ActivationCache
 from pellucid.errors import GradientError, InputError
 from pellucid.hook_points import LensHandle
 from pellucid.model_bridge.cache_plan import Keeper, PosSlice, cache_bytes, kept_positions, refuse_large
+from pellucid.model_bridge.collecting import CollectingModel
 from pellucid.model_bridge.generation import generate
 from pellucid.model_bridge.hf_source import find_bloom, load_model, make_adapter
 from pellucid.model_bridge.hooked_model import HookRequest, runs_through
 from pellucid.model_bridge.mounting import ComponentTree
-from pellucid.model_bridge.running import Prepared, ReturnType, RunnableModel, refuse_rows, without_batch_dim
+from pellucid.model_bridge.running import Prepared, ReturnType, refuse_rows, without_batch_dim
 from pellucid.model_bridge.self_check import CheckReport, run_checks
 from pellucid.model_bridge.token_methods import TokenMethods
 from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, TokenRules, check_choice
@@ -31,7 +32,7 @@ from pellucid.model_bridge.weight_state import ProcessableWeights, refuse_early
 from pellucid.names import HookSpec, NamesFilter
 
 
-class TransformerBridge(ProcessableWeights, RunnableModel, TokenMethods):
+class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
     """A BLOOM model whose every activation can be read and changed.
 
     Args:
