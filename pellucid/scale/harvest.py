@@ -8,36 +8,27 @@ is asked for; what is copied is one copy of each activation, from where the mode
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-import pellucid
 from pellucid.corpora import Corpus, CorpusBatch
-from pellucid.errors import CorpusError, InputError, StorageFullError, WeightError
+from pellucid.errors import CorpusError, InputError, StorageFullError
 from pellucid.model_bridge.hooked_model import runs_through
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.names import HookSpec, NamesFilter
 from pellucid.progress import progress_bar
-from pellucid.scale.shard_files import DTYPES, Json
-from pellucid.scale.shard_store import (
-    Shard,
-    ShardBuffers,
-    ShardRecord,
-    ShardWriter,
-    StoredHook,
-    StoreFolder,
-    StoreJob,
-)
+from pellucid.scale.job_folder import Shard, ShardRecord
+from pellucid.scale.job_settings import refuse_writers, settings_of
+from pellucid.scale.shard_files import DTYPES
+from pellucid.scale.shard_store import ShardBuffers, ShardWriter, StoredHook, StoreFolder, StoreJob
 from pellucid.scale.workers import Worker, fixed_threads
 
 SHARD_BYTES = 64 * 2**20
@@ -127,7 +118,7 @@ class Harvester:
             raise InputError(f"Activations are stored as one of {known}; found {dtype}.")
         if padding_side not in ("left", "right"):
             raise InputError(f"padding_side is 'left' or 'right'; found {padding_side!r}.")
-        _refuse_writers(bridge)
+        refuse_writers(bridge)
         self._specs = _chosen_hooks(bridge, hooks)
         self._stop = _last_layer(self._specs, bridge.cfg.n_layers)
         self._bridge, self._corpus = bridge, corpus
@@ -145,15 +136,10 @@ class Harvester:
             batches_per_shard * batch_size,
             corpus.rules.context,
             corpus.rules.packing == "packed" and not corpus.rules.keep_tail,
-            {
-                "model": {"weights_sha256": hash_weights(bridge), **_model_settings(bridge)},
-                "corpus": {"sha256": corpus.content_hash},
-                "run": _run_settings(bridge, batch_size, threads, padding_side, self._stop),
-                "versions": _versions(),
-            },
+            settings_of(bridge, corpus, batch_size, threads, padding_side),
             {"model": {"name": model_name, "revision": revision}, "corpus": corpus.describe()},
         )
-        self.folder = StoreFolder.open(Path(out), self.job)
+        self.folder = StoreFolder.begin(Path(out), self.job)
 
     # -- the work ------------------------------------------------------------------------------------------------------
 
@@ -328,81 +314,6 @@ def _take(values: Tensor, places: Tensor | None, target: Tensor) -> None:
         torch.index_select(values, 0, places, out=target)
     else:
         target.copy_(values[places.to(values.device)])
-
-
-# -- what decides the bytes --------------------------------------------------------------------------------------------
-
-
-def hash_weights(bridge: TransformerBridge) -> str:
-    """SHA-256 of a model's parameters and buffers: names, dtypes, shapes and bytes, as they are now, processed or not.
-
-    Raises:
-        WeightError: weights that are not in memory (offloaded to disk).
-    """
-    digest = hashlib.sha256()
-    state: Mapping[str, Tensor] = bridge.state_dict()
-    for name in sorted(state):
-        tensor = state[name].detach()
-        if tensor.is_meta:
-            raise WeightError(
-                f"{name} is offloaded to disk, and a job is known by its weights: load the model into memory to harvest."
-            )
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _model_settings(bridge: TransformerBridge) -> dict[str, Json]:
-    cfg = bridge.cfg
-    return {
-        "dtype": str(bridge.dtype).removeprefix("torch."),
-        "n_layers": cfg.n_layers,
-        "n_heads": cfg.n_heads,
-        "d_model": cfg.d_model,
-        "d_vocab": cfg.d_vocab,
-        "eps": cfg.eps,
-        "apply_residual_connection_post_layernorm": cfg.apply_residual_connection_post_layernorm,
-        "pretraining_tp": cfg.pretraining_tp,
-        "slow_but_exact": cfg.slow_but_exact,
-    }
-
-
-def _run_settings(
-    bridge: TransformerBridge, batch_size: int, threads: int, padding_side: str, stop: int | None
-) -> dict[str, Json]:
-    device = bridge.device
-    settings: dict[str, Json] = {
-        "batch_size": batch_size,
-        "padding_side": padding_side,
-        "stop_at_layer": stop,
-        "threads": threads,
-        "attention": "float64 eager" if bridge.dtype is torch.float64 else "eager",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "torch_build": f"{torch.__version__} {torch.version.git_version}",
-        "matmul_precision": torch.get_float32_matmul_precision(),
-        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
-    }
-    return settings
-
-
-def _versions() -> dict[str, Json]:
-    return {"pellucid": pellucid.__version__, "torch": torch.__version__, "transformers": version("transformers")}
-
-
-def _refuse_writers(bridge: TransformerBridge) -> None:
-    """Refuse a model whose numbers are not its weights' alone."""
-    if bridge.training or bridge.hf_model.training:
-        raise InputError("The model is in training mode, where dropout is random: call bridge.eval() first.")
-    hooked = [point.name for point in bridge.hook_points() if point.has_hooks()]
-    torch_hooked = [
-        name for name, module in bridge.hf_model.named_modules() if module._forward_hooks or module._forward_pre_hooks
-    ]
-    if hooked or torch_hooked:
-        raise InputError(
-            f"A function is hooked on {(hooked + torch_hooked)[0]}: what it does is not part of a job, so a resumed one "
-            "could store other numbers. Take it off (bridge.reset_hooks(including_permanent=True)) before harvesting."
-        )
 
 
 def _chosen_hooks(bridge: TransformerBridge, hooks: NamesFilter) -> list[HookSpec]:

@@ -38,14 +38,14 @@ METADATA_KEY = "pellucid"
 """The one metadata key of our safetensors files, a JSON object."""
 
 DTYPES: Mapping[str, torch.dtype] = {
+    "I64": torch.int64,
     "F64": torch.float64,
     "F32": torch.float32,
+    "I32": torch.int32,
     "BF16": torch.bfloat16,
     "F16": torch.float16,
-    "I64": torch.int64,
-    "I32": torch.int32,
 }
-"""What safetensors calls the types that we store."""
+"""What safetensors calls the types that we store, in the order in which its library puts them into a file."""
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _VIEWS: Mapping[str, str] = {"F64": "<f8", "F32": "<f4", "BF16": "<u2", "F16": "<f2", "I64": "<i8", "I32": "<i4"}
@@ -96,8 +96,9 @@ def safetensors_chunks(tensors: Mapping[str, Tensor], about: Mapping[str, Json])
     """
     if sys.byteorder != "little":
         raise StoreError("Shards are little-endian files, and this machine is not: run the job on another.")
-    # The library's own order: wide types first, then by name, so that every tensor lies at a multiple of its width.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    # The library's own order: wide types first, so that every tensor lies at a multiple of its width, then by name.
+    order = list(DTYPES.values())
+    names = sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name))
     described: dict[str, Json] = {
         "__metadata__": {METADATA_KEY: json.dumps(about, sort_keys=True, separators=(",", ":"), ensure_ascii=False)}
     }

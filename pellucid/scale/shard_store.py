@@ -15,11 +15,10 @@ write the same bytes. A shard is done when its record is there and its files hav
 
 from __future__ import annotations
 
-import json
 import queue
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,27 +27,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pellucid.errors import InputError, OtherJobError, StoreError
+from pellucid.errors import InputError, StoreError
 from pellucid.names import nearest
+from pellucid.scale.job_folder import (
+    JOB_FILE,
+    MANIFEST_FILE,
+    JobFolder,
+    Shard,
+    ShardRecord,
+    open_job,
+    read_document,
+    shards_of,
+)
 from pellucid.scale.shard_files import (
     DTYPES,
-    FileRecord,
     Json,
-    hash_file,
     json_errors,
-    read_header,
-    remove_abandoned_parts,
     safetensors_chunks,
     sha256_of_json,
     sync_folder,
     to_json,
-    write_new,
     write_whole,
 )
 
 FORMAT = "pellucid activations"
 FORMAT_VERSION = 1
-JOB_FILE, MANIFEST_FILE = "job.json", "manifest.json"
 ROWS = "rows"
 """The file beside the hooks': what each row is."""
 
@@ -97,16 +100,6 @@ class StoredHook:
     def row_bytes(self) -> int:
         """Bytes of a row."""
         return self.width * DTYPES[self.dtype].itemsize
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Which sequences a shard holds: those of one label, ``first`` up to, not including, ``stop``."""
-
-    index: int
-    label: str
-    first: int
-    stop: int
 
 
 @dataclass(frozen=True)
@@ -164,11 +157,7 @@ class StoreJob:
     @cached_property
     def shards(self) -> tuple[Shard, ...]:
         """Every shard, label by label."""
-        found: list[Shard] = []
-        for label, count in self.labels.items():
-            for first in range(0, count, self.sequences_per_shard):
-                found.append(Shard(len(found), label, first, min(count, first + self.sequences_per_shard)))
-        return tuple(found)
+        return shards_of(self.labels, self.sequences_per_shard)
 
     @property
     def row_bytes(self) -> int:
@@ -237,75 +226,11 @@ def job_of_json(document: Mapping[str, Any]) -> StoreJob:
     return job
 
 
-def differences(found: StoreJob, asked: StoreJob) -> list[str]:
-    """What differs between two jobs, each thing with both values: ``run.threads 1 (asked for: 2)``."""
-    before, after = _flat("", found.identity()), _flat("", asked.identity())
-    missing = "nothing"
-    return [
-        f"{key.removeprefix('settings.')} {_short(before.get(key, missing))} (asked for: {_short(after.get(key, missing))})"
-        for key in dict.fromkeys([*before, *after])
-        if before.get(key, missing) != after.get(key, missing)
-    ]
-
-
-def _flat(prefix: str, value: Json) -> dict[str, Json]:
-    if isinstance(value, Mapping):
-        return {
-            inner: leaf
-            for key, entry in value.items()
-            for inner, leaf in _flat(f"{prefix}.{key}" if prefix else str(key), entry).items()
-        }
-    return {prefix: value}
-
-
-def _short(value: Json) -> str:
-    if isinstance(value, list) and all(isinstance(entry, Mapping) and "name" in entry for entry in value):
-        value = [f"{entry['name']} ({entry.get('dtype')})" for entry in value]
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 200 else text[:197] + "..."
-
-
 # -- the folder --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class ShardRecord:
-    """What a shard's files have to be.
-
-    Attributes:
-        shard: its number.
-        rows: how many it has.
-        files: length and checksum by hook, and of :data:`ROWS`.
-    """
-
-    shard: int
-    rows: int
-    files: Mapping[str, FileRecord]
-
-    def to_json(self) -> dict[str, Json]:
-        """As it stands in the record and in the manifest."""
-        return {
-            "shard": self.shard,
-            "rows": self.rows,
-            "files": {name: {"bytes": file.bytes, "sha256": file.sha256} for name, file in self.files.items()},
-        }
-
-
-def record_of_json(document: Mapping[str, Any], job: StoreJob) -> ShardRecord:
-    """The inverse of :meth:`ShardRecord.to_json`.
-
-    Raises:
-        KeyError, TypeError, ValueError, AttributeError: it is no such document, or not one of this job.
-    """
-    files = {name: FileRecord(int(file["bytes"]), str(file["sha256"])) for name, file in document["files"].items()}
-    record = ShardRecord(int(document["shard"]), int(document["rows"]), files)
-    if not 0 <= record.shard < len(job.shards) or set(files) != {ROWS, *(hook.name for hook in job.hooks)}:
-        raise ValueError("it names a shard or files that the job does not have")
-    return record
-
-
-class StoreFolder:
-    """A folder that shards are written to. File names come from the job, never from a file in the folder.
+class StoreFolder(JobFolder):
+    """A folder that activations are written to.
 
     Args:
         path: the folder.
@@ -313,99 +238,14 @@ class StoreFolder:
     """
 
     def __init__(self, path: Path, job: StoreJob) -> None:
-        self.path = path
+        super().__init__(path, job.sha256, len(job.shards), (*(hook.name for hook in job.hooks), ROWS))
         self.job = job
 
     @classmethod
-    def open(cls, path: Path, job: StoreJob) -> StoreFolder:
-        """Begin a job in a folder, or go on with the same one.
-
-        Raises:
-            OtherJobError: the folder holds another job, with what differs; or files of someone else's.
-            InputError: it is a file.
-            StorageFullError: there is no space.
-            StoreError: ``job.json`` is damaged.
-        """
-        if path.exists() and not path.is_dir():
-            raise InputError(f"{path} is not a folder: give another folder to write to.")
-        path.mkdir(parents=True, exist_ok=True)
-        job_file = path / JOB_FILE
-        if not job_file.exists():
-            strange = sorted(entry.name for entry in path.iterdir() if not _is_ours(entry.name))
-            if strange:
-                raise OtherJobError(
-                    f"{path} holds files that are no shards ({', '.join(strange[:3])}{', ...' * (len(strange) > 3)}): give "
-                    "an empty folder, or one where this job was begun."
-                )
-            write_new(job_file, to_json(job.document()))
-        found = read_job(path)
-        different = differences(found, job)
-        if different:
-            raise OtherJobError(
-                f"{path} was begun by another job, and shards of two jobs do not mix. It has "
-                + "; ".join(different)
-                + ". Give the settings it was begun with, or another folder."
-            )
-        remove_abandoned_parts(path)
-        return cls(path, found)
-
-    def file(self, shard: int, name: str) -> Path:
-        """The file of one hook, or of :data:`ROWS`."""
-        return self.path / f"{shard:05d}.{name}.safetensors"
-
-    def record_file(self, shard: int) -> Path:
-        """The record that says a shard is done."""
-        return self.path / f"{shard:05d}.json"
-
-    def read_record(self, shard: int) -> ShardRecord:
-        """What a shard's files have to be.
-
-        Raises:
-            StoreError: there is no record, or it is damaged.
-        """
-        path = self.record_file(shard)
-        with json_errors(path):
-            document = json.loads(path.read_text("utf-8"))
-            if document["job_sha256"] != self.job.sha256 or document["shard"]["shard"] != shard:
-                raise StoreError(f"{path} is of another job or shard: it was put here by hand.")
-            return record_of_json(document["shard"], self.job)
-
-    def damage(self, shard: int, record: ShardRecord, *, contents: bool = True) -> str | None:
-        """What is wrong with a shard's files, naming the file; ``None`` if nothing is.
-
-        Args:
-            shard: its number.
-            record: what its files have to be.
-            contents: check every byte; otherwise lengths and headers only.
-        """
-        for name, expected in record.files.items():
-            path = self.file(shard, name)
-            try:
-                size = path.stat().st_size
-                if size != expected.bytes:
-                    return (
-                        f"shard {shard} is damaged: {path.name} has {size:,} bytes and should have {expected.bytes:,}"
-                    )
-                if contents and hash_file(path) != expected:
-                    return f"shard {shard} is damaged: {path.name} does not have its checksum"
-                read_header(path)
-            except FileNotFoundError:
-                return f"shard {shard} is incomplete: {path.name} is missing"
-            except StoreError as error:
-                return f"shard {shard} is damaged: {error}"
-        return None
-
-    def is_done(self, shard: int) -> bool:
-        """Whether a shard is there and every byte of it is right."""
-        try:
-            record = self.read_record(shard)
-        except StoreError:
-            return False
-        return self.damage(shard, record) is None
-
-    def unfinished(self, shards: Sequence[Shard]) -> Iterator[Shard]:
-        """Those that are missing or damaged; each is looked at when it is its turn."""
-        return (shard for shard in shards if not self.is_done(shard.index))
+    def begin(cls, path: Path, job: StoreJob) -> StoreFolder:
+        """Begin a job in a folder, or go on with the same one; see :func:`~pellucid.scale.job_folder.open_job`."""
+        open_job(path, job.document())
+        return cls(path, job)
 
     def write_shard(self, shard: Shard, tensors: Mapping[str, Tensor], columns: Mapping[str, Tensor]) -> ShardRecord:
         """Write a shard's files, then its record.
@@ -436,12 +276,7 @@ class StoreFolder:
         chunks = list(safetensors_chunks(columns, about))
         size = sum(column.nbytes for column in columns.values())
         files[ROWS] = write_whole(self.file(shard.index, ROWS), chunks, what=what, size=size)
-        sync_folder(self.path)
-        record = ShardRecord(shard.index, rows, files)
-        text = to_json({"job_sha256": self.job.sha256, "shard": record.to_json()}).encode()
-        write_whole(self.record_file(shard.index), [text], what=what, size=len(text))
-        sync_folder(self.path)
-        return record
+        return self.write_record(ShardRecord(shard.index, rows, files))
 
     def _refuse_overflow(self, shard: Shard, tensors: Mapping[str, Tensor]) -> None:
         """Half precision ends at 65,504, and what is above became infinite when it was cast."""
@@ -464,7 +299,7 @@ class StoreFolder:
                 record = self.read_record(shard.index)
             except StoreError:
                 return False
-            if self.damage(shard.index, record, contents=False) is not None:
+            if self.damage(record, contents=False) is not None:
                 return False
             records.append(record.to_json())
         rows = sum(int(str(record["rows"])) for record in records)
@@ -481,11 +316,7 @@ def read_job(path: Path) -> StoreJob:
         StoreError: there is none, or it is damaged.
     """
     with json_errors(path / JOB_FILE):
-        return job_of_json(json.loads((path / JOB_FILE).read_text("utf-8")))
-
-
-def _is_ours(name: str) -> bool:
-    return bool(re.fullmatch(r"\d{5,}\..*|\..*\.part", name)) or name in (JOB_FILE, MANIFEST_FILE)
+        return job_of_json(read_document(path))
 
 
 # -- writing while computing -------------------------------------------------------------------------------------------

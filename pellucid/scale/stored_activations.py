@@ -20,20 +20,16 @@ from torch import Tensor
 
 from pellucid.errors import InputError, StoreError
 from pellucid.names import nearest
+from pellucid.scale.job_folder import JOB_FILE, MANIFEST_FILE, ShardRecord, record_of_json
 from pellucid.scale.shard_files import DTYPES, Json, TensorPlace, as_tensor, json_errors, map_tensor, read_header
 from pellucid.scale.shard_store import (
     COLUMNS,
-    JOB_FILE,
-    MANIFEST_FILE,
     ROWS,
-    Shard,
-    ShardRecord,
     StoredHook,
     StoreFolder,
     StoreJob,
     job_of_json,
     read_job,
-    record_of_json,
 )
 
 if TYPE_CHECKING:
@@ -105,8 +101,8 @@ class StoredActivations:
         self._records = [records[shard.index] for shard in self._shards]
         self._unchecked = set(range(len(self._shards))) if check_contents else set()
         self._maps: dict[tuple[int, str], NDArray[np.generic]] = {}
-        for shard, record in zip(self._shards, self._records, strict=True):
-            damage = self._folder.damage(shard.index, record, contents=False)
+        for record in self._records:
+            damage = self._folder.damage(record, contents=False)
             if damage is not None:
                 raise StoreError(f"{self.path}: {damage}. {_REMEDY}")
         self._ends = np.cumsum([record.rows for record in self._records])
@@ -151,11 +147,7 @@ class StoredActivations:
         Raises:
             StoreError: every damaged shard, by name.
         """
-        damaged = [
-            damage
-            for shard, record in zip(self._shards, self._records, strict=True)
-            if (damage := self._folder.damage(shard.index, record)) is not None
-        ]
+        damaged = [damage for record in self._records if (damage := self._folder.damage(record)) is not None]
         if damaged:
             raise StoreError(f"{self.path}: {'; '.join(damaged)}. {_REMEDY}")
         self._unchecked.clear()
@@ -208,7 +200,7 @@ class StoredActivations:
     def _array(self, index: int, file: str, name: str) -> NDArray[np.generic]:
         self._refuse_shard(index)
         if index in self._unchecked:
-            damage = self._folder.damage(self._shards[index].index, self._records[index])
+            damage = self._folder.damage(self._records[index])
             if damage is not None:
                 raise StoreError(f"{self.path}: {damage}. {_REMEDY}")
             self._unchecked.discard(index)
@@ -368,14 +360,11 @@ def _read_manifest(path: Path) -> tuple[StoreJob, dict[int, ShardRecord]]:
     with json_errors(manifest):
         document = json.loads(manifest.read_text("utf-8"))
         job = job_of_json(document)
-        records = {record.shard: record for record in (record_of_json(entry, job) for entry in document["shards"])}
+        folder = StoreFolder(path, job)
+        found = [record_of_json(entry, folder.n_shards, folder.names) for entry in document["shards"]]
+        records = {record.shard: record for record in found}
         if set(records) != set(range(len(job.shards))):
             raise StoreError(f"{manifest} lists other shards than the job has. {_REMEDY}")
         if sum(record.rows for record in records.values()) != document["rows"]:
             raise StoreError(f"{manifest} is damaged: its rows do not add up. {_REMEDY}")
     return job, records
-
-
-def describe_shard(shard: Shard) -> str:
-    """``shard 3 (en, sequences 96 to 127)``."""
-    return f"shard {shard.index} ({shard.label}, sequences {shard.first} to {shard.stop - 1})"
