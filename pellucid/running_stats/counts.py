@@ -17,6 +17,10 @@ EXACT_IN_FLOAT32 = 2**24
 """Integers up to here are float32 numbers, so sums of so many zeros and ones are exact in any order."""
 
 
+BLOCK = 2**17
+"""Numbers that are compared and summed at a time."""
+
+
 class CountPositive(Statistic):
     """How many real tokens have a value above ``threshold``; a NaN is not above anything.
 
@@ -50,16 +54,20 @@ class CountPositive(Statistic):
         self._counts = torch.zeros(self._width, dtype=torch.int64, device=device)
 
     def _add(self, values: Tensor, mask: Tensor | None, places: Places | None) -> None:
-        for begin in range(0, values.shape[0], EXACT_IN_FLOAT32):
-            part = values[begin : begin + EXACT_IN_FLOAT32]
-            # Ones and zeros as float32, summed by a matrix product: an eighth of the time of summing booleans.
-            above = self.workspace.take(part.shape, torch.float32, part.device)
-            torch.gt(part, self.threshold, out=above)
-            if mask is None:
-                weights = torch.ones(part.shape[0], device=part.device)
-            else:
-                weights = mask[begin : begin + EXACT_IN_FLOAT32].float()
-            self._counts += (weights @ above).long()
+        # Ones and zeros as float32, summed by a matrix product in blocks that stay in the processor's cache: a sixth of the
+        # time of summing booleans.
+        weights = torch.ones(len(values), device=values.device) if mask is None else mask.float()
+        block = max(1, BLOCK // self._width)
+        above = self.workspace.take((min(block, len(values)), self._width), torch.float32, values.device)
+        for first in range(0, len(values), EXACT_IN_FLOAT32):
+            last = min(first + EXACT_IN_FLOAT32, len(values))
+            found = torch.zeros(self._width, device=values.device)
+            for begin in range(first, last, block):
+                end = min(begin + block, last)
+                ones = above[: end - begin]
+                torch.gt(values[begin:end], self.threshold, out=ones)
+                found.addmv_(ones.T, weights[begin:end])
+            self._counts += found.long()
 
     def _merge(self, other: Self) -> None:
         self._counts += other._counts.to(self._counts.device)

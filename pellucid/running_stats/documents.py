@@ -97,7 +97,7 @@ class AveragePrecision(Statistic):
             zeros = torch.zeros(count, values.shape[1], dtype=values.dtype, device=values.device)
             return zeros.index_add_(0, where, values)
         low = torch.full((count, values.shape[1]), -torch.inf, dtype=values.dtype, device=values.device)
-        return low.index_reduce_(0, where, values, "amax")
+        return low.scatter_reduce_(0, where[:, None].expand_as(values), values, "amax")
 
     def _joined(self) -> tuple[Tensor, Tensor, Tensor]:
         """Numbers, token counts and sums (or maxima) of all documents; one whose rows lie in two batches is put together."""
