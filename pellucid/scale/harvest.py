@@ -23,7 +23,7 @@ from pellucid.corpora import Corpus, CorpusBatch
 from pellucid.errors import CorpusError, InputError, StorageFullError
 from pellucid.model_bridge.hooked_model import runs_through
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
-from pellucid.names import HookSpec, NamesFilter
+from pellucid.names import HookIndex, HookSpec, NamesFilter
 from pellucid.progress import progress_bar
 from pellucid.scale.job_folder import Shard, ShardRecord
 from pellucid.scale.job_settings import refuse_writers, settings_of
@@ -317,13 +317,15 @@ def _take(values: Tensor, places: Tensor | None, target: Tensor) -> None:
 
 
 def _chosen_hooks(bridge: TransformerBridge, hooks: NamesFilter) -> list[HookSpec]:
-    """The points to store.
+    """The points to store, in firing order however they were asked for.
 
     Raises:
         InputError: one that has not one value a token.
     """
     cfg = bridge.cfg
-    chosen = [spec for spec, _ in bridge.adapter.hook_index().select(hooks, cfg.flags, argument="hooks")]
+    index: HookIndex = bridge.adapter.hook_index()
+    names = {spec.name for spec, _ in index.select(hooks, cfg.flags, argument="hooks")}
+    chosen = [index[name] for name in index if name in names]
     unfit = [
         spec for spec in chosen if spec.axes[:2] != ("batch", "pos") or "key_pos" in spec.axes or spec.kind == "int"
     ]

@@ -241,7 +241,7 @@ class StoredActivations:
             InputError: no such row or hook.
             StoreError: a shard they are in is damaged.
         """
-        wanted = torch.as_tensor(numbers)
+        wanted = torch.as_tensor(numbers) if len(numbers) else torch.empty(0, dtype=torch.int64)
         if wanted.dim() != 1 or wanted.is_floating_point() or wanted.dtype == torch.bool:
             raise InputError(f"Rows are asked for by a list of numbers; found {wanted.dtype} of {wanted.dim()} axes.")
         places = wanted.long().numpy()
@@ -329,6 +329,7 @@ class StoredActivations:
         order = np.arange(self.n_shards) if generator is None else generator.permutation(self.n_shards)
         waiting = np.empty(0, dtype=np.int64)
         for first in range(0, self.n_shards, shards_mixed):
+            self._maps.clear()  # pages of shards that are through are no longer this process's
             group = order[first : first + shards_mixed]
             numbers = np.concatenate([waiting, *(np.arange(begins[index], begins[index + 1]) for index in group)])
             if generator is not None:

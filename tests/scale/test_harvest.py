@@ -159,6 +159,10 @@ def test_any_number_of_workers_makes_the_same_folder(count: int, done: Path, tmp
     assert contents(tmp_path / "x") == contents(done)
 
 
+def test_the_order_in_which_hooks_are_named_decides_nothing(done: Path) -> None:
+    assert run(done, hooks=[*reversed(HOOKS), HOOKS[0]]).written == 0
+
+
 def test_shards_one_by_one_in_any_order_make_the_same_folder(done: Path, tmp_path: Path) -> None:
     harvester = Harvester(
         make_bridge(), packed(), HOOKS, tmp_path / "x", batch_size=BATCH, batches_per_shard=SHARD, progress=False
