@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from pellucid.corpora import Corpus, CorpusBatch
+from pellucid.corpora import Corpus, CorpusBatch, LabelCount
 from pellucid.errors import HookValueError, InputError, OtherJobError
 from pellucid.hook_points import HookPoint, LensHandle, describe_function
 from pellucid.model_bridge.collected import Collected, Hook, describe_request, read_collected, write_collected
@@ -115,7 +115,7 @@ class CollectingModel(RunnableModel):
             batch_size, labels=chosen, start_row=start_row, stop_row=stop_row, padding_side=padding_side
         )
         counts = corpus.index(chosen, progress)
-        total = None if start_row or stop_row is not None else sum(count.tokens for count in counts.values())
+        total = sum(_share(count, start_row, stop_row) for count in counts.values())
         state = Collected.empty(hooks, chosen)
         store = None
         if checkpoint is not None:
@@ -135,8 +135,9 @@ class CollectingModel(RunnableModel):
         ):
             bar.update(sum(state.n_tokens.values()))
             self._pass(state, batches, bar, store, interrupted)
-        if store is not None:
-            store.write(state)
+            if store is not None:
+                store.write(state)
+                interrupted.raise_if_set(store.path)
         return state
 
     def _pass(
@@ -168,8 +169,7 @@ class CollectingModel(RunnableModel):
                 bar.update(batch.n_tokens)
                 if store is not None and (interrupted.is_set or store.is_due()):
                     store.write(state)
-                    if interrupted.is_set:
-                        raise KeyboardInterrupt(f"the state is in {store.path}; the same call goes on from there")
+                    interrupted.raise_if_set(store.path)
 
     def _batch_input(self, batch: CorpusBatch, stop: int | None) -> Prepared:
         mask = batch.attention_mask.long() if batch.is_padded else None
@@ -297,6 +297,11 @@ class _Flag:
     def __init__(self) -> None:
         self.is_set = False
 
+    def raise_if_set(self, path: Path) -> None:
+        """Interrupt now that the state is written."""
+        if self.is_set:
+            raise KeyboardInterrupt(f"the state is in {path}; the same call goes on from there")
+
 
 @contextmanager
 def _deferred_interrupt(wanted: bool) -> Iterator[_Flag]:
@@ -317,6 +322,12 @@ def _deferred_interrupt(wanted: bool) -> Iterator[_Flag]:
         yield flag
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+def _share(count: LabelCount, start: int, stop: int | None) -> int:
+    """Tokens of rows ``[start, stop)``, as if all rows were equally long: what the bar counts up to."""
+    last = count.rows if stop is None else min(stop, count.rows)
+    return max(0, last - start) * count.tokens // count.rows
 
 
 def _stop_after(specs: Sequence[HookSpec], n_layers: int) -> int | None:

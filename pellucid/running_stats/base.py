@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -245,9 +246,7 @@ def save_statistics(path: Path, statistics: Mapping[str, Statistic], extra: Mapp
 
     Written beside it, synced and put in its place, so that a file is whole or as it was before.
     """
-    import os
-
-    from safetensors.torch import save
+    from safetensors.torch import save_file
 
     tensors, described = {}, {}
     for key, statistic in statistics.items():
@@ -256,12 +255,10 @@ def save_statistics(path: Path, statistics: Mapping[str, Statistic], extra: Mapp
             tensors[f"{key}|{name}"] = tensor.detach().cpu().contiguous()
     # One key: several are written in an order that differs between processes.
     text = json.dumps({"statistics": described, "extra": extra}, sort_keys=True)
-    data = save(tensors, metadata={METADATA: text})
     waiting = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with waiting.open("wb") as file:
-            file.write(data)
-            file.flush()
+        save_file(tensors, waiting, metadata={METADATA: text})
+        with waiting.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(waiting, path)
     finally:
