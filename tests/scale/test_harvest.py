@@ -176,13 +176,23 @@ def test_shards_one_by_one_in_any_order_make_the_same_folder(done: Path, tmp_pat
         harvester.harvest_shard(n_shards)
 
 
-def test_the_launchers_thread_count_does_not_reach_the_bytes(done: Path, tmp_path: Path) -> None:
+def test_the_launchers_thread_count_does_not_reach_the_bytes(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_batch, seen = Harvester._run_batch, set()
+
+    def note(self: Harvester, *arguments: Any) -> None:
+        seen.add(torch.get_num_threads())
+        run_batch(self, *arguments)
+
+    monkeypatch.setattr(Harvester, "_run_batch", note)
     try:
         torch.set_num_threads(2)
         run(tmp_path / "x")
         assert torch.get_num_threads() == 2  # as it was found
     finally:
         torch.set_num_threads(1)
+    assert seen == {1}
     assert contents(tmp_path / "x") == contents(done)
 
 
