@@ -20,6 +20,7 @@ that code which catches ``KeyError`` or ``ValueError`` goes on working::
     ├── OtherJobError          (ValueError)    a folder that holds the work of another job
     ├── StoreError             (ValueError)    stored activations that are unfinished, missing or damaged
     ├── StorageFullError       (OSError)       no space left for what has to be written
+    ├── MissingExtraError      (ImportError)   a package of an extra that is not installed
     └── NotSetUpError          (RuntimeError)  a component used before ``set_original_component``
 
     PellucidWarning (UserWarning)              something the user should know and may silence
@@ -94,6 +95,10 @@ class StoreError(PellucidError, ValueError):
 
 class StorageFullError(PellucidError, OSError):
     """No space is left for what has to be written, with what it needs; what was written before is whole."""
+
+
+class MissingExtraError(PellucidError, ImportError):
+    """Something was asked for that needs a package of one of Pellucid's extras, and it is not installed."""
 
 
 class NotSetUpError(PellucidError, RuntimeError):

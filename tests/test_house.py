@@ -26,7 +26,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("axes", "names", "progress", "token_text"),
+    ("axes", "files", "names", "progress", "token_text"),
     ("config", "run_context", "factored_matrix", "running_stats.*", "corpora.*", "conversion_utils.*"),
     ("hook_points", "activation_cache", "weight_processing"),
     ("model_bridge.generalized_components.*",),
@@ -56,7 +56,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("model_bridge.weight_state", "model_bridge.running"),
     ("model_bridge.collecting",),
     ("model_bridge.transformer_bridge",),
-    ("", "model_bridge", "sweep"),
+    ("", "model_bridge", "sweep.*"),
     ("analysis.*", "demo.*", "patching", "scale.*"),
     ("plots.*", "report.*"),
     ("cli.*",),

@@ -211,7 +211,8 @@ def test_quantiles_of_many_values_on_the_edges_of_bins(error: float) -> None:
     values[len(edges) : 2 * len(edges)] = torch.nextafter(values[: len(edges)], torch.tensor(torch.inf))
     values[2 * len(edges) :] = torch.nextafter(values[: len(edges)], torch.tensor(0.0))
     values = values[(values >= 1e-3) & (values <= 1e3)]
-    sketch.update(values.reshape(1, 1, -1))  # each a feature of its own
+    # Each a feature of its own, between two others: a sole value would be known exactly, as minimum and maximum.
+    sketch.update(torch.stack([torch.full_like(values, 1e-3), values, torch.full_like(values, 1e3)])[None])
     assert ((sketch.result()[:, 0] - values.double()).abs() <= error * values.double()).all()
 
 

@@ -11,11 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 import pellucid
-from pellucid.cli.files import refuse_out, whole_file
+from pellucid.cli.files import refuse_out
 from pellucid.cli.models import commit_of, open_bridge, read_hook_index
 from pellucid.cli.options import Format, ModelChoice
 from pellucid.cli.output import Json, results, table, to_json, write_json
 from pellucid.errors import InputError
+from pellucid.files import whole_file
 from pellucid.model_bridge.self_check import CheckReport, CheckResult
 
 MOVES = "moves the logits"

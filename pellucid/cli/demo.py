@@ -14,13 +14,14 @@ from rich.text import Text
 from safetensors.torch import save_file
 
 import pellucid
-from pellucid.cli.files import METADATA_KEY, refuse_out, whole_file
+from pellucid.cli.files import METADATA_KEY, refuse_out
 from pellucid.cli.models import open_bridge
 from pellucid.cli.options import DEMO, Format, ModelChoice
 from pellucid.cli.output import results, table, to_json, write_json
 from pellucid.demo.picture import HeatMap, heat_maps_svg
 from pellucid.demo.prompts import LANGUAGES
 from pellucid.demo.story import LENGTH, ROWS, Grid, Head, Story, tell_story
+from pellucid.files import whole_file
 
 JSON_FILE, ARRAYS_FILE, PICTURE_FILE = "demo.json", "demo.safetensors", "induction.svg"
 TEXT_WIDTH = 96

@@ -1,11 +1,8 @@
-"""Files a command makes: never over an existing one unasked, and whole or not at all."""
+"""Files a command makes: never over an existing one unasked."""
 
 from __future__ import annotations
 
 import os
-import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from pellucid.errors import InputError
@@ -28,17 +25,3 @@ def refuse_out(path: Path, force: bool) -> None:
         raise InputError(f"There is no folder {path.parent}: make it first, or give another --out.")
     if not os.access(path.parent, os.W_OK):
         raise InputError(f"The folder {path.parent} cannot be written: give another --out.")
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` to write to, which takes its place if the block ends well and is removed if not."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        draft.touch()
-        mode = stat.S_IMODE(draft.stat().st_mode)  # safetensors makes files that only their owner may read
-        yield draft
-        draft.chmod(mode)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)

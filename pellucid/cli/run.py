@@ -18,12 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import pellucid
-from pellucid.cli.files import METADATA_KEY, refuse_out, whole_file
+from pellucid.cli.files import METADATA_KEY, refuse_out
 from pellucid.cli.models import commit_of, open_bridge, read_hook_index
 from pellucid.cli.options import Format, ModelChoice
 from pellucid.cli.output import Json, results, table, write_json
 from pellucid.demo.predictions import Prediction, next_tokens
 from pellucid.errors import HookDisabledError, InputError
+from pellucid.files import whole_file
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.names import Flag, HookIndex, HookSpec
 from pellucid.token_text import token_labels

@@ -17,7 +17,7 @@ from pellucid.hook_points import Direction, Directions, HookFunction, HookPoint,
 from pellucid.model_bridge.generalized_components import GeneralizedComponent
 from pellucid.model_bridge.mounting import ComponentTree
 from pellucid.names import Flag, HookSpec, NamesFilter
-from pellucid.run_context import Scope, close_scope, open_scope
+from pellucid.run_context import Scope, acts, close_scope, open_scope
 
 HookRequest: TypeAlias = tuple[NamesFilter, HookFunction]
 """``(name, glob, list or predicate, function)``."""
@@ -136,6 +136,16 @@ class HookedModel(nn.Module):
         self.reset_hooks(including_permanent=True)
         return self.original_model
 
+    @contextmanager
+    def mounted_attention(self) -> Iterator[None]:
+        """Let the bridge's own attention run in every layer, hooked or not, for the length of a ``with`` block."""
+        with self._tree.mounted(self._tree.attentions()):
+            yield
+
+    def has_torch_hooks(self) -> bool:
+        """Whether somebody has put torch hooks of their own on the model."""
+        return self._tree.has_torch_hooks()
+
     # -- opt-in points -------------------------------------------------------------------------------------------------
 
     def set_use_attn_result(self, use_attn_result: bool) -> None:
@@ -188,6 +198,10 @@ class HookedModel(nn.Module):
     def hook_points(self) -> list[HookPoint]:
         """Every hook point, in firing order."""
         return list(self.hook_dict.values())
+
+    def live_hooks(self) -> list[LensHandle]:
+        """Functions attached to any point that act in this thread or task now."""
+        return [handle for handle in self._tree.handles() if acts(handle.scope)]
 
     def get_hook_point(self, name: str) -> HookPoint:
         """The hook point called ``name``.

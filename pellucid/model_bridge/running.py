@@ -141,6 +141,23 @@ class RunnableModel(HookedModel):
         if isinstance(error, IndexError) and tokens is not None:
             self._rules.check_range(tokens)
 
+    def check_input(
+        self,
+        input: TextOrTokens,
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Prepared:
+        """Token ids and mask of an input as :meth:`forward` would run it, without running it.
+
+        Raises:
+            InputError: it cannot be run.
+        """
+        prepared = self._prepare(input, prepend_bos, padding_side, attention_mask)
+        assert prepared.tokens is not None
+        self._rules.check_range(prepared.tokens)
+        return prepared
+
     def _prepare(
         self,
         input: TextOrTokens,

@@ -15,6 +15,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from pellucid.errors import InputError
+from pellucid.files import whole_file
 
 
 @dataclass(frozen=True)
@@ -255,14 +256,10 @@ def save_statistics(path: Path, statistics: Mapping[str, Statistic], extra: Mapp
             tensors[f"{key}|{name}"] = tensor.detach().cpu().contiguous()
     # One key: several are written in an order that differs between processes.
     text = json.dumps({"statistics": described, "extra": extra}, sort_keys=True)
-    waiting = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        save_file(tensors, waiting, metadata={METADATA: text})
-        with waiting.open("rb+") as file:
+    with whole_file(path) as draft:
+        save_file(tensors, draft, metadata={METADATA: text})
+        with draft.open("rb+") as file:
             os.fsync(file.fileno())
-        os.replace(waiting, path)
-    finally:
-        waiting.unlink(missing_ok=True)
 
 
 def load_statistics(path: Path) -> tuple[dict[str, Statistic], dict[str, Any]]:

@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Callable
 from typing import Any
 
-from pellucid.errors import InputError
+from pellucid.errors import InputError, MissingExtraError
 from pellucid.progress import progress_bar
 from pellucid.scale.harvest import Harvester, HarvestReport
 
@@ -43,7 +43,8 @@ def harvest_on_ray(
         progress: show a bar; ``None`` shows it on a terminal only.
 
     Raises:
-        InputError: Ray is not installed, or fewer than one task.
+        InputError: fewer than one task.
+        MissingExtraError: Ray is not installed.
         PellucidError: what a task raised.
     """
     if tasks < 1:
@@ -51,7 +52,7 @@ def harvest_on_ray(
     try:
         import ray
     except ImportError:
-        raise InputError("This engine needs Ray: pip install 'pellucid[distributed]'.") from None
+        raise MissingExtraError("This engine needs Ray: pip install 'pellucid[distributed]'.") from None
     started = not ray.is_initialized()
     if started:
         # Its scheduler counts itself: with exactly as many CPUs as tasks, some would wait.

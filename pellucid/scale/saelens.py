@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pellucid.errors import InputError
+from pellucid.errors import InputError, MissingExtraError
 from pellucid.progress import progress_bar
 from pellucid.scale.shard_files import DTYPES
 from pellucid.scale.stored_activations import StoredActivations
@@ -53,7 +53,8 @@ def export_to_saelens(
         The number of data set rows, one for each sequence.
 
     Raises:
-        InputError: a padded corpus, a hook that is not stored, a folder that is not empty, or no ``datasets``.
+        InputError: a padded corpus, a hook that is not stored, a folder that is not empty.
+        MissingExtraError: no ``datasets``.
         StoreError: a damaged shard.
     """
     names = [hooks] if isinstance(hooks, str) else list(hooks)
@@ -72,7 +73,7 @@ def export_to_saelens(
         import datasets
         from datasets.arrow_writer import ArrowWriter
     except ImportError:
-        raise InputError("Exporting needs Hugging Face datasets: pip install 'pellucid[datasets]'.") from None
+        raise MissingExtraError("Exporting needs Hugging Face datasets: pip install 'pellucid[datasets]'.") from None
     context = store.job.length
     features: Any = datasets.Features(
         {

@@ -24,10 +24,10 @@ from pellucid.cli import models
 from pellucid.cli import run as run_module
 from pellucid.cli.app import app
 from pellucid.cli.check import ranges, summarise
-from pellucid.cli.files import whole_file
 from pellucid.cli.options import ModelChoice
 from pellucid.cli.output import to_json
 from pellucid.demo import MODEL_FOLDER
+from pellucid.files import whole_file
 from pellucid.model_bridge.self_check import CheckReport, CheckResult
 
 ROOT = Path(__file__).parents[2]

@@ -25,6 +25,7 @@ from pellucid.errors import InputError
 from pellucid.model_bridge.generalized_components.base import GeneralizedComponent
 from pellucid.model_bridge.generalized_components.bloom_mlp import sum_of_slices
 from pellucid.model_bridge.generalized_components.joint_qkv_attention import JointQKVAttentionBridge
+from pellucid.model_bridge.generalized_components.packed_rows import PackedRuns
 from pellucid.run_context import is_quiet
 
 
@@ -101,6 +102,8 @@ class BloomAttentionBridge(JointQKVAttentionBridge):
             _refuse_missing(hidden_states=hidden_states, residual=residual, alibi=alibi)
             raise AssertionError("unreachable")
         q, k, v = self.project(self.fire("hook_in", hidden_states))
+        if isinstance(layer_past, PackedRuns):
+            return self._attend_packed(q, k, v, residual, layer_past)
         keys, values = k.transpose(1, 2), v.transpose(1, 2)
         if layer_past is not None:
             keys, values = layer_past.update(keys, values, attention.layer_idx)
@@ -108,6 +111,39 @@ class BloomAttentionBridge(JointQKVAttentionBridge):
         contribution, pattern = self.attend(scores, values, q.dtype)
         output = residual + F.dropout(contribution, p=attention.hidden_dropout, training=attention.training)
         return self.fire("hook_out", output), pattern
+
+    def _attend_packed(
+        self, q: Tensor, k: Tensor, v: Tensor, residual: Tensor, packed: PackedRuns
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of a sweep's packed rows ``[1, row, ...]``, each run over its own keys and values.
+
+        Returns:
+            ``(output, z)``: the rows that are wanted, ``[1, row, d_model]``; there is no one pattern to give.
+        """
+        attention = self.module
+        z_parts, kept = [], []
+        for number, group in enumerate(packed.groups):
+            packed.current = number
+            here = slice(group.start, group.start + group.rows)
+            q_bnqh, k_bnqh, v_bnqh = (
+                part[0, here].unflatten(0, (group.runs, -1)).transpose(1, 2) for part in (q, k, v)
+            )
+            # The base run's keys and values, with the run's own in place of those it may change.
+            keys, values = packed.keys[group.base_rows], packed.values[group.base_rows]
+            keys[:, :, group.columns], values[:, :, group.columns] = k_bnqh, v_bnqh
+            columns, output = group.columns, residual[0, here].unflatten(0, (group.runs, -1))
+            if group.wanted is not None:
+                columns, output, q_bnqh = columns[group.wanted], output[:, group.wanted], q_bnqh[:, :, group.wanted]
+            mask = None if packed.mask is None else packed.mask[group.base_rows][:, :, columns]
+            scores = self.alibi_scores(q_bnqh, keys, packed.alibi[group.base_rows], mask)
+            z_parts.append(self.mix(self.fire_pattern(scores, q.dtype), values).flatten(0, 1))
+            kept.append(output.flatten(0, 1))
+        z = self.fire("hook_z", torch.cat(z_parts)[None])
+        contribution = self.project_out(z)
+        output = torch.cat(kept)[None] + F.dropout(
+            contribution, p=attention.hidden_dropout, training=attention.training
+        )
+        return self.fire("hook_out", output), z
 
     def alibi_scores(self, q_bnqh: Tensor, k_bnkh: Tensor, alibi: Tensor, attention_mask: Tensor | None) -> Tensor:
         """``alibi + q k^T / sqrt(d_head) + mask``, ``[batch, n_heads, pos, key_pos]``, in one fused product.

@@ -361,11 +361,15 @@ class JointQKVAttentionBridge(AttentionBridge):
 
     def attend(self, scores: Tensor, v_bnkh: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """From scores to the contribution and the pattern, hooks firing between the steps."""
-        pattern = self.pattern(self.fire("hook_attn_scores", scores), dtype)
-        # The softmax keeps its output for the backward pass: a hook that writes must not write there.
-        pattern = self.fire("hook_pattern", pattern, private=pattern.requires_grad)
+        pattern = self.fire_pattern(scores, dtype)
         z = self.fire("hook_z", self.mix(pattern, v_bnkh))
         return self.project_out(z), pattern
+
+    def fire_pattern(self, scores: Tensor, dtype: torch.dtype) -> Tensor:
+        """From scores to the pattern, both after their hooks."""
+        pattern = self.pattern(self.fire("hook_attn_scores", scores), dtype)
+        # The softmax keeps its output for the backward pass: a hook that writes must not write there.
+        return self.fire("hook_pattern", pattern, private=pattern.requires_grad)
 
     # -- weights -------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,23 @@
+"""Imported first of all here: without the packages of the extra ``plots`` it says how to get them."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from pellucid.errors import MissingExtraError
+
+
+def need(*packages: str) -> None:
+    """See that packages of the extra ``plots`` are installed.
+
+    Raises:
+        MissingExtraError: one is not.
+    """
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise MissingExtraError(
+            f"Pictures need {' and '.join(missing)}, which is not installed: pip install 'pellucid[plots]'"
+        )
+
+
+need("plotly")

@@ -1,0 +1,186 @@
+"""The base run of a sweep: computed once, and what of it every edit needs afterwards.
+
+Kept are the residual entering each layer (and leaving the last), each layer's keys and values, ALiBi and mask as Hugging
+Face made them, and the activations that edits change. All of it can come from a cache that the user already has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pellucid.activation_cache import ActivationCache
+from pellucid.errors import CacheKeyError, InputError
+from pellucid.model_bridge.running import Prepared
+from pellucid.model_bridge.transformer_bridge import TransformerBridge
+
+
+@dataclass(eq=False)
+class BaseRun:
+    """Activations of the unedited run.
+
+    Attributes:
+        tokens: ``[row, pos]``.
+        attention_mask: ``[row, pos]``, or ``None``.
+        residual: by layer, ``[row, pos, d_model]``: what enters it; under ``n_layers`` what leaves the last.
+        keys: by layer, ``[row, n_heads, key_pos, d_head]``.
+        values: by layer, the same.
+        alibi: ``[row, n_heads, 1, key_pos]``.
+        mask: additive, ``[row, 1, pos, key_pos]``, or ``None``.
+        sites: activations that edits change, by hook name.
+    """
+
+    tokens: Tensor
+    attention_mask: Tensor | None
+    residual: Mapping[int, Tensor]
+    keys: Mapping[int, Tensor]
+    values: Mapping[int, Tensor]
+    alibi: Tensor
+    mask: Tensor | None
+    sites: Mapping[str, Tensor]
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the batch."""
+        return self.tokens.shape[0]
+
+    @property
+    def length(self) -> int:
+        """Columns of the padded sequence."""
+        return self.tokens.shape[1]
+
+
+def needed_names(n_layers: int, first_layer: int, sites: Iterable[str]) -> list[str]:
+    """The hooks that a base run keeps for edits from ``first_layer`` on.
+
+    Args:
+        n_layers: layers of the model.
+        first_layer: the first layer that any edit enters; ``n_layers`` for none.
+        sites: hooks that edits change.
+    """
+    names = [f"blocks.{n_layers - 1}.hook_resid_post"]
+    for layer in range(max(first_layer, 0), n_layers):
+        names += [f"blocks.{layer}.hook_resid_pre", f"blocks.{layer}.attn.hook_k", f"blocks.{layer}.attn.hook_v"]
+    return list(dict.fromkeys([*names, *sites]))
+
+
+def base_bytes(bridge: TransformerBridge, rows: int, length: int, first_layer: int) -> int:
+    """Bytes of residuals, keys and values that a base run keeps, sites apart."""
+    layers = bridge.cfg.n_layers - max(first_layer, 0)
+    return (3 * layers + 1) * rows * length * bridge.cfg.d_model * bridge.dtype.itemsize
+
+
+def run_base(
+    bridge: TransformerBridge,
+    prepared: Prepared,
+    first_layer: int,
+    sites: Iterable[str],
+    given: Mapping[str, Tensor] | None = None,
+) -> BaseRun:
+    """Run the model once and keep what edits from ``first_layer`` on need.
+
+    Args:
+        bridge: the model.
+        prepared: its checked input.
+        first_layer: see :func:`needed_names`.
+        sites: hooks that edits change.
+        given: a cache of this very run, to take activations from in place of running.
+
+    Raises:
+        CacheKeyError: ``given`` did not keep what is needed.
+        InputError: ``given`` is of a run of another size or of other tokens.
+    """
+    tokens = prepared.tokens
+    assert tokens is not None
+    names = needed_names(bridge.cfg.n_layers, first_layer, sites)
+    arguments = _block_arguments(bridge, prepared)
+    cache: dict[str, Tensor]
+    if given is None:
+        cache = _run(bridge, prepared, names)
+    else:
+        _check_given(given, names, tokens)
+        cache = {name: given[name] for name in names}
+    n_layers = bridge.cfg.n_layers
+    residual = {
+        layer: cache[f"blocks.{layer}.hook_resid_pre"]
+        for layer in range(n_layers)
+        if f"blocks.{layer}.hook_resid_pre" in names
+    }
+    residual[n_layers] = cache[f"blocks.{n_layers - 1}.hook_resid_post"]
+    layers = range(max(first_layer, 0), n_layers)
+    alibi: Tensor = arguments["alibi"]
+    edited = {name: cache[name] for name in sites}
+    # One layer after the other, letting go of the cached copy: both at once would double the base run's memory.
+    keys = {layer: _by_head(cache.pop(f"blocks.{layer}.attn.hook_k")) for layer in layers}
+    values = {layer: _by_head(cache.pop(f"blocks.{layer}.attn.hook_v")) for layer in layers}
+    return BaseRun(
+        tokens=tokens,
+        attention_mask=prepared.attention_mask,
+        residual=residual,
+        keys=keys,
+        values=values,
+        alibi=alibi.view(tokens.shape[0], -1, *alibi.shape[-2:]),
+        mask=arguments["attention_mask"],
+        sites=edited,
+    )
+
+
+def _run(bridge: TransformerBridge, prepared: Prepared, names: list[str]) -> dict[str, Tensor]:
+    """Keep ``names`` of one run, which stops before the unembedding if nothing of it is kept."""
+    tokens, n_layers = prepared.tokens, bridge.cfg.n_layers
+    assert tokens is not None
+    after = [
+        name
+        for name in names
+        if bridge.hook_spec(name).layer is None and not bridge.hook_spec(name).component.startswith("embed")
+    ]
+    _, kept = bridge.run_with_cache(
+        tokens,
+        attention_mask=prepared.attention_mask,
+        names_filter=names,
+        return_type="logits" if not after else None,
+        stop_at_layer=None if after else n_layers,
+        return_cache_object=False,
+    )
+    return dict(kept)
+
+
+def _by_head(kv_bknh: Tensor) -> Tensor:
+    """``[row, pos, n_heads, d_head]`` to ``[row, n_heads, pos, d_head]`` in memory, the order that products read."""
+    return kv_bknh.transpose(1, 2).contiguous()
+
+
+def _block_arguments(bridge: TransformerBridge, prepared: Prepared) -> dict[str, Any]:
+    """ALiBi and mask as Hugging Face hands them to its blocks: made by a run that stops at the first."""
+    seen: dict[str, Any] = {}
+
+    def look(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.update(kwargs)
+
+    handle = bridge.blocks[0].module.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        bridge(prepared.tokens, attention_mask=prepared.attention_mask, stop_at_layer=0)
+    finally:
+        handle.remove()
+    return seen
+
+
+def _check_given(given: Mapping[str, Tensor], names: list[str], tokens: Tensor) -> None:
+    missing = [name for name in names if name not in given]
+    if missing:
+        raise CacheKeyError(
+            f"The base cache lacks {len(missing)} of the {len(names)} activations that these edits need, {missing[0]} "
+            "first. Cache with names_filter=sweep.needed_names(edits), or leave base_cache out."
+        )
+    wrong = [name for name in names if tuple(given[name].shape[: given[name].dim() - 2][:1]) != (tokens.shape[0],)]
+    if wrong:
+        raise InputError(
+            f"The base cache's {wrong[0]} has shape {tuple(given[wrong[0]].shape)}; the base run has {tokens.shape[0]} rows "
+            f"of {tokens.shape[1]} positions."
+        )
+    if isinstance(given, ActivationCache) and given.tokens is not None and not torch.equal(given.tokens, tokens):
+        raise InputError("The base cache was made from other tokens than the base run's.")

@@ -1,0 +1,315 @@
+"""Metrics: one number a row from a run's logits, saying beforehand which logits they read.
+
+A sweep unembeds only what its metric reads, so a :class:`Metric` declares positions and tokens. Each may also be called on
+a full tensor of logits ``[batch, pos, d_vocab]``, as a plain function would be.
+
+Formulas: logit difference, log-probability, probability and KL divergence as in Zhang and Nanda (2024, arXiv 2309.16042),
+who advise logit difference; the normalised form is theirs too. All are in nats, computed in float32 at least.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from pellucid.errors import InputError
+from pellucid.model_bridge.losses import next_token_loss
+
+TokenIds: TypeAlias = int | Sequence[int] | Tensor
+"""One token id for all rows, or one a row."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reads:
+    """What a metric reads of the logits.
+
+    Attributes:
+        columns: ``[row, read]``, columns of the padded sequence.
+        tokens: token ids in ascending order, ``None`` for the whole vocabulary.
+    """
+
+    columns: Tensor
+    tokens: tuple[int, ...] | None
+
+    def key(self) -> tuple[object, ...]:
+        """Equal for metrics that read the same."""
+        return (tuple(map(tuple, self.columns.tolist())), self.tokens)
+
+
+class Metric(ABC):
+    """A number a row of a run's logits."""
+
+    @abstractmethod
+    def reads(self, tokens: Tensor, attention_mask: Tensor | None) -> Reads:
+        """What it reads on this batch.
+
+        Args:
+            tokens: ``[row, pos]``.
+            attention_mask: ``[row, pos]``, or ``None``.
+        """
+
+    def bound(self, tokens: Tensor, attention_mask: Tensor | None) -> Metric:
+        """The same metric, knowing the batch it is for."""
+        return self
+
+    @abstractmethod
+    def score(self, logits: Tensor, reads: Reads) -> Tensor:
+        """The metric of each edit and row.
+
+        Args:
+            logits: ``[edit, row, read, token]``, the cells of ``reads``.
+            reads: what :meth:`reads` said.
+
+        Returns:
+            ``[edit, row]``.
+        """
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """The mean over rows, from full logits ``[batch, pos, d_vocab]`` of unpadded rows."""
+        tokens = torch.zeros(logits.shape[:2], dtype=torch.int64)
+        reads = self.reads(tokens, None)
+        return self.score(cells_of(logits, reads), reads).mean()
+
+
+def cells_of(logits: Tensor, reads: Reads) -> Tensor:
+    """``[1, row, read, token]``: what ``reads`` names of full logits ``[row, pos, d_vocab]``."""
+    rows = torch.arange(logits.shape[0], device=logits.device)[:, None]
+    cells = logits[rows, reads.columns.to(logits.device)]
+    if reads.tokens is not None:
+        cells = cells[..., torch.tensor(reads.tokens, device=logits.device)]
+    return cells[None]
+
+
+def read_columns(position: int | None, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """``[row, 1]``: the column of ``position``, or of each row's last real token for ``None``.
+
+    Raises:
+        InputError: the position is outside the sequence, or padding.
+    """
+    rows, length = tokens.shape
+    if position is None:
+        if attention_mask is None:
+            return torch.full((rows, 1), length - 1)
+        mask = attention_mask.bool().cpu()
+        return (length - 1 - mask.flip(-1).int().argmax(-1))[:, None]
+    if not -length <= position < length:
+        raise InputError(f"The metric reads position {position}; the sequence has {length}, 0 to {length - 1}.")
+    column = position % length
+    if attention_mask is not None:
+        padded = (~attention_mask.bool()[:, column]).nonzero().flatten().tolist()
+        if padded:
+            raise InputError(
+                f"The metric reads column {column}, which is padding in row {padded[0]}. Leave position out for each row's "
+                "last real token."
+            )
+    return torch.full((rows, 1), column)
+
+
+def _ids(tokens: TokenIds, rows: int, what: str) -> Tensor:
+    ids = torch.as_tensor(tokens).cpu()
+    if ids.dtype not in (torch.int64, torch.int32) or ids.dim() > 1:
+        raise InputError(f"{what} is a token id, or one a row; found {tokens!r}. bridge.to_single_token gives ids.")
+    if ids.dim() == 1 and ids.numel() not in (1, rows):
+        raise InputError(f"{what} has {ids.numel()} token ids for {rows} rows.")
+    return ids.to(torch.int64).expand(rows)
+
+
+def _places(ids: Tensor, reads: Reads) -> Tensor:
+    """Where each id is among the tokens read."""
+    if reads.tokens is None:
+        return ids
+    place = {token: i for i, token in enumerate(reads.tokens)}
+    return torch.tensor([place[token] for token in ids.tolist()])
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _pick(logits_erv: Tensor, ids_r: Tensor) -> Tensor:
+    """``[edit, row]``: one token of each row."""
+    index = ids_r.to(logits_erv.device)[None, :, None].expand(logits_erv.shape[0], -1, 1)
+    return logits_erv.gather(-1, index)[..., 0]
+
+
+@dataclass(frozen=True, eq=False)
+class LogitDifference(Metric):
+    """``logit[answer] - logit[foil]``.
+
+    Attributes:
+        answer: token id, or one a row.
+        foil: token id, or one a row.
+        position: column read; by default each row's last real token.
+    """
+
+    answer: TokenIds
+    foil: TokenIds
+    position: int | None = None
+
+    def reads(self, tokens: Tensor, attention_mask: Tensor | None) -> Reads:
+        """Two tokens at one position a row."""
+        rows = tokens.shape[0]
+        both = torch.cat([_ids(self.answer, rows, "answer"), _ids(self.foil, rows, "foil")])
+        return Reads(read_columns(self.position, tokens, attention_mask), tuple(sorted(set(both.tolist()))))
+
+    def score(self, logits: Tensor, reads: Reads) -> Tensor:
+        """``[edit, row]``."""
+        wide, rows = _wide(logits[:, :, 0]), logits.shape[1]
+        answer = _places(_ids(self.answer, rows, "answer"), reads)
+        foil = _places(_ids(self.foil, rows, "foil"), reads)
+        return _pick(wide, answer) - _pick(wide, foil)
+
+
+@dataclass(frozen=True, eq=False)
+class LogProbability(Metric):
+    """``log p(answer)``, natural.
+
+    Attributes:
+        answer: token id, or one a row.
+        position: column read; by default each row's last real token.
+    """
+
+    answer: TokenIds
+    position: int | None = None
+
+    def reads(self, tokens: Tensor, attention_mask: Tensor | None) -> Reads:
+        """The whole vocabulary at one position a row."""
+        _ids(self.answer, tokens.shape[0], "answer")
+        return Reads(read_columns(self.position, tokens, attention_mask), None)
+
+    def score(self, logits: Tensor, reads: Reads) -> Tensor:
+        """``[edit, row]``."""
+        wide = _wide(logits[:, :, 0])
+        return _pick(wide, _ids(self.answer, logits.shape[1], "answer")) - torch.logsumexp(wide, dim=-1)
+
+
+@dataclass(frozen=True, eq=False)
+class Probability(Metric):
+    """``p(answer)``: hides what makes an unlikely answer less likely still; prefer a logit difference.
+
+    Attributes:
+        answer: token id, or one a row.
+        position: column read; by default each row's last real token.
+    """
+
+    answer: TokenIds
+    position: int | None = None
+
+    def reads(self, tokens: Tensor, attention_mask: Tensor | None) -> Reads:
+        """The whole vocabulary at one position a row."""
+        return LogProbability(self.answer, self.position).reads(tokens, attention_mask)
+
+    def score(self, logits: Tensor, reads: Reads) -> Tensor:
+        """``[edit, row]``."""
+        return LogProbability(self.answer, self.position).score(logits, reads).exp()
+
+
+@dataclass(frozen=True, eq=False)
+class KLDivergence(Metric):
+    """``KL(reference || run)`` of the next-token distributions, in nats.
+
+    Attributes:
+        reference: logits of the reference run, ``[row, pos, d_vocab]``, or ``[row, d_vocab]`` at the position read.
+        position: column read; by default each row's last real token.
+    """
+
+    reference: Tensor
+    position: int | None = None
+
+    def reads(self, tokens: Tensor, attention_mask: Tensor | None) -> Reads:
+        """The whole vocabulary at one position a row."""
+        if self.reference.dim() not in (2, 3) or self.reference.shape[0] != tokens.shape[0]:
+            raise InputError(
+                f"KLDivergence: reference is logits [row, d_vocab] or [row, pos, d_vocab] with {tokens.shape[0]} rows; "
+                f"found {tuple(self.reference.shape)}."
+            )
+        return Reads(read_columns(self.position, tokens, attention_mask), None)
+
+    def score(self, logits: Tensor, reads: Reads) -> Tensor:
+        """``[edit, row]``."""
+        reference = self.reference if self.reference.dim() == 2 else cells_of(self.reference, reads)[0, :, 0]
+        log_p = torch.log_softmax(_wide(reference.to(logits.device)), dim=-1)
+        log_q = torch.log_softmax(_wide(logits[:, :, 0]), dim=-1)
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class NextTokenLoss(Metric):
+    """Mean cross-entropy of each row's tokens given those before them, padding left out, in nats.
+
+    Attributes:
+        tokens: ``[row, pos]``: the targets, when it is called on logits; a sweep knows its own.
+        attention_mask: theirs.
+    """
+
+    tokens: Tensor | None = None
+    attention_mask: Tensor | None = None
+
+    def reads(self, tokens: Tensor, attention_mask: Tensor | None) -> Reads:
+        """Everything."""
+        rows, length = tokens.shape
+        return Reads(torch.arange(length).expand(rows, length), None)
+
+    def bound(self, tokens: Tensor, attention_mask: Tensor | None) -> Metric:
+        """The same metric with its targets."""
+        return self if self.tokens is not None else NextTokenLoss(tokens, attention_mask)
+
+    def score(self, logits: Tensor, reads: Reads) -> Tensor:
+        """``[edit, row]``."""
+        if self.tokens is None:
+            raise InputError(
+                "NextTokenLoss called on logits needs their tokens: NextTokenLoss(tokens, attention_mask)."
+            )
+        losses = []
+        for row, tokens in enumerate(self.tokens):
+            mask = None if self.attention_mask is None else self.attention_mask[row].expand(len(logits), -1)
+            each = next_token_loss(logits[:, row], tokens.expand(len(logits), -1), mask, per_token=True)
+            count = each.shape[1] if mask is None else (mask[0, :-1].bool() & mask[0, 1:].bool()).sum().to(each)
+            losses.append(each.sum(-1) / count)
+        return torch.stack(losses, dim=1)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """The mean over rows, from full logits."""
+        return self.score(logits[None], self.reads(torch.zeros(logits.shape[:2]), None)).mean()
+
+
+@dataclass(frozen=True, eq=False)
+class Normalized(Metric):
+    """``(metric - zero) / (one - zero)``: 0 where the metric is ``zero``, 1 where it is ``one``.
+
+    For activation patching ``zero`` is the metric of the corrupted run and ``one`` that of the clean run.
+
+    Attributes:
+        metric: what is normalised.
+        zero: its value, or one a row, that becomes 0.
+        one: its value, or one a row, that becomes 1.
+    """
+
+    metric: Metric
+    zero: Tensor | float
+    one: Tensor | float
+
+    def reads(self, tokens: Tensor, attention_mask: Tensor | None) -> Reads:
+        """What the metric reads."""
+        span = torch.as_tensor(self.one, dtype=torch.float64) - torch.as_tensor(self.zero, dtype=torch.float64)
+        if not bool(torch.isfinite(span).all()) or bool((span == 0).any()):
+            raise InputError(
+                f"Normalized: zero and one must be finite and differ; found zero={self.zero!r}, one={self.one!r}. "
+                "Where both runs score the same there is nothing to recover."
+            )
+        return self.metric.reads(tokens, attention_mask)
+
+    def bound(self, tokens: Tensor, attention_mask: Tensor | None) -> Metric:
+        """The same metric, knowing the batch it is for."""
+        return Normalized(self.metric.bound(tokens, attention_mask), self.zero, self.one)
+
+    def score(self, logits: Tensor, reads: Reads) -> Tensor:
+        """``[edit, row]``."""
+        value = self.metric.score(logits, reads)
+        zero, one = torch.as_tensor(self.zero).to(value), torch.as_tensor(self.one).to(value)
+        return (value - zero) / (one - zero)

@@ -1,0 +1,248 @@
+"""The plan of a sweep: how many edits need work, how much, in which batches, and what memory it will take.
+
+Operations are counted as two a multiplication-addition. Per packed row a block costs ``24 d_model^2`` for its four
+projections and ``4 d_model`` for each key it attends to; unembedding a row costs ``2 d_model`` for each token read.
+
+Memory is what is alive at the worst moment, summed from the sizes of the tensors (the base run; the states of a batch's
+runs; the temporaries of one chunk in a block, of which the MLP's eager GELU has the most; the logits), times what the
+allocator makes of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pellucid.config import TransformerBridgeConfig
+from pellucid.errors import InputError
+from pellucid.sweep.packing import SCORES_AT_ONCE
+from pellucid.sweep.runs import Run
+
+BATCH_CHUNKS = 8
+"""A batch's states hold this many chunks: enough to keep chunks full, few enough to be interrupted between batches."""
+
+LOGIT_BYTES = 2**28
+"""Logits computed at once, at most."""
+
+HEAP = 1.75
+"""What a process grows by for what is alive in it: glibc keeps freed blocks of up to 32 MiB, and new ones rarely fit into
+the gaps. Measured (``benchmarks/bench_sweep_memory.py``): 1.05 to 1.75 for sweeps of six shapes."""
+
+WORKSPACE = 16 * 2**20
+"""Buffers of the matrix library, made at the first large product."""
+
+GELU_TENSORS = 5
+"""Tensors of ``[row, d_mlp]`` that Hugging Face's GELU has alive at once."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Edits that are run together.
+
+    Attributes:
+        edits: which.
+        runs: their runs.
+        rows: packed rows at the widest layer.
+        flops: operations.
+    """
+
+    edits: tuple[int, ...]
+    runs: tuple[Run, ...]
+    rows: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """What a sweep is going to do.
+
+    Attributes:
+        n_edits: edits asked for.
+        n_unchanged: edits that are the base run: they change no bit, or nothing that is read.
+        n_whole: edits that need a whole forward each, and why.
+        batches: the others, in batches.
+        rows_at_once: packed rows that go through a block together.
+        flops: operations in all.
+        flops_whole: operations of one whole forward for each edit.
+        base_bytes: memory of the base run.
+        peak_bytes: memory at the worst moment, the base run included, the model not.
+        memory_limit: the limit it was made for.
+    """
+
+    n_edits: int
+    n_unchanged: int
+    n_whole: int
+    why_whole: str
+    batches: tuple[Batch, ...]
+    rows_at_once: int
+    flops: int
+    flops_whole: int
+    base_bytes: int
+    peak_bytes: int
+    memory_limit: int
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.n_edits} edits: {self.n_edits - self.n_unchanged - self.n_whole} in {len(self.batches)} batches, "
+            f"{self.n_unchanged} that are the base run, {self.n_whole} as whole forwards"
+            + (f" ({self.why_whole})" if self.why_whole else ""),
+            f"operations: {self.flops / 1e9:,.1f} GFLOP, {_share(self.flops, self.flops_whole)} of "
+            f"{self.flops_whole / 1e9:,.1f} for one forward an edit",
+            f"memory: {self.peak_bytes / 2**20:,.1f} MiB at most, {self.base_bytes / 2**20:,.1f} MiB of it the base run "
+            f"(limit {self.memory_limit / 2**20:,.0f} MiB)",
+        ]
+        return "\n".join(lines)
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole else "0%"
+
+
+class Costs:
+    """Operations and bytes of the parts of a sweep.
+
+    Args:
+        cfg: the model's sizes.
+        itemsize: bytes of a number.
+        length: columns of the sequence.
+        n_rows: rows of the base run.
+    """
+
+    def __init__(self, cfg: TransformerBridgeConfig, itemsize: int, length: int, n_rows: int) -> None:
+        self.cfg, self.itemsize, self.length, self.n_rows = cfg, itemsize, length, n_rows
+        self.d_mlp: int = cfg.d_mlp or 4 * cfg.d_model
+
+    def block_flops(self, rows: int) -> int:
+        """One block on packed rows."""
+        d_model, d_mlp = self.cfg.d_model, self.d_mlp
+        return rows * (8 * d_model**2 + 4 * d_model * d_mlp + 4 * d_model * self.length)
+
+    def unembed_flops(self, cells: int) -> int:
+        """Unembedding ``cells`` pairs of row and token."""
+        return 2 * self.cfg.d_model * cells
+
+    def whole_flops(self) -> int:
+        """One forward of the base run's batch."""
+        rows = self.n_rows * self.length
+        return self.cfg.n_layers * self.block_flops(rows) + self.unembed_flops(rows * self.cfg.d_vocab)
+
+    def whole_bytes(self) -> int:
+        """The worst moment of one forward of the base run's batch: the logits beside a block's temporaries."""
+        rows = self.n_rows * self.length
+        return rows * self.cfg.d_vocab * self.itemsize + self.chunk_bytes(rows)
+
+    def chunk_bytes(self, rows: int) -> int:
+        """Temporaries of one block on packed rows: the MLP's, or attention's if they are more."""
+        d_model, d_mlp = self.cfg.d_model, self.d_mlp
+        mlp = rows * (GELU_TENSORS * d_mlp + 4 * d_model)
+        scores = min(SCORES_AT_ONCE, rows * self.cfg.n_heads * self.length)
+        scores = max(scores, self.cfg.n_heads * self.length)  # one run at least
+        own_keys = scores // max(1, self.cfg.n_heads) * self.cfg.d_head * self.cfg.n_heads // max(1, self.length)
+        attention = rows * 7 * d_model + 3 * scores + 3 * own_keys * 2
+        return max(mlp, attention) * self.itemsize
+
+    def state_bytes(self, rows: int) -> int:
+        """States of a batch: as they come into a layer and as they leave it."""
+        return 2 * rows * self.cfg.d_model * self.itemsize
+
+    def logit_bytes(self, cells: int) -> int:
+        """Logits of ``cells`` pairs of row and token, and what a softmax makes of them."""
+        return 3 * cells * self.itemsize
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How a memory limit is divided.
+
+    Attributes:
+        rows_at_once: packed rows in a block together.
+        batch_rows: packed rows that a batch's states may have.
+        logit_rows: rows that are unembedded together.
+    """
+
+    rows_at_once: int
+    batch_rows: int
+    logit_rows: int
+
+
+def divide(costs: Costs, limit: int, base_bytes: int, widest: int, read_cells: int, wish: int) -> Limits:
+    """Divide what a memory limit leaves beside the base run.
+
+    Args:
+        costs: the model's.
+        limit: bytes.
+        base_bytes: of the base run.
+        widest: packed rows of the widest single edit.
+        read_cells: logits that one edit's metric reads.
+        wish: packed rows that go through a block together, if memory allows.
+
+    Raises:
+        InputError: not even one edit at a time fits; says what would.
+    """
+    left = int((limit - base_bytes - WORKSPACE) / HEAP)
+    least = max(costs.chunk_bytes(costs.length) + costs.state_bytes(widest), costs.logit_bytes(read_cells))
+    if left < least:
+        needed = resident(base_bytes, least)
+        raise InputError(
+            f"memory_limit={limit:,} bytes is too little: the base run takes {base_bytes:,} and one edit at a time "
+            f"{needed - base_bytes:,}. Give at least {needed:,}, or sweep fewer layers or shorter prompts."
+        )
+    rows_at_once = max(wish, costs.length)
+    while rows_at_once > costs.length and costs.chunk_bytes(rows_at_once) > left // 2:
+        rows_at_once = max(costs.length, rows_at_once // 2)
+    rest = left - costs.chunk_bytes(rows_at_once)
+    batch_rows = max(widest, min(BATCH_CHUNKS * rows_at_once, rest // max(1, costs.state_bytes(1))))
+    logit_edits = max(1, min(LOGIT_BYTES, left // 2) // max(1, costs.logit_bytes(read_cells)))
+    return Limits(rows_at_once, batch_rows, logit_edits)
+
+
+def resident(base_bytes: int, alive: int) -> int:
+    """Bytes that the process grows by, from those of the base run and those alive beside it at the worst moment."""
+    return base_bytes + int(HEAP * alive) + WORKSPACE + 1
+
+
+def make_batches(
+    edits: Sequence[Sequence[Run]], order: Sequence[int], costs: Costs, limits: Limits, read_cells: int
+) -> tuple[Batch, ...]:
+    """Gather edits to batches whose states fit, those that enter at one layer together.
+
+    Args:
+        edits: the runs of each edit.
+        order: edits that need running.
+        costs: the model's.
+        limits: what fits.
+        read_cells: logits that one edit's metric reads.
+    """
+    ordered = sorted(order, key=lambda edit: (min(run.stage for run in edits[edit]), edit))
+    batches: list[Batch] = []
+    chosen: list[int] = []
+    rows = 0
+    for edit in ordered:
+        width = sum(widest_rows(run, costs) for run in edits[edit])
+        if chosen and rows + width > limits.batch_rows:
+            batches.append(_batch(chosen, edits, rows, costs, read_cells))
+            chosen, rows = [], 0
+        chosen.append(edit)
+        rows += width
+    if chosen:
+        batches.append(_batch(chosen, edits, rows, costs, read_cells))
+    return tuple(batches)
+
+
+def widest_rows(run: Run, costs: Costs) -> int:
+    """Packed rows of a run where it has most."""
+    if run.stage >= costs.cfg.n_layers - 1:
+        return len(run.columns)
+    return max(len(run.columns), costs.length - run.first)
+
+
+def _batch(chosen: list[int], edits: Sequence[Sequence[Run]], rows: int, costs: Costs, read_cells: int) -> Batch:
+    runs = tuple(run for edit in chosen for run in edits[edit])
+    flops = len(chosen) * costs.unembed_flops(read_cells)
+    n_layers = costs.cfg.n_layers
+    for run in runs:
+        if 0 <= run.stage < n_layers:
+            flops += costs.block_flops(len(run.columns))
+        later = n_layers - max(run.stage + 1, 0)
+        flops += later * costs.block_flops(costs.length - run.first)
+    return Batch(tuple(chosen), runs, rows, flops)

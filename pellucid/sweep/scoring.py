@@ -1,0 +1,180 @@
+"""From the residual that leaves the last layer to the metric: the final norm and the unembedding, where they are read.
+
+A metric of ours declares positions and tokens; a plain function of logits is watched on the base run
+(:mod:`pellucid.sweep.lazy_logits`), and an edit for which it reads something else is handed back to be run whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pellucid.errors import InputError
+from pellucid.model_bridge.generalized_components.base import plain_weight
+from pellucid.model_bridge.transformer_bridge import TransformerBridge
+from pellucid.sweep.lazy_logits import Asked, Cells, LazyLogits, ReadsElsewhere, Recorder, plain
+from pellucid.sweep.metrics import Metric, Reads, cells_of
+
+MetricLike: TypeAlias = Metric | Callable[[Tensor], Any]
+"""One of our metrics, or a function of logits ``[row, pos, d_vocab]``."""
+
+
+class Unembedding:
+    """Final norm and unembedding of chosen rows, for chosen tokens.
+
+    Args:
+        bridge: the model.
+        whole: unembed the whole vocabulary whatever is read (an edit is on the logits).
+    """
+
+    def __init__(self, bridge: TransformerBridge, whole: bool = False) -> None:
+        self._bridge, self._whole = bridge, whole
+        self._weights: dict[tuple[int, ...], tuple[Tensor, Tensor | None]] = {}
+
+    def __call__(self, residual: Tensor, tokens: tuple[int, ...] | None) -> Tensor:
+        """``[..., d_model]`` to logits ``[..., token]``."""
+        flat = residual.reshape(1, -1, residual.shape[-1])
+        normed = self._bridge.ln_final.module(flat)
+        head: Any = self._bridge.unembed.module
+        if tokens is None or self._whole or not plain_weight(head, nn.Linear):
+            logits = head(normed)
+            if tokens is not None:
+                logits = logits[..., torch.tensor(tokens, device=logits.device)]
+        else:
+            if tokens not in self._weights:
+                index = torch.tensor(tokens, device=head.weight.device)
+                bias = None if head.bias is None else head.bias.detach()[index]
+                self._weights[tokens] = (head.weight.detach()[index], bias)
+            logits = F.linear(normed, *self._weights[tokens])
+        picked: Tensor = logits.view(*residual.shape[:-1], -1)
+        return picked
+
+
+@dataclass(eq=False)
+class Scorer:
+    """One metric of a sweep.
+
+    Attributes:
+        name: what it is called.
+        reads: what it reads.
+        declared: it is a :class:`Metric`.
+    """
+
+    name: str
+    metric: MetricLike
+    reads: Reads
+    n_rows: int
+    length: int
+    d_vocab: int
+
+    def score(self, logits: Tensor) -> list[Tensor | None]:
+        """The metric of each edit, from the cells it reads ``[edit, row, read, token]``; ``None`` where they do not do."""
+        if isinstance(self.metric, Metric):
+            return list(self.metric.score(logits, self.reads))
+        columns = self.reads.columns[0].tolist()
+        scores: list[Tensor | None] = []
+        for numbers in logits:
+            shape = (self.n_rows, self.length, self.d_vocab)
+            cells = Cells(numbers, columns, self.reads.tokens, shape)
+            lazy = LazyLogits(shape, numbers.dtype, numbers.device, cells.fetch)
+            try:
+                scores.append(_as_tensor(self.metric(lazy), self.name))
+            except ReadsElsewhere:
+                scores.append(None)
+        return scores
+
+    def score_whole(self, logits: Tensor) -> Tensor:
+        """The metric of one run from all its logits ``[row, pos, d_vocab]``."""
+        if isinstance(self.metric, Metric):
+            return self.metric.score(cells_of(logits, self.reads), self.reads)[0]
+        return _as_tensor(self.metric(logits), self.name)
+
+
+def _as_tensor(value: Any, name: str) -> Tensor:
+    value = plain(value)
+    if isinstance(value, float | int):
+        return torch.tensor(value, dtype=torch.get_default_dtype())
+    if not isinstance(value, Tensor):
+        raise InputError(f"The metric {name!r} must return a number or a tensor; it returned {type(value).__name__}.")
+    return value.detach()
+
+
+def make_scorer(
+    name: str,
+    metric: MetricLike,
+    tokens: Tensor,
+    attention_mask: Tensor | None,
+    bridge: TransformerBridge,
+    base_logits: Callable[[Asked], Tensor],
+    logit_positions: Sequence[int] | None,
+) -> Scorer:
+    """Find out what a metric reads.
+
+    Args:
+        name: what to call it.
+        metric: the metric.
+        tokens: ``[row, pos]`` of the base run.
+        attention_mask: its mask.
+        bridge: the model.
+        base_logits: cells of the base run's logits, ``[row, column, token]``.
+        logit_positions: the columns that a plain function may read; others are refused.
+
+    Raises:
+        InputError: the metric reads none, or other columns than ``logit_positions``, or is no metric.
+    """
+    rows, length = tokens.shape
+    d_vocab = bridge.cfg.d_vocab
+    if isinstance(metric, Metric):
+        metric = metric.bound(tokens, attention_mask)
+        return Scorer(name, metric, metric.reads(tokens, attention_mask), rows, length, d_vocab)
+    if not callable(metric):
+        raise InputError(f"The metric {name!r} is a Metric or a function of logits; found {type(metric).__name__}.")
+    allowed = _allowed(logit_positions, length)
+
+    def logits_of(asked: Asked) -> Cells:
+        outside = sorted(asked.columns - allowed)
+        if outside:
+            raise InputError(
+                f"The metric {name!r} reads the logits at position {outside[0]}, which logit_positions="
+                f"{list(logit_positions or ())} leaves out. Add it, or leave logit_positions out: what is read is found "
+                "out by itself."
+            )
+        ids = None if asked.tokens is None else sorted(asked.tokens)
+        return Cells(base_logits(asked), sorted(asked.columns), ids, (rows, length, d_vocab))
+
+    recorder = Recorder(logits_of, (rows, length, d_vocab), bridge.dtype, bridge.device)
+    _as_tensor(metric(recorder.logits), name)
+    asked = recorder.union()
+    if not asked.columns:
+        raise InputError(f"The metric {name!r} does not read the logits it is given: every edit would score the same.")
+    columns = torch.tensor(sorted(asked.columns)).expand(rows, -1)
+    return Scorer(
+        name,
+        metric,
+        Reads(columns, None if asked.tokens is None else tuple(sorted(asked.tokens))),
+        rows,
+        length,
+        d_vocab,
+    )
+
+
+def _allowed(logit_positions: Sequence[int] | None, length: int) -> frozenset[int]:
+    if logit_positions is None:
+        return frozenset(range(length))
+    wrong = [p for p in logit_positions if isinstance(p, bool) or not isinstance(p, int) or not -length <= p < length]
+    if wrong or not len(logit_positions):
+        raise InputError(f"logit_positions are positions, {-length} to {length - 1}; found {list(logit_positions)!r}.")
+    return frozenset(p % length for p in logit_positions)
+
+
+def by_reads(scorers: Mapping[str, Scorer]) -> list[list[Scorer]]:
+    """Scorers that read the same, together."""
+    groups: dict[tuple[object, ...], list[Scorer]] = {}
+    for scorer in scorers.values():
+        groups.setdefault(scorer.reads.key(), []).append(scorer)
+    return list(groups.values())
