@@ -190,8 +190,9 @@ def make_lens(bench: Bench) -> Any | None:
     return open_lens(twin(bench.model))
 
 
+# VmHWM and not ru_maxrss: the latter begins at what the parent had.
 MEMORY = """
-import resource, sys
+import sys
 import numpy as np
 sys.path.insert(0, {benchmarks!r})
 from common import TINY, make_model
@@ -202,15 +203,14 @@ tokens = np.load({tokens!r}, mmap_mode="r")
 corpus = Corpus.from_tokens({{"random": tokens}}, context=128)
 bridge = TransformerBridge(make_model(TINY))
 harvest(bridge, corpus, "blocks.*.mlp.hook_post", {out!r}, batch_size=8, batches_per_shard=8, progress=False)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 
 READING = """
-import resource
 from pellucid.scale.stored_activations import StoredActivations
 for batch in StoredActivations({out!r}).batches(4096):
     pass
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 
 

@@ -236,22 +236,26 @@ class JobFolder:
             return record_of_json(document["shard"], self.n_shards, self.names)
 
     def damage(self, record: ShardRecord, *, contents: bool = True) -> str | None:
-        """What is wrong with a shard's files, naming the file; ``None`` if nothing is.
+        """What is wrong with a shard's files, naming each; ``None`` if nothing is.
 
         Args:
             record: what its files have to be.
             contents: check every byte; otherwise lengths only.
         """
-        for name, expected in record.files.items():
-            path, shard = self.file(record.shard, name), f"shard {record.shard}"
-            try:
-                size = path.stat().st_size
-                if size != expected.bytes:
-                    return f"{shard} is damaged: {path.name} has {size:,} bytes and should have {expected.bytes:,}"
-                if contents and hash_file(path) != expected:
-                    return f"{shard} is damaged: {path.name} does not have its checksum"
-            except FileNotFoundError:
-                return f"{shard} is incomplete: {path.name} is missing"
+        found = [self._file_damage(record.shard, name, expected, contents) for name, expected in record.files.items()]
+        wrong = [what for what in found if what is not None]
+        return f"shard {record.shard} is damaged: {', '.join(wrong)}" if wrong else None
+
+    def _file_damage(self, shard: int, name: str, expected: FileRecord, contents: bool) -> str | None:
+        path = self.file(shard, name)
+        try:
+            size = path.stat().st_size
+            if size != expected.bytes:
+                return f"{path.name} has {size:,} bytes and should have {expected.bytes:,}"
+            if contents and hash_file(path) != expected:
+                return f"{path.name} does not have its checksum"
+        except FileNotFoundError:
+            return f"{path.name} is missing"
         return None
 
     def is_done(self, shard: int) -> bool:

@@ -101,10 +101,7 @@ class StoredActivations:
         self._records = [records[shard.index] for shard in self._shards]
         self._unchecked = set(range(len(self._shards))) if check_contents else set()
         self._maps: dict[tuple[int, str], NDArray[np.generic]] = {}
-        for record in self._records:
-            damage = self._folder.damage(record, contents=False)
-            if damage is not None:
-                raise StoreError(f"{self.path}: {damage}. {_REMEDY}")
+        self._refuse_damage(contents=False)
         self._ends = np.cumsum([record.rows for record in self._records])
 
     # -- what is there -------------------------------------------------------------------------------------------------
@@ -147,10 +144,14 @@ class StoredActivations:
         Raises:
             StoreError: every damaged shard, by name.
         """
-        damaged = [damage for record in self._records if (damage := self._folder.damage(record)) is not None]
+        self._refuse_damage(contents=True)
+        self._unchecked.clear()
+
+    def _refuse_damage(self, contents: bool) -> None:
+        found = [self._folder.damage(record, contents=contents) for record in self._records]
+        damaged = [what for what in found if what is not None]
         if damaged:
             raise StoreError(f"{self.path}: {'; '.join(damaged)}. {_REMEDY}")
-        self._unchecked.clear()
 
     # -- shards --------------------------------------------------------------------------------------------------------
 
