@@ -277,7 +277,7 @@ def main() -> None:
             case_speed(report, shape, 8 if arguments.quick else 16, 2 if arguments.quick else 7, scratch)
         if "memory" in arguments.cases:
             small, large = CORPUS_TOKENS
-            case_memory(report, scratch, (small // 4, large // 4) if arguments.quick else (small, large))
+            case_memory(report, scratch, (small // 2, large // 2) if arguments.quick else (small, large))
         if "reader" in arguments.cases:
             case_reader(report, scratch)
     report.say(f"\nPeak of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
