@@ -19,6 +19,8 @@ that code which catches ``KeyError`` or ``ValueError`` goes on working::
     ├── CacheTooLargeError     (MemoryError)   a cache over ``max_cache_bytes``
     ├── CorpusError            (ValueError)    a corpus that cannot be read, or has nothing to run
     ├── OtherJobError          (ValueError)    a folder that holds the work of another job
+    ├── StoreError             (ValueError)    stored activations that are unfinished, missing or damaged
+    ├── StorageFullError       (OSError)       no space left for what has to be written
     ├── MissingExtraError      (ImportError)   a package of an extra that is not installed
     └── NotSetUpError          (RuntimeError)  a component used before ``set_original_component``
 
@@ -90,6 +92,14 @@ class CorpusError(PellucidError, ValueError):
 
 class OtherJobError(PellucidError, ValueError):
     """A folder that holds the unfinished or finished work of another job: other weights, corpus or settings."""
+
+
+class StoreError(PellucidError, ValueError):
+    """Stored activations that are unfinished, missing or damaged, with the shard and the file."""
+
+
+class StorageFullError(PellucidError, OSError):
+    """No space is left for what has to be written, with what it needs; what was written before is whole."""
 
 
 class MissingExtraError(PellucidError, ImportError):

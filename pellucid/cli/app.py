@@ -26,8 +26,11 @@ from pellucid.cli.options import (
     MetricName,
     Model,
     ModelChoice,
+    Packing,
     PickleOption,
     Revision,
+    StoreDtype,
+    Tail,
     layer_list,
     number_list,
 )
@@ -328,3 +331,68 @@ def patch(
         whole = patch_model(choice, request, format)
     if not whole:
         raise typer.Exit(130)
+
+
+@app.command()
+def harvest(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="The folder; one where the same job was begun is gone on with.")],
+    corpus: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LABEL=FILE",
+            help="What to run: a .txt, .jsonl or .parquet file and its label, such as en=english.txt. May be repeated.",
+        ),
+    ] = None,
+    hooks: Annotated[
+        list[str] | None,
+        typer.Option(help="What to store: a hook name or a glob, such as 'blocks.*.hook_resid_post'. May be repeated."),
+    ] = None,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 128,
+    packing: Annotated[
+        Packing, typer.Option(help="packed: documents one after another, cut; documents: one a sequence, padded.")
+    ] = Packing.packed,
+    separator: Annotated[
+        str | None, typer.Option(help="After each document: eos, none or a token id. By default eos in packed text.")
+    ] = None,
+    tail: Annotated[Tail, typer.Option(help="Tokens that fill no packed sequence.")] = Tail.drop,
+    document: Annotated[DocumentKind, typer.Option(help="What a document of a text file is.")] = DocumentKind.line,
+    field: Annotated[str, typer.Option(help="Of JSON lines, or the column of Parquet, that holds the text.")] = "text",
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences in a forward; part of the job.")] = 8,
+    batches_per_shard: Annotated[
+        int | None, typer.Option(min=1, help="By default as many as make files of about 64 MiB.")
+    ] = None,
+    store_dtype: StoreDtype = Dtype.auto,
+    threads: Annotated[
+        int,
+        typer.Option(min=1, help="Of the CPU, for each worker; part of the job: another number rounds differently."),
+    ] = 1,
+    worker: Annotated[
+        str | None,
+        typer.Option(
+            metavar="INDEX/COUNT", help="Which share, from 0. By default what torchrun or a SLURM array says."
+        ),
+    ] = None,
+    ray: Annotated[
+        int | None, typer.Option(min=1, help="Hand out shards on Ray, so many at a time (extra distributed).")
+    ] = None,
+    saelens: Annotated[
+        Path | None, typer.Option(help="When finished, export to this folder for SAELens (extra datasets).")
+    ] = None,
+    revision: Revision = None,
+    device: Device = None,
+    dtype: DtypeOption = Dtype.auto,
+    allow_pickle: PickleOption = False,
+    format: FormatOption = Format.auto,
+    debug: Debug = False,
+) -> None:
+    """Store the activations of a corpus in a folder. Given again, it goes on where it was interrupted."""
+    with told_to_a_person(debug):
+        from pellucid.cli.corpus import CorpusRequest
+        from pellucid.cli.harvest import HarvestRequest, harvest_corpus
+
+        text = CorpusRequest(tuple(corpus or ()), context, packing.value, separator, tail.value, document.value, field)
+        request = HarvestRequest(
+            text, tuple(hooks or ()), out, batch_size, batches_per_shard, store_dtype, threads, worker, ray, saelens
+        )
+        harvest_corpus(ModelChoice(model, revision, device, dtype, allow_pickle), request, format)

@@ -41,6 +41,11 @@ def told_to_a_person(debug: bool) -> Iterator[None]:
             raise typer.Exit(2) from None
 
 
+def note(message: str) -> None:
+    """Say something that is worth knowing and no mistake."""
+    _say("note", "cyan", message)
+
+
 def _say(word: str, style: str, message: str) -> None:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print(Text.assemble((f"{word}: ", style), message))

@@ -18,12 +18,13 @@ from pellucid.model_bridge.supported_architectures.bloom import BloomArchitectur
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.names import HookIndex
 
-_DTYPES = {
+DTYPES = {
     Dtype.float32: torch.float32,
     Dtype.bfloat16: torch.bfloat16,
     Dtype.float16: torch.float16,
     Dtype.float64: torch.float64,
 }
+"""``auto`` is not among them: it leaves the choice to the checkpoint, or to the model."""
 
 
 def read_hook_index(choice: ModelChoice) -> HookIndex:
@@ -58,7 +59,7 @@ def open_bridge(choice: ModelChoice) -> TransformerBridge:
 
 
 def _load(choice: ModelChoice) -> TransformerBridge:
-    device, dtype = parse_device(choice.device), _DTYPES.get(choice.dtype)
+    device, dtype = parse_device(choice.device), DTYPES.get(choice.dtype)
     if choice.is_demo or not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     if choice.is_demo:

@@ -46,6 +46,20 @@ class Match(str, Enum):
     layer = "layer"
 
 
+class Packing(str, Enum):
+    """How documents become sequences."""
+
+    packed = "packed"
+    documents = "documents"
+
+
+class Tail(str, Enum):
+    """What happens to tokens that fill no packed sequence."""
+
+    drop = "drop"
+    keep = "keep"
+
+
 class DocumentKind(str, Enum):
     """What a document of a text file is."""
 
@@ -93,6 +107,7 @@ Model = Annotated[
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit, such as global_step10000.")]
 Device = Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps. By default cpu.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Of the weights; auto is the checkpoint's own (demo: float32).")]
+StoreDtype = Annotated[Dtype, typer.Option(help="Of what is stored; auto is the model's own.")]
 PickleOption = Annotated[
     bool,
     typer.Option(

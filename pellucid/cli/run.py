@@ -77,7 +77,7 @@ def run_text(choice: ModelChoice, request: RunRequest, format: Format) -> None:
     names, flags = choose_hooks(index, request.hooks)
     bridge = open_bridge(choice)
     for flag in flags:
-        _switch_on(bridge, flag)
+        switch_on(bridge, flag)
     tokens = bridge.to_tokens(request.text, prepend_bos=request.prepend_bos)
     kept, logits = _run(bridge, tokens, names, request.out)
     lines = [_line(index, name, tensor) for name, tensor in kept.items()]
@@ -140,7 +140,8 @@ def _refuse_file(request: RunRequest, out: Path) -> None:
     refuse_out(out, request.force)
 
 
-def _switch_on(bridge: TransformerBridge, flag: Flag) -> None:
+def switch_on(bridge: TransformerBridge, flag: Flag) -> None:
+    """Switch opt-in points on."""
     setters = {
         "use_attn_result": bridge.set_use_attn_result,
         "use_split_qkv_input": bridge.set_use_split_qkv_input,
