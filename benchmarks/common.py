@@ -196,21 +196,27 @@ def measure(programs: Sequence[Program], rounds: int, warmup: int, clock: str = 
 
 @dataclass(frozen=True)
 class Target:
-    """A bound that was promised, and what was measured."""
+    """A bound that was promised, and what was measured.
+
+    Attributes:
+        at_least: the measured value has to reach the bound; by default it must not exceed it.
+    """
 
     what: str
     measured: float
     bound: float
     unit: str = ""
     note: str = ""
+    at_least: bool = False
 
     @property
     def met(self) -> bool:
-        return self.measured <= self.bound
+        return self.measured >= self.bound if self.at_least else self.measured <= self.bound
 
     def cells(self) -> tuple[str, ...]:
         verdict = "met" if self.met else "**missed**"
-        return self.what, f"{self.measured:.4g}{self.unit}", f"<= {self.bound:g}{self.unit}", verdict, self.note
+        sign = ">=" if self.at_least else "<="
+        return self.what, f"{self.measured:.4g}{self.unit}", f"{sign} {self.bound:.4g}{self.unit}", verdict, self.note
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
