@@ -289,7 +289,7 @@ def product_rate(shape: Shape, rows: int = 512, repetitions: int = 7) -> float:
 
 def case_resid_pre(report: Report, study: Study, settings: Settings) -> None:
     """(a) The daily sweep, its metric given in three ways."""
-    report.section(f"a. resid_pre: {study.shape}; 1 x {study.length} tokens that differ at position 0")
+    report.section(f"a. resid_pre: {study.shape}; 1 x {study.length} tokens, all of which differ")
     peers = {LENS: 24, HOOKS: 24, NNSIGHT: 8}
     found = compare(report, study, RESID_PRE, settings, ours=OURS, peers=peers, rounds=3)
     bounds = {DECLARED_NAME: TARGET_RESID, POSITIONS_NAME: TARGET_RESID, WHOLE_NAME: TARGET_RESID_WHOLE}

@@ -92,7 +92,7 @@ ABLATION = Site("zero ablation of heads", "", "attn.hook_z", ("layer", "head_ind
 
 
 class Study:
-    """Two prompts that differ at position 0, and every program that patches one with the other.
+    """Two prompts that differ at every position from 0 on, and every program that patches one with the other.
 
     Args:
         model: the parameters, which all programs share.
@@ -111,8 +111,8 @@ class Study:
         """Other prompts on the same models."""
         self.length = length
         self.corrupted = random_tokens(self.shape, 1, length)
-        self.clean = self.corrupted.clone()
-        self.clean[0, 0] = (self.clean[0, 0] + 1234) % self.shape.d_vocab
+        self.clean = random_tokens(self.shape, 1, length, seed=2)
+        assert bool((self.clean != self.corrupted).all()), "prompts that share tokens: cells without work"
         self._caches: dict[str, Mapping[str, Tensor]] = {}
         self._lens_caches: dict[str, Any] = {}
 
