@@ -67,7 +67,7 @@ DECLARED_NAME = "Pellucid, declared metric"
 POSITIONS_NAME = "Pellucid, function, logit_positions=[-1]"
 WHOLE_NAME = "Pellucid, function of the whole last position"
 
-BOUND = 1e-4
+BOUND = 2e-5
 """Largest difference of two programs' numbers: float32 runs of 24 layers that round differently."""
 
 VISIBLE = 20.0
