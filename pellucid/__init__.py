@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pellucid.activation_cache import ActivationCache as ActivationCache
     from pellucid.config import TransformerBridgeConfig as TransformerBridgeConfig
+    from pellucid.corpora.corpus import Corpus as Corpus
     from pellucid.factored_matrix import FactoredMatrix as FactoredMatrix
     from pellucid.hook_points import HookPoint as HookPoint
+    from pellucid.model_bridge.collected import Collected as Collected
     from pellucid.model_bridge.self_check import CheckReport as CheckReport
     from pellucid.model_bridge.transformer_bridge import TransformerBridge as TransformerBridge
     from pellucid.names import get_act_name as get_act_name
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "ActivationCache": "pellucid.activation_cache",
     "CheckReport": "pellucid.model_bridge.self_check",
+    "Collected": "pellucid.model_bridge.collected",
+    "Corpus": "pellucid.corpora.corpus",
     "FactoredMatrix": "pellucid.factored_matrix",
     "HookPoint": "pellucid.hook_points",
     "TransformerBridge": "pellucid.model_bridge.transformer_bridge",
@@ -32,6 +36,8 @@ __version__ = "0.1.0"
 __all__ = [
     "ActivationCache",
     "CheckReport",
+    "Collected",
+    "Corpus",
     "FactoredMatrix",
     "HookPoint",
     "TransformerBridge",

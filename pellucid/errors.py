@@ -15,7 +15,10 @@ that code which catches ``KeyError`` or ``ValueError`` goes on working::
     ├── UnsupportedModelError  (ValueError)    not a BLOOM, or a BLOOM configured in a way we do not handle
     ├── WeightError            (ValueError)    weights with a wrong name, shape or dtype, not finite or not readable
     ├── CacheKeyError          (KeyError)      a cache entry that does not exist or was not kept
+    ├── ResultKeyError         (KeyError)      a name that a result has nothing under
     ├── CacheTooLargeError     (MemoryError)   a cache over ``max_cache_bytes``
+    ├── CorpusError            (ValueError)    a corpus that cannot be read, or has nothing to run
+    ├── OtherJobError          (ValueError)    a folder that holds the work of another job
     ├── MissingExtraError      (ImportError)   a package of an extra that is not installed
     └── NotSetUpError          (RuntimeError)  a component used before ``set_original_component``
 
@@ -73,8 +76,20 @@ class CacheKeyError(PellucidError, KeyError):
     """A key that an :class:`~pellucid.ActivationCache` does not hold."""
 
 
+class ResultKeyError(PellucidError, KeyError):
+    """A name that a result, such as a :class:`~pellucid.patching.PatchingResult`, has nothing under."""
+
+
 class CacheTooLargeError(PellucidError, MemoryError):
     """What was asked to be cached needs more than ``max_cache_bytes``."""
+
+
+class CorpusError(PellucidError, ValueError):
+    """A corpus that cannot be read (with the file and the place in it), or has no tokens to run."""
+
+
+class OtherJobError(PellucidError, ValueError):
+    """A folder that holds the unfinished or finished work of another job: other weights, corpus or settings."""
 
 
 class MissingExtraError(PellucidError, ImportError):

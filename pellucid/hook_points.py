@@ -29,7 +29,16 @@ from torch import Tensor, nn
 from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
 from pellucid.errors import GradientError, HookValueError, InputError, NoEffectError
 from pellucid.names import layer_of
-from pellucid.run_context import RunContext, Scope, acts, current_run, in_plain_run, outside_run
+from pellucid.run_context import (
+    WHOLE,
+    RunContext,
+    Scope,
+    acts,
+    current_fast_attention,
+    current_run,
+    current_span,
+    outside_run,
+)
 
 HookFunction: TypeAlias = Callable[..., Any]
 """``fn(tensor, hook=point) -> Tensor | None``."""
@@ -305,12 +314,17 @@ class HookPoint(nn.Module):
         forward = self.fwd_hooks
         if len(forward) == 1 and not self.bwd_hooks:
             only = forward[0]
-            if not acts(only.scope):
+            if only.scope is not None and not acts(only.scope):
                 return value
-            if only.reads_only and self.hook_conversion is None:
-                # The common case of a cache: one function of ours that only looks.
-                only.user_hook(value, self)
-                return value
+            if self.hook_conversion is None:
+                if only.reads_only:
+                    # The common case of a cache: one function of ours that only looks.
+                    only.user_hook(value, self)
+                    return value
+                if not (private or value.requires_grad):
+                    # The common case of a hook: one function, shown the model's own tensor.
+                    shown = _call(only, value)
+                    return value if shown is value else _laid_out_as(value, shown)
             return self._run_forward(value, (only,), private)
         forward = [handle for handle in forward if _acts(handle)]
         backward = [handle for handle in self.bwd_hooks if _acts(handle)] if self.bwd_hooks else None
@@ -334,11 +348,7 @@ class HookPoint(nn.Module):
         if conversion is not None:
             shown = conversion.revert(shown)
             _check(shown, value, handles[-1], "the conversion rule's revert gave")
-        if shown is not value and shown.stride() != value.stride() and not _overlaps(value):
-            shown = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device).copy_(
-                shown
-            )
-        return shown
+        return _laid_out_as(value, shown)
 
     def _register_backward(self, value: Tensor, handles: Sequence[LensHandle]) -> Tensor:
         if not torch.is_grad_enabled():
@@ -381,7 +391,7 @@ def _call(handle: LensHandle, shown: Tensor) -> Tensor:
     before = shown.detach().clone() if handle.must_change else None
     shape = shown.shape
     try:
-        if handle.reads_only or in_plain_run():
+        if handle.reads_only or (current_span() is WHOLE and current_fast_attention() is None):
             result = handle.user_hook(shown, hook=view)
         else:
             with outside_run():
@@ -441,6 +451,14 @@ def add_note(error: BaseException, note: str) -> None:
         error.add_note(f"[pellucid] {note}")
     elif error.args and isinstance(error.args[0], str):
         error.args = (f"{error.args[0]} [pellucid: {note}]", *error.args[1:])
+
+
+def _laid_out_as(value: Tensor, shown: Tensor) -> Tensor:
+    """``shown`` in the memory layout of the tensor it takes the place of."""
+    if shown is not value and shown.stride() != value.stride() and not _overlaps(value):
+        laid_out = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
+        return laid_out.copy_(shown)
+    return shown
 
 
 def _overlaps(tensor: Tensor) -> bool:

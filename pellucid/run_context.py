@@ -5,13 +5,13 @@ Everything here is kept in context variables, so it belongs to the thread or tas
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(eq=False)
@@ -107,10 +107,50 @@ class RunContext:
 
 @dataclass(frozen=True)
 class LayerSpan:
-    """Which blocks a run passes through: from ``start`` (its residual is given) up to, not including, ``stop``."""
+    """Which blocks a run passes through: from ``start`` (its residual is given) up to, not including, ``stop``.
+
+    ``generation`` is the call of ``generate`` that it is a step of, if it is one.
+    """
 
     start: int | None = None
     stop: int | None = None
+    generation: GenerationRun | None = None
+
+
+WHOLE = LayerSpan()
+"""A run of its own, through every block."""
+
+
+class FastAttention:
+    """A run whose attentions may take torch's fused kernel, and the bias that they all add to their scores.
+
+    The bias is made by the first attention of a forward and kept for the others: they are given the very same ALiBi and
+    mask.
+
+    Args:
+        root: the model that runs; attentions of another one, called meanwhile, are not meant.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        self._made_of: tuple[tuple[Tensor | None, int], ...] = ()
+        self._bias: Tensor | None = None
+
+    def bias(
+        self, alibi: Tensor, mask: Tensor | None, make: Callable[[Tensor, Tensor | None], Tensor | None]
+    ) -> Tensor | None:
+        """``make(alibi, mask)``, made once for the same two tensors, as long as nobody writes to them."""
+        made_of = (alibi, _version(alibi)), (mask, _version(mask))
+        known = self._made_of
+        if not known or any(a is not b or m != n for (a, m), (b, n) in zip(known, made_of, strict=True)):
+            self._made_of, self._bias = (), None  # the last forward's goes before this one's comes
+            self._bias = make(alibi, mask)
+            self._made_of = made_of
+        return self._bias
+
+
+def _version(tensor: Tensor | None) -> int:
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
 class Scope:
@@ -125,9 +165,18 @@ _SCOPES: ContextVar[tuple[Scope, ...]] = ContextVar("pellucid_scopes", default=(
 _QUIET: ContextVar[bool] = ContextVar("pellucid_quiet", default=False)
 _RUN: ContextVar[RunContext | None] = ContextVar("pellucid_run", default=None)
 _FINISHED: ContextVar[RunContext | None] = ContextVar("pellucid_finished", default=None)
-_GENERATION: ContextVar[GenerationRun | None] = ContextVar("pellucid_generation", default=None)
-_WHOLE = LayerSpan()
-_SPAN: ContextVar[LayerSpan] = ContextVar("pellucid_span", default=_WHOLE)
+_SPAN: ContextVar[LayerSpan] = ContextVar("pellucid_span", default=WHOLE)
+_FAST: ContextVar[FastAttention | None] = ContextVar("pellucid_fast_attention", default=None)
+
+# On the way of every hooked forward, where a Python function costs microseconds: the variables' own methods.
+is_quiet: Callable[[], bool] = _QUIET.get
+"""Whether hook points are silent because we are recomputing something beside the model."""
+current_span: Callable[[], LayerSpan] = _SPAN.get
+"""The blocks that the current run passes through."""
+current_run: Callable[[], RunContext | None] = _RUN.get
+"""The forward that is running in this thread or task."""
+current_fast_attention: Callable[[], FastAttention | None] = _FAST.get
+"""What the attentions of the current run share, ``None`` if all of them take the exact path."""
 
 
 def open_scope() -> Scope:
@@ -141,12 +190,8 @@ def open_scope() -> Scope:
 def close_scope(scope: Scope) -> None:
     """End a scope, whichever others are still open, and from whichever thread."""
     scope.closed = True
-    _SCOPES.set(tuple(other for other in _SCOPES.get() if not other.closed))
-
-
-def is_quiet() -> bool:
-    """Whether hook points are silent because we are recomputing something beside the model."""
-    return _QUIET.get()
+    scopes = _SCOPES.get()
+    _SCOPES.set(() if scopes == (scope,) else tuple(other for other in scopes if not other.closed))
 
 
 @contextmanager
@@ -159,15 +204,10 @@ def quiet() -> Iterator[None]:
         _QUIET.reset(token)
 
 
-def current_span() -> LayerSpan:
-    """The blocks that the current run passes through."""
-    return _SPAN.get()
-
-
 @contextmanager
 def layer_span(start: int | None, stop: int | None) -> Iterator[None]:
     """Run from block ``start`` up to block ``stop``."""
-    token = _SPAN.set(LayerSpan(start, stop))
+    token = _SPAN.set(LayerSpan(start, stop, _SPAN.get().generation))
     try:
         yield
     finally:
@@ -175,28 +215,34 @@ def layer_span(start: int | None, stop: int | None) -> Iterator[None]:
 
 
 @contextmanager
-def generation_run(n_prompts: int) -> Iterator[None]:
-    """Count the forwards of one ``generate``."""
-    token = _GENERATION.set(GenerationRun(n_prompts))
+def fast_attention(root: nn.Module | None) -> Iterator[None]:
+    """Let the attentions of ``root`` take the fused kernel; ``None``: all attentions take the exact path."""
+    token = _FAST.set(None if root is None else FastAttention(root))
     try:
         yield
     finally:
-        _GENERATION.reset(token)
+        _FAST.reset(token)
 
 
-def in_plain_run() -> bool:
-    """Whether this run passes through every block and is no step of ``generate``."""
-    return _SPAN.get() is _WHOLE and _GENERATION.get() is None
+@contextmanager
+def generation_run(n_prompts: int) -> Iterator[None]:
+    """Count the forwards of one ``generate``."""
+    span = _SPAN.get()
+    token = _SPAN.set(LayerSpan(span.start, span.stop, GenerationRun(n_prompts)))
+    try:
+        yield
+    finally:
+        _SPAN.reset(token)
 
 
 @contextmanager
 def outside_run() -> Iterator[None]:
     """While a user's function runs: a model that it calls is in a run of its own."""
-    span, generation = _SPAN.set(_WHOLE), _GENERATION.set(None)
+    span, fast = _SPAN.set(WHOLE), _FAST.set(None)
     try:
         yield
     finally:
-        _GENERATION.reset(generation)
+        _FAST.reset(fast)
         _SPAN.reset(span)
 
 
@@ -207,7 +253,7 @@ def begin_run(
 
     A pair of functions and not a context manager: it is on the way of every hooked forward.
     """
-    generation = _GENERATION.get()
+    generation = _SPAN.get().generation
     if generation is not None:
         generation.step += 1
     return _RUN.set(RunContext(given, past_length, tokens, attention_mask, generation))
@@ -229,11 +275,6 @@ def finished_run(length: int) -> Iterator[None]:
         yield
     finally:
         _RUN.reset(token)
-
-
-def current_run() -> RunContext | None:
-    """The forward that is running in this thread or task."""
-    return _RUN.get()
 
 
 def acts(scope: Scope | None) -> bool:

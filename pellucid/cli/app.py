@@ -10,18 +10,26 @@ import typer
 import pellucid
 from pellucid.cli.mistakes import told_to_a_person
 from pellucid.cli.options import (
+    DEMO,
+    Attention,
+    AttentionOption,
     Debug,
     Device,
+    Direction,
+    DocumentKind,
     Dtype,
     DtypeOption,
     Force,
     Format,
     FormatOption,
+    Match,
+    MetricName,
     Model,
     ModelChoice,
     PickleOption,
     Revision,
     layer_list,
+    number_list,
 )
 
 app = typer.Typer(
@@ -82,6 +90,7 @@ def check(
     device: Device = None,
     dtype: DtypeOption = Dtype.auto,
     allow_pickle: PickleOption = False,
+    attn_implementation: AttentionOption = Attention.eager,
     format: FormatOption = Format.auto,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Every line, not one for each kind.")] = False,
     out: Annotated[Path | None, typer.Option(help="Also write the report there, as JSON.")] = None,
@@ -92,7 +101,7 @@ def check(
     with told_to_a_person(debug):
         from pellucid.cli.check import check_model
 
-        choice = ModelChoice(model, revision, device, dtype, allow_pickle)
+        choice = ModelChoice(model, revision, device, dtype, allow_pickle, attn_implementation)
         holds = check_model(choice, layer_list(layers), format, verbose, out, force)
     if not holds:
         raise typer.Exit(1)
@@ -123,6 +132,7 @@ def run(
     device: Device = None,
     dtype: DtypeOption = Dtype.auto,
     allow_pickle: PickleOption = False,
+    attn_implementation: AttentionOption = Attention.eager,
     format: FormatOption = Format.auto,
     force: Force = False,
     debug: Debug = False,
@@ -134,4 +144,187 @@ def run(
 
         prompt = read_prompt(text, prompt_file)
         request = RunRequest(prompt, tuple(hooks or ()), out, force, top_k, prepend_bos)
-        run_text(ModelChoice(model, revision, device, dtype, allow_pickle), request, format)
+        run_text(ModelChoice(model, revision, device, dtype, allow_pickle, attn_implementation), request, format)
+
+
+@app.command()
+def neurons(
+    model: Model,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="LANGUAGE=FILE: text to find neurons on; for each language, several times for several files. .jsonl "
+            "(field text) and .parquet (column text) too. The embedded model comes with text of its own."
+        ),
+    ] = None,
+    held_out: Annotated[
+        list[str] | None,
+        typer.Option(help="LANGUAGE=FILE: other text, to measure on. By default the last rows of --text."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A folder for tables, counts and pictures; an interrupted run goes on there.")
+    ] = None,
+    top_rate: Annotated[
+        float | None, typer.Option(help="Share of all neurons to select. By default .01, as published (demo: .05).")
+    ] = None,
+    filter_rate: Annotated[
+        float, typer.Option(help="Quantile of all activation probabilities that a neuron exceeds in some language.")
+    ] = 0.95,
+    activation_bar_ratio: Annotated[
+        float, typer.Option(help="Quantile above which a selected neuron belongs to a language.")
+    ] = 0.95,
+    random_sets: Annotated[int, typer.Option(min=0, help="Random sets of the same sizes to silence beside.")] = 3,
+    match: Annotated[
+        Match, typer.Option(help="Draw random sets among all neurons, or within layers as many as the language has.")
+    ] = Match.uniform,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random sets.")] = 0,
+    document: Annotated[DocumentKind, typer.Option(help="What a document of a text file is.")] = DocumentKind.line,
+    context: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a row; text is packed. By default 512 (demo: 128).")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a forward.")] = 8,
+    held_out_share: Annotated[
+        float, typer.Option(help="Share of the rows kept for measuring, without --held-out.")
+    ] = 0.2,
+    measured_tokens: Annotated[
+        int, typer.Option(min=0, help="Measure on at most so many tokens of a language; 0 silences nothing.")
+    ] = 65_536,
+    examples: Annotated[int, typer.Option(min=0, help="Top examples of a neuron to keep, with their text.")] = 5,
+    shown_neurons: Annotated[int, typer.Option(min=0, help="Neurons of each language to show examples of.")] = 3,
+    experts: Annotated[
+        int, typer.Option(min=0, help="Also find so many expert units, best and worst, by average precision.")
+    ] = 0,
+    expert_documents: Annotated[int, typer.Option(min=1, help="Documents of a language for --experts.")] = 500,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Show how the model goes on with this, as it is and silenced. Repeatable.")
+    ] = None,
+    revision: Revision = None,
+    device: Device = None,
+    dtype: DtypeOption = Dtype.auto,
+    allow_pickle: PickleOption = False,
+    format: FormatOption = Format.auto,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Find the neurons of languages in MODEL (LAPE), silence them, and measure what that does to each language."""
+    with told_to_a_person(debug):
+        from pellucid.cli.neurons import NeuronRequest, find_neurons
+
+        request = NeuronRequest(
+            text=tuple(text or ()),
+            held_out=tuple(held_out or ()),
+            out=out,
+            force=force,
+            document=document.value,
+            context=context,
+            batch_size=batch_size,
+            top_rate=top_rate,
+            filter_rate=filter_rate,
+            activation_bar_ratio=activation_bar_ratio,
+            random_sets=random_sets,
+            match="layer" if match is Match.layer else "uniform",
+            seed=seed,
+            held_out_share=held_out_share,
+            measured_tokens=measured_tokens,
+            examples=examples,
+            shown_neurons=shown_neurons,
+            experts=experts,
+            expert_documents=expert_documents,
+            prompts=tuple(prompt or ()),
+        )
+        find_neurons(ModelChoice(model, revision, device, dtype, allow_pickle), request, format)
+
+
+@app.command()
+def patch(
+    model: Model = DEMO,
+    clean: Annotated[
+        str | None, typer.Option(help="A prompt on which MODEL does what you study. For demo there is one.")
+    ] = None,
+    corrupted: Annotated[
+        str | None, typer.Option(help="The same prompt with words exchanged for words of as many tokens.")
+    ] = None,
+    answer: Annotated[
+        str | None, typer.Option(help="The token right after clean, with its leading space: ' Paris'; or id:123.")
+    ] = None,
+    foil: Annotated[str | None, typer.Option(help="The token right after corrupted, likewise.")] = None,
+    metric: Annotated[
+        MetricName, typer.Option(help="log-probability and probability are of --answer; kl-divergence needs no tokens.")
+    ] = MetricName.logit_difference,
+    site: Annotated[
+        str, typer.Option(help="resid_pre, resid_mid, attn_out, mlp_out, z, q, k, v, pattern, mlp_post, ...")
+    ] = "resid_pre",
+    by: Annotated[
+        str | None,
+        typer.Option(
+            help="Axes of the result, such as layer,pos or layer,head or layer,head,pos or layer,neuron. What is not named "
+            "is patched together."
+        ),
+    ] = None,
+    direction: Annotated[
+        Direction, typer.Option(help="denoising puts clean values into the corrupted run, noising the other way round.")
+    ] = Direction.denoising,
+    normalize: Annotated[
+        bool, typer.Option(help="0 is the corrupted run's metric and 1 the clean run's; else the metric itself.")
+    ] = True,
+    layers: Annotated[str | None, typer.Option(help="Some layers only, such as 0,5,11.")] = None,
+    positions: Annotated[str | None, typer.Option(help="Some positions only, such as 3,-1.")] = None,
+    heads: Annotated[str | None, typer.Option(help="Some heads only.")] = None,
+    neurons: Annotated[
+        int | None, typer.Option(min=1, help="With neuron in --by: consecutive neurons in a cell.")
+    ] = None,
+    prepend_bos: Annotated[
+        bool,
+        typer.Option("--prepend-bos", help="Put the beginning-of-sequence token first; BLOOM was trained without."),
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="A folder for patch.json (everything, to load again) and patch.csv (the numbers)."),
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="A heat map in this .html, .png or .svg file; needs the extra 'plots'.")
+    ] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="How many of the strongest cells to list.")] = 10,
+    plan: Annotated[bool, typer.Option("--plan", help="Say how much work it is, and stop.")] = False,
+    memory_limit: Annotated[
+        int | None, typer.Option(min=1, help="MiB to take beside the model; by default half of what is available.")
+    ] = None,
+    revision: Revision = None,
+    device: Device = None,
+    dtype: DtypeOption = Dtype.auto,
+    attn_implementation: AttentionOption = Attention.eager,
+    allow_pickle: PickleOption = False,
+    format: FormatOption = Format.auto,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Patch one run's activations into another, place by place: where does MODEL keep what makes the difference?"""
+    with told_to_a_person(debug):
+        from pellucid.cli.patch import PatchRequest, patch_model
+
+        request = PatchRequest(
+            clean=clean,
+            corrupted=corrupted,
+            answer=answer,
+            foil=foil,
+            metric=metric,
+            site=site,
+            by=None if by is None else tuple(word.strip() for word in by.split(",")),
+            direction=direction,
+            normalize=normalize,
+            layers=layer_list(layers),
+            positions=number_list(positions, "--positions"),
+            heads=number_list(heads, "--heads"),
+            neurons=neurons,
+            prepend_bos=prepend_bos,
+            out=out,
+            picture=picture,
+            force=force,
+            top_k=top_k,
+            plan=plan,
+            memory_limit=None if memory_limit is None else memory_limit * 2**20,
+        )
+        choice = ModelChoice(model, revision, device, dtype, allow_pickle, attn_implementation)
+        whole = patch_model(choice, request, format)
+    if not whole:
+        raise typer.Exit(130)

@@ -62,6 +62,7 @@ def _document(choice: ModelChoice, report: CheckReport) -> Json:
         "revision": choice.revision,
         "commit": commit_of(choice),
         "dtype": report.dtype,
+        "attn_implementation": choice.attention.value,
         "ok": report.ok,
         "checks": len(report.results),
         "failed": len(report.failed),

@@ -56,3 +56,8 @@ def _show_warning(
     **_: Any,
 ) -> None:
     _say("warning", "yellow", str(message))
+
+
+def say_note(message: str) -> None:
+    """Something the person should know, on standard error."""
+    _say("note", "yellow", message)

@@ -52,6 +52,12 @@ def open_bridge(choice: ModelChoice) -> TransformerBridge:
         UnsupportedModelError: not a BLOOM, or one configured in a way we do not handle.
         OSError: no such model, or no network to ask.
     """
+    bridge = _load(choice)
+    bridge.set_attn_implementation(choice.attention.value)
+    return bridge
+
+
+def _load(choice: ModelChoice) -> TransformerBridge:
     device, dtype = parse_device(choice.device), _DTYPES.get(choice.dtype)
     if choice.is_demo or not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()

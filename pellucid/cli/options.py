@@ -32,6 +32,44 @@ class Dtype(str, Enum):
     float64 = "float64"
 
 
+class Attention(str, Enum):
+    """How attention is computed."""
+
+    eager = "eager"
+    sdpa = "sdpa"
+
+
+class Match(str, Enum):
+    """How random sets of neurons are drawn."""
+
+    uniform = "uniform"
+    layer = "layer"
+
+
+class DocumentKind(str, Enum):
+    """What a document of a text file is."""
+
+    line = "line"
+    paragraph = "paragraph"
+    file = "file"
+
+
+class MetricName(str, Enum):
+    """What is measured of a run."""
+
+    logit_difference = "logit-difference"
+    log_probability = "log-probability"
+    probability = "probability"
+    kl_divergence = "kl-divergence"
+
+
+class Direction(str, Enum):
+    """Which run is edited."""
+
+    denoising = "denoising"
+    noising = "noising"
+
+
 @dataclass(frozen=True)
 class ModelChoice:
     """Which model, and how it is loaded."""
@@ -41,6 +79,7 @@ class ModelChoice:
     device: str | None = None
     dtype: Dtype = Dtype.auto
     allow_pickle: bool = False
+    attention: Attention = Attention.eager
 
     @property
     def is_demo(self) -> bool:
@@ -61,6 +100,13 @@ PickleOption = Annotated[
         help="Load pickle weights if there are no safetensors. They can run code: only from a source you trust.",
     ),
 ]
+AttentionOption = Annotated[
+    Attention,
+    typer.Option(
+        "--attn-implementation",
+        help="eager: Hugging Face's numbers to the bit; sdpa: torch's fused attention where no score or pattern is kept.",
+    ),
+]
 FormatOption = Annotated[
     Format, typer.Option(help="auto: tables, coloured on a terminal; human: coloured in a pipe too; json.")
 ]
@@ -74,9 +120,18 @@ def layer_list(text: str | None) -> list[int] | None:
     Raises:
         InputError: anything else.
     """
+    return number_list(text, "--layers")
+
+
+def number_list(text: str | None, option: str) -> list[int] | None:
+    """``0,5,11`` as numbers.
+
+    Raises:
+        InputError: anything else.
+    """
     if text is None:
         return None
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise InputError(f"--layers takes numbers with commas between them, such as 0,5,11; found {text!r}.") from None
+        raise InputError(f"{option} takes numbers with commas between them, such as 0,5,11; found {text!r}.") from None

@@ -24,18 +24,22 @@ def read_prompt(text: str | None, prompt_file: Path | None) -> str:
     assert text is not None
     if not text:
         raise InputError("TEXT is empty: there is nothing to run.")
-    return _as_typed(text)
+    return as_typed(text, "TEXT is not UTF-8: put it into a UTF-8 file and give --prompt-file.")
 
 
-def _as_typed(text: str) -> str:
-    """An argument as UTF-8, also where the locale is not (the bytes it cannot read are hidden in lone surrogates)."""
+def as_typed(text: str, mistake: str) -> str:
+    """An argument as UTF-8, also where the locale is not (the bytes it cannot read are hidden in lone surrogates).
+
+    Raises:
+        InputError: ``mistake``, if it is not UTF-8.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:
         try:
             return os.fsencode(text).decode()
         except UnicodeError:
-            raise InputError("TEXT is not UTF-8: put it into a UTF-8 file and give --prompt-file.") from None
+            raise InputError(mistake) from None
     return text
 
 

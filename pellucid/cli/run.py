@@ -87,6 +87,7 @@ def run_text(choice: ModelChoice, request: RunRequest, format: Format) -> None:
         "revision": choice.revision,
         "commit": commit_of(choice),
         "dtype": _dtype(bridge.dtype),
+        "attn_implementation": bridge.attn_implementation,
         "tokens": token_labels(bridge.tokenizer, tokens[0].tolist()),
     }
     if request.out is not None:

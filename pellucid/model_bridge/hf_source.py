@@ -26,6 +26,9 @@ from pellucid.model_bridge.supported_architectures.bloom import BloomArchitectur
 FAMILY_TOKENIZER = "bigscience/bloom"
 """Every BLOOM and BLOOMZ checkpoint has this tokenizer; its mid-training repositories ship none that loads."""
 
+HUGGING_FACE_ATTENTION = "eager"
+"""The only one that Hugging Face has for BLOOM; the fast one is the bridge's own."""
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -46,7 +49,6 @@ def load_model(
     offload_folder: str | os.PathLike[str] | None = None,
     hf_config_overrides: Mapping[str, Any] | None = None,
     load_weights: bool = True,
-    attn_implementation: str = "eager",
     trust_remote_code: bool = False,
     use_safetensors: bool | None = True,
     tokenizer: Any | None = None,
@@ -64,7 +66,6 @@ def load_model(
         offload_folder: where accelerate may put weights on disk.
         hf_config_overrides: configuration attributes to set before loading.
         load_weights: ``False`` builds the architecture with fresh weights.
-        attn_implementation: ``"eager"``, Hugging Face's own and the only one it has for BLOOM.
         trust_remote_code: run code from the repository.
         use_safetensors: ``False`` allows pickle files, which can run code when loaded; ``None`` takes what is there.
         tokenizer: to use instead of the checkpoint's.
@@ -76,8 +77,6 @@ def load_model(
     """
     import transformers
 
-    if attn_implementation != "eager":
-        raise InputError(f"attn_implementation is 'eager'; found {attn_implementation!r}.")
     if device is not None and device_map is not None:
         raise InputError("device and device_map both say where the model goes; give one.")
     local = os.path.isdir(name_or_path)
@@ -98,7 +97,7 @@ def load_model(
         inspect(cfg)
     if not load_weights:
         model = transformers.BloomForCausalLM._from_config(
-            config, dtype=dtype if isinstance(dtype, torch.dtype) else None, attn_implementation=attn_implementation
+            config, dtype=dtype if isinstance(dtype, torch.dtype) else None, attn_implementation=HUGGING_FACE_ATTENTION
         )
     else:
         try:
@@ -109,7 +108,7 @@ def load_model(
                 device_map=device_map,
                 max_memory=None if max_memory is None else dict(max_memory),
                 offload_folder=offload_folder,
-                attn_implementation=attn_implementation,
+                attn_implementation=HUGGING_FACE_ATTENTION,
                 use_safetensors=use_safetensors,
                 **common,
             )

@@ -17,7 +17,7 @@ from pellucid.hook_points import Direction, Directions, HookFunction, HookPoint,
 from pellucid.model_bridge.generalized_components import GeneralizedComponent
 from pellucid.model_bridge.mounting import ComponentTree
 from pellucid.names import Flag, HookSpec, NamesFilter
-from pellucid.run_context import Scope, acts, close_scope, open_scope
+from pellucid.run_context import acts, close_scope, open_scope
 
 HookRequest: TypeAlias = tuple[NamesFilter, HookFunction]
 """``(name, glob, list or predicate, function)``."""
@@ -47,6 +47,44 @@ class HookDict(Mapping[str, HookPoint]):
             return False
         spec = self._tree.index[str(name)]
         return spec.flag is None or self._tree.cfg.flags[spec.flag]
+
+
+class Attached:
+    """Functions attached for the length of a block.
+
+    A class, where a generator would do: it is on the way of every run with hooks, and each Python call costs microseconds
+    there.
+
+    Args:
+        tree: the components.
+        handles: the functions.
+        needed: the components they need mounted, and how many of them need each.
+        keep: leave them on after the block, as if added for good.
+    """
+
+    def __init__(
+        self, tree: ComponentTree, handles: Sequence[LensHandle], needed: Mapping[str, int], keep: bool
+    ) -> None:
+        self._tree, self._handles, self._needed, self._keep = tree, handles, needed, keep
+
+    def __enter__(self) -> None:
+        self._scope = scope = open_scope()
+        for handle in self._handles:
+            handle.scope = scope
+        try:
+            self._tree.attach(self._handles, self._needed)
+        except BaseException:
+            close_scope(scope)
+            self._tree.detach(self._handles, self._needed)
+            raise
+
+    def __exit__(self, *error: object) -> None:
+        close_scope(self._scope)
+        if self._keep:
+            for handle in self._handles:
+                handle.scope = None
+        else:
+            self._tree.detach(self._handles, self._needed)
 
 
 class HookedModel(nn.Module):
@@ -288,16 +326,23 @@ class HookedModel(nn.Module):
         self, requests: Sequence[HookRequest], direction: Direction, span: tuple[int, int] | None = None
     ) -> list[LensHandle]:
         handles = []
+        named = self._tree.named
         for request in requests:
-            if not isinstance(request, tuple | list) or len(request) != 2:
+            if not isinstance(request, (tuple, list)) or len(request) != 2:
                 raise InputError(f"Hooks are a list of (name, function) pairs; found {request!r} in it.")
             names_filter, function = request
             if not callable(function):
                 raise InputError(
                     f"A hook is (name, function); found {function!r} as the function for {names_filter!r}."
                 )
+            if span is None and isinstance(names_filter, str) and names_filter in named:
+                handles.append(LensHandle(named[names_filter], function, direction, names_filter))
+                continue
             for spec, asked in self._select(names_filter, direction, "a hook's name", span):
-                handles.append(LensHandle(self._tree.point(spec.name), function, direction, asked))
+                point = self._tree.point(spec.name)
+                if asked == names_filter and spec.flag is None and spec.kind != "int":
+                    named[asked] = point  # nothing can refuse this name: it need not be looked up again
+                handles.append(LensHandle(point, function, direction, asked))
         return handles
 
     def _select(
@@ -333,25 +378,15 @@ class HookedModel(nn.Module):
                 )
         return passed
 
-    @contextmanager
     def _attached(
         self, handles: Sequence[LensHandle], keep: bool = False, needed: Mapping[str, int] | None = None
-    ) -> Iterator[Scope]:
-        """Attach prepared functions for the length of a block."""
-        self._refuse_parallel_gradients(handles)
-        scope = open_scope()
+    ) -> Attached:
+        """Prepared functions, to be attached for the length of a block; ``needed`` by them is counted if not known."""
         for handle in handles:
-            handle.scope = scope
-        try:
-            self._tree.attach(handles, needed)
-            yield scope
-        finally:
-            close_scope(scope)
-            if keep:
-                for handle in handles:
-                    handle.scope = None
-            else:
-                self._tree.detach(handles, needed)
+            if handle.direction == "bwd":
+                self._refuse_parallel_gradients(handles)
+                break
+        return Attached(self._tree, handles, self._tree.needed_by(handles) if needed is None else needed, keep)
 
     def _refuse_parallel_gradients(self, handles: Sequence[LensHandle]) -> None:
         """A per-head input is a second way to the same projection: the gradient can flow through it or around it.

@@ -44,11 +44,14 @@ class StandIn:
     Args:
         component: the mounted component.
         module: the module it stands on.
+        slot: the attribute of the module that it is.
         previous: the instance forward that was there, ``None`` if it was the class's own.
     """
 
-    def __init__(self, component: GeneralizedComponent, module: nn.Module, previous: Callable[..., Any] | None) -> None:
-        self.component, self.module, self.previous = component, module, previous
+    def __init__(
+        self, component: GeneralizedComponent, module: nn.Module, slot: str, previous: Callable[..., Any] | None
+    ) -> None:
+        self.component, self.module, self.slot, self.previous = component, module, slot, previous
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The component's forward."""
@@ -58,6 +61,7 @@ class StandIn:
         if self.component.root is None or id(self.component.root) in memo:
             clone = StandIn.__new__(StandIn)
             memo[id(self)] = clone
+            clone.slot = self.slot
             clone.component, clone.module, clone.previous = copy.deepcopy(
                 (self.component, self.module, self.previous), memo
             )
@@ -66,16 +70,6 @@ class StandIn:
         if self.previous is not None:
             return copy.deepcopy(self.previous, memo)
         return type(self.module).forward.__get__(memo[id(self.module)])
-
-
-@dataclass
-class Mounted:
-    """A mounted component and what has to be put back."""
-
-    module: nn.Module
-    slot: str
-    previous: Callable[..., Any] | None  # None: the class's own forward, no instance attribute
-    ours: StandIn
 
 
 @dataclass(frozen=True)
@@ -113,9 +107,10 @@ class ComponentTree:
         adapter.link_outer(self.components, self.blocks)
         self._users: dict[str, int] = {}
         self._needs: dict[HookPoint, tuple[str, ...]] = {}
-        self._mounted: dict[str, Mounted] = {}
-        self._stranded: dict[str, Mounted] = {}
+        self._mounted: dict[str, StandIn] = {}
+        self._stranded: dict[str, StandIn] = {}
         self._groups: dict[tuple[bool, ...], Group] = {}
+        self.named: dict[str, HookPoint] = {}  # points that are always on, by the name they were asked for under
         self._copied = False
         self.notes: dict[str, Any] = {}  # what others remember of this model, each under its own word; copied with it
         self._place_all()
@@ -193,18 +188,22 @@ class ComponentTree:
                 needed[name] = needed.get(name, 0) + 1
         return Group(specs, points, {spec.name: spec.pos_axis for spec in specs}, needed)
 
-    def attach(self, handles: Sequence[LensHandle], needed: Mapping[str, int] | None = None) -> None:
-        """Attach functions to their points, mounting what fires them (``needed``, if known) once for all."""
-        self._retain(self._needed_by(handles) if needed is None else needed)
+    def attach(self, handles: Sequence[LensHandle], needed: Mapping[str, int]) -> None:
+        """Attach functions to their points, mounting what fires them once for all."""
+        self._retain(needed)
         for handle in handles:
             handle.point.attach_quietly(handle)
 
-    def detach(self, handles: Sequence[LensHandle], needed: Mapping[str, int] | None = None) -> None:
-        """Detach those of ``handles`` that are attached."""
-        gone = [handle for handle in handles if handle.point.detach_quietly(handle)]
-        self._release(needed if needed is not None and len(gone) == len(handles) else self._needed_by(gone))
+    def detach(self, handles: Sequence[LensHandle], needed: Mapping[str, int]) -> None:
+        """Detach those of ``handles`` that are attached; ``needed`` is what they need all together."""
+        gone = []
+        for handle in handles:
+            if handle.point.detach_quietly(handle):
+                gone.append(handle)
+        self._release(needed if len(gone) == len(handles) else self.needed_by(gone))
 
-    def _needed_by(self, handles: Iterable[LensHandle]) -> dict[str, int]:
+    def needed_by(self, handles: Iterable[LensHandle]) -> dict[str, int]:
+        """The components that have to be mounted for ``handles``, and how many of those need each."""
         needed: dict[str, int] = {}
         for handle in handles:
             for name in self._needs.get(handle.point) or self._needed(handle.point):
@@ -277,14 +276,12 @@ class ComponentTree:
         previous = vars(module).get(slot)
         native = type(module).forward.__get__(module) if previous is None else previous
         vars(component)["engine"] = Engine(module, native)  # not through nn.Module's slow attribute setting
-        ours = StandIn(component, module, previous)
-        self._mounted[name] = Mounted(module, slot, previous, ours)
-        vars(module)[slot] = ours
+        vars(module)[slot] = self._mounted[name] = StandIn(component, module, slot, previous)
 
     def _unmount(self, name: str) -> None:
         mounted = self._mounted.pop(name)
         state = vars(mounted.module)
-        if state.get(mounted.slot) is not mounted.ours:
+        if state.get(mounted.slot) is not mounted:
             # What wraps us still calls us: the engine stays, and what comes through passes on.
             self._stranded[name] = mounted
             warnings.warn(
@@ -303,7 +300,10 @@ class ComponentTree:
     def remount_replaced(self) -> None:
         """Mount anew what stands on a module that is no longer in the model (a merged adapter, a new layer)."""
         components = self.components
-        replaced = [n for n, held in list(self._mounted.items()) if components[n].original_component is not held.module]
+        replaced = []
+        for name, held in list(self._mounted.items()):
+            if components[name].original_component is not held.module:
+                replaced.append(name)
         if not replaced:
             return
         with _LOCK:
@@ -313,12 +313,12 @@ class ComponentTree:
 
     def has_torch_hooks(self) -> bool:
         """Whether somebody has put torch hooks of their own on the model, which may write to tensors."""
-        waiting: list[nn.Module] = [self.root]
-        while waiting:
-            module = waiting.pop()
-            if module._forward_hooks or module._forward_pre_hooks:
-                return True
-            waiting.extend(child for child in module._modules.values() if child is not None)
+        waiting: list[nn.Module | None] = [self.root]
+        for module in waiting:  # which grows on the way
+            if module is not None:
+                if module._forward_hooks or module._forward_pre_hooks:
+                    return True
+                waiting.extend(module._modules.values())
         return False
 
     # -- copies --------------------------------------------------------------------------------------------------------
@@ -329,7 +329,7 @@ class ComponentTree:
         for key, value in vars(self).items():
             setattr(clone, key, copy.deepcopy(value, memo))
         clone._copied = True
-        clone._groups = {}
+        clone._groups, clone.named = {}, {}
         with _LOCK:
             _TREES[id(clone.root)] = clone
         return clone
@@ -345,7 +345,7 @@ class ComponentTree:
         if not self._copied:
             return
         self._copied = False
-        self._users = self._needed_by(self.handles())
+        self._users = self.needed_by(self.handles())
         for name in [name for name in self._mounted if name not in self._users]:
             self._unmount(name)
 

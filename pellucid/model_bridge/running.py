@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from pellucid.errors import GradientError, InputError
@@ -21,10 +21,12 @@ from pellucid.model_bridge.cache_plan import RunSize
 from pellucid.model_bridge.generalized_components.base import StopForward
 from pellucid.model_bridge.hooked_model import HookedModel
 from pellucid.model_bridge.losses import next_token_loss
-from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, TokenRules, check_mask
-from pellucid.run_context import layer_span
+from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, TokenRules, check_choice, check_mask
+from pellucid.run_context import fast_attention, layer_span
 
 ReturnType: TypeAlias = Literal["logits", "loss", "both"] | None
+AttnImplementation: TypeAlias = Literal["eager", "sdpa"]
+ATTN_IMPLEMENTATIONS = ("eager", "sdpa")
 
 
 @dataclass(slots=True)
@@ -37,6 +39,8 @@ class Prepared:
     past_key_values: Any | None
     start: int | None
     stop: int | None
+    plain: bool = False
+    """Nothing but token ids, which go to the model as they are."""
 
     @property
     def given(self) -> Tensor:
@@ -62,6 +66,7 @@ class RunnableModel(HookedModel):
     """A hooked model that can be run on text, tokens or a residual."""
 
     _rules: TokenRules
+    _attn_implementation: AttnImplementation = "eager"
 
     # -- the model's place and dtype -----------------------------------------------------------------------------------
 
@@ -92,6 +97,36 @@ class RunnableModel(HookedModel):
             self.cfg.device = str(parameter.device)
         return self
 
+    # -- how attention is computed -------------------------------------------------------------------------------------
+
+    @property
+    def attn_implementation(self) -> AttnImplementation:
+        """``"eager"`` or ``"sdpa"``; see :meth:`set_attn_implementation`."""
+        return self._attn_implementation
+
+    def set_attn_implementation(self, attn_implementation: AttnImplementation) -> None:
+        """Choose how this bridge's runs compute attention.
+
+        It is a matter of this bridge alone: calls of the Hugging Face model, and of another bridge on it, stay as they are.
+
+        Args:
+            attn_implementation: ``"eager"``, the default: Hugging Face's own arithmetic, to the bit. ``"sdpa"``: torch's
+                ``scaled_dot_product_attention`` in each layer whose ``hook_attn_scores`` and ``hook_pattern`` nothing acts
+                on in that run; the same numbers up to rounding (bound: ``docs/fast_attention.md``), in less memory and time.
+                Layers that need the pattern take the exact path: dropout on it in training, ``output_attentions``,
+                torch hooks on the attention, autocast; and all layers under gradient checkpointing, and in float16 where a
+                row of a forward has everything masked (left padding).
+
+        Raises:
+            InputError: another value.
+        """
+        check_choice("attn_implementation", attn_implementation, ATTN_IMPLEMENTATIONS)
+        self._attn_implementation = attn_implementation
+
+    def _fast_root(self) -> nn.Module | None:
+        """The model whose attentions may take the fused kernel in a run that begins now, ``None`` for none."""
+        return self._tree.root if self._attn_implementation == "sdpa" and not self._checkpoints() else None
+
     # -- a run ---------------------------------------------------------------------------------------------------------
 
     def _is_ready(
@@ -114,15 +149,13 @@ class RunnableModel(HookedModel):
             return False
         if not (isinstance(input, Tensor) and input.dtype is torch.int64 and input.dim() == 2 and input.numel()):
             return False
-        weight = self._tree.embedding()._parameters.get("weight")
-        cfg = self._tree.cfg
-        return (
-            input.is_cpu
-            and weight is not None
-            and weight.is_cpu
-            and weight.dtype is cfg.dtype
-            and cfg.dtype is not torch.float64
-        )
+        embedding = self._tree.components["embed"].original_component
+        weight = None if embedding is None else embedding._parameters.get("weight")
+        if weight is None or not (weight.is_cpu and input.is_cpu):
+            return False
+        dtype = weight.dtype
+        exact = self._attn_implementation == "eager"
+        return exact and dtype is self._tree.cfg.dtype and dtype is not torch.float64
 
     def _logits(self, arguments: dict[str, Any]) -> Tensor:
         """Hugging Face's logits."""
@@ -168,8 +201,10 @@ class RunnableModel(HookedModel):
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
     ) -> Prepared:
+        if self._tree.is_mounted():
+            self._tree.remount_replaced()
         if self._is_ready(input, prepend_bos, attention_mask, past_key_values, start_at_layer, stop_at_layer):
-            return Prepared(input, None, None, None, None, None)  # type: ignore[arg-type]
+            return Prepared(input, None, None, None, None, None, plain=True)  # type: ignore[arg-type]
         self._refresh()  # the Hugging Face model may have been cast or moved behind our back
         start = self._layer("start_at_layer", start_at_layer)
         stop = self._layer("stop_at_layer", stop_at_layer)
@@ -232,7 +267,9 @@ class RunnableModel(HookedModel):
 
     def _run(self, prepared: Prepared) -> Tensor:
         """Logits, or the residual at which the run stops."""
-        arguments: dict[str, Any] = {"use_cache": prepared.past_key_values is not None}
+        if prepared.plain:
+            return self._logits({"input_ids": prepared.tokens, "use_cache": False, "return_dict": True})
+        arguments: dict[str, Any] = {"use_cache": prepared.past_key_values is not None, "return_dict": True}
         if prepared.tokens is not None:
             arguments["input_ids"] = prepared.tokens
         else:
@@ -246,17 +283,22 @@ class RunnableModel(HookedModel):
             self._refuse_checkpointing()
         if not helpers:
             return self._logits(arguments)
-        with self._tree.mounted(helpers), layer_span(prepared.start, prepared.stop):
+        span = layer_span(prepared.start, prepared.stop)
+        with self._tree.mounted(helpers), span, fast_attention(self._fast_root()):
             try:
                 return self._logits(arguments)
             except StopForward as stopped:
                 self._tree.restore_offloaded()
                 return self._guarded(stopped.residual)
 
+    def _checkpoints(self) -> bool:
+        """Whether the backward pass would run the forward of a run that begins now again, when it is over."""
+        backbone = self._tree.backbone.module
+        return bool(backbone.gradient_checkpointing and backbone.training and torch.is_grad_enabled())
+
     def _refuse_checkpointing(self) -> None:
         """Attention is ours in a float64 run only: a forward that is run again later would be Hugging Face's."""
-        backbone = self._tree.backbone.module
-        if backbone.gradient_checkpointing and backbone.training and torch.is_grad_enabled():
+        if self._checkpoints():
             raise GradientError(
                 "In float64 attention is Pellucid's own for the length of a run, and gradient checkpointing runs it again "
                 "after that. Switch gradient checkpointing off for a float64 model."
@@ -269,7 +311,7 @@ class RunnableModel(HookedModel):
             names += ["embed_ln", *(f"blocks.{layer}" for layer in range(start))]
         if stop is not None:
             names.append("ln_final" if stop == self.cfg.n_layers else f"blocks.{stop}")
-        if self._tree.is_float64():
+        if self._tree.is_float64() or self._fast_root() is not None:
             names += self._tree.attentions()
         return names
 

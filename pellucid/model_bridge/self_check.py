@@ -3,6 +3,12 @@
 Each check is a line of a table with what was measured and the bound it has to keep. Exact checks have bound 0. Bounds of
 the others follow from the dtype: two routes to the same logits that round differently at each of ``L`` layers may differ
 by a few units in the last place of the largest logit per layer, so the bound is ``64 * L * eps * max|logit|``.
+
+Fast attention, where it is switched on, is held against the exact path; all else is checked with the exact path. A score
+is known within ``d = eps * max|score| + e * (d_head + 2) * max|q| * max|k| / sqrt(d_head)``, ``e`` being ``eps`` of float32
+or better, so a probability within a factor ``exp(2 d)``; ``z`` of one layer, given the same residual, may differ by
+``2 * (expm1(2 d) + eps + (2 * pos + 32) * e) * max|v|``. For the logits, at which ``L`` layers have been passed and ALiBi
+has added up to ``pos`` to a score, the bound is ``(64 + 2 * pos) * L * eps * max|logit|``.
 """
 
 from __future__ import annotations
@@ -11,7 +17,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +36,15 @@ class CheckedBridge(Protocol):
     @property
     def hf_model(self) -> nn.Module:
         """The Hugging Face model."""
+        ...
+
+    @property
+    def attn_implementation(self) -> Literal["eager", "sdpa"]:
+        """How it computes attention."""
+        ...
+
+    def set_attn_implementation(self, attn_implementation: Literal["eager", "sdpa"]) -> None:
+        """Choose how it computes attention."""
         ...
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -139,14 +154,18 @@ def run_checks(
     training = [module for module in tree.root.modules() if module.training]
     tree.root.eval()
     flags = dict(cfg.flags)
+    attention = bridge.attn_implementation
     try:
+        bridge.set_attn_implementation("eager")
         with torch.no_grad():
-            steps = _Checker(bridge, tree, tokens, chosen).steps()
+            checker = _Checker(bridge, tree, tokens, chosen)
+            steps = checker.steps() + ([checker.fast_attention] if attention == "sdpa" else [])
             for step in progress_bar(steps, total=len(steps), desc="check", unit="check", show=progress):
                 report.results += list(step())
     finally:
         for module in training:
             module.training = True
+        bridge.set_attn_implementation(attention)
         for flag, value in flags.items():
             setattr(cfg, flag, value)
     return report
@@ -272,6 +291,45 @@ class _Checker:
         yield self.line("key/value cache: logits", logits.double() - native.double(), self.exact)
         yield self.line("key/value cache: as without it", logits.double() - self.base[:, cut:].double(), self.bound)
 
+    def fast_attention(self) -> Check:
+        """The fused kernel against the exact path, without and with padding on the left."""
+        length = self.tokens.shape[1]
+        mask = torch.ones_like(self.tokens)
+        mask[0, : length // 2] = 0
+        bound = (64 + 2 * length) * self.cfg.n_layers * torch.finfo(self.cfg.dtype).eps * float(self.base.abs().max())
+        for what, given in (("logits", None), ("logits, padded left", mask)):
+            exact = self.bridge(self.tokens, attention_mask=given)
+            with _Fast(self.bridge):
+                fast = self.bridge(self.tokens, attention_mask=given)
+            yield self.line(f"sdpa against the exact path: {what}", fast.double() - exact.double(), bound)
+        for layer in self.layers:
+            yield self.fast_layer(layer)
+
+    def fast_layer(self, layer: int) -> CheckResult:
+        """``z`` of one layer by either route, from the same residual."""
+        names = [
+            f"blocks.{layer}.{site}" for site in ("hook_resid_pre", *(f"attn.hook_{x}" for x in ("q", "k", "v", "z")))
+        ]
+        scores = f"blocks.{layer}.attn.hook_attn_scores"
+        _, cache = self.bridge.run_with_cache(self.tokens, names_filter=[*names, scores])
+        resid, q, k, v, z = (cache[name].double() for name in names)
+        with _Fast(self.bridge):
+            _, fast = self.bridge.run_with_cache(
+                cache[names[0]],
+                names_filter=names[-1],
+                start_at_layer=layer,
+                stop_at_layer=layer + 1,
+            )
+        eps = torch.finfo(self.cfg.dtype).eps
+        wide = torch.finfo(torch.promote_types(self.cfg.dtype, torch.float32)).eps
+        unmasked = cache[scores].double().abs()
+        unmasked = unmasked[unmasked < 1e4]
+        products = q.norm(dim=-1).max() * k.norm(dim=-1).max() / self.cfg.attn_scale
+        score = eps * unmasked.max() + wide * (self.cfg.d_head + 2) * products
+        off = torch.expm1(2 * score) + eps + (2 * resid.shape[1] + 32) * wide
+        bound = float(2 * off * v.abs().max())
+        return self.line(f"layer {layer}: sdpa against the exact path: z", fast[names[-1]].double() - z, bound)
+
     def liveness(self, spec: HookSpec) -> Check:
         """Looking changes nothing; an edit, returned or in place, is the reference's edit and moves the logits."""
         with self.switched_on(spec.flag):
@@ -294,6 +352,19 @@ class _Checker:
 
     def switched_on(self, flag: Flag | None) -> _Switched:
         return _Switched(self.cfg, flag)
+
+
+class _Fast:
+    """Fast attention, on for the length of a block."""
+
+    def __init__(self, bridge: CheckedBridge) -> None:
+        self._bridge = bridge
+
+    def __enter__(self) -> None:
+        self._bridge.set_attn_implementation("sdpa")
+
+    def __exit__(self, *exception: object) -> None:
+        self._bridge.set_attn_implementation("eager")
 
 
 class _Switched:

@@ -19,19 +19,28 @@ from pellucid.activation_cache import ActivationCache
 from pellucid.errors import GradientError, InputError
 from pellucid.hook_points import LensHandle
 from pellucid.model_bridge.cache_plan import Keeper, PosSlice, cache_bytes, kept_positions, refuse_large
+from pellucid.model_bridge.collecting import CollectingModel
 from pellucid.model_bridge.generation import generate
 from pellucid.model_bridge.hf_source import find_bloom, load_model, make_adapter
 from pellucid.model_bridge.hooked_model import HookRequest, runs_through
 from pellucid.model_bridge.mounting import ComponentTree
-from pellucid.model_bridge.running import Prepared, ReturnType, RunnableModel, refuse_rows, without_batch_dim
+from pellucid.model_bridge.running import (
+    ATTN_IMPLEMENTATIONS,
+    AttnImplementation,
+    Prepared,
+    ReturnType,
+    refuse_rows,
+    without_batch_dim,
+)
 from pellucid.model_bridge.self_check import CheckReport, run_checks
 from pellucid.model_bridge.token_methods import TokenMethods
 from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, TokenRules, check_choice
 from pellucid.model_bridge.weight_state import ProcessableWeights, refuse_early
 from pellucid.names import HookSpec, NamesFilter
+from pellucid.run_context import fast_attention
 
 
-class TransformerBridge(ProcessableWeights, RunnableModel, TokenMethods):
+class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
     """A BLOOM model whose every activation can be read and changed.
 
     Args:
@@ -64,7 +73,7 @@ class TransformerBridge(ProcessableWeights, RunnableModel, TokenMethods):
         device_map: str | Mapping[str, Any] | None = None,
         max_memory: Mapping[Any, Any] | None = None,
         offload_folder: str | os.PathLike[str] | None = None,
-        attn_implementation: Literal["eager"] = "eager",
+        attn_implementation: AttnImplementation = "eager",
         use_safetensors: bool | None = True,
         process_weights: bool | Mapping[str, bool] = False,
     ) -> TransformerBridge:
@@ -83,7 +92,8 @@ class TransformerBridge(ProcessableWeights, RunnableModel, TokenMethods):
             device_map: accelerate's placement.
             max_memory: limit for each device.
             offload_folder: where accelerate may put weights.
-            attn_implementation: ``"eager"``, bitwise Hugging Face's.
+            attn_implementation: ``"eager"``, bitwise Hugging Face's, or ``"sdpa"``, see :meth:`set_attn_implementation`. It
+                is the bridge's own and never handed to Hugging Face, which has no other than eager for BLOOM.
             use_safetensors: ``False`` allows pickle files, which can run code when loaded.
             process_weights: ``True``, or arguments of :meth:`process_weights`, to process the weights where they were
                 loaded; what the configuration forbids is refused before any weight is read.
@@ -93,6 +103,7 @@ class TransformerBridge(ProcessableWeights, RunnableModel, TokenMethods):
             WeightError: see :meth:`process_weights`.
             UnsupportedModelError: not a BLOOM, or one configured in a way we do not handle.
         """
+        check_choice("attn_implementation", attn_implementation, ATTN_IMPLEMENTATIONS)
         if hf_model is not None:
             unused = {
                 "hf_config_overrides": hf_config_overrides,
@@ -111,7 +122,9 @@ class TransformerBridge(ProcessableWeights, RunnableModel, TokenMethods):
                     f"hf_model is used as it is: {', '.join(given)} would have no effect. Convert or move the model "
                     "before bridging it."
                 )
-            return cls(hf_model, tokenizer)._processed(process_weights)
+            bridge = cls(hf_model, tokenizer)._processed(process_weights)
+            bridge.set_attn_implementation(attn_implementation)
+            return bridge
         if not str(model_name):
             raise InputError("Give a hub name or a folder, or a live model as hf_model=.")
         loaded = load_model(
@@ -124,13 +137,14 @@ class TransformerBridge(ProcessableWeights, RunnableModel, TokenMethods):
             offload_folder=offload_folder,
             hf_config_overrides=hf_config_overrides,
             load_weights=load_weights,
-            attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
             use_safetensors=use_safetensors,
             tokenizer=tokenizer,
             inspect=partial(refuse_early, process_weights),
         )
-        return cls(loaded.model, loaded.tokenizer)._processed(process_weights)
+        bridge = cls(loaded.model, loaded.tokenizer)._processed(process_weights)
+        bridge.set_attn_implementation(attn_implementation)
+        return bridge
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TransformerBridge:
         clone = type(self).__new__(type(self))
@@ -182,7 +196,7 @@ class TransformerBridge(ProcessableWeights, RunnableModel, TokenMethods):
         ):
             if self._tree.is_mounted():
                 self._tree.remount_replaced()
-            return self._logits({"input_ids": input, "use_cache": False})
+            return self._logits({"input_ids": input, "use_cache": False, "return_dict": True})
         check_choice("return_type", return_type, ("logits", "loss", "both", None))
         prepared = self._prepare(
             input, prepend_bos, padding_side, attention_mask, past_key_values, start_at_layer, stop_at_layer
@@ -233,16 +247,18 @@ class TransformerBridge(ProcessableWeights, RunnableModel, TokenMethods):
         span = self._span(prepared) if prepared.start is not None or prepared.stop is not None else None
         forward = self._requests(fwd_hooks, "fwd", span)
         backward = self._requests(bwd_hooks, "bwd", span)
-        for handle in forward:
-            handle.must_change = assert_effect
+        if assert_effect:
+            for handle in forward:
+                handle.must_change = True
         with self._attached(forward + backward, keep=not reset_hooks_end):
             try:
                 output = self._finish(prepared, self._run(prepared), return_type, loss_per_token)
             finally:
                 if clear_contexts:
                     self.clear_contexts()
-        for handle in forward:
-            handle.check_effect()
+        if assert_effect:
+            for handle in forward:
+                handle.check_effect()
         return without_batch_dim(output) if remove_batch_dim else output
 
     def run_with_cache(
@@ -446,11 +462,11 @@ class TransformerBridge(ProcessableWeights, RunnableModel, TokenMethods):
                 "generate of bridge.hf_model inside `with bridge.hooks(...)`."
             )
         do_sample = do_sample and temperature != 0  # TransformerLens' way to ask for the most probable token
-        self._tree.remount_replaced()
         side: PaddingSide = padding_side if padding_side is not None else "left"
         prepared = self._prepare(input, prepend_bos, side, attention_mask)
         assert prepared.tokens is not None
-        with self._safely(prepared.tokens), self._tree.mounted(self._helpers(None, None)):
+        mounted = self._tree.mounted(self._helpers(None, None))
+        with self._safely(prepared.tokens), mounted, fast_attention(self._fast_root()):
             output = generate(
                 self.original_model,
                 self._tree,

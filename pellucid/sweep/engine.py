@@ -27,7 +27,7 @@ from pellucid.model_bridge.tokens import TextOrTokens, check_choice
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.progress import progress_bar
 from pellucid.sweep.base_run import BaseRun, base_bytes, needed_names, run_base
-from pellucid.sweep.edits import Edit, Write, resolve
+from pellucid.sweep.edits import Edit, Write, Zero, resolve
 from pellucid.sweep.lazy_logits import Asked
 from pellucid.sweep.metrics import Metric
 from pellucid.sweep.packing import PackedModel, State
@@ -89,6 +89,7 @@ class Sweep:
         base_cache: activations of this very run, to take in place of running it (see :meth:`needed_names`).
         logit_positions: the positions that a function may read; by default it is found out.
         memory_limit: bytes that the sweep may take beside the model; by default half of what is available.
+        reserved: bytes of that limit that are taken elsewhere: by the values of the edits, say.
         rows_at_once: packed rows that go through a block together.
         prepend_bos: put the beginning-of-sequence token before strings.
         padding_side: of shorter strings.
@@ -107,6 +108,7 @@ class Sweep:
         base_cache: Mapping[str, Tensor] | None = None,
         logit_positions: Sequence[int] | None = None,
         memory_limit: int | None = None,
+        reserved: int = 0,
         rows_at_once: int = ROWS_AT_ONCE,
         prepend_bos: bool | None = None,
         padding_side: Literal["left", "right"] | None = None,
@@ -127,6 +129,7 @@ class Sweep:
         self._base_cache = base_cache
         self._logit_positions = logit_positions
         self._memory_limit = memory_limit
+        self._reserved = reserved
         self._rows_at_once = rows_at_once
         self._base: BaseRun | None = None
         self._base_first = 0
@@ -192,6 +195,20 @@ class Sweep:
             self._base, self._base_first = base, first
         return base
 
+    def base_activations(self, hooks: Iterable[str]) -> Mapping[str, Tensor]:
+        """The base run's activations at these hooks, for edits that are worked out from them.
+
+        A sweep of edits of the same hooks that follows does not run the base again.
+
+        Args:
+            hooks: names of hook points.
+
+        Returns:
+            By canonical name, ``[row, ...]``; not to be written to.
+        """
+        with torch.no_grad():
+            return self._run_base(self._resolve(Edit(name, Zero()) for name in hooks)).sites
+
     def forget(self) -> None:
         """Let go of the base run, so that the next call makes it anew: after the weights were changed, say."""
         self._base = None
@@ -253,7 +270,7 @@ class Sweep:
         kept = base_bytes(bridge, base.n_rows, base.length, self._base_first)
         kept += sum(site.nbytes for site in base.sites.values())
         widest = max((sum(widest_rows(run, costs) for run in runs[edit]) for edit in packed), default=0)
-        limits = divide(costs, limit, kept, widest, read_cells, self._rows_at_once)
+        limits = divide(costs, limit, kept, widest, read_cells, self._rows_at_once, self._reserved)
         batches = make_batches(runs, packed, costs, limits, read_cells)
         plan = SweepPlan(
             n_edits=len(writes),

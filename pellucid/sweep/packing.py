@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pellucid.model_bridge.generalized_components.alibi_utils import add_mask_to_alibi
 from pellucid.model_bridge.generalized_components.packed_rows import PackedRuns, RunGroup
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.names import HookSpec
@@ -135,6 +136,9 @@ class PackedModel:
         self._incoming, self._outgoing = whole.new_empty(2, rows, whole.shape[-1])
         self._now: dict[str, list[list[Place]]] = {}
         self._packed: PackedRuns | None = None
+        self._fast_bias = None
+        if bridge.attn_implementation == "sdpa":
+            self._fast_bias = add_mask_to_alibi(base.alibi, base.mask, bridge.cfg.n_heads)
 
     # -- layer by layer ------------------------------------------------------------------------------------------------
 
@@ -236,7 +240,7 @@ class PackedModel:
             outs.append((state.runs, state.columns, wanted))
             start += group.rows
         base = self.base
-        packed = PackedRuns(groups, base.keys[layer], base.values[layer], base.alibi, base.mask)
+        packed = PackedRuns(groups, base.keys[layer], base.values[layer], base.alibi, base.mask, self._fast_bias)
         self._packed = packed
         self._locate(outs, layer)
         # The states of a chunk lie one after the other in one buffer.

@@ -10,6 +10,7 @@ allocator makes of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -165,7 +166,9 @@ class Limits:
     logit_rows: int
 
 
-def divide(costs: Costs, limit: int, base_bytes: int, widest: int, read_cells: int, wish: int) -> Limits:
+def divide(
+    costs: Costs, limit: int, base_bytes: int, widest: int, read_cells: int, wish: int, reserved: int = 0
+) -> Limits:
     """Divide what a memory limit leaves beside the base run.
 
     Args:
@@ -175,17 +178,21 @@ def divide(costs: Costs, limit: int, base_bytes: int, widest: int, read_cells: i
         widest: packed rows of the widest single edit.
         read_cells: logits that one edit's metric reads.
         wish: packed rows that go through a block together, if memory allows.
+        reserved: bytes of the limit that are taken elsewhere.
 
     Raises:
         InputError: not even one edit at a time fits; says what would.
     """
-    left = int((limit - base_bytes - WORKSPACE) / HEAP)
+    left = int((limit - reserved - base_bytes - WORKSPACE) / HEAP)
     least = max(costs.chunk_bytes(costs.length) + costs.state_bytes(widest), costs.logit_bytes(read_cells))
     if left < least:
-        needed = resident(base_bytes, least)
+        # What is reserved may be a share of the limit, and then grows with it.
+        needed = math.ceil(resident(base_bytes, least) * limit / max(1, limit - reserved))
         raise InputError(
             f"memory_limit={limit:,} bytes is too little: the base run takes {base_bytes:,} and one edit at a time "
-            f"{needed - base_bytes:,}. Give at least {needed:,}, or sweep fewer layers or shorter prompts."
+            f"{resident(base_bytes, least) - base_bytes:,}"
+            + (f", with {reserved:,} kept for the edits' values" if reserved else "")
+            + f". Give at least {needed:,}, or sweep fewer layers or shorter prompts."
         )
     rows_at_once = max(wish, costs.length)
     while rows_at_once > costs.length and costs.chunk_bytes(rows_at_once) > left // 2:

@@ -111,6 +111,10 @@ def make_run(
     entering = by_stage[first_stage]
     spreads = first_stage < n_layers and any(place_of(write.spec) in FEEDS_OTHER_COLUMNS for write in entering)
     touched = {column for write in entering for column in write.columns}
+    if first_stage == n_layers - 1 and len(by_stage) > 1 and not spreads and not read & touched:
+        # What is written in the last layer stays in columns that nobody reads; left are the edits after it.
+        later = [write for write in writes if stage_of(write.spec, n_layers) == n_layers]
+        return make_run(edit, later, sites, n_layers, length, read)
     columns = tuple(range(min(touched), length)) if spreads else tuple(sorted(touched))
     # With no attention left to go through, an edit stays in its column.
     stays = len(by_stage) == 1 and (first_stage == n_layers or (first_stage == n_layers - 1 and not spreads))

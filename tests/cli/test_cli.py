@@ -87,7 +87,7 @@ def test_help_is_quick_and_loads_neither_torch_nor_transformers() -> None:
     loaded, seconds = done.stdout.splitlines()[-1].rsplit(" ", 1)
     assert loaded == "[]"
     assert float(seconds) < 1.0
-    for command in ("demo", "check", "run"):
+    for command in ("demo", "check", "run", "patch"):
         assert command in done.stdout
 
 
@@ -567,3 +567,22 @@ def test_check_in_a_process_of_its_own() -> None:
 
 def _of_hook(hook: str, aspect: str, held: bool, measured: float, bound: float, detail: str = "") -> CheckResult:
     return CheckResult(f"{hook}: {aspect}", held, measured, bound, detail, hook, aspect)
+
+
+def test_fast_attention_is_chosen_and_said() -> None:
+    made = {}
+    for choice in ("eager", "sdpa"):
+        done = cli("run", "demo", TEXT, "--format", "json", "--attn-implementation", choice)
+        assert done.exit_code == 0
+        made[choice] = json.loads(done.stdout)
+        assert made[choice]["attn_implementation"] == choice
+    for exact, fast in zip(made["eager"]["next_tokens"], made["sdpa"]["next_tokens"], strict=True):
+        assert exact["token"] == fast["token"]
+        assert abs(exact["probability"] - fast["probability"]) < 1e-5
+    done = cli("check", "demo", "--layers", "1", "--format", "json", "--attn-implementation", "sdpa")
+    assert done.exit_code == 0
+    names = [result["name"] for result in json.loads(done.stdout)["results"]]
+    assert "layer 1: sdpa against the exact path: z" in names
+    done = cli("run", "demo", TEXT, "--attn-implementation", "flash")
+    assert done.exit_code == 2
+    assert "'eager', 'sdpa'" in one_line(done.stderr)

@@ -362,6 +362,30 @@ def test_a_forward_replaced_meanwhile_is_reported_and_left() -> None:
     del attention.forward
 
 
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda bridge, tokens: bridge(tokens),
+        lambda bridge, tokens: bridge(tokens, return_type="loss"),
+        lambda bridge, tokens: bridge.run_with_hooks(tokens, fwd_hooks=[("hook_embed", lambda tensor, hook: None)]),
+        lambda bridge, tokens: bridge.run_with_cache(tokens, names_filter="hook_embed"),
+    ],
+    ids=["forward", "loss", "hooks", "cache"],
+)
+def test_a_kept_hook_acts_on_the_module_that_took_the_place_of_its_own(
+    run: Callable[[TransformerBridge, Tensor], Any],
+) -> None:
+    bridge, _ = make_pair()
+    seen: list[Tensor] = []
+    (handle,) = bridge.add_hook("hook_unembed", lambda tensor, hook: seen.append(tensor))
+    net: Any = bridge.hf_model
+    net.lm_head = torch.nn.Linear(48, 97, bias=False)
+    run(bridge, random_tokens())
+    assert len(seen) == 1
+    handle.remove()
+    assert is_pristine(net)
+
+
 def test_an_instance_forward_is_put_back() -> None:
     bridge, model = make_pair()
     attention = bridge.hf_model.transformer.h[1].self_attention

@@ -54,6 +54,15 @@ def test_the_start_residual_is_the_callers() -> None:
         assert torch.equal(edited, bridge(residual * 2, start_at_layer=1))
 
 
+def test_a_model_that_returns_tuples() -> None:
+    bridge, model = make_pair()
+    tokens = random_tokens()
+    bridge.hf_model.config.return_dict = False
+    assert torch.equal(bridge(tokens), model(tokens).logits)
+    logits, cache = bridge.run_with_cache(tokens, names_filter="hook_unembed")
+    assert torch.equal(logits, cache["hook_unembed"])
+
+
 def test_stop_returns_the_residual_and_runs_nothing_after() -> None:
     bridge, _ = make_pair()
     tokens = random_tokens()

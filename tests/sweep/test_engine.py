@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from pellucid import TransformerBridge
 from pellucid.errors import CacheKeyError, HookNameError, InputError
+from pellucid.model_bridge.generalized_components.bloom_attention import BloomAttentionBridge
 from pellucid.sweep import Add, Apply, Edit, FromRun, LogitDifference, NextTokenLoss, Scale, SetTo, Sweep, Zero
 from tests.models import is_pristine, make_bloom, random_tokens
 from tests.sweep.reference import whole_logits
@@ -268,6 +270,21 @@ def test_torch_hooks_of_the_users_own_are_honoured() -> None:
         handle.remove()
     assert result.plan.n_whole == 1
     torch.testing.assert_close(result.values["metric"][0], expected, **CLOSE)
+
+
+def test_a_sweep_takes_the_fused_kernel_where_the_bridge_does() -> None:
+    bridge = make_bridge()
+    tokens, mask = random_tokens(3, 9), padded()
+    _, cache = bridge.run_with_cache(random_tokens(3, 9, seed=7), attention_mask=mask)
+    edits = edits_everywhere(bridge, cache, 9, seed=5)
+    exact = Sweep(bridge, tokens, LogitDifference(ANSWER, FOIL), attention_mask=mask).run(edits)
+    bridge.set_attn_implementation("sdpa")
+    with mock.patch.object(
+        BloomAttentionBridge, "fast_mix", autospec=True, side_effect=BloomAttentionBridge.fast_mix
+    ) as fast:
+        found = Sweep(bridge, tokens, LogitDifference(ANSWER, FOIL), attention_mask=mask).run(edits)
+    assert fast.call_count > 3  # the base run has one a layer
+    torch.testing.assert_close(found.values["metric"], exact.values["metric"], **CLOSE)
 
 
 def test_an_adapter_acts() -> None:

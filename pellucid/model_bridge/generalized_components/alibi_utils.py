@@ -57,3 +57,36 @@ def build_alibi_tensor(attention_mask: Tensor, num_heads: int, dtype: torch.dtyp
     positions = (mask.cumsum(-1) - 1) * mask
     slopes = build_alibi_slopes(num_heads, attention_mask.device)
     return (slopes[None, :, None, None] * positions[:, None, None, :]).to(dtype)
+
+
+def add_mask_to_alibi(alibi: Tensor, attention_mask: Tensor | None, num_heads: int) -> Tensor | None:
+    """ALiBi and mask as the one bias of a fused attention kernel.
+
+    Where a position is not masked the bias is ALiBi to the bit. Where it is, the sum is the mask's ``finfo.min`` (ALiBi is
+    lost in rounding), and so is any score that is added to it: a row in which everything is masked is uniform over all
+    keys, as in Hugging Face's attention. Only float16 is too small for that: its ``finfo.min`` of -65504 keeps whatever is
+    over 16 of a score, so that such rows follow Hugging Face's rounding and no kernel can give them.
+
+    Args:
+        alibi: ``[batch * n_heads, 1, key_pos]`` or ``[batch, n_heads, 1, key_pos]``.
+        attention_mask: additive, ``[batch, 1, pos, key_pos]`` of the same dtype, or ``None``.
+        num_heads: attention heads.
+
+    Returns:
+        ``[batch, n_heads, pos, key_pos]``, with 1 for ``batch`` where all rows are alike and 1 for ``pos`` without a mask;
+        ``None`` in float16 where a row has everything masked.
+    """
+    if alibi.dim() == 3:
+        alibi = alibi.unflatten(0, (-1, num_heads))
+    if attention_mask is None:
+        return alibi
+    if attention_mask.dtype == torch.float16 and bool((attention_mask.amax(-1) < 0).any()):
+        return None
+    # Rows without padding share one bias: it is the only large tensor there is. Not worth a look for a single position.
+    if attention_mask.shape[-2] > 1 and _rows_alike(attention_mask) and _rows_alike(alibi):
+        alibi, attention_mask = alibi[:1], attention_mask[:1]
+    return alibi + attention_mask
+
+
+def _rows_alike(tensor: Tensor) -> bool:
+    return tensor.stride(0) == 0 or torch.equal(tensor[1:], tensor[:-1])

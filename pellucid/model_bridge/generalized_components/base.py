@@ -98,7 +98,7 @@ class GeneralizedComponent(nn.Module):
             self._conversions = {"hook_in": conversion_rule, "hook_out": conversion_rule}
         self._names: dict[str, str] | None = None
         self._on_use: Callable[[HookPoint, int], None] | None = None
-        self._place: tuple[nn.Module, str] | None = None
+        self._place: tuple[nn.Module, tuple[str, ...]] | None = None
 
     # -- the module ----------------------------------------------------------------------------------------------------
 
@@ -124,12 +124,12 @@ class GeneralizedComponent(nn.Module):
             on_use: told when a point comes into use and when it is no longer.
         """
         # In a tuple, so that torch does not take the model for a child of the component.
-        self._place, self._names, self._on_use = (root, path), dict(names), on_use
+        self._place, self._names, self._on_use = (root, tuple(path.split("."))), dict(names), on_use
 
     @property
     def path(self) -> str:
         """Dotted path of the module in its model, or its name when used alone."""
-        return self._place[1] if self._place is not None else str(self.name)
+        return ".".join(self._place[1]) if self._place is not None else str(self.name)
 
     @property
     def root(self) -> nn.Module | None:
@@ -143,7 +143,7 @@ class GeneralizedComponent(nn.Module):
             return self._modules.get("_original_component")
         module: nn.Module | None
         module, path = self._place
-        for part in path.split("."):
+        for part in path:
             module = module._modules[part] if module is not None else None
         return module
 

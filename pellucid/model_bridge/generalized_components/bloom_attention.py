@@ -7,6 +7,8 @@ Peculiar to BLOOM:
   ``baddbmm``, then the mask, then the softmax in float32, then back to the model's dtype;
 * the module adds the residual itself, so its output is the residual stream (``hook_resid_mid``) and its *contribution* is
   the output of ``dense`` (``hook_attn_out``);
+* in a run that asked for it, layers into which nothing looks take torch's fused kernel: ALiBi and mask are its bias, one
+  tensor for all layers;
 * with ``slow_but_exact`` and ``pretraining_tp > 1`` Hugging Face sums products with slices of ``dense.weight`` and drops
   its bias, and so do we.
 """
@@ -14,6 +16,7 @@ Peculiar to BLOOM:
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Dict, cast  # noqa: UP035 (Dict: the specified signature)
 
 import torch
@@ -22,11 +25,12 @@ from torch.nn import functional as F
 
 from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
 from pellucid.errors import InputError
+from pellucid.model_bridge.generalized_components.alibi_utils import add_mask_to_alibi
 from pellucid.model_bridge.generalized_components.base import GeneralizedComponent
 from pellucid.model_bridge.generalized_components.bloom_mlp import sum_of_slices
 from pellucid.model_bridge.generalized_components.joint_qkv_attention import JointQKVAttentionBridge
 from pellucid.model_bridge.generalized_components.packed_rows import PackedRuns
-from pellucid.run_context import is_quiet
+from pellucid.run_context import current_fast_attention, is_quiet
 
 
 class BloomAttentionBridge(JointQKVAttentionBridge):
@@ -76,7 +80,7 @@ class BloomAttentionBridge(JointQKVAttentionBridge):
 
         Returns:
             ``(output, pattern)``: the residual with the contribution added ``[batch, pos, d_model]``, and the attention
-            pattern ``[batch, n_heads, pos, key_pos]``.
+            pattern ``[batch, n_heads, pos, key_pos]``, ``None`` where the fused kernel ran.
 
         Raises:
             InputError: an argument is missing or has a wrong shape.
@@ -96,7 +100,7 @@ class BloomAttentionBridge(JointQKVAttentionBridge):
         use_cache: bool = False,
         output_attentions: bool = False,
         **ignored: Any,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         attention = self.module
         if hidden_states is None or residual is None or alibi is None:
             _refuse_missing(hidden_states=hidden_states, residual=residual, alibi=alibi)
@@ -107,10 +111,28 @@ class BloomAttentionBridge(JointQKVAttentionBridge):
         keys, values = k.transpose(1, 2), v.transpose(1, 2)
         if layer_past is not None:
             keys, values = layer_past.update(keys, values, attention.layer_idx)
-        scores = self.alibi_scores(q.transpose(1, 2), keys, alibi, attention_mask)
-        contribution, pattern = self.attend(scores, values, q.dtype)
+        bias = None if output_attentions else self._fast_bias(q, keys, alibi, attention_mask)
+        pattern: Tensor | None = None
+        if bias is not None:
+            contribution = self.attend_fast(q.transpose(1, 2), keys, values, bias, attention.inv_norm_factor)
+        else:
+            scores = self.alibi_scores(q.transpose(1, 2), keys, alibi, attention_mask)
+            contribution, pattern = self.attend(scores, values, q.dtype)
         output = residual + F.dropout(contribution, p=attention.hidden_dropout, training=attention.training)
         return self.fire("hook_out", output), pattern
+
+    def _fast_bias(self, q: Tensor, keys: Tensor, alibi: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+        """What the fused kernel adds to its scores; ``None`` where the exact path has to be taken."""
+        fast = current_fast_attention()
+        if fast is None or fast.root is not self.root:
+            return None
+        if self.is_live("hook_attn_scores") or self.is_live("hook_pattern") or not _only_mixes(self.module):
+            return None
+        for added in (alibi,) if attention_mask is None else (alibi, attention_mask):
+            # Under autocast the exact path rounds where Hugging Face does; what does not fit, it refuses.
+            if added.dtype != q.dtype or added.shape[-1] != keys.shape[-2]:
+                return None
+        return fast.bias(alibi, attention_mask, partial(add_mask_to_alibi, num_heads=self.n_heads))
 
     def _attend_packed(
         self, q: Tensor, k: Tensor, v: Tensor, residual: Tensor, packed: PackedRuns
@@ -121,6 +143,7 @@ class BloomAttentionBridge(JointQKVAttentionBridge):
             ``(output, z)``: the rows that are wanted, ``[1, row, d_model]``; there is no one pattern to give.
         """
         attention = self.module
+        looked_into = self.is_live("hook_attn_scores") or self.is_live("hook_pattern") or not _only_mixes(attention)
         z_parts, kept = [], []
         for number, group in enumerate(packed.groups):
             packed.current = number
@@ -134,9 +157,14 @@ class BloomAttentionBridge(JointQKVAttentionBridge):
             columns, output = group.columns, residual[0, here].unflatten(0, (group.runs, -1))
             if group.wanted is not None:
                 columns, output, q_bnqh = columns[group.wanted], output[:, group.wanted], q_bnqh[:, :, group.wanted]
-            mask = None if packed.mask is None else packed.mask[group.base_rows][:, :, columns]
-            scores = self.alibi_scores(q_bnqh, keys, packed.alibi[group.base_rows], mask)
-            z_parts.append(self.mix(self.fire_pattern(scores, q.dtype), values).flatten(0, 1))
+            bias = None if looked_into else packed.bias_of(group.base_rows, columns)
+            if bias is not None:
+                z_part = self.fast_mix(q_bnqh, keys, values, bias, attention.inv_norm_factor)
+            else:
+                mask = None if packed.mask is None else packed.mask[group.base_rows][:, :, columns]
+                scores = self.alibi_scores(q_bnqh, keys, packed.alibi[group.base_rows], mask)
+                z_part = self.mix(self.fire_pattern(scores, q.dtype), values)
+            z_parts.append(z_part.flatten(0, 1))
             kept.append(output.flatten(0, 1))
         z = self.fire("hook_z", torch.cat(z_parts)[None])
         contribution = self.project_out(z)
@@ -174,6 +202,8 @@ class BloomAttentionBridge(JointQKVAttentionBridge):
                 f"attention_mask must be additive, [batch, 1, pos, key_pos] = [{batch}, 1, {length}, {key_length}]; "
                 f"found {tuple(attention_mask.shape)} of {attention_mask.dtype}."
             )
+        if scores.dtype == attention_mask.dtype and not scores.requires_grad:
+            return scores.add_(attention_mask)  # the same sum, without another tensor of this size
         return scores + attention_mask
 
     def _dense(self, z_flat: Tensor) -> Tensor:
@@ -181,6 +211,17 @@ class BloomAttentionBridge(JointQKVAttentionBridge):
         if attention.pretraining_tp > 1 and attention.slow_but_exact:
             return sum_of_slices(z_flat, cast(nn.Linear, self.output_projection), attention.pretraining_tp)
         return super()._dense(z_flat)
+
+
+def _only_mixes(attention: Any) -> bool:
+    """Whether nobody but our hooks could see or need the pattern: no dropout on it, and no torch hooks around it."""
+    dropout = attention.attention_dropout
+    idle = type(dropout) is nn.Dropout and not (dropout.training and dropout.p > 0)
+    watched = any(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        for module in (attention, dropout)
+    )
+    return idle and not watched and "forward" not in vars(dropout) and attention.beta == 1
 
 
 def _refuse_missing(**arguments: Tensor | None) -> None:

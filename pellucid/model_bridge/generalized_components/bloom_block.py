@@ -81,7 +81,9 @@ class BloomBlockBridge(BlockBridge):
         if self.layer_index is not None and self.layer_index == span.stop:
             raise StopForward(residual)
         outputs: tuple[Any, ...]
-        if self._feeds_heads():
+        cfg = self.config
+        if cfg is not None and (cfg.use_attn_in or cfg.use_split_qkv_input):
+            # Attention's per-head inputs are switched on, which are copies of this block's residual.
             token = PRE_NORM.set((residual, self.module.input_layernorm))
             try:
                 outputs = original(residual, *args, **kwargs)
@@ -92,10 +94,6 @@ class BloomBlockBridge(BlockBridge):
         if "hook_out" not in self._points:
             return outputs
         return (self.fire("hook_out", outputs[0]), *outputs[1:])
-
-    def _feeds_heads(self) -> bool:
-        """Whether attention's per-head inputs are switched on, which are copies of this block's residual."""
-        return self.config is not None and (self.config.use_attn_in or self.config.use_split_qkv_input)
 
 
 class BackboneBridge(GeneralizedComponent):
@@ -113,13 +111,14 @@ class BackboneBridge(GeneralizedComponent):
         **kwargs: Any,
     ) -> Any:
         """Hugging Face's arguments to Hugging Face's output."""
+        original = self.original()
         given = input_ids if input_ids is not None else inputs_embeds
         token = None
         if given is not None and not is_quiet():
             past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
             token = begin_run(given, past, input_ids, attention_mask)
         try:
-            return self.call_original(
+            return original(
                 input_ids=input_ids,
                 past_key_values=past_key_values,
                 attention_mask=attention_mask,

@@ -1,7 +1,8 @@
 """Attention whose queries, keys and values come out of one fused projection.
 
 The arithmetic is written once, in small steps that the forward and everything that recomputes attention call:
-``project`` (fused projection, split, hooks), ``scores``, ``pattern``, ``mix`` and ``project_out``. The split takes
+``project`` (fused projection, split, hooks), ``scores``, ``pattern``, ``mix`` and ``project_out``; ``fast_mix`` is scores,
+pattern and mix in one fused kernel, for runs that asked for it and layers that nothing looks into. The split takes
 *views* of the fused output: no weight is copied, an adapter on the fused layer acts, a gradient reaches it.
 """
 
@@ -155,7 +156,8 @@ class JointQKVAttentionBridge(AttentionBridge):
     @property
     def n_heads(self) -> int:
         """Attention heads."""
-        return int(cast(Any, self.config).n_heads)
+        config: Any = self.config
+        return int(config.n_heads)
 
     # -- the module ----------------------------------------------------------------------------------------------------
 
@@ -289,7 +291,8 @@ class JointQKVAttentionBridge(AttentionBridge):
         A float64 model stays in float64, where Hugging Face goes through float32.
         """
         probabilities = F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(dtype)
-        return cast(Tensor, self.module.attention_dropout(probabilities))
+        dropped: Tensor = self.module.attention_dropout(probabilities)
+        return dropped
 
     def mix(self, pattern: Tensor, v_bnkh: Tensor) -> Tensor:
         """Pattern times values, ``[batch, pos, n_heads, d_head]``."""
@@ -299,6 +302,28 @@ class JointQKVAttentionBridge(AttentionBridge):
         )
         # Hugging Face's _merge_heads copies into [batch, pos, n_heads * d_head]; the same copy, seen per head.
         return z.view(batch, n_heads, length, -1).permute(0, 2, 1, 3).contiguous()
+
+    def fast_mix(
+        self, q_bnqh: Tensor, k_bnkh: Tensor, v_bnkh: Tensor, bias: Tensor | None, scale: float | None = None
+    ) -> Tensor:
+        """``softmax(q k^T * scale + bias) v`` in one of torch's fused kernels, ``[batch, pos, n_heads, d_head]``.
+
+        No scores and no pattern exist; the numbers are those of the exact steps up to rounding
+        (``docs/fast_attention.md`` has the bound).
+
+        Args:
+            q_bnqh: queries ``[batch, n_heads, pos, d_head]``.
+            k_bnkh: keys ``[batch, n_heads, key_pos, d_head]``, the cached ones among them.
+            v_bnkh: values, as the keys.
+            bias: added to the scaled products, broadcastable to ``[batch, n_heads, pos, key_pos]``, of the queries' dtype
+                (:func:`~pellucid.model_bridge.generalized_components.alibi_utils.add_mask_to_alibi`). Read only: many
+                layers may share one.
+            scale: ``1 / sqrt(d_head)`` by default.
+        """
+        if bias is not None:
+            bias = bias.expand(*q_bnqh.shape[:3], k_bnkh.shape[-2])
+        z = F.scaled_dot_product_attention(q_bnqh, k_bnkh, v_bnkh, attn_mask=bias, scale=scale)
+        return z.transpose(1, 2).contiguous()
 
     def project_out(self, z: Tensor) -> Tensor:
         """``[batch, pos, n_heads, d_head]`` through ``dense``: the additive contribution ``[batch, pos, d_model]``."""
@@ -311,10 +336,12 @@ class JointQKVAttentionBridge(AttentionBridge):
     def output_projection(self) -> nn.Module:
         """``dense``; used alone, what the component ``o`` was given."""
         own = self.submodules["o"].original_component if self._place is None else None
-        return own if own is not None else cast(nn.Module, self.module.dense)
+        projection: nn.Module = self.module.dense if own is None else own
+        return projection
 
     def _dense(self, z_flat: Tensor) -> Tensor:
-        return cast(Tensor, self.output_projection(z_flat))
+        contribution: Tensor = self.output_projection(z_flat)
+        return contribution
 
     def _with_results(self, z: Tensor, native: Tensor) -> Tensor:
         result = self.results(z)
@@ -364,6 +391,14 @@ class JointQKVAttentionBridge(AttentionBridge):
         pattern = self.fire_pattern(scores, dtype)
         z = self.fire("hook_z", self.mix(pattern, v_bnkh))
         return self.project_out(z), pattern
+
+    def attend_fast(
+        self, q_bnqh: Tensor, k_bnkh: Tensor, v_bnkh: Tensor, bias: Tensor | None, scale: float | None = None
+    ) -> Tensor:
+        """From queries, keys and values to the contribution by :meth:`fast_mix`, ``hook_z`` and those after it firing."""
+        z = self.fast_mix(q_bnqh, k_bnkh, v_bnkh, bias, scale)
+        # The kernel keeps its output for the backward pass, of which this may be a view: a hook must not write there.
+        return self.project_out(self.fire("hook_z", z, private=z.requires_grad))
 
     def fire_pattern(self, scores: Tensor, dtype: torch.dtype) -> Tensor:
         """From scores to the pattern, both after their hooks."""

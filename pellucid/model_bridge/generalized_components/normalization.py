@@ -70,11 +70,14 @@ class NormalizationBridge(GeneralizedComponent):
         if looks:
             wide = wide.detach()
         variance, mean = torch.var_mean(wide, dim=-1, correction=0, keepdim=True)
-        scale, centred = (variance + self._eps()).sqrt(), wide - mean
         if looks:
+            # The same numbers as below, in the memory of their own intermediate steps: no gradient asks for those.
+            scale = variance.add_(self._eps()).sqrt_()
             self.fire("hook_scale", scale)
-            self.fire("hook_normalized", centred / scale)
+            if self.is_live("hook_normalized"):
+                self.fire("hook_normalized", (wide - mean).div_(scale))
             return native
+        scale, centred = (variance + self._eps()).sqrt(), wide - mean
         edited_scale = self.fire("hook_scale", scale, private=True)
         normalized = centred / edited_scale
         edited = self.fire("hook_normalized", normalized, private=True)

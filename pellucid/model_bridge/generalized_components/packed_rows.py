@@ -58,6 +58,7 @@ class PackedRuns:
         values: the same.
         alibi: ``[base row, n_heads, 1, key_pos]``.
         mask: additive, ``[base row, 1, pos, key_pos]``, or ``None``.
+        fast_bias: ALiBi and mask as one, ``[base row or 1, n_heads, pos or 1, key_pos]``, where the fused kernel is wanted.
         current: the group whose scores and pattern are being computed; hooks on those fire once a group.
     """
 
@@ -66,4 +67,14 @@ class PackedRuns:
     values: Tensor
     alibi: Tensor
     mask: Tensor | None
+    fast_bias: Tensor | None = None
     current: int = field(default=0)
+
+    def bias_of(self, base_rows: Tensor, columns: Tensor) -> Tensor | None:
+        """The fused kernel's bias for some runs at some columns, ``[run or 1, n_heads, col or 1, key_pos]``."""
+        bias = self.fast_bias
+        if bias is None:
+            return None
+        if bias.shape[-2] > 1:
+            bias = bias[:, :, columns]
+        return bias if bias.shape[0] == 1 else bias[base_rows]

@@ -1,0 +1,350 @@
+"""Which places of a model an analysis goes through: a site, and the axes along which its cells lie.
+
+A *site* is an activation that every block has, by the last part of its hook name (``resid_pre``, ``z``, ``attn_out``,
+``mlp_post``, ``pattern``, ``ln1.hook_scale``), or one outside the blocks (``embed``). *By* names the axes of the result: a
+cell is one place on each, and the edit of a cell reaches all of what is not named. ``by=("layer", "head")`` at ``z`` is one
+edit for each head, at all positions; ``by=("pos",)`` at ``resid_pre`` is one for each position, in all layers at once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from pellucid.analysis.labelled import Attribute, Grid
+from pellucid.errors import HookNameError, InputError
+from pellucid.model_bridge.running import Prepared
+from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens
+from pellucid.model_bridge.transformer_bridge import TransformerBridge
+from pellucid.names import Flag, HookSpec, get_act_name, nearest
+from pellucid.sweep import Edit, Value
+from pellucid.sweep.edits import Index, indices
+from pellucid.token_text import token_labels
+
+NeuronGroups: TypeAlias = Mapping[str, Mapping[int, Sequence[int]]]
+"""By name, the neurons of each layer that are edited together."""
+
+SITES = (
+    *("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"),
+    *("q", "k", "v", "z", "pattern", "attn_scores", "result", "mlp_pre", "mlp_post", "embed"),
+)
+"""Sites as people ask for them; any other hook of a block is one too."""
+
+SEVERAL = "⟦…⟧"
+"""The label of a position where rows have different tokens."""
+
+_WORD_OF_AXIS: Mapping[str, str] = {"pos": "pos", "n_heads": "head", "key_pos": "key_pos", "d_mlp": "neuron"}
+_WORDS = ("layer", "pos", "head", "key_pos", "neuron", "group")
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """An activation of every block, or one outside them.
+
+    Attributes:
+        name: as it was asked for.
+        specs: its hook points, by layer in ascending order (``None`` outside the blocks).
+    """
+
+    name: str
+    specs: Mapping[int | None, HookSpec]
+
+    @property
+    def first(self) -> HookSpec:
+        """One of its hook points."""
+        return next(iter(self.specs.values()))
+
+    @property
+    def flags(self) -> tuple[Flag, ...]:
+        """Opt-in switches that it needs."""
+        return () if self.first.flag is None else (self.first.flag,)
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Axes that cells can lie along."""
+        layer = () if None in self.specs else ("layer",)
+        own = {_WORD_OF_AXIS[axis] for axis in self.first.axes if axis in _WORD_OF_AXIS}
+        if "neuron" in own:
+            own.add("group")
+        return (*layer, *(word for word in _WORDS if word in own))
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """The checked input of a run.
+
+    Attributes:
+        tokens: ``[row, pos]``.
+        attention_mask: ``[row, pos]``, ``None`` if nothing is padding.
+        labels: of each row, its tokens as a person should see them; ids without a tokenizer.
+    """
+
+    tokens: Tensor
+    attention_mask: Tensor | None
+    labels: tuple[tuple[str, ...], ...]
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the batch."""
+        return self.tokens.shape[0]
+
+    @property
+    def length(self) -> int:
+        """Columns of the padded sequence."""
+        return self.tokens.shape[1]
+
+    def counts(self) -> list[int]:
+        """Real tokens of each row."""
+        if self.attention_mask is None:
+            return [self.length] * self.n_rows
+        counts: list[int] = self.attention_mask.sum(-1).tolist()
+        return counts
+
+    def text(self) -> list[str]:
+        """Each row in one line, padding left out."""
+        mask = None if self.attention_mask is None else self.attention_mask.bool().tolist()
+        return [
+            "".join(label for column, label in enumerate(row) if mask is None or mask[i][column])
+            for i, row in enumerate(self.labels)
+        ]
+
+    def columns(self) -> list[str]:
+        """The label of each column: its token, where all rows have the same."""
+        return [row[0] if len(set(row)) == 1 else SEVERAL for row in zip(*self.labels, strict=True)]
+
+
+def read_prompts(
+    bridge: TransformerBridge,
+    input: TextOrTokens,
+    attention_mask: Tensor | None = None,
+    prepend_bos: bool | None = None,
+    padding_side: PaddingSide | None = None,
+) -> Prompts:
+    """Token ids, mask and labels of an input.
+
+    Raises:
+        InputError: it cannot be run.
+    """
+    prepared: Prepared = bridge.check_input(
+        input, prepend_bos=prepend_bos, padding_side=padding_side, attention_mask=attention_mask
+    )
+    assert prepared.tokens is not None
+    rows: list[list[int]] = prepared.tokens.tolist()
+    tokenizer = bridge.tokenizer
+    labels = (
+        [[str(token) for token in row] for row in rows]
+        if tokenizer is None
+        else [token_labels(tokenizer, row) for row in rows]
+    )
+    return Prompts(prepared.tokens, prepared.attention_mask, tuple(map(tuple, labels)))
+
+
+def refuse_different_lengths(first: Prompts, second: Prompts, names: tuple[str, str]) -> None:
+    """A position of one run must be the same position of the other.
+
+    Raises:
+        InputError: other numbers of rows or of tokens; says which row, and what to do.
+    """
+    if first.n_rows != second.n_rows:
+        raise InputError(
+            f"{names[0]} has {first.n_rows} rows and {names[1]} {second.n_rows}: each row needs its counterpart."
+        )
+    for row, (one, other) in enumerate(zip(first.counts(), second.counts(), strict=True)):
+        if one != other:
+            where = f" in row {row}" if first.n_rows > 1 else ""
+            raise InputError(
+                f"{names[0]} and {names[1]} have different numbers of tokens{where}, {one} and {other}: "
+                f"{'|'.join(first.labels[row])} and {'|'.join(second.labels[row])}. A position must mean the same in both: "
+                "reword one of them, so that words are exchanged for words of as many tokens."
+            )
+    masks = (first.attention_mask, second.attention_mask)
+    if any(mask is not None for mask in masks):
+        one_mask, other_mask = (
+            (p.tokens >= 0) if p.attention_mask is None else p.attention_mask.bool() for p in (first, second)
+        )
+        if one_mask.shape != other_mask.shape or not bool((one_mask == other_mask).all()):
+            raise InputError(
+                f"{names[0]} and {names[1]} are padded in different places. Pad both alike: give token ids of one shape "
+                "with one attention_mask."
+            )
+
+
+def find_site(bridge: TransformerBridge, site: str, layers: Index = None) -> Site:
+    """The hook points of a site.
+
+    Args:
+        bridge: the model.
+        site: see :mod:`pellucid.analysis.cells`.
+        layers: which layers; by default all.
+
+    Raises:
+        HookNameError: no such site; the nearest ones are listed.
+        InputError: layers that the model does not have, or layers of a site outside the blocks.
+    """
+    n_layers = bridge.cfg.n_layers
+    for template in (get_act_name(site, "{i}"), f"blocks.{{i}}.{site}"):
+        if _is_hook(bridge, template.format(i=0)):
+            chosen = sorted(indices(layers, n_layers, "layers"))
+            return Site(site, {layer: bridge.hook_spec(template.format(i=layer)) for layer in chosen})
+    for name in (site, f"hook_{site}"):
+        if _is_hook(bridge, name) and bridge.hook_spec(name).layer is None:
+            if layers is not None:
+                raise InputError(f"The site {site!r} is outside the blocks: leave layers out.")
+            return Site(site, {None: bridge.hook_spec(name)})
+    raise HookNameError(
+        f"No site is called {site!r}. Nearest: {', '.join(nearest(site, SITES))}. A site is an activation of every block: "
+        f"{', '.join(SITES)}, or another hook name without its layer, such as ln1.hook_scale."
+    )
+
+
+def _is_hook(bridge: TransformerBridge, name: str) -> bool:
+    try:
+        bridge.hook_spec(name)
+    except HookNameError:
+        return False
+    return True
+
+
+def check_by(site: Site, by: str | Sequence[str]) -> tuple[str, ...]:
+    """The axes of the result.
+
+    Raises:
+        InputError: one that the site does not have, twice the same, or none.
+    """
+    words = (by,) if isinstance(by, str) else tuple(by)
+    wrong = [word for word in words if word not in site.words]
+    if wrong or not words:
+        raise InputError(
+            f"by={list(words)!r}: the cells at {site.name} can lie along {', '.join(site.words)}"
+            + (f"; {wrong[0]!r} is none of them." if wrong else "; name at least one.")
+        )
+    if len(set(words)) != len(words):
+        raise InputError(f"by={list(words)!r} names an axis twice.")
+    if "group" in words and "layer" in words:
+        raise InputError("A group has its own neurons in each layer: leave 'layer' out of by.")
+    if "group" in words and "neuron" in words:
+        raise InputError("by names both 'neuron' and 'group': choose one.")
+    return words
+
+
+def make_grid(
+    bridge: TransformerBridge,
+    prompts: Prompts,
+    site: Site,
+    by: Sequence[str],
+    value: Callable[[HookSpec], Value],
+    *,
+    positions: Index = None,
+    heads: Index = None,
+    neurons: int | NeuronGroups | None = None,
+) -> Grid:
+    """The cells and the edit of each.
+
+    Args:
+        bridge: the model.
+        prompts: the base run's.
+        site: where.
+        by: axes, checked.
+        value: what goes to a hook point.
+        positions: columns edited; by default all.
+        heads: heads edited; by default all.
+        neurons: with the axis ``neuron``, how many consecutive neurons a cell has (1 by default); with ``group``, the
+            groups.
+
+    Raises:
+        InputError: an index out of range, or one that the site has no axis for.
+    """
+    spec, words = site.first, site.words
+    if heads is not None and "head" not in words:
+        raise InputError(f"{site.name} has no heads: leave heads out. Its axes are {', '.join(spec.axes)}.")
+    if neurons is not None and not {"neuron", "group"} & set(by):
+        raise InputError("neurons= goes with 'neuron' (how many a cell) or 'group' (the groups by name) in by.")
+    columns = indices(positions, prompts.length, "positions")
+    chosen_heads = indices(heads, bridge.cfg.n_heads, "heads") if "head" in words else ()
+    groups = _groups(bridge, site, by, neurons)
+    places: dict[str, Sequence[Any]] = {
+        "layer": list(site.specs),
+        "pos": columns,
+        "head": chosen_heads,
+        "key_pos": range(prompts.length),
+        "neuron": list(groups),
+        "group": list(groups),
+    }
+    edits, of_columns = [], []
+    for cell in itertools.product(*(places[word] for word in by)):
+        at = dict(zip(by, cell, strict=True))
+        specs = [site.specs[at["layer"]]] if "layer" in at else list(site.specs.values())
+        members = []
+        for member in specs:
+            group = groups[at["neuron"] if "neuron" in at else at["group"]] if groups else None
+            if group is not None and member.layer not in group:
+                continue
+            members.append(
+                Edit(
+                    member.name,
+                    value(member),
+                    positions=at.get("pos", None if positions is None else columns),
+                    heads=at.get("head", None if heads is None else chosen_heads),
+                    neurons=None if group is None else group[member.layer],
+                    keys=at.get("key_pos"),
+                )
+            )
+        edits.append(members)
+        of_columns.append(tuple(at[word] for word in ("pos", "key_pos") if word in at))
+    coords: dict[str, tuple[str, list[Any]]] = {word: (word, list(places[word])) for word in by}
+    labels = prompts.columns()
+    for word, name in (("pos", "token"), ("key_pos", "key_token")):
+        if word in by:
+            coords[name] = (word, [labels[column] for column in places[word]])
+    shape = tuple(len(places[word]) for word in by)
+    return Grid(tuple(by), coords, shape, edits, of_columns)
+
+
+def _groups(
+    bridge: TransformerBridge, site: Site, by: Sequence[str], neurons: int | NeuronGroups | None
+) -> Mapping[Any, Mapping[int | None, Sequence[int]]]:
+    """Neurons of each layer that a cell has; none where cells do not lie along neurons."""
+    n_neurons = bridge.cfg.d_mlp or 4 * bridge.cfg.d_model
+    if "neuron" in by:
+        size = 1 if neurons is None else neurons
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise InputError(
+                f"With 'neuron' in by, neurons= is how many a cell has, 1 or more; found {neurons!r}. Groups by name go "
+                "with by='group'."
+            )
+        return {
+            first: dict.fromkeys(site.specs, range(first, min(first + size, n_neurons)))
+            for first in range(0, n_neurons, size)
+        }
+    if "group" not in by:
+        return {}
+    if not isinstance(neurons, Mapping) or not neurons:
+        raise InputError("by='group' needs neurons={name: {layer: [neuron, ...], ...}, ...}.")
+    groups: dict[Any, Mapping[int | None, Sequence[int]]] = {}
+    for name, by_layer in neurons.items():
+        checked: dict[int | None, Sequence[int]] = {}
+        for layer, chosen in by_layer.items():
+            (number,) = indices(layer, bridge.cfg.n_layers, f"layers of the group {name!r}")
+            if number not in site.specs:
+                raise InputError(f"The group {name!r} has neurons in layer {number}, which layers= leaves out.")
+            if number in checked:
+                raise InputError(f"The group {name!r} names layer {number} twice.")
+            if len(chosen):
+                of = f"neurons of the group {name!r} in layer {number}"
+                checked[number] = indices([int(neuron) for neuron in chosen], n_neurons, of)
+        groups[str(name)] = checked
+    return groups
+
+
+def about_run(bridge: TransformerBridge, analysis: str, **more: Attribute) -> dict[str, Attribute]:
+    """What every result says of itself."""
+    return {
+        "analysis": analysis,
+        "model": bridge.cfg.model_name,
+        "dtype": str(bridge.dtype).removeprefix("torch."),
+        **more,
+    }

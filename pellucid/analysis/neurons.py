@@ -1,0 +1,347 @@
+"""Lists of neurons, and what can be done to them: silenced, forced, scaled, shifted, in forward runs and in generation.
+
+A neuron is ``(layer, index)``. What an index means is said by a place: a hook of a block, ``mlp.hook_post`` (after GELU, the
+neurons of arXiv 2402.16438) unless told otherwise. At places with heads (``attn.hook_q``) it is ``head * d_head + dim``.
+
+A change that changes nothing is an error by default: published work has silenced a copy of the neurons, found no effect,
+and reported that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pellucid.errors import InputError, NoEffectError
+from pellucid.hook_points import HookPoint
+from pellucid.model_bridge.hooked_model import HookedModel, HookRequest
+from pellucid.names import HookSpec
+
+Neuron: TypeAlias = tuple[int, int]
+"""``(layer, index)``, both from 0."""
+
+RandomMatch: TypeAlias = Literal["uniform", "layer"]
+Change: TypeAlias = Literal["set", "scale", "add"]
+
+NEURONS = "mlp.hook_post"
+"""After GELU: ``blocks.{layer}.mlp.hook_post``."""
+
+
+def place_of(bridge: HookedModel, place: str, layer: int = 0) -> HookSpec:
+    """The hook point of a place in a block, whose axes after ``batch`` and ``pos`` count units.
+
+    Args:
+        bridge: the model.
+        place: name of a hook within a block: ``mlp.hook_pre``, ``mlp.hook_post``, ``attn.hook_q``, ``attn.hook_k``,
+            ``attn.hook_v``, ``hook_attn_out``, ``hook_mlp_out``, ....
+        layer: the block.
+
+    Raises:
+        HookNameError: no such hook.
+        InputError: one without units at positions.
+    """
+    spec = bridge.hook_spec(f"blocks.{layer}.{place}")
+    if spec.axes[:2] != ("batch", "pos") or len(spec.axes) < 3:
+        raise InputError(f"{spec.name} holds [{', '.join(spec.axes)}]: it has no units at positions, as {NEURONS} has.")
+    return spec
+
+
+def unit_shape(bridge: HookedModel, spec: HookSpec) -> tuple[int, ...]:
+    """Sizes of the axes after ``batch`` and ``pos``: ``(d_mlp,)``, ``(d_model,)`` or ``(n_heads, d_head)``."""
+    cfg = bridge.cfg
+    sizes = {
+        "n_heads": cfg.n_heads,
+        "d_head": cfg.d_head,
+        "d_model": cfg.d_model,
+        "d_mlp": cfg.d_mlp or 4 * cfg.d_model,
+    }
+    return tuple(sizes[axis] for axis in spec.axes[2:])
+
+
+@dataclass(frozen=True)
+class NeuronChange:
+    """A change of listed neurons at every position of every run it is attached to.
+
+    Made by :func:`zero`, :func:`force`, :func:`scale` or :func:`add`.
+
+    Attributes:
+        change: ``"set"`` to the value, ``"scale"`` by it, or ``"add"`` it.
+        values: by neuron, the value.
+        place: hook of the block that holds the neurons.
+    """
+
+    change: Change
+    values: Mapping[Neuron, float]
+    place: str = NEURONS
+
+    @property
+    def neurons(self) -> tuple[Neuron, ...]:
+        """The neurons, sorted."""
+        return tuple(sorted(self.values))
+
+    def check(self, bridge: HookedModel) -> None:
+        """Refuse neurons that the model does not have.
+
+        Raises:
+            InputError: naming one, with the range.
+        """
+        width = int(np.prod(unit_shape(bridge, place_of(bridge, self.place))))
+        n_layers = bridge.cfg.n_layers
+        for layer, index in self.neurons:
+            if not 0 <= layer < n_layers:
+                raise InputError(
+                    f"There is no layer {layer} (neuron {index}): the model has layers 0 to {n_layers - 1}."
+                )
+            if not 0 <= index < width:
+                raise InputError(
+                    f"There is no neuron {index} in layer {layer}: {self.place} has {width} of them, 0 to {width - 1}."
+                )
+
+    def fwd_hooks(self, bridge: HookedModel) -> list[HookRequest]:
+        """``(name, function)`` pairs for ``run_with_hooks`` and ``bridge.hooks``, one for each layer that has neurons.
+
+        They only change; whether anything changed is checked by :meth:`on`, or by ``run_with_hooks(assert_effect=True)``.
+
+        Raises:
+            InputError: neurons that the model does not have.
+        """
+        return [(edit.name, edit) for edit in self.edits(bridge)]
+
+    @contextmanager
+    def on(self, bridge: HookedModel, assert_effect: bool = True) -> Iterator[HookedModel]:
+        """Change the neurons in every run and generation of the block.
+
+        Args:
+            bridge: the model; it is what the block is given.
+            assert_effect: raise at the end of the block if nothing was changed in any run.
+
+        Raises:
+            InputError: neurons that the model does not have; no neurons at all with ``assert_effect``.
+            NoEffectError: see ``assert_effect``.
+        """
+        with changed(bridge, [self], assert_effect=assert_effect):
+            yield bridge
+
+    def edits(self, bridge: HookedModel) -> list[NeuronEdit]:
+        """The change at each hook point, each noting whether it changed anything.
+
+        Raises:
+            InputError: neurons that the model does not have.
+        """
+        self.check(bridge)
+        by_layer: dict[int, list[int]] = {}
+        for layer, index in self.neurons:
+            by_layer.setdefault(layer, []).append(index)
+        edits = []
+        for layer, indices in by_layer.items():
+            spec = place_of(bridge, self.place, layer)
+            values = torch.tensor([self.values[layer, index] for index in indices], dtype=torch.float64)
+            where = np.unravel_index(np.array(indices), unit_shape(bridge, spec))
+            edits.append(NeuronEdit(spec.name, self.change, tuple(torch.from_numpy(axis) for axis in where), values))
+        return edits
+
+
+@dataclass
+class NeuronEdit:
+    """The change at one hook point, as a hook function; notes whether it changed anything."""
+
+    name: str
+    change: Change
+    where: tuple[Tensor, ...]
+    values: Tensor
+    runs: int = 0
+    changed: bool = False
+    _ready: tuple[tuple[slice | Tensor, ...], Tensor] | None = field(default=None, repr=False)
+
+    def __call__(self, activation: Tensor, hook: HookPoint) -> None:
+        """Change ``[batch, pos, ...]`` in place."""
+        where, values = self._prepared(activation)
+        before = activation[where]
+        if self.change == "set":
+            after = values.expand_as(before)
+        else:
+            after = before * values if self.change == "scale" else before + values
+        self.runs += 1
+        # Asked by value (-0. is 0.), and only until it has happened once: on a GPU the question waits for the answer.
+        self.changed = self.changed or not torch.equal(before, after)
+        activation[where] = after
+
+    def _prepared(self, activation: Tensor) -> tuple[tuple[slice | Tensor, ...], Tensor]:
+        ready = self._ready
+        if ready is None or ready[1].device != activation.device or ready[1].dtype != activation.dtype:
+            units = (axis.to(activation.device) for axis in self.where)
+            ready = self._ready = (
+                (slice(None), slice(None), *units),
+                self.values.to(activation.device, activation.dtype),
+            )
+        return ready
+
+
+@contextmanager
+def changed(bridge: HookedModel, changes: Sequence[NeuronChange], assert_effect: bool = True) -> Iterator[HookedModel]:
+    """Several changes together, such as of units at several places, in every run and generation of the block.
+
+    Args:
+        bridge: the model; it is what the block is given.
+        changes: applied in this order where they meet.
+        assert_effect: raise at the end of the block if nothing was changed in any run.
+
+    Raises:
+        HookNameError: a place that there is not.
+        InputError: neurons that the model does not have; no neurons at all with ``assert_effect``.
+        NoEffectError: see ``assert_effect``.
+    """
+    edits = [edit for change in changes for edit in change.edits(bridge)]
+    if assert_effect and not edits:
+        raise InputError(
+            "The list of neurons is empty: the change would change nothing. Give neurons, or assert_effect=False."
+        )
+    with bridge.hooks(fwd_hooks=[(edit.name, edit) for edit in edits]):
+        yield bridge
+    if assert_effect:
+        refuse_no_effect(edits)
+
+
+def refuse_no_effect(edits: Sequence[NeuronEdit], whose: str = "the neurons given") -> None:
+    """Raise if none of the edits ever changed anything.
+
+    Raises:
+        NoEffectError: so it is.
+    """
+    if any(edit.changed for edit in edits):
+        return
+    found = (
+        "ran, and every one of them already had the value it was to be given"
+        if any(edit.runs for edit in edits)
+        else "never ran: nothing was run in the block, or it stopped before their layers"
+    )
+    where = ", ".join(edit.name for edit in edits)
+    raise NoEffectError(
+        f"The change of {whose} (at {where}) {found}. If that is what you expect, pass assert_effect=False."
+    )
+
+
+def zero(neurons: Iterable[Neuron], place: str = NEURONS) -> NeuronChange:
+    """Silence neurons: set them to 0, as arXiv 2402.16438 does."""
+    return force(neurons, 0.0, place)
+
+
+def force(
+    neurons: Iterable[Neuron], values: float | Sequence[float] | Mapping[Neuron, float], place: str = NEURONS
+) -> NeuronChange:
+    """Hold neurons at values, such as their medians on text of a language (arXiv 2404.02431).
+
+    Args:
+        neurons: as (layer, index).
+        values: one for all, one for each in order, or by neuron.
+        place: see :func:`place_of`.
+
+    Raises:
+        InputError: another number of values, one that is not finite, or two values for one neuron.
+    """
+    return _change("set", neurons, values, place)
+
+
+def scale(
+    neurons: Iterable[Neuron], factors: float | Sequence[float] | Mapping[Neuron, float], place: str = NEURONS
+) -> NeuronChange:
+    """Multiply neurons by factors; arguments and errors as :func:`force`."""
+    return _change("scale", neurons, factors, place)
+
+
+def add(
+    neurons: Iterable[Neuron], amounts: float | Sequence[float] | Mapping[Neuron, float], place: str = NEURONS
+) -> NeuronChange:
+    """Add amounts to neurons; arguments and errors as :func:`force`."""
+    return _change("add", neurons, amounts, place)
+
+
+def _change(
+    change: Change, neurons: Iterable[Neuron], values: float | Sequence[float] | Mapping[Neuron, float], place: str
+) -> NeuronChange:
+    listed = as_neurons(neurons)
+    if isinstance(values, Mapping):
+        missing = [neuron for neuron in listed if neuron not in values]
+        if missing:
+            raise InputError(f"There is no value for neuron {missing[0]}.")
+        given = [float(values[neuron]) for neuron in listed]
+    elif isinstance(values, int | float):
+        given = [float(values)] * len(listed)
+    else:
+        given = [float(value) for value in values]
+        if len(given) != len(listed):
+            raise InputError(
+                f"There are {len(listed)} neurons and {len(given)} values: give one value, or one for each."
+            )
+    chosen: dict[Neuron, float] = {}
+    for neuron, value in zip(listed, given, strict=True):
+        if not np.isfinite(value):
+            raise InputError(f"Values are finite; found {value} for neuron {neuron}.")
+        if chosen.setdefault(neuron, value) != value:
+            raise InputError(f"Neuron {neuron} is listed twice, with the values {chosen[neuron]} and {value}.")
+    return NeuronChange(change, chosen, place)
+
+
+def as_neurons(neurons: Iterable[Any]) -> list[Neuron]:
+    """A list of (layer, index) pairs: pairs, rows of an array, or a mapping from layers to indices.
+
+    Raises:
+        InputError: an entry that is no pair of whole numbers.
+    """
+    entries: Iterable[Any] = neurons
+    if isinstance(neurons, Mapping):
+        entries = [(layer, index) for layer, indices in neurons.items() for index in indices]
+    elif isinstance(neurons, Tensor | np.ndarray):
+        entries = neurons.tolist()
+    listed: list[Neuron] = []
+    for entry in entries:
+        try:
+            layer, index = entry
+            pair = (int(layer), int(index))
+            whole = pair == (layer, index)
+        except (TypeError, ValueError):
+            raise InputError(f"Neurons are a list of (layer, index) pairs; found {entry!r} in it.") from None
+        if not whole:
+            raise InputError(f"A layer and an index are whole numbers; found {entry!r}.")
+        listed.append(pair)
+    return listed
+
+
+def random_neurons(
+    neurons: Sequence[Neuron], n_layers: int, width: int, seed: Sequence[int] | int, match: RandomMatch = "uniform"
+) -> tuple[Neuron, ...]:
+    """As many different neurons as ``neurons`` has, drawn at random.
+
+    Args:
+        neurons: the set to be matched.
+        n_layers: layers of the model.
+        width: neurons of a layer.
+        seed: of NumPy's generator.
+        match: ``"uniform"`` draws among all neurons of the model, ``"layer"`` within each layer as many as it has in
+            ``neurons``.
+
+    Returns:
+        (layer, index) pairs, sorted.
+
+    Raises:
+        InputError: another ``match``.
+    """
+    generator = np.random.default_rng(seed)
+    listed = sorted(set(neurons))
+    if match == "uniform":
+        drawn = generator.choice(n_layers * width, size=len(listed), replace=False)
+        return tuple(sorted((int(flat) // width, int(flat) % width) for flat in drawn))
+    if match == "layer":
+        sizes = np.bincount([layer for layer, _ in listed], minlength=n_layers) if listed else np.zeros(n_layers, int)
+        return tuple(
+            (layer, int(index))
+            for layer, size in enumerate(sizes.tolist())
+            for index in np.sort(generator.choice(width, size=size, replace=False))
+        )
+    raise InputError(f"match is 'uniform' or 'layer'; found {match!r}.")

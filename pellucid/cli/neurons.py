@@ -1,0 +1,333 @@
+"""``pellucid neurons``: find the neurons of languages, silence them, and see what that does to each language.
+
+Text is counted in one pass, whose state is kept in the folder: an interrupted run goes on there, and one with other
+thresholds does not count again. What is measured is text that was not counted: files given for it, or the last rows of
+each language.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xarray as xr
+
+from pellucid.analysis.expert_neurons import PUBLISHED_PLACES, ExpertNeurons, expertise
+from pellucid.analysis.language_neurons import LanguageNeurons, lape
+from pellucid.analysis.neurons import Neuron, RandomMatch
+from pellucid.analysis.perplexity import continuations, perplexity_change
+from pellucid.cli.models import open_bridge
+from pellucid.cli.neurons_output import Examples, Study, present, refuse_files, write_study
+from pellucid.cli.options import Format, ModelChoice
+from pellucid.corpora import Corpus, CorpusBatch
+from pellucid.corpora.sources import DocumentRule
+from pellucid.demo.prompts import PROMPTS
+from pellucid.demo.texts import held_out_halves, written_text
+from pellucid.errors import InputError, PellucidWarning
+from pellucid.model_bridge.collected import Collected
+from pellucid.model_bridge.transformer_bridge import TransformerBridge
+from pellucid.running_stats import AveragePrecision, CountPositive, TopK
+
+POST = "blocks.*.mlp.hook_post"
+STATE_FOLDER = "counting"
+
+
+@dataclass(frozen=True)
+class NeuronRequest:
+    """What was asked for on the command line; ``None`` is what the model decides, see :func:`settled`."""
+
+    text: tuple[str, ...]
+    held_out: tuple[str, ...]
+    out: Path | None
+    force: bool = False
+    document: DocumentRule = "line"
+    context: int | None = None
+    batch_size: int = 8
+    top_rate: float | None = None
+    filter_rate: float = 0.95
+    activation_bar_ratio: float = 0.95
+    random_sets: int = 3
+    match: RandomMatch = "uniform"
+    seed: int = 0
+    held_out_share: float = 0.2
+    measured_tokens: int = 65_536
+    examples: int = 5
+    shown_neurons: int = 3
+    experts: int = 0
+    expert_documents: int = 500
+    prompts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Text to count and text to measure: two corpora, or the first and the last rows of one."""
+
+    counted: Corpus
+    measured: Corpus
+    counted_rows: Mapping[str, int]
+    measured_from: Mapping[str, int]
+    as_documents: Corpus
+
+    def batches(self, batch_size: int, rows: int) -> Iterator[CorpusBatch]:
+        """At most ``rows`` rows of each label to measure on."""
+        for label in self.measured.labels:
+            start = self.measured_from[label]
+            yield from self.measured.batches(batch_size, labels=label, start_row=start, stop_row=start + rows)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The rows of :class:`Texts` that are measured, as a text of :func:`perplexity_change`."""
+
+    texts: Texts
+    rows: int
+
+    def batches(self, batch_size: int) -> Iterator[CorpusBatch]:
+        """Rows, ``batch_size`` at a time."""
+        return self.texts.batches(batch_size, self.rows)
+
+
+def find_neurons(choice: ModelChoice, request: NeuronRequest, format: Format) -> None:
+    """Count, select, silence, write, print.
+
+    Raises:
+        InputError: arguments that contradict each other, a file in the way, no neurons.
+        CorpusError: text that cannot be read.
+        OtherJobError: the folder holds the counts of another model or text.
+        PellucidError: the model cannot be opened.
+    """
+    _refuse_arguments(choice, request)
+    if request.out is not None:
+        refuse_files(request.out, request.force)
+    counted_files, measured_files = read_pairs(request.text, "--text"), read_pairs(request.held_out, "--held-out")
+    if measured_files and set(measured_files) != set(counted_files):
+        raise InputError(
+            f"--text has the languages {', '.join(counted_files)} and --held-out {', '.join(measured_files)}: give both for "
+            "each."
+        )
+    bridge = open_bridge(choice)
+    context = request.context or (128 if choice.is_demo else 512)
+    top_rate = request.top_rate if request.top_rate is not None else (0.05 if choice.is_demo else 0.01)
+    if 0 < request.measured_tokens < context:
+        raise InputError(f"--measured-tokens {request.measured_tokens} is less than one row of {context} tokens.")
+    texts = open_texts(bridge, request, counted_files, measured_files, context)
+    collected = count(bridge, texts, request)
+    found = select(collected, top_rate, request)
+    silenced = {str(language): neurons for language, neurons in found.neurons.items() if neurons}
+    if not silenced:
+        raise InputError(
+            f"No language has a neuron at --top-rate {top_rate:g}: {len(found.selected)} of "
+            f"{found.n_layers * found.d_mlp} neurons are selected. Give a larger one; nothing is counted again."
+        )
+    without = [str(language) for language in found.neurons if str(language) not in silenced]
+    if without:
+        warnings.warn(
+            f"No neuron belongs to {', '.join(without)} at --top-rate {top_rate:g}: nothing is silenced for it.",
+            PellucidWarning,
+            stacklevel=2,
+        )
+    change = measure(bridge, texts, found, silenced, request)
+    study = Study(
+        model=choice.name,
+        dtype=str(bridge.dtype).removeprefix("torch."),
+        context=context,
+        counted={label: collected[label].n_tokens[label] for label in texts.counted.labels},
+        measured_on="--held-out" if measured_files else _measured_on(choice, request),
+        seed=request.seed,
+        match=request.match,
+        found=found,
+        change=change,
+        examples=examples_of(collected, texts.counted, found, request),
+        experts=find_experts(bridge, texts, request),
+        written=_written(bridge, request, silenced, choice),
+        experts_shown=request.experts,
+    )
+    pictures = write_study(study, request.out) if request.out is not None else []
+    present(study, format, request.out, pictures)
+
+
+def _refuse_arguments(choice: ModelChoice, request: NeuronRequest) -> None:
+    if not request.text and not choice.is_demo:
+        raise InputError("Give text of two languages or more: --text en=english.txt --text fr=french.txt.")
+    if not request.text and request.held_out:
+        raise InputError("--held-out needs --text: without it the embedded model's own text is used for both.")
+    if not 0 < request.held_out_share < 1:
+        raise InputError(f"--held-out-share is a share between 0 and 1; found {request.held_out_share:g}.")
+    for name, rate in (
+        ("--top-rate", request.top_rate),
+        ("--filter-rate", request.filter_rate),
+        ("--activation-bar-ratio", request.activation_bar_ratio),
+    ):
+        if rate is not None and not 0 < rate <= 1:
+            raise InputError(f"{name} is a share, over 0 and up to 1; found {rate:g}.")
+
+
+def _measured_on(choice: ModelChoice, request: NeuronRequest) -> str:
+    if not request.text:
+        return "held-out text of the embedded model"
+    return f"the last {request.held_out_share:.0%} of each language's rows"
+
+
+def read_pairs(pairs: Sequence[str], option: str) -> dict[str, list[Path]]:
+    """``LANGUAGE=FILE`` options as files by language; a language given several times has several files.
+
+    Raises:
+        InputError: another form, a file that does not exist, or a single language.
+    """
+    found: dict[str, list[Path]] = {}
+    for pair in pairs:
+        language, equals, path = pair.partition("=")
+        if not (equals and language and path):
+            raise InputError(f"{option} takes LANGUAGE=FILE, such as en=english.txt; found {pair!r}.")
+        file = Path(path).expanduser()
+        if not file.is_file():
+            raise InputError(f"{option} {pair}: there is no file {file}.")
+        found.setdefault(language, []).append(file)
+    if len(found) == 1:
+        raise InputError(
+            f"{option} has one language, {next(iter(found))}: neurons of a language are told from others'."
+        )
+    return found
+
+
+# -- text --------------------------------------------------------------------------------------------------------------
+
+
+def open_texts(
+    bridge: TransformerBridge,
+    request: NeuronRequest,
+    counted: Mapping[str, list[Path]],
+    measured: Mapping[str, list[Path]],
+    context: int,
+) -> Texts:
+    """Corpora to count and to measure on; read once, so that what cannot be read is known before anything runs."""
+    if not counted:
+        own, unseen = written_text(), held_out_halves()[1]
+        corpus = Corpus.from_documents(own, bridge.tokenizer, context=context)
+        other = Corpus.from_documents(unseen, bridge.tokenizer, context=context)
+        documents = Corpus.from_documents(own, bridge.tokenizer, context=context, packing="documents")
+    else:
+        corpus = _from_files(bridge, counted, request.document, context)
+        other = _from_files(bridge, measured, request.document, context) if measured else corpus
+        documents = _from_files(bridge, counted, request.document, context, as_documents=True)
+    rows = {label: found.rows for label, found in corpus.index().items()}
+    if other is not corpus:
+        other.index()
+        return Texts(corpus, other, rows, dict.fromkeys(other.labels, 0), documents)
+    kept = {label: math.floor(size * (1 - request.held_out_share)) for label, size in rows.items()}
+    for label, size in rows.items():
+        if not 0 < kept[label] < size:
+            raise InputError(
+                f"The text of {label!r} makes {size} rows of {context} tokens: too few to count on some and measure on "
+                "others. Give more text, --held-out files, or a smaller --context."
+            )
+    return Texts(corpus, corpus, kept, kept, documents)
+
+
+def _from_files(
+    bridge: TransformerBridge,
+    files: Mapping[str, list[Path]],
+    document: DocumentRule,
+    context: int,
+    as_documents: bool = False,
+) -> Corpus:
+    kinds = {file.suffix.lower() for paths in files.values() for file in paths}
+    arguments: dict[str, Any] = {"context": context, "packing": "documents" if as_documents else "packed"}
+    paths: dict[str, Any] = dict(files)
+    if kinds & {".jsonl", ".parquet"} and len(kinds) > 1:
+        raise InputError(f"Files of one kind go together; found {', '.join(sorted(kinds))}.")
+    if kinds == {".jsonl"}:
+        return Corpus.from_json_lines(paths, bridge.tokenizer, **arguments)
+    if kinds == {".parquet"}:
+        return Corpus.from_parquet(paths, bridge.tokenizer, **arguments)
+    return Corpus.from_text(paths, bridge.tokenizer, document=document, **arguments)
+
+
+# -- computing ---------------------------------------------------------------------------------------------------------
+
+
+def count(bridge: TransformerBridge, texts: Texts, request: NeuronRequest) -> dict[str, Collected]:
+    """By language, how often each neuron is active and where it is most: one pass, resumed where it was interrupted."""
+    statistics = {POST: [CountPositive(), *([TopK(request.examples)] if request.examples else [])]}
+    found = {}
+    for place, label in enumerate(texts.counted.labels):
+        folder = None if request.out is None else request.out / STATE_FOLDER / str(place)
+        found[label] = bridge.collect(
+            texts.counted,
+            statistics,
+            batch_size=request.batch_size,
+            labels=label,
+            stop_row=texts.counted_rows[label],
+            checkpoint=folder,
+        )
+    return found
+
+
+def select(collected: Mapping[str, Collected], top_rate: float, request: NeuronRequest) -> LanguageNeurons:
+    """The neurons of each language."""
+    counts = xr.concat([each.array(POST, "count_positive") for each in collected.values()], "label")
+    tokens = {label: each.n_tokens[label] for label, each in collected.items()}
+    return lape(counts, tokens, top_rate, request.filter_rate, request.activation_bar_ratio)
+
+
+def measure(
+    bridge: TransformerBridge,
+    texts: Texts,
+    found: LanguageNeurons,
+    silenced: Mapping[str, Sequence[Neuron]],
+    request: NeuronRequest,
+) -> xr.Dataset | None:
+    """What silencing does, beside random sets; ``None`` if nothing is to be measured."""
+    if not request.measured_tokens:
+        return None
+    rows = request.measured_tokens // texts.measured.rules.context
+    drawn = found.random_sets(request.random_sets, request.seed, request.match) if request.random_sets else []
+    controls = [{language: control[language] for language in silenced} for control in drawn]
+    return perplexity_change(
+        bridge, Measured(texts, rows), silenced, random_sets=controls, batch_size=request.batch_size
+    )
+
+
+def examples_of(
+    collected: Mapping[str, Collected], corpus: Corpus, found: LanguageNeurons, request: NeuronRequest
+) -> Examples:
+    """Of each language, the neurons of least entropy, and the tokens at which they fire most in its text."""
+    shown: Examples = {}
+    if not request.examples:
+        return shown
+    rank = {neuron: place for place, neuron in enumerate(found.selected)}
+    for language, neurons in found.neurons.items():
+        for layer, index in sorted(neurons, key=lambda neuron: rank[neuron])[: request.shown_neurons]:
+            label = str(language)
+            shown[label, layer, index] = [
+                (example.value, example.context.before, example.context.token, example.context.after)
+                for example in collected[label].examples(corpus, f"blocks.{layer}.mlp.hook_post", label, index)
+            ]
+    return shown
+
+
+def find_experts(bridge: TransformerBridge, texts: Texts, request: NeuronRequest) -> ExpertNeurons | None:
+    """Expert units by average precision, at the places that were published."""
+    if not request.experts:
+        return None
+    places = {f"blocks.*.{place}": [AveragePrecision()] for place in PUBLISHED_PLACES}
+    kept = bridge.collect(texts.as_documents, places, batch_size=request.batch_size, stop_row=request.expert_documents)
+    return expertise(kept)
+
+
+@torch.no_grad()
+def _written(
+    bridge: TransformerBridge,
+    request: NeuronRequest,
+    silenced: Mapping[str, Sequence[Neuron]],
+    choice: ModelChoice,
+) -> xr.DataArray | None:
+    prompts = request.prompts or (tuple(PROMPTS.values()) if choice.is_demo and not request.text else ())
+    if not prompts:
+        return None
+    return continuations(bridge, prompts, silenced, max_new_tokens=24)

@@ -1,0 +1,661 @@
+"""A corpus: documents by label, and the batches that a model is run on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from pellucid.corpora.packing import Checkpoint, Encoder, Packing, Row, Rules, Tally, chunks, rows
+from pellucid.corpora.sources import (
+    LONGEST_DOCUMENT,
+    DatasetRows,
+    Document,
+    DocumentRule,
+    Documents,
+    JsonLines,
+    ParquetFiles,
+    Source,
+    TextFiles,
+    TokenRows,
+    as_paths,
+    as_tensor,
+)
+from pellucid.errors import CorpusError, InputError
+from pellucid.names import nearest
+from pellucid.progress import progress_bar
+from pellucid.token_text import tokens_to_text
+
+Separator: TypeAlias = int | Literal["eos", "none"] | None
+Paths: TypeAlias = str | Path | Sequence[str | Path]
+
+FORMAT = 1
+"""Part of every content hash: counted up when the same settings would give other rows."""
+
+
+@dataclass(frozen=True)
+class CorpusBatch:
+    """Rows of one label.
+
+    Attributes:
+        label: whose rows these are; a batch never mixes labels.
+        tokens: ``[batch, pos]`` int64 ids.
+        attention_mask: ``[batch, pos]`` bool, ``False`` at padding. Separators are real tokens.
+        documents: ``[batch, pos]`` int64, number of the document within its label; a separator belongs to the document
+            before it; -1 at padding.
+        positions: ``[batch, pos]`` int64, position within the document (a separator's is the document's length); -1 at
+            padding.
+        first_row: number of the first row within its label.
+    """
+
+    label: str
+    tokens: Tensor
+    attention_mask: Tensor
+    documents: Tensor
+    positions: Tensor
+    first_row: int
+
+    @property
+    def n_tokens(self) -> int:
+        """Real tokens, separators among them."""
+        return int(self.attention_mask.sum())
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether any position is padding."""
+        return not bool(self.attention_mask.all())
+
+
+@dataclass(frozen=True)
+class LabelCount:
+    """What a label has.
+
+    Attributes:
+        rows: rows of the corpus.
+        tokens: tokens in them, separators among them.
+        documents: documents of the source.
+        empty_documents: those of them without a token; they give nothing, not even a separator.
+        dropped_tokens: tokens of the last, unfinished row where it is dropped.
+        sha256: of the documents, in order.
+    """
+
+    rows: int
+    tokens: int
+    documents: int
+    empty_documents: int
+    dropped_tokens: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TokenContext:
+    """A token with the text around it."""
+
+    before: str
+    token: str
+    after: str
+
+
+class Corpus:
+    """Documents by label, streamed as batches in the order of their source.
+
+    Make one with :meth:`from_text`, :meth:`from_json_lines`, :meth:`from_parquet`, :meth:`from_dataset`,
+    :meth:`from_documents` or :meth:`from_tokens`, which have these arguments in common:
+
+    Args:
+        sources: documents by label, such as a language.
+        tokenizer: Hugging Face's, called without special tokens; ``None`` for token ids.
+        context: tokens of a row.
+        packing: ``"packed"`` puts documents one after another, as in pre-training, and cuts rows of exactly ``context``
+            tokens (attention runs across documents, as it did there); ``"documents"`` gives each document a row of its
+            own, padded.
+        separator: what stands after each document: a token id, ``"eos"`` (the tokenizer's end-of-sequence token),
+            ``"none"``, or ``None`` for ``"eos"`` in packed text and ``"none"`` otherwise.
+        tail: what happens to the last tokens of a label that fill no packed row: ``"drop"`` leaves them out and counts
+            them in :meth:`count`, ``"keep"`` gives a shorter, padded row.
+        long_documents: with one document a row, ``"split"`` puts a document over ``context`` into several rows, its
+            positions counting on (no row sees the one before), ``"refuse"`` raises.
+        pad_id: id at padding, by default the tokenizer's, or 0.
+
+    Raises:
+        InputError: arguments that cannot be.
+        CorpusError: a source that cannot be read.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, Source],
+        tokenizer: Any | None,
+        context: int = 128,
+        packing: Packing = "packed",
+        separator: Separator = None,
+        tail: Literal["drop", "keep"] = "drop",
+        long_documents: Literal["split", "refuse"] = "split",
+        pad_id: int | None = None,
+    ) -> None:
+        if not sources:
+            raise InputError("A corpus has at least one label: {'en': ...}.")
+        for label in sources:
+            if not isinstance(label, str) or not label:
+                raise InputError(f"Labels are strings that are not empty; found {label!r}.")
+        if not isinstance(context, int) or context < 1:
+            raise InputError(f"context is a number of tokens, 1 or more; found {context!r}.")
+        _check_choice("packing", packing, ("packed", "documents"))
+        _check_choice("tail", tail, ("drop", "keep"))
+        _check_choice("long_documents", long_documents, ("split", "refuse"))
+        self._sources = dict(sources)
+        self.labels: tuple[str, ...] = tuple(sources)
+        self.tokenizer = tokenizer
+        self.pad_id = _pad_id(tokenizer) if pad_id is None else pad_id
+        self.rules = Rules(
+            packing,
+            context,
+            _separator_id(separator, packing, tokenizer),
+            keep_tail=tail == "keep",
+            split_long=packing == "packed" or long_documents == "split",
+        )
+        self._counts: dict[str, LabelCount] = {}
+        self._checkpoints: dict[str, list[Checkpoint]] = {}
+        self._stamps: dict[str, list[list[int]]] = {}
+        self._tokenizer_hash = tokenizer_fingerprint(tokenizer)
+
+    # -- making one ----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_text(
+        cls,
+        files: Mapping[str, Paths],
+        tokenizer: Any,
+        context: int = 128,
+        document: DocumentRule = "line",
+        packing: Packing = "packed",
+        separator: Separator = None,
+        tail: Literal["drop", "keep"] = "drop",
+        long_documents: Literal["split", "refuse"] = "split",
+        pad_id: int | None = None,
+        longest_document: int = LONGEST_DOCUMENT,
+    ) -> Corpus:
+        """Text files (UTF-8), one or several a label.
+
+        Args:
+            files: paths by label, read in the order given.
+            document: what a document is: ``"line"`` (lines of white space are none), ``"paragraph"`` (up to a blank
+                line) or ``"file"``.
+            longest_document: refuse a document of more bytes before it fills the memory.
+        """
+        _check_choice("document", document, ("line", "paragraph", "file"))
+        _check_labels(files, "files")
+        sources = {
+            label: TextFiles(as_paths(label, paths), document, longest_document) for label, paths in files.items()
+        }
+        return cls(sources, _need(tokenizer), context, packing, separator, tail, long_documents, pad_id)
+
+    @classmethod
+    def from_json_lines(
+        cls,
+        files: Mapping[str, Paths],
+        tokenizer: Any,
+        context: int = 128,
+        field: str = "text",
+        packing: Packing = "packed",
+        separator: Separator = None,
+        tail: Literal["drop", "keep"] = "drop",
+        long_documents: Literal["split", "refuse"] = "split",
+        pad_id: int | None = None,
+        longest_document: int = LONGEST_DOCUMENT,
+    ) -> Corpus:
+        """Files with a JSON object a line, whose ``field`` holds a document; ``longest_document`` limits the line."""
+        _check_labels(files, "files")
+        sources = {label: JsonLines(as_paths(label, paths), field, longest_document) for label, paths in files.items()}
+        return cls(sources, _need(tokenizer), context, packing, separator, tail, long_documents, pad_id)
+
+    @classmethod
+    def from_parquet(
+        cls,
+        files: Mapping[str, Paths],
+        tokenizer: Any,
+        context: int = 128,
+        column: str = "text",
+        packing: Packing = "packed",
+        separator: Separator = None,
+        tail: Literal["drop", "keep"] = "drop",
+        long_documents: Literal["split", "refuse"] = "split",
+        pad_id: int | None = None,
+        longest_document: int = LONGEST_DOCUMENT,
+    ) -> Corpus:
+        """Parquet files, a document a row. Needs pyarrow (extra ``datasets``)."""
+        _check_labels(files, "files")
+        sources = {
+            label: ParquetFiles(as_paths(label, paths), column, longest_document) for label, paths in files.items()
+        }
+        return cls(sources, _need(tokenizer), context, packing, separator, tail, long_documents, pad_id)
+
+    @classmethod
+    def from_dataset(
+        cls,
+        datasets: Mapping[str, Any],
+        tokenizer: Any,
+        context: int = 128,
+        column: str = "text",
+        packing: Packing = "packed",
+        separator: Separator = None,
+        tail: Literal["drop", "keep"] = "drop",
+        long_documents: Literal["split", "refuse"] = "split",
+        pad_id: int | None = None,
+        longest_document: int = LONGEST_DOCUMENT,
+    ) -> Corpus:
+        """Hugging Face data sets by label, streamed ones too; a document a row. A streamed one is read anew each time."""
+        _check_labels(datasets, "datasets")
+        sources = {label: DatasetRows(label, given, column, longest_document) for label, given in datasets.items()}
+        return cls(sources, _need(tokenizer), context, packing, separator, tail, long_documents, pad_id)
+
+    @classmethod
+    def from_documents(
+        cls,
+        documents: Mapping[str, Sequence[str]],
+        tokenizer: Any,
+        context: int = 128,
+        packing: Packing = "packed",
+        separator: Separator = None,
+        tail: Literal["drop", "keep"] = "drop",
+        long_documents: Literal["split", "refuse"] = "split",
+        pad_id: int | None = None,
+        longest_document: int = LONGEST_DOCUMENT,
+    ) -> Corpus:
+        """Lists of strings by label, a document each."""
+        _check_labels(documents, "documents")
+        sources = {label: Documents(label, texts, longest_document) for label, texts in documents.items()}
+        return cls(sources, _need(tokenizer), context, packing, separator, tail, long_documents, pad_id)
+
+    @classmethod
+    def from_tokens(
+        cls,
+        tokens: Mapping[str, Any],
+        tokenizer: Any | None = None,
+        context: int = 128,
+        packing: Packing = "packed",
+        separator: Separator = "none",
+        tail: Literal["drop", "keep"] = "drop",
+        long_documents: Literal["split", "refuse"] = "split",
+        pad_id: int | None = None,
+    ) -> Corpus:
+        """Token ids by label: a long row ``[pos]``, rows ``[document, pos]``, or a list of rows of any length.
+
+        Args:
+            tokens: tensors, arrays (memory-mapped ones are read piece by piece) or lists of ids; no padding in them.
+            tokenizer: for the text of examples, and ``separator="eos"``.
+        """
+        _check_labels(tokens, "tokens")
+        sources = {label: TokenRows(label, given) for label, given in tokens.items()}
+        return cls(sources, tokenizer, context, packing, separator, tail, long_documents, pad_id)
+
+    # -- batches -------------------------------------------------------------------------------------------------------
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        labels: str | Sequence[str] | None = None,
+        start_row: int = 0,
+        stop_row: int | None = None,
+        padding_side: Literal["left", "right"] = "right",
+        pad_to_context: bool = False,
+    ) -> Iterator[CorpusBatch]:
+        """Rows ``[start_row, stop_row)`` of each label, label after label, in the order of the source.
+
+        Args:
+            batch_size: rows of a batch; the last of a label may have fewer.
+            labels: of these labels only, in this order.
+            start_row: first row of each label. Beginning late is quick once the corpus has been indexed.
+            stop_row: the row after the last; ``None``, or more than there are, reads to the end.
+            padding_side: of rows shorter than the batch.
+            pad_to_context: pad every batch to ``context``, not to its longest row.
+
+        Raises:
+            InputError: an unknown label, no whole number of rows.
+            CorpusError: at the place where the source cannot be read; a label without a row.
+        """
+        chosen = self.chosen(labels)
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise InputError(f"batch_size is a number of rows, 1 or more; found {batch_size!r}.")
+        if start_row < 0 or (stop_row is not None and stop_row < start_row):
+            raise InputError(f"Rows go from start_row=0 on to stop_row; found {start_row} to {stop_row}.")
+        _check_choice("padding_side", padding_side, ("left", "right"))
+        length = self.rules.context if pad_to_context else None
+        return self._batches(chosen, batch_size, start_row, stop_row, padding_side, length)
+
+    def _batches(
+        self,
+        labels: Sequence[str],
+        batch_size: int,
+        start: int,
+        stop: int | None,
+        side: Literal["left", "right"],
+        length: int | None,
+    ) -> Iterator[CorpusBatch]:
+        for label in labels:
+            held: list[Row] = []
+            at = start
+            for row in self._rows(label, start):
+                if stop is not None and at + len(held) >= stop:
+                    break
+                held.append(row)
+                if len(held) == batch_size:
+                    yield self._batch(label, held, at, side, length)
+                    at += len(held)
+                    held = []
+            if held:
+                yield self._batch(label, held, at, side, length)
+            elif at == 0 and stop != 0:
+                raise CorpusError(self._too_short(label))
+
+    def _batch(
+        self, label: str, held: Sequence[Row], first: int, side: Literal["left", "right"], length: int | None
+    ) -> CorpusBatch:
+        shape = (len(held), length or max(len(row.ids) for row in held))
+        tokens = torch.full(shape, self.pad_id, dtype=torch.int64)
+        mask = torch.zeros(shape, dtype=torch.bool)
+        documents, positions = torch.full(shape, -1), torch.full(shape, -1)
+        for index, row in enumerate(held):
+            size = len(row.ids)
+            where = slice(0, size) if side == "right" else slice(shape[1] - size, shape[1])
+            tokens[index, where] = as_tensor(row.ids)
+            documents[index, where] = as_tensor(row.documents)
+            positions[index, where] = as_tensor(row.positions)
+            mask[index, where] = True
+        return CorpusBatch(label, tokens, mask, documents, positions, first)
+
+    def _rows(self, label: str, start: int) -> Iterator[Row]:
+        begin = Checkpoint(0, 0, 0, self._sources[label].start)
+        if start and label in self._counts:
+            begin = next(mark for mark in reversed([begin, *self._checkpoints[label]]) if mark.row <= start)
+        if label in self._stamps:
+            self._check_stamp(label, self._stamps[label])
+        source, encode = self._sources[label], Encoder(label, self.tokenizer)
+        stream = chunks(source, encode, self.rules, begin.cursor, begin.document)
+        for number, row in enumerate(rows(stream, self.rules, begin), begin.row):
+            if number >= start:
+                yield row
+
+    def _too_short(self, label: str) -> str:
+        if self.rules.packing == "documents":
+            return f"The label {label!r} has no tokens: its documents are empty."
+        return (
+            f"The label {label!r} has no row: its text has fewer than {self.rules.context} tokens. Give more text, a "
+            'smaller context=, or tail="keep".'
+        )
+
+    def chosen(self, labels: str | Sequence[str] | None) -> tuple[str, ...]:
+        """The labels asked for, ``None`` being all.
+
+        Raises:
+            InputError: one that the corpus does not have, or none at all.
+        """
+        if labels is None:
+            return self.labels
+        given = (labels,) if isinstance(labels, str) else tuple(labels)
+        if not given:
+            raise InputError("The list of labels is empty: name at least one, or leave labels= out.")
+        for label in given:
+            self._need_label(label)
+        if len(set(given)) < len(given):
+            raise InputError(f"A label stands twice in {list(given)}.")
+        return given
+
+    def _need_label(self, label: str) -> None:
+        if label not in self._sources:
+            near = nearest(str(label), self.labels)
+            raise InputError(f"The corpus has no label {label!r}. Nearest: {', '.join(map(repr, near))}.")
+
+    # -- what there is -------------------------------------------------------------------------------------------------
+
+    def index(self, labels: str | Sequence[str] | None = None, progress: bool | None = None) -> dict[str, LabelCount]:
+        """Read labels once, from end to end: counts, hashes, and places to begin again.
+
+        What cannot be read is found here, before anything expensive runs. Labels that were read before are not read
+        again; :meth:`index_state` keeps the outcome for other processes.
+
+        Args:
+            labels: which, by default all.
+            progress: show a bar; ``None`` shows it on a terminal only.
+
+        Raises:
+            CorpusError: what cannot be read; a label without a row.
+        """
+        chosen = self.chosen(labels)
+        missing = [label for label in chosen if label not in self._counts]
+        if missing:
+            with progress_bar(desc="reading the corpus", unit=" tokens", show=progress) as bar:
+                for label in missing:
+                    self._walk(label, bar.update)
+        return {label: self._counts[label] for label in chosen}
+
+    def _walk(self, label: str, tell: Callable[[int], Any]) -> None:
+        source, tally = self._sources[label], Tally()
+        stamp = source.stamp()
+        begin = Checkpoint(0, 0, 0, source.start)
+        stream = chunks(source, Encoder(label, self.tokenizer), self.rules, begin.cursor, 0, tally)
+        for row in rows(stream, self.rules, begin, tally):
+            tell(len(row.ids))
+        if tally.rows == 0:
+            raise CorpusError(self._too_short(label))
+        self._check_stamp(label, stamp)
+        self._stamps[label], self._checkpoints[label] = stamp, tally.checkpoints
+        self._counts[label] = LabelCount(
+            tally.rows,
+            tally.tokens,
+            tally.documents,
+            tally.empty_documents,
+            tally.dropped_tokens,
+            tally.digest.hexdigest(),
+        )
+
+    def count(self, label: str) -> LabelCount:
+        """Rows, tokens and documents of a label; reads it once."""
+        self._need_label(label)
+        return self.index(label)[label]
+
+    def rows(self, label: str) -> int:
+        """Number of rows of a label; reads it once."""
+        return self.count(label).rows
+
+    def tokens(self, label: str) -> int:
+        """Number of tokens in the rows of a label, separators among them; reads it once."""
+        return self.count(label).tokens
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 over the documents, the tokenizer and the settings: other tokens or other rows, another hash.
+
+        Reads every label once.
+        """
+        return _digest(self._settings() | {"labels": [[label, self.count(label).sha256] for label in self.labels]})
+
+    def _settings(self) -> dict[str, Any]:
+        return {"format": FORMAT, "rules": asdict(self.rules), "tokenizer": self._tokenizer_hash, "pad_id": self.pad_id}
+
+    def describe(self) -> dict[str, Any]:
+        """Settings, counts and hash, for a manifest (JSON). Reads every label once."""
+        labels = {label: self._sources[label].describe() | asdict(self.count(label)) for label in self.labels}
+        return self._settings() | {"labels": labels, "content_hash": self.content_hash}
+
+    def __repr__(self) -> str:
+        return f"Corpus({', '.join(self.labels)}; {self.rules.packing}, rows of {self.rules.context} tokens)"
+
+    # -- the index, for other processes --------------------------------------------------------------------------------
+
+    def index_state(self) -> dict[str, Any]:
+        """Counts and places of every label that was read (JSON); for :meth:`restore_index`."""
+        return {
+            "settings": _digest(self._settings()),
+            "labels": {
+                label: {
+                    "count": asdict(count),
+                    "stamp": self._stamps[label],
+                    "checkpoints": [asdict(mark) for mark in self._checkpoints[label]],
+                }
+                for label, count in self._counts.items()
+            },
+        }
+
+    def restore_index(self, state: Mapping[str, Any]) -> None:
+        """Take over what another process has read of the same corpus, so that nothing is read twice.
+
+        Files are recognised by size and time of change.
+
+        Raises:
+            CorpusError: the index is of another corpus, other settings, or files that have changed since.
+        """
+        if state["settings"] != _digest(self._settings()):
+            raise CorpusError(
+                "The index is of a corpus with another tokenizer or other settings: read the corpus anew."
+            )
+        for label, found in state["labels"].items():
+            self._need_label(label)
+            self._check_stamp(label, found["stamp"])
+        for label, found in state["labels"].items():
+            self._counts[label] = LabelCount(**found["count"])
+            self._stamps[label] = found["stamp"]
+            self._checkpoints[label] = [Checkpoint(**mark) for mark in found["checkpoints"]]
+
+    def _check_stamp(self, label: str, stamp: list[list[int]]) -> None:
+        if self._sources[label].stamp() != stamp:
+            raise CorpusError(
+                f"The files of {label!r} have changed since they were read (size or time): make the corpus anew."
+            )
+
+    # -- text of examples ----------------------------------------------------------------------------------------------
+
+    def documents(self, label: str, numbers: Sequence[int]) -> dict[int, Document]:
+        """Documents by number, as the source has them: text, or ids. One pass from the nearest known place.
+
+        Raises:
+            InputError: a number that the label does not have.
+        """
+        self._need_label(label)
+        wanted = sorted(set(numbers))
+        found: dict[int, Document] = {}
+        marks = [(0, self._sources[label].start)]
+        marks += [(mark.document, mark.cursor) for mark in self._checkpoints.get(label, ())]
+        reader: Iterator[tuple[Document, list[int]]] = iter(())
+        at = -1
+        for number in wanted:
+            mark = next(((start, cursor) for start, cursor in reversed(marks) if start <= number), None)
+            if mark is None:
+                break
+            if at < mark[0]:
+                at, reader = mark[0], self._sources[label].read(mark[1])
+            for document, _ in reader:
+                at += 1
+                if at > number:
+                    found[number] = document
+                    break
+        missing = [number for number in wanted if number not in found]
+        if missing:
+            raise InputError(f"The label {label!r} has no document {missing[0]}.")
+        return found
+
+    def text_of(self, label: str, document: int) -> str:
+        """The text of a document.
+
+        Raises:
+            InputError: no such document; one of token ids, without a tokenizer.
+        """
+        found = self.documents(label, [document])[document]
+        return found if isinstance(found, str) else tokens_to_text(_need(self.tokenizer), found.tolist())
+
+    def contexts(
+        self, label: str, places: Sequence[tuple[int, int]], before: int = 12, after: int = 6
+    ) -> list[TokenContext]:
+        """Tokens with the text around them, for showing examples.
+
+        Args:
+            label: whose documents.
+            places: ``(document, position)`` of each token.
+            before: tokens shown before it, of its document.
+            after: tokens shown after it.
+
+        Raises:
+            InputError: a place that does not exist; no tokenizer.
+        """
+        tokenizer = _need(self.tokenizer)
+        found = self.documents(label, [document for document, _ in places])
+        encoded = dict(zip(found, Encoder(label, tokenizer)(list(found.values())), strict=True))
+        contexts = []
+        for document, position in places:
+            ids = [*map(int, encoded[document])]
+            ids += [] if self.rules.separator is None else [self.rules.separator]
+            if not 0 <= position < len(ids):
+                raise InputError(f"Document {document} of {label!r} has {len(ids)} tokens; asked for {position}.")
+            parts = (ids[max(0, position - before) : position], ids[position : position + 1])
+            rest = ids[position + 1 : position + 1 + after]
+            contexts.append(TokenContext(*(tokens_to_text(tokenizer, part) for part in (*parts, rest))))
+        return contexts
+
+
+# -- small helpers -----------------------------------------------------------------------------------------------------
+
+
+def tokenizer_fingerprint(tokenizer: Any | None) -> str | None:
+    """SHA-256 of what a tokenizer does with text; ``None`` without one.
+
+    Padding and truncation, which a call may leave set, are not part of it: a corpus is made without them.
+    """
+    if tokenizer is None:
+        return None
+    if tokenizer.is_fast:
+        parts = json.loads(tokenizer.backend_tokenizer.to_str())
+        parts["padding"] = parts["truncation"] = None
+    else:
+        parts = {"class": type(tokenizer).__name__, "vocabulary": sorted(tokenizer.get_vocab().items())}
+    return _digest(
+        {"tokenizer": parts, "split_special_tokens": bool(getattr(tokenizer, "split_special_tokens", False))}
+    )
+
+
+def _digest(data: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+def _need(tokenizer: Any | None) -> Any:
+    if tokenizer is None:
+        raise InputError("Text needs a tokenizer: pass the model's (bridge.tokenizer), or give token ids.")
+    return tokenizer
+
+
+def _pad_id(tokenizer: Any | None) -> int:
+    return 0 if tokenizer is None or tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+
+
+def _separator_id(separator: Separator, packing: Packing, tokenizer: Any | None) -> int | None:
+    if separator is None:
+        separator = "eos" if packing == "packed" else "none"
+    if separator == "none":
+        return None
+    if separator == "eos":
+        if tokenizer is None or tokenizer.eos_token_id is None:
+            raise InputError(
+                'separator="eos" needs a tokenizer with an end-of-sequence token: give a token id, or separator="none".'
+            )
+        return int(tokenizer.eos_token_id)
+    if not isinstance(separator, int) or isinstance(separator, bool) or separator < 0:
+        raise InputError(f"separator is 'eos', 'none' or a token id; found {separator!r}.")
+    return separator
+
+
+def _check_labels(given: Any, argument: str) -> None:
+    if not isinstance(given, Mapping):
+        raise InputError(
+            f"{argument} is a dictionary from labels to documents, such as {{'en': ...}}; found {type(given).__name__}."
+        )
+
+
+def _check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise InputError(f"Invalid {argument}: {value!r}. It is one of {', '.join(map(repr, choices))}.")

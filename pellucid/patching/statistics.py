@@ -1,0 +1,113 @@
+"""Statistics over examples: standard error, bootstrap intervals, a sign-flip permutation test.
+
+Random streams are derived from a seed and labels as TransformerLens derives them, so that the same seed gives the same
+resamples there and here. Percentile bootstrap: Efron and Tibshirani (1993), chapter 13. Sign flips: Fisher (1935).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from pellucid.errors import InputError
+
+EXACT_UP_TO = 12
+"""Examples up to which all sign patterns are tried: 4,096 of them."""
+
+AT_ONCE = 256
+"""Resamples made at once: bounds memory."""
+
+TIE = 100
+"""Units in the last place within which two means are called equal: their sums were made in different orders."""
+
+
+def generator_for(seed: int, *labels: str) -> torch.Generator:
+    """A CPU generator of its own for each seed and labels: 63 bits of the SHA-256 of ``seed:label:...``."""
+    digest = hashlib.sha256(":".join([str(seed), *labels]).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))
+
+
+def standard_error(values: Tensor) -> Tensor:
+    """Standard deviation (of a sample) over the root of the number of examples, ``[..., example]`` to ``[...]``.
+
+    Raises:
+        InputError: there is one example, which says nothing about spread.
+    """
+    count = values.shape[-1]
+    if count < 2:
+        raise InputError(f"A standard error needs 2 examples or more; there are {count}.")
+    return values.std(dim=-1) / math.sqrt(count)
+
+
+def bootstrap_interval(
+    values: Tensor, statistic: str, confidence: float, n_resamples: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Percentile bootstrap of the mean or median over examples, ``[..., example]`` to two ``[...]``.
+
+    Raises:
+        InputError: no examples, or an argument out of range.
+    """
+    if statistic not in ("mean", "median"):
+        raise InputError(f"statistic is 'mean' or 'median'; found {statistic!r}.")
+    if not 0 < confidence < 1:
+        raise InputError(f"confidence lies between 0 and 1; found {confidence}.")
+    if n_resamples < 1:
+        raise InputError(f"n_resamples is 1 or more; found {n_resamples}.")
+    count = values.shape[-1]
+    if count < 1:
+        raise InputError("There are no examples to resample.")
+    drawn = []
+    for size in _chunks(n_resamples):
+        chosen = torch.randint(0, count, (size, count), generator=generator).to(values.device)
+        samples = values[..., chosen]
+        drawn.append(samples.mean(dim=-1) if statistic == "mean" else samples.median(dim=-1).values)
+    statistics = torch.cat(drawn, dim=-1).to(torch.promote_types(values.dtype, torch.float32))
+    tail = (1 - confidence) / 2
+    low, high = (torch.quantile(statistics, share, dim=-1).to(values.dtype) for share in (tail, 1 - tail))
+    return low, high
+
+
+def sign_flip_pvalue(effects: Tensor, alternative: str, n_permutations: int, generator: torch.Generator) -> Tensor:
+    """P-value of a mean effect of zero, by flipping signs of examples, ``[..., example]`` to ``[...]``.
+
+    Up to :data:`EXACT_UP_TO` examples it is exact: the share of all sign patterns whose mean is at least as far out.
+    Beyond, ``n_permutations`` patterns are drawn and the observed one is counted among them.
+
+    Raises:
+        InputError: no examples, or an argument out of range.
+    """
+    if alternative not in ("two-sided", "greater", "less"):
+        raise InputError(f"alternative is 'two-sided', 'greater' or 'less'; found {alternative!r}.")
+    if n_permutations < 1:
+        raise InputError(f"n_permutations is 1 or more; found {n_permutations}.")
+    count = effects.shape[-1]
+    if count < 1:
+        raise InputError("There are no examples to permute.")
+    wide = effects.to(torch.promote_types(effects.dtype, torch.float32))
+    observed = wide.mean(dim=-1, keepdim=True)
+    slack = observed.abs() * (TIE * torch.finfo(wide.dtype).eps)
+
+    def as_far_out(signs: Tensor) -> Tensor:
+        means = (wide.unsqueeze(-2) * signs.to(wide)).mean(dim=-1)
+        if alternative == "two-sided":
+            out = means.abs() >= observed.abs() - slack
+        else:
+            out = means >= observed - slack if alternative == "greater" else means <= observed + slack
+        return out.sum(dim=-1).to(wide)
+
+    if count <= EXACT_UP_TO:
+        return as_far_out(torch.tensor(list(itertools.product((1.0, -1.0), repeat=count)))) / float(2**count)
+    total = torch.zeros_like(observed[..., 0])
+    for size in _chunks(n_permutations):
+        total += as_far_out(torch.randint(0, 2, (size, count), generator=generator) * 2 - 1)
+    return (total + 1) / (n_permutations + 1)
+
+
+def _chunks(total: int) -> Iterator[int]:
+    for start in range(0, total, AT_ONCE):
+        yield min(AT_ONCE, total - start)

@@ -1,0 +1,291 @@
+"""What all running statistics have in common, and how they are saved."""
+
+from __future__ import annotations
+
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from pellucid.errors import InputError
+from pellucid.files import whole_file
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the tokens of a batch come from.
+
+    Attributes:
+        documents: ``[batch, pos]`` int64, number of each token's document; -1 at padding.
+        positions: ``[batch, pos]`` int64, its position there; -1 at padding.
+    """
+
+    documents: Tensor
+    positions: Tensor
+
+
+class Workspace:
+    """Memory for intermediate results that statistics updated one after another may share.
+
+    Fresh memory for each update costs more than what is computed in it: the system hands it out page by page.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised tensor, valid until the next call with this dtype and device."""
+        size = 1
+        for length in shape:
+            size *= length
+        held = self._held.get((dtype, device))
+        if held is None or held.numel() < size:
+            held = torch.empty(size, dtype=dtype, device=device)
+            self._held[dtype, device] = held
+        return held[:size].view(*shape)
+
+
+class Statistic(ABC):
+    """Something known of a tensor ``[batch, pos, *features]`` over all real tokens seen so far.
+
+    Attributes:
+        n: real tokens seen.
+        features: sizes of the feature axes, ``None`` before the first update.
+        device: where the state is: with the values.
+        workspace: shared with other statistics by whoever updates several in turn.
+    """
+
+    kind: ClassVar[str]
+    """The word under which it is saved."""
+
+    def __init__(self) -> None:
+        self.n = 0
+        self.features: tuple[int, ...] | None = None
+        self.device = torch.device("cpu")
+        self.workspace = Workspace()
+
+    # -- to be had by each ---------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """A word that tells it from others with other settings."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """The arguments it was made with (JSON)."""
+
+    @abstractmethod
+    def result(self) -> Any:
+        """What is known; see each class."""
+
+    @abstractmethod
+    def _begin(self, device: torch.device) -> None:
+        """Make the empty state for :attr:`features`."""
+
+    @abstractmethod
+    def _add(self, values: Tensor, mask: Tensor | None, places: Places | None) -> None:
+        """Take in ``values`` ``[token, feature]``; ``mask`` ``[token]`` is ``None`` where all are real."""
+
+    @abstractmethod
+    def _merge(self, other: Self) -> None:
+        """Take in another that has seen something, of equal settings and features."""
+
+    @abstractmethod
+    def _tensors(self) -> dict[str, Tensor]:
+        """The state."""
+
+    @abstractmethod
+    def _restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over a state."""
+
+    # -- what each does ------------------------------------------------------------------------------------------------
+
+    def fresh(self) -> Self:
+        """An empty one with the same settings."""
+        return type(self)(**self.settings())
+
+    def update(self, values: Tensor, mask: Tensor | None = None, places: Places | None = None) -> None:
+        """Take in a batch. Batches come in the order of the corpus.
+
+        Args:
+            values: ``[batch, pos, *features]``.
+            mask: ``[batch, pos]`` bool, ``False`` at padding; ``None`` if every token is real.
+            places: where the tokens come from, for statistics that remember it.
+
+        Raises:
+            InputError: shapes that do not fit one another or what was seen before; places that are needed and missing.
+        """
+        features = tuple(values.shape[2:])
+        if values.dim() < 3 or (mask is not None and mask.shape != values.shape[:2]):
+            found = f"{tuple(values.shape)}" + ("" if mask is None else f" with a mask {tuple(mask.shape)}")
+            raise InputError(
+                f"{self.name} takes values [batch, pos, *features] and a mask [batch, pos]; found {found}."
+            )
+        if self.features is None:
+            self.features = features
+            self._begin(values.device)
+        elif features != self.features:
+            raise InputError(f"{self.name} has seen features of shape {self.features}; found {features}.")
+        elif self.device != values.device:
+            self.to(values.device)  # one that was loaded
+        self.device = values.device
+        flat = values.detach().reshape(values.shape[0] * values.shape[1], -1)
+        keep = None if mask is None else mask.reshape(-1).to(values.device)
+        self._add(flat, keep, places)
+        self.n += flat.shape[0] if keep is None else int(keep.sum())
+
+    def merge(self, other: Statistic) -> Self:
+        """Take in what ``other`` has seen, which comes after what this one has.
+
+        Raises:
+            InputError: another kind, other settings or other features.
+        """
+        if type(other) is not type(self) or other.settings() != self.settings():
+            raise InputError(
+                f"{self.name} with {self.settings()} merges with its like; found {other.name} with {other.settings()}."
+            )
+        if other.features is None:
+            return self
+        if self.features is None:
+            self.features, self.device = other.features, other.device
+            self._begin(other.device)
+        elif other.features != self.features:
+            raise InputError(f"{self.name} of features {self.features} cannot merge with features {other.features}.")
+        self._merge(other)
+        self.n += other.n
+        return self
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The state as tensors, for :meth:`load_state_dict` of one with the same settings; empty before any update."""
+        if self.features is None:
+            return {}
+        return {
+            "n": torch.tensor(self.n),
+            "features": torch.tensor(self.features, dtype=torch.int64),
+            **self._tensors(),
+        }
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over a state."""
+        if not tensors:
+            return
+        self.n = int(tensors["n"])
+        self.device = next(
+            (tensor.device for name, tensor in tensors.items() if name not in ("n", "features")), self.device
+        )
+        self.features = tuple(tensors["features"].tolist())
+        self._restore({name: tensor for name, tensor in tensors.items() if name not in ("n", "features")})
+
+    def to(self, device: torch.device) -> Self:
+        """Move the state."""
+        if self.features is not None:
+            self.load_state_dict({name: tensor.to(device) for name, tensor in self.state_dict().items()})
+        self.device = device
+        return self
+
+    @property
+    def trailing(self) -> dict[str, list[float] | range]:
+        """Axes that ``result()`` has after the features, with what stands along them."""
+        return {}
+
+    def _shaped(self, tensor: Tensor) -> Tensor:
+        """``[feature, ...]`` with its feature axes apart.
+
+        Raises:
+            InputError: nothing has been seen.
+        """
+        return tensor.reshape(*self._seen(), *tensor.shape[1:])
+
+    def _seen(self) -> tuple[int, ...]:
+        if self.features is None:
+            raise InputError(f"{self.name} has seen no token yet.")
+        return self.features
+
+    @property
+    def _width(self) -> int:
+        size = 1
+        for length in self._seen():
+            size *= length
+        return size
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
+        return f"{type(self).__name__}({arguments}): {self.n} tokens"
+
+
+def real_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
+    """``[token, feature]`` without padding; a copy only if there is some."""
+    return values if mask is None else values[mask]
+
+
+# -- saving ------------------------------------------------------------------------------------------------------------
+
+
+def _kinds() -> dict[str, type[Statistic]]:
+    """Every kind by its word: what a file may name."""
+    return {kind.kind: kind for kind in _leaves(Statistic)}  # type: ignore[type-abstract]
+
+
+def _leaves(kind: type[Statistic]) -> list[type[Statistic]]:
+    below = kind.__subclasses__()
+    return [leaf for each in below for leaf in _leaves(each)] if below else [kind]
+
+
+METADATA = "pellucid"
+
+
+def save_statistics(path: Path, statistics: Mapping[str, Statistic], extra: Mapping[str, Any]) -> None:
+    """Write statistics by name, and ``extra`` (JSON), into one safetensors file: equal states, equal bytes.
+
+    Written beside it, synced and put in its place, so that a file is whole or as it was before.
+    """
+    from safetensors.torch import save_file
+
+    tensors, described = {}, {}
+    for key, statistic in statistics.items():
+        described[key] = {"kind": statistic.kind, "settings": statistic.settings()}
+        for name, tensor in statistic.state_dict().items():
+            tensors[f"{key}|{name}"] = tensor.detach().cpu().contiguous()
+    # One key: several are written in an order that differs between processes.
+    text = json.dumps({"statistics": described, "extra": extra}, sort_keys=True)
+    with whole_file(path) as draft:
+        save_file(tensors, draft, metadata={METADATA: text})
+        with draft.open("rb+") as file:
+            os.fsync(file.fileno())
+
+
+def load_statistics(path: Path) -> tuple[dict[str, Statistic], dict[str, Any]]:
+    """What :func:`save_statistics` wrote: statistics by name, and the rest.
+
+    Raises:
+        InputError: not such a file, or a damaged one.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            described = json.loads((file.metadata() or {})[METADATA])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise InputError(f"{path} holds no statistics, or is damaged: {error}") from None
+    kinds = _kinds()
+    statistics: dict[str, Statistic] = {}
+    states: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        owner, _, name = key.rpartition("|")
+        states.setdefault(owner, {})[name] = tensor
+    for key, entry in described["statistics"].items():
+        if entry["kind"] not in kinds:
+            raise InputError(f"{path} holds a statistic of the unknown kind {entry['kind']!r}.")
+        statistic = kinds[entry["kind"]](**entry["settings"])
+        statistic.load_state_dict(states.get(key, {}))
+        statistics[key] = statistic
+    return statistics, described["extra"]
