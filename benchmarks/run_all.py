@@ -16,8 +16,11 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-QUICK = {"processing": "--tiny"}
-"""How a benchmark is told to be quick, if not by ``--quick``."""
+QUICK = {"processing": ("--tiny",), "attention": ("--tiny", "--quick"), "neurons": ("--shape", "tiny")}
+"""How a benchmark is told to be quick, if not by ``--quick`` alone."""
+
+PRINTS_ONLY = frozenset({"neurons"})
+"""These write no result file and take no ``--hardware``."""
 
 
 def benchmarks() -> dict[str, Path]:
@@ -34,9 +37,11 @@ def main() -> None:
     arguments = parser.parse_args()
     lines, failed = [], False
     for name in arguments.only:
-        call = [sys.executable, str(found[name]), "--hardware", arguments.hardware]
+        call = [sys.executable, str(found[name])]
+        if name not in PRINTS_ONLY:
+            call += ["--hardware", arguments.hardware]
         if arguments.quick:
-            call.append(QUICK.get(name, "--quick"))
+            call += QUICK.get(name, ("--quick",))
         print(f"\n==== {found[name].name}\n", flush=True)
         start = time.perf_counter()
         status = subprocess.run(call, cwd=HERE).returncode
