@@ -25,6 +25,7 @@ import torch
 from common import (
     BLOOM_560M,
     CLOCKS,
+    LONG,
     TINY,
     Program,
     Report,
@@ -229,10 +230,13 @@ def case_unhooked(report: Report, bench: Bench, batch: int, length: int, rounds:
     report.target(Target(what, timings.ratio(PELLUCID, HF), TARGET_UNHOOKED, "", note))
 
 
-def case_one_hook(report: Report, bench: Bench, point: str, path: str, place: str, rounds: int) -> None:
-    """(2) One hook that looks."""
-    tokens = random_tokens(bench.shape, 2, 12)
-    report.section(f"2. One hook that looks, {point}: {bench.shape}; 2 x 12 tokens")
+def case_one_hook(
+    report: Report, bench: Bench, where: tuple[str, str, str], size: tuple[int, int], rounds: int, peer_rounds: int
+) -> None:
+    """(2) One hook that looks. Twenty microseconds can be told from noise on the tiny model only: the target is there."""
+    point, path, place = where
+    tokens = random_tokens(bench.shape, *size)
+    report.section(f"2. One hook that looks, {point}: {bench.shape}; {size[0]} x {size[1]} tokens")
     report.say(f"The plain torch hook is on `transformer.{path}` and takes its {place}.\n")
     look = Look(place)
     module = bench.model.transformer.get_submodule(path)
@@ -273,24 +277,30 @@ def case_one_hook(report: Report, bench: Bench, point: str, path: str, place: st
     if has_lens():
         report.check(f"{LENS}, logits", worst(bare, bridge_once(bench.lens)), PEER_BOUND)
         report.check(f"{LENS}, activation", worst(look.take(), seen), PEER_BOUND)
-        programs.append(Program(f"{LENS} run_with_hooks", lambda: bridge_once(bench.lens), bench.rounds(200)))
+        programs.append(Program(f"{LENS} run_with_hooks", lambda: bridge_once(bench.lens), bench.rounds(peer_rounds)))
     if has_nnsight() and path == "h.1":
         report.check(f"{NNSIGHT}, activation", worst(seen, nnsight_residual(bench.sight, tokens)), PEER_BOUND)
         programs.append(
-            Program(f"{NNSIGHT} trace, saved", lambda: nnsight_residual(bench.sight, tokens), bench.rounds(200))
+            Program(f"{NNSIGHT} trace, saved", lambda: nnsight_residual(bench.sight, tokens), bench.rounds(peer_rounds))
         )
     timings = measure(programs, bench.rounds(rounds), warmup=bench.rounds(rounds // 10), clock=bench.clock)
     report.timings(timings, HF)
     for name, base in ((ours, plain), (ours_kept, kept)):
         what = f"{name}, {point.removeprefix('blocks.1.')}: over a plain torch hook"
         note = f"minima {timings.min_difference(name, base) * 1e6:+.1f} us"
-        report.target(Target(what, timings.difference(name, base) * 1e6, TARGET_ONE_HOOK_US, " us", note))
+        difference = timings.difference(name, base) * 1e6
+        if bench.shape is TINY:
+            report.target(Target(what, difference, TARGET_ONE_HOOK_US, " us", note))
+        else:
+            report.say(f"- {what}: {difference:+.1f} us ({note})")
 
 
-def case_everything_cached(report: Report, bench: Bench, rounds: int) -> None:
-    """(3) Every activation cached, mounting and unmounting included."""
-    tokens = random_tokens(bench.shape, 2, 12)
-    report.section(f"3. Everything cached, mounting and unmounting included: {bench.shape}; 2 x 12 tokens")
+def case_everything_cached(report: Report, bench: Bench, size: tuple[int, int], rounds: int, peer_rounds: int) -> None:
+    """(3) Every activation cached, mounting and unmounting included; the target is the tiny model's."""
+    tokens = random_tokens(bench.shape, *size)
+    report.section(
+        f"3. Everything cached, mounting and unmounting included: {bench.shape}; {size[0]} x {size[1]} tokens"
+    )
     bare = bench.reference(tokens, use_cache=False, output_hidden_states=True, output_attentions=True)
     logits, cache = bench.bridge.run_with_cache(tokens)
     report.check(f"{PELLUCID}, logits", same_bits(bare.logits, logits))
@@ -317,27 +327,34 @@ def case_everything_cached(report: Report, bench: Bench, rounds: int) -> None:
         gap = max(worst(cache[name].float(), lens_cache[name].float()) for name in shared)
         report.check(f"{LENS}, {len(shared)} activations of the same names", gap, PEER_BOUND)
         report.say(f"- {LENS} keeps {len({id(tensor) for tensor in lens_cache.cache_dict.values()})} tensors")
-        programs.append(Program(f"{LENS} run_with_cache", lambda: bench.lens.run_with_cache(tokens), bench.rounds(200)))
+        programs.append(
+            Program(f"{LENS} run_with_cache", lambda: bench.lens.run_with_cache(tokens), bench.rounds(peer_rounds))
+        )
     if has_nnsight():
         kept = nnsight_everything(bench.sight, tokens)
         gap = worst(bare.logits, kept.model.lm_head.output)
         report.check(f"{NNSIGHT}, logits", gap, PEER_BOUND)
         report.say(f"- {NNSIGHT} keeps inputs and outputs of {len(kept.keys())} modules, nothing from inside one")
         programs.append(
-            Program(f"{NNSIGHT} tracer.cache", lambda: nnsight_everything(bench.sight, tokens), bench.rounds(200))
+            Program(
+                f"{NNSIGHT} tracer.cache", lambda: nnsight_everything(bench.sight, tokens), bench.rounds(peer_rounds)
+            )
         )
     timings = measure(programs, bench.rounds(rounds), warmup=bench.rounds(rounds // 10), clock=bench.clock)
     report.timings(timings, HF)
     note = f"minima {timings.min_ratio(ours, HF):.4f}; to model(x) {timings.ratio(ours, HF_DEFAULT):.4f}"
     what = f"everything cached, {bench.shape.name}: ratio to Hugging Face"
-    report.target(Target(what, timings.ratio(ours, HF), TARGET_ALL_CACHED, "", note))
+    if bench.shape is TINY:
+        report.target(Target(what, timings.ratio(ours, HF), TARGET_ALL_CACHED, "", note))
+    else:
+        report.say(f"- {what}: {timings.ratio(ours, HF):.4f} ({note})")
 
 
-def case_one_residual(report: Report, bench: Bench, rounds: int) -> None:
+def case_one_residual(report: Report, bench: Bench, size: tuple[int, int], rounds: int, peer_rounds: int) -> None:
     """(4) The cache of one residual."""
-    tokens = random_tokens(bench.shape, 2, 12)
+    tokens = random_tokens(bench.shape, *size)
     point, path, place = POINTS[0]
-    report.section(f"4. One residual cached, {point}: {bench.shape}; 2 x 12 tokens")
+    report.section(f"4. One residual cached, {point}: {bench.shape}; {size[0]} x {size[1]} tokens")
     look = Look(place)
     module = bench.model.transformer.get_submodule(path)
 
@@ -363,11 +380,11 @@ def case_one_residual(report: Report, bench: Bench, rounds: int) -> None:
     ]
     if has_lens():
         report.check(f"{LENS}", worst(seen, bridge_once(bench.lens)), PEER_BOUND)
-        programs.append(Program(f"{LENS} run_with_cache", lambda: bridge_once(bench.lens), bench.rounds(200)))
+        programs.append(Program(f"{LENS} run_with_cache", lambda: bridge_once(bench.lens), bench.rounds(peer_rounds)))
     if has_nnsight():
         report.check(f"{NNSIGHT}", worst(seen, nnsight_residual(bench.sight, tokens)), PEER_BOUND)
         programs.append(
-            Program(f"{NNSIGHT} trace, saved", lambda: nnsight_residual(bench.sight, tokens), bench.rounds(200))
+            Program(f"{NNSIGHT} trace, saved", lambda: nnsight_residual(bench.sight, tokens), bench.rounds(peer_rounds))
         )
     timings = measure(programs, bench.rounds(rounds), warmup=bench.rounds(rounds // 10), clock=bench.clock)
     report.timings(timings, HF)
@@ -614,23 +631,36 @@ def main() -> None:
         if 1 in cases:
             case_unhooked(report, tiny, 2, 12, rounds=3000, peer_rounds=300)
         if 2 in cases:
-            for point, path, place in POINTS:
-                case_one_hook(report, tiny, point, path, place, rounds=3000)
+            for where in POINTS:
+                case_one_hook(report, tiny, where, (2, 12), rounds=3000, peer_rounds=200)
         if 3 in cases:
-            case_everything_cached(report, tiny, rounds=2000)
+            case_everything_cached(report, tiny, (2, 12), rounds=2000, peer_rounds=200)
         if 4 in cases:
-            case_one_residual(report, tiny, rounds=2000)
+            case_one_residual(report, tiny, (2, 12), rounds=2000, peer_rounds=200)
         if 6 in cases:
             case_decoding(report, tiny, rounds=60)
         if 7 in cases:
             case_compiled(report, tiny, rounds=500)
-    if cases & {1, 5, 6} and not arguments.no_large:
+    if cases & {1, 3} and not arguments.no_large:
+        long = Bench(make_model(LONG), LONG, rounds, arguments.clock)
+        if 1 in cases:
+            case_unhooked(report, long, 1, 1024, rounds=10, peer_rounds=3)
+        if 3 in cases:
+            case_everything_cached(report, long, (1, 1024), rounds=5, peer_rounds=3)
+        del long
+    if cases - {7} and not arguments.no_large:
         large = Bench(make_model(BLOOM_560M), BLOOM_560M, rounds, arguments.clock)
         if 5 in cases:
             case_wrapping(report, large, rounds=20)
         if 1 in cases:
             case_unhooked(report, large, 1, 16, rounds=100, peer_rounds=20)
             case_unhooked(report, large, 4, 128, rounds=12, peer_rounds=3)
+        if 2 in cases:
+            case_one_hook(report, large, POINTS[0], (1, 16), rounds=40, peer_rounds=10)
+        if 3 in cases:
+            case_everything_cached(report, large, (1, 16), rounds=20, peer_rounds=5)
+        if 4 in cases:
+            case_one_residual(report, large, (1, 16), rounds=40, peer_rounds=10)
         if 6 in cases:
             case_decoding(report, large, rounds=6)
     print("\n" + report.text().split("\n## Configuration")[0])
