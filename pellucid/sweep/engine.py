@@ -282,7 +282,7 @@ class Sweep:
             flops=sum(batch.flops for batch in batches) + len(whole) * costs.whole_flops(),
             flops_whole=len(writes) * costs.whole_flops(),
             base_bytes=kept,
-            peak_bytes=resident(kept, _peak(batches, costs, limits, read_cells, bool(whole))),
+            peak_bytes=_peak(kept, batches, costs, limits, read_cells, bool(whole)),
             memory_limit=limit,
         )
         base_scores = {
@@ -508,11 +508,15 @@ def _cells_of_whole(logits: Tensor, asked: Asked) -> Tensor:
     return cells if asked.tokens is None else cells[..., torch.tensor(sorted(asked.tokens))]
 
 
-def _peak(batches: Sequence[Batch], costs: Costs, limits: Limits, read_cells: int, whole: bool) -> int:
-    """Bytes at the worst moment beside the base run."""
-    peaks = [costs.whole_bytes()] if whole else []
+def _peak(kept: int, batches: Sequence[Batch], costs: Costs, limits: Limits, read_cells: int, whole: bool) -> int:
+    """Bytes that the process grows by at the worst moment."""
+    peaks = [resident(kept, costs.chunk_bytes(costs.n_rows * costs.length))]  # the base run itself
+    if whole:
+        peaks.append(resident(kept, costs.chunk_bytes(costs.n_rows * costs.length), costs.whole_logit_bytes()))
+    states = max((costs.state_bytes(batch.rows) for batch in batches), default=0)
     for batch in batches:
-        rows = min(limits.rows_at_once, batch.rows)
-        peaks.append(costs.state_bytes(batch.rows) + costs.chunk_bytes(max(rows, 1)))
-        peaks.append(costs.logit_bytes(read_cells) * min(limits.logit_rows, len(batch.edits)))
-    return max(peaks, default=0)
+        rows, mlp_rows = (max(1, min(limits.rows_at_once, rows)) for rows in (batch.rows, batch.mlp_rows))
+        peaks.append(resident(kept, states + costs.chunk_bytes(rows, mlp_rows)))
+        logits = costs.logit_bytes(read_cells) * min(limits.logit_rows, len(batch.edits))
+        peaks.append(resident(kept, states, logits))
+    return max(peaks)

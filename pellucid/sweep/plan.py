@@ -29,6 +29,9 @@ HEAP = 1.75
 """What a process grows by for what is alive in it: glibc keeps freed blocks of up to 32 MiB, and new ones rarely fit into
 the gaps. Measured (``benchmarks/bench_sweep_memory.py``): 1.05 to 1.75 for sweeps of six shapes."""
 
+LARGE_BLOCKS = 1.1
+"""The same for blocks that glibc maps and gives back one by one."""
+
 WORKSPACE = 16 * 2**20
 """Buffers of the matrix library, made at the first large product."""
 
@@ -44,12 +47,14 @@ class Batch:
         edits: which.
         runs: their runs.
         rows: packed rows at the widest layer.
+        mlp_rows: packed rows in the layers before the last, where all of them go through the MLP.
         flops: operations.
     """
 
     edits: tuple[int, ...]
     runs: tuple[Run, ...]
     rows: int
+    mlp_rows: int
     flops: int
 
 
@@ -127,17 +132,21 @@ class Costs:
         rows = self.n_rows * self.length
         return self.cfg.n_layers * self.block_flops(rows) + self.unembed_flops(rows * self.cfg.d_vocab)
 
-    def whole_bytes(self) -> int:
-        """The worst moment of one forward of the base run's batch: the logits beside a block's temporaries."""
-        rows = self.n_rows * self.length
-        return rows * self.cfg.d_vocab * self.itemsize + self.chunk_bytes(rows)
+    def whole_logit_bytes(self) -> int:
+        """Logits of one forward of the base run's batch."""
+        return self.n_rows * self.length * self.cfg.d_vocab * self.itemsize
 
-    def chunk_bytes(self, rows: int) -> int:
-        """Temporaries of one block on packed rows: the MLP's, or attention's if they are more."""
+    def chunk_bytes(self, rows: int, mlp_rows: int | None = None) -> int:
+        """Temporaries of one block on packed rows: the MLP's, or attention's if they are more.
+
+        Args:
+            rows: how many come into attention.
+            mlp_rows: how many come into the MLP at once; by default as many.
+        """
         d_model, d_mlp = self.cfg.d_model, self.d_mlp
-        mlp = rows * (GELU_TENSORS * d_mlp + 4 * d_model)
-        scores = min(SCORES_AT_ONCE, rows * self.cfg.n_heads * self.length)
-        scores = max(scores, self.cfg.n_heads * self.length)  # one run at least
+        mlp = (rows if mlp_rows is None else mlp_rows) * (GELU_TENSORS * d_mlp + 4 * d_model)
+        one_run = self.cfg.n_heads * self.length * min(rows, self.length)  # goes through whole, however many those are
+        scores = max(one_run, min(SCORES_AT_ONCE, rows * self.cfg.n_heads * self.length))
         own_keys = scores // max(1, self.cfg.n_heads) * self.cfg.d_head * self.cfg.n_heads // max(1, self.length)
         attention = rows * 7 * d_model + 3 * scores + 3 * own_keys * 2
         return max(mlp, attention) * self.itemsize
@@ -184,7 +193,8 @@ def divide(
         InputError: not even one edit at a time fits; says what would.
     """
     left = int((limit - reserved - base_bytes - WORKSPACE) / HEAP)
-    least = max(costs.chunk_bytes(costs.length) + costs.state_bytes(widest), costs.logit_bytes(read_cells))
+    one_edit = max(costs.chunk_bytes(costs.length), costs.logit_bytes(read_cells)) + costs.state_bytes(widest)
+    least = max(one_edit, costs.chunk_bytes(costs.n_rows * costs.length))
     if left < least:
         # What is reserved may be a share of the limit, and then grows with it.
         needed = math.ceil(resident(base_bytes, least) * limit / max(1, limit - reserved))
@@ -199,13 +209,20 @@ def divide(
         rows_at_once = max(costs.length, rows_at_once // 2)
     rest = left - costs.chunk_bytes(rows_at_once)
     batch_rows = max(widest, min(BATCH_CHUNKS * rows_at_once, rest // max(1, costs.state_bytes(1))))
-    logit_edits = max(1, min(LOGIT_BYTES, left // 2) // max(1, costs.logit_bytes(read_cells)))
+    for_logits = min(LOGIT_BYTES, left - costs.state_bytes(batch_rows))
+    logit_edits = max(1, for_logits // max(1, costs.logit_bytes(read_cells)))
     return Limits(rows_at_once, batch_rows, logit_edits)
 
 
-def resident(base_bytes: int, alive: int) -> int:
-    """Bytes that the process grows by, from those of the base run and those alive beside it at the worst moment."""
-    return base_bytes + int(HEAP * alive) + WORKSPACE + 1
+def resident(base_bytes: int, alive: int, logits: int = 0) -> int:
+    """Bytes that the process grows by.
+
+    Args:
+        base_bytes: of the base run.
+        alive: alive beside it at the worst moment, in blocks of all sizes.
+        logits: alive beside those, in a few large blocks that come and go together.
+    """
+    return base_bytes + int(HEAP * alive) + int(LARGE_BLOCKS * logits) + WORKSPACE + 1
 
 
 def make_batches(
@@ -252,4 +269,5 @@ def _batch(chosen: list[int], edits: Sequence[Sequence[Run]], rows: int, costs: 
             flops += costs.block_flops(len(run.columns))
         later = n_layers - max(run.stage + 1, 0)
         flops += later * costs.block_flops(costs.length - run.first)
-    return Batch(tuple(chosen), runs, rows, flops)
+    mlp_rows = sum(widest_rows(run, costs) for run in runs if run.stage < n_layers - 1)
+    return Batch(tuple(chosen), runs, rows, mlp_rows, flops)
