@@ -25,9 +25,12 @@ BATCH_CHUNKS = 8
 LOGIT_BYTES = 2**28
 """Logits computed at once, at most."""
 
-HEAP = 1.75
-"""What a process grows by for what is alive in it: glibc keeps freed blocks of up to 32 MiB, and new ones rarely fit into
-the gaps. Measured (``benchmarks/bench_sweep_memory.py``): 1.05 to 1.75 for sweeps of six shapes."""
+HEAP = 1.5
+"""What a process grows by for what is alive in it, usually: glibc keeps freed blocks of up to 32 MiB, and new ones rarely fit
+into the gaps. Measured (``benchmarks/bench_sweep_memory.py``): 1.05 to 1.75, differing from run to run of one sweep."""
+
+HEAP_AT_WORST = 1.75
+"""The same at worst: a memory limit is divided by this one."""
 
 LARGE_BLOCKS = 1.1
 """The same for blocks that glibc maps and gives back one by one."""
@@ -192,15 +195,15 @@ def divide(
     Raises:
         InputError: not even one edit at a time fits; says what would.
     """
-    left = int((limit - reserved - base_bytes - WORKSPACE) / HEAP)
+    left = int((limit - reserved - base_bytes - WORKSPACE) / HEAP_AT_WORST)
     one_edit = max(costs.chunk_bytes(costs.length), costs.logit_bytes(read_cells)) + costs.state_bytes(widest)
     least = max(one_edit, costs.chunk_bytes(costs.n_rows * costs.length))
     if left < least:
         # What is reserved may be a share of the limit, and then grows with it.
-        needed = math.ceil(resident(base_bytes, least) * limit / max(1, limit - reserved))
+        needed = math.ceil(resident(base_bytes, least, heap=HEAP_AT_WORST) * limit / max(1, limit - reserved))
         raise InputError(
             f"memory_limit={limit:,} bytes is too little: the base run takes {base_bytes:,} and one edit at a time "
-            f"{resident(base_bytes, least) - base_bytes:,}"
+            f"{resident(base_bytes, least, heap=HEAP_AT_WORST) - base_bytes:,}"
             + (f", with {reserved:,} kept for the edits' values" if reserved else "")
             + f". Give at least {needed:,}, or sweep fewer layers or shorter prompts."
         )
@@ -214,15 +217,16 @@ def divide(
     return Limits(rows_at_once, batch_rows, logit_edits)
 
 
-def resident(base_bytes: int, alive: int, logits: int = 0) -> int:
+def resident(base_bytes: int, alive: int, logits: int = 0, heap: float = HEAP) -> int:
     """Bytes that the process grows by.
 
     Args:
         base_bytes: of the base run.
         alive: alive beside it at the worst moment, in blocks of all sizes.
         logits: alive beside those, in a few large blocks that come and go together.
+        heap: what the allocator makes of a byte alive.
     """
-    return base_bytes + int(HEAP * alive) + int(LARGE_BLOCKS * logits) + WORKSPACE + 1
+    return base_bytes + int(heap * alive) + int(LARGE_BLOCKS * logits) + WORKSPACE + 1
 
 
 def make_batches(
