@@ -21,6 +21,7 @@ from pellucid.sweep import (
     NextTokenLoss,
     Normalized,
     Probability,
+    Scale,
     Sweep,
     Zero,
 )
@@ -167,6 +168,17 @@ def test_a_function_that_reads_elsewhere_for_an_edit_is_computed_whole(bridge: T
         places.add(int(logits[0, -1].argmax()) % 7)
         torch.testing.assert_close(found, metric(logits), **CLOSE)
     assert len(places) > 1
+
+
+def test_a_function_that_reads_another_token_for_an_edit_is_computed_whole(bridge: TransformerBridge) -> None:
+    def metric(logits: Tensor) -> Tensor:
+        return logits[0, -1, 7 if logits[0, -1, 3] > logits[0, -1, 5] else 9]
+
+    edits = [Edit("ln_final.hook_out", Scale(factor)) for factor in (-1.0, 1.5)]
+    result = Sweep(bridge, TOKENS, metric).run(edits)
+    logits = [whole_logits(bridge, TOKENS, edit) for edit in edits]
+    assert len({bool(x[0, -1, 3] > x[0, -1, 5]) for x in logits}) == 2
+    torch.testing.assert_close(result.values["metric"], torch.stack([metric(x) for x in logits]), **CLOSE)
 
 
 def _set_cell(x: Tensor) -> Tensor:
