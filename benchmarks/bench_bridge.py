@@ -665,7 +665,8 @@ def main() -> None:
             case_decoding(report, large, rounds=6)
     print("\n" + report.text().split("\n## Configuration")[0])
     out: Path | None = arguments.out
-    if out is None and not arguments.quick:
+    everything = cases == set(range(1, 8)) and not arguments.no_large  # a part would replace the file of the whole
+    if out is None and everything and not arguments.quick:
         name = f"bridge_{arguments.hardware}_{time.strftime('%Y%m')}.md"
         out = Path(__file__).parent / "results" / name
     if out is not None:
