@@ -14,7 +14,7 @@ one edit than for another), an edit is one whole forward of the bridge with hook
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -74,7 +74,7 @@ class _Prepared:
     costs: Costs
     limits: Limits
     plan: SweepPlan
-    unembed: Unembedding = field(repr=False, default=None)  # type: ignore[assignment]
+    unembed: Unembedding
 
 
 class Sweep:
@@ -113,10 +113,7 @@ class Sweep:
         prepend_bos: bool | None = None,
         padding_side: Literal["left", "right"] | None = None,
     ) -> None:
-        if bridge.hf_model.training:
-            raise InputError(
-                "The model is in training mode, where dropout makes every run another. Call bridge.eval() first."
-            )
+        _refuse_training(bridge)
         if rows_at_once < 1:
             raise InputError(f"rows_at_once is a number of rows, 1 or more; found {rows_at_once}.")
         self.bridge = bridge
@@ -132,6 +129,7 @@ class Sweep:
         self._reserved = reserved
         self._rows_at_once = rows_at_once
         self._base: BaseRun | None = None
+        self._base_marks: tuple[object, ...] = ()
         self._base_first = 0
 
     @property
@@ -187,12 +185,13 @@ class Sweep:
     # -- the base run --------------------------------------------------------------------------------------------------
 
     def _run_base(self, writes: Sequence[Sequence[Write]]) -> BaseRun:
-        """The base run, made anew only when edits need more of it than was kept."""
+        """The base run, made anew when edits need more of it than was kept, or the model is no longer the same."""
+        _refuse_training(self.bridge)
         first, sites = self._first_layer(writes), _sites(writes)
-        base = self._base
-        if base is None or first < self._base_first or not set(sites) <= set(base.sites):
+        base, marks = self._base, self._marks()
+        if base is None or marks != self._base_marks or first < self._base_first or not set(sites) <= set(base.sites):
             base = run_base(self.bridge, self._prepared_input, first, sites, self._base_cache)
-            self._base, self._base_first = base, first
+            self._base, self._base_first, self._base_marks = base, first, marks
         return base
 
     def base_activations(self, hooks: Iterable[str]) -> Mapping[str, Tensor]:
@@ -209,8 +208,16 @@ class Sweep:
         with torch.no_grad():
             return self._run_base(self._resolve(Edit(name, Zero()) for name in hooks)).sites
 
+    def _marks(self) -> tuple[object, ...]:
+        """What the base run depends on and may change between two calls: hooks, weights written to, attention."""
+        weights = tuple(
+            (parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version)
+            for parameter in self.bridge.parameters()
+        )
+        return (*self.bridge.live_hooks(), self.bridge.has_torch_hooks(), self.bridge.attn_implementation, weights)
+
     def forget(self) -> None:
-        """Let go of the base run, so that the next call makes it anew: after the weights were changed, say."""
+        """Let go of the base run and its memory; the next call makes it anew."""
         self._base = None
 
     # -- planning ------------------------------------------------------------------------------------------------------
@@ -403,8 +410,8 @@ class Sweep:
         place = {edit: i for i, edit in enumerate(batch.edits)}
         for scorers in by_reads(prepared.scorers):
             reads = scorers[0].reads
-            for start in range(0, len(batch.edits), prepared.limits.logit_rows):
-                chosen = batch.edits[start : start + prepared.limits.logit_rows]
+            for start in range(0, len(batch.edits), prepared.limits.logit_edits):
+                chosen = batch.edits[start : start + prepared.limits.logit_edits]
                 residual = self._final_residual(base, states, reads.columns, place, start, len(chosen))
                 logits = self._final_logits(prepared, chosen, residual, reads.columns, reads.tokens)
                 for scorer in scorers:
@@ -476,6 +483,13 @@ class Sweep:
             _put(values, name, edit, scorer.score_whole(logits))
 
 
+def _refuse_training(bridge: TransformerBridge) -> None:
+    if bridge.hf_model.training:
+        raise InputError(
+            "The model is in training mode, where dropout makes every run another. Call bridge.eval() first."
+        )
+
+
 def _put(values: dict[str, Tensor], name: str, edit: int, score: Tensor) -> None:
     if score.shape != values[name].shape[1:]:
         raise InputError(
@@ -517,6 +531,6 @@ def _peak(kept: int, batches: Sequence[Batch], costs: Costs, limits: Limits, rea
     for batch in batches:
         rows, mlp_rows = (max(1, min(limits.rows_at_once, rows)) for rows in (batch.rows, batch.mlp_rows))
         peaks.append(resident(kept, states + costs.chunk_bytes(rows, mlp_rows)))
-        logits = costs.logit_bytes(read_cells) * min(limits.logit_rows, len(batch.edits))
+        logits = costs.logit_bytes(read_cells) * min(limits.logit_edits, len(batch.edits))
         peaks.append(resident(kept, states, logits))
     return max(peaks)

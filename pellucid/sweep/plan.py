@@ -170,12 +170,12 @@ class Limits:
     Attributes:
         rows_at_once: packed rows in a block together.
         batch_rows: packed rows that a batch's states may have.
-        logit_rows: rows that are unembedded together.
+        logit_edits: edits whose logits are computed together.
     """
 
     rows_at_once: int
     batch_rows: int
-    logit_rows: int
+    logit_edits: int
 
 
 def divide(

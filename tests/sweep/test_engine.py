@@ -328,6 +328,33 @@ def test_the_base_run_is_made_anew_when_edits_need_more_of_it() -> None:
         torch.testing.assert_close(found, last_real(whole_logits(bridge, tokens, edit), None), **CLOSE)
 
 
+def test_the_base_run_is_made_anew_when_the_model_is_another() -> None:
+    bridge = make_bridge()
+    tokens = random_tokens(1, 7)
+    edit = Edit("blocks.1.hook_mlp_out", Zero(), positions=1)
+    sweep = Sweep(bridge, tokens, LogitDifference(ANSWER, FOIL))
+
+    def holds() -> Tensor:
+        result = sweep.run([edit])
+        torch.testing.assert_close(result.base["metric"], last_real(bridge(tokens), None), **CLOSE)
+        torch.testing.assert_close(
+            result.values["metric"][0], last_real(whole_logits(bridge, tokens, edit), None), **CLOSE
+        )
+        return result.base["metric"]
+
+    before = holds()
+    bridge.hf_model.transformer.h[0].mlp.dense_h_to_4h.weight.mul_(1.5)  # in place, behind our back
+    assert not torch.equal(holds(), before)
+    handles = bridge.add_hook("blocks.0.hook_mlp_out", lambda t, hook: t * 2)
+    hooked = holds()
+    for handle in handles:
+        handle.remove()
+    assert not torch.equal(holds(), hooked)
+    bridge.train()
+    with pytest.raises(InputError, match="training mode"):
+        sweep.run([edit])
+
+
 def test_a_function_of_what_is_there() -> None:
     bridge = make_bridge()
     tokens = random_tokens(2, 7)
