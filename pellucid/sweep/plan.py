@@ -35,6 +35,9 @@ HEAP_AT_WORST = 2.25
 LARGE_BLOCKS = 1.1
 """The same for blocks that glibc maps and gives back one by one."""
 
+MAPPED_BLOCK = 2**25
+"""From this size on glibc maps a block by itself."""
+
 WORKSPACE = 16 * 2**20
 """Buffers of the matrix library, made at the first large product."""
 
@@ -159,8 +162,8 @@ class Costs:
         return 2 * rows * self.cfg.d_model * self.itemsize
 
     def logit_bytes(self, cells: int) -> int:
-        """Logits of ``cells`` pairs of row and token, and what a softmax makes of them: another of their size."""
-        return 2 * cells * self.itemsize
+        """Logits of ``cells`` pairs of row and token, and what a softmax makes of them: two more of their size."""
+        return 3 * cells * self.itemsize
 
 
 @dataclass(frozen=True)
@@ -223,10 +226,11 @@ def resident(base_bytes: int, alive: int, logits: int = 0, heap: float = HEAP) -
     Args:
         base_bytes: of the base run.
         alive: alive beside it at the worst moment, in blocks of all sizes.
-        logits: alive beside those, in a few large blocks that come and go together.
+        logits: alive beside those, in three blocks that come and go together.
         heap: what the allocator makes of a byte alive.
     """
-    return base_bytes + int(heap * alive) + int(LARGE_BLOCKS * logits) + WORKSPACE + 1
+    mapped = logits // 3 >= MAPPED_BLOCK
+    return base_bytes + int(heap * alive) + int((LARGE_BLOCKS if mapped else heap) * logits) + WORKSPACE + 1
 
 
 def make_batches(
