@@ -80,7 +80,7 @@ CASES: tuple[Case, ...] = (
     Case(WIDE, 1, 128, "resid_pre", "difference"),
     Case(WIDE, 1, 128, "z", "difference"),
     Case(WIDE, 1, 1024, "some resid_pre", "difference"),
-    Case(WIDE, 1, 1024, "some resid_pre", "difference", 400),
+    Case(WIDE, 1, 1024, "some resid_pre", "difference", 700),
     Case(WIDE, 4, 64, "resid_pre", "difference"),
     Case(WIDE, 4, 64, "resid_pre", "KL"),
     Case(SMALL, 1, 16, "resid_pre", "difference"),
