@@ -67,11 +67,10 @@ class _Prepared:
     writes: list[list[Write]]
     whole: list[int]
     packed: list[int]
-    why_whole: str
     base: BaseRun
     scorers: dict[str, Scorer]
     base_scores: dict[str, Tensor]
-    costs: Costs
+    read: list[frozenset[int]]
     limits: Limits
     plan: SweepPlan
     unembed: Unembedding
@@ -232,13 +231,14 @@ class Sweep:
         bridge, n_layers = self.bridge, self.bridge.cfg.n_layers
         base = self._run_base(writes)
         on_logits = any(write.spec.component == "unembed" for chosen in writes for write in chosen)
-        unembed = Unembedding(bridge, whole=on_logits)
+        plain_unembed = Unembedding(bridge)
+        unembed = Unembedding(bridge, whole=True) if on_logits else plain_unembed
         blocked = self._why_everything_whole()
         if blocked:
             logits = bridge(self.tokens, attention_mask=self.attention_mask)
             base_logits = partial(_cells_of_whole, logits)
         else:
-            base_logits = partial(self._base_cells, base, Unembedding(bridge))
+            base_logits = partial(self._base_cells, base, plain_unembed)
         scorers = {
             name: make_scorer(
                 name, metric, self.tokens, self.attention_mask, bridge, base_logits, self._logit_positions
@@ -293,10 +293,10 @@ class Sweep:
             memory_limit=limit,
         )
         base_scores = {
-            name: scorer.score_whole(logits) if blocked else self._base_score(base, Unembedding(bridge), scorer)
+            name: scorer.score_whole(logits) if blocked else self._base_score(base, plain_unembed, scorer)
             for name, scorer in scorers.items()
         }
-        return _Prepared(runs, writes, whole, packed, why, base, scorers, base_scores, costs, limits, plan, unembed)
+        return _Prepared(runs, writes, whole, packed, base, scorers, base_scores, read, limits, plan, unembed)
 
     def _limit(self) -> int:
         if self._memory_limit is not None:
@@ -384,8 +384,7 @@ class Sweep:
             bar.update(int(unchanged.sum()))
             try:
                 rows = max((batch.rows for batch in plan.batches), default=0)
-                read = self._read(prepared.scorers)
-                model = PackedModel(self.bridge, prepared.base, read, prepared.limits.rows_at_once, rows)
+                model = PackedModel(self.bridge, prepared.base, prepared.read, prepared.limits.rows_at_once, rows)
                 for batch in plan.batches:
                     again = self._run_batch(prepared, model, batch, values)
                     for edit in sorted(again):

@@ -61,8 +61,11 @@ class Scorer:
 
     Attributes:
         name: what it is called.
+        metric: the metric.
         reads: what it reads.
-        declared: it is a :class:`Metric`.
+        n_rows: rows of the base run.
+        length: columns of the sequence.
+        d_vocab: tokens of the vocabulary.
     """
 
     name: str

@@ -122,11 +122,9 @@ def test_a_metric_that_reads_every_position(mask: Tensor | None) -> None:
     for edit, found in zip(edits, result.values["metric"], strict=True):
         logits = whole_logits(bridge, tokens, edit, mask)
         for row in range(3):
-            real = slice(None) if mask is None else mask[row].bool()
             keep = torch.ones(8, dtype=torch.bool) if mask is None else mask[row, 1:].bool() & mask[row, :-1].bool()
             loss = torch.nn.functional.cross_entropy(logits[row, :-1][keep], tokens[row, 1:][keep])
             torch.testing.assert_close(found[row], loss, **CLOSE)
-            del real
 
 
 def test_several_edits_in_one_run() -> None:
