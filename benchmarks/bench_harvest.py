@@ -24,8 +24,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from bench_corpora import write_text
 from common import (
     BLOOM_560M,
     TINY,
@@ -59,8 +59,9 @@ TARGET_MEMORY_MIB = 32.0
 """Peak memory may differ by so much between two corpora: what the allocator and the interpreter do differently."""
 
 ROWS, CONTEXT, BATCHES_PER_SHARD = 4, 128, 4
-CORPUS_TOKENS = (400_000, 3_200_000)
-"""Both over what is held at a time: 2**18 tokens of the corpus, and, while reading, two groups of eight shards."""
+CORPUS_MB = (4, 16)
+"""Of text, five bytes a token: both over what is held at a time, 2**18 tokens of the corpus, and, while reading, two groups
+of eight shards."""
 
 CASES = ("speed", "memory", "reader")
 
@@ -195,14 +196,13 @@ def make_lens(bench: Bench) -> Any | None:
 # VmHWM and not ru_maxrss: the latter begins at what the parent had.
 MEMORY = """
 import sys
-import numpy as np
 sys.path.insert(0, {benchmarks!r})
+from bench_bridge import small_tokenizer
 from common import TINY, make_model
 from pellucid import TransformerBridge
 from pellucid.corpora import Corpus
 from pellucid.scale.harvest import harvest
-tokens = np.load({tokens!r}, mmap_mode="r")
-corpus = Corpus.from_tokens({{"random": tokens}}, context=128)
+corpus = Corpus.from_text({{"text": {text!r}}}, small_tokenizer(), context=128, separator=2)
 bridge = TransformerBridge(make_model(TINY))
 harvest(bridge, corpus, "blocks.1.mlp.hook_post", {out!r}, batch_size=8, batches_per_shard=8, progress=False)
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
@@ -224,18 +224,25 @@ def case_memory(report: Report, scratch: Path, sizes: tuple[int, int]) -> None:
     peaks: dict[str, list[float]] = {"harvest": [], "read": []}
     rows = []
     for size in sizes:
-        tokens, out = scratch / f"{size}.npy", scratch / f"store{size}"
-        np.save(tokens, np.random.default_rng(0).integers(10, TINY.d_vocab, (size // CONTEXT, CONTEXT)))
-        given = {"benchmarks": str(Path(__file__).parent), "tokens": str(tokens), "out": str(out)}
+        text, out = scratch / f"{size}.txt", scratch / f"store{size}"
+        write_text(text, size)
+        given = {"benchmarks": str(Path(__file__).parent), "text": str(text), "out": str(out)}
         for name, program in (("harvest", MEMORY), ("read", READING)):
             done = subprocess.run(
                 [sys.executable, "-c", program.format(**given)], capture_output=True, text=True, check=True
             )
             peaks[name].append(int(done.stdout) / 1024)
         gib = sum(path.stat().st_size for path in out.iterdir()) / 2**30
-        rows.append((f"{size:,}", f"{gib:.2f} GiB", *(f"{peaks[name][-1]:.0f} MiB" for name in peaks)))
+        rows.append(
+            (
+                f"{size} MB",
+                f"{len(StoredActivations(out)):,}",
+                f"{gib:.2f} GiB",
+                *(f"{peaks[name][-1]:.0f} MiB" for name in peaks),
+            )
+        )
         shutil.rmtree(out)
-    report.say(table(("tokens", "stored", "peak, harvesting", "peak, reading all batches"), rows))
+    report.say(table(("text", "rows", "stored", "peak, harvesting", "peak, reading all batches"), rows))
     for name, (small, large) in peaks.items():
         grown = large - small
         report.target(
@@ -280,7 +287,7 @@ def main() -> None:
             shape = TINY if arguments.tiny else BLOOM_560M
             case_speed(report, shape, 8 if arguments.quick else 16, 2 if arguments.quick else 7, scratch)
         if "memory" in arguments.cases:
-            small, large = CORPUS_TOKENS
+            small, large = CORPUS_MB
             case_memory(report, scratch, (small, large // 2) if arguments.quick else (small, large))
         if "reader" in arguments.cases:
             case_reader(report, scratch)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -217,21 +217,9 @@ class HookPoint(nn.Module):
                 raise
         return handle
 
-    def attach_quietly(self, handle: LensHandle) -> None:
-        """Attach without telling :attr:`on_use`: for a caller that mounts many points at once."""
-        (self.fwd_hooks if handle.direction == "fwd" else self.bwd_hooks).append(handle)
-
-    def detach_quietly(self, handle: LensHandle) -> bool:
-        """Detach without telling :attr:`on_use`; whether it was attached."""
-        try:
-            (self.fwd_hooks if handle.direction == "fwd" else self.bwd_hooks).remove(handle)
-        except ValueError:
-            return False
-        return True
-
     def detach(self, handle: LensHandle) -> None:
         """Detach a function if it is attached."""
-        if self.detach_quietly(handle) and self.on_use is not None:
+        if detach_quietly((handle,)) and self.on_use is not None:
             self.on_use(self, -1)
 
     def handles(self, dir: Directions = "both", including_permanent: bool = True) -> list[LensHandle]:
@@ -291,9 +279,7 @@ class HookPoint(nn.Module):
 
     def is_live(self) -> bool:
         """Whether a function attached here acts in this thread or task now."""
-        if len(self.fwd_hooks) == 1 and _acts(self.fwd_hooks[0]):
-            return True
-        return any(_acts(handle) for handle in self.fwd_hooks) or any(_acts(handle) for handle in self.bwd_hooks)
+        return any(acts(handle.scope) for handle in (*self.fwd_hooks, *self.bwd_hooks))
 
     def only_reads(self) -> bool:
         """Whether every function that acts here now is a forward one of ours that never writes."""
@@ -316,15 +302,10 @@ class HookPoint(nn.Module):
             only = forward[0]
             if only.scope is not None and not acts(only.scope):
                 return value
-            if self.hook_conversion is None:
-                if only.reads_only:
-                    # The common case of a cache: one function of ours that only looks.
-                    only.user_hook(value, self)
-                    return value
-                if not (private or value.requires_grad):
-                    # The common case of a hook: one function, shown the model's own tensor.
-                    shown = _call(only, value)
-                    return value if shown is value else _laid_out_as(value, shown)
+            if self.hook_conversion is None and not (private or value.requires_grad):
+                # The common case of a hook: one function, shown the model's own tensor.
+                shown = _call(only, value)
+                return value if shown is value else _laid_out_as(value, shown)
             return self._run_forward(value, (only,), private)
         forward = [handle for handle in forward if _acts(handle)]
         backward = [handle for handle in self.bwd_hooks if _acts(handle)] if self.bwd_hooks else None
@@ -363,6 +344,23 @@ class HookPoint(nn.Module):
             value = value.detach().requires_grad_(True)
         value.register_hook(partial(_run_backward, self, tuple(handles)))
         return value
+
+
+def attach_quietly(handles: Iterable[LensHandle]) -> None:
+    """Attach functions without telling their points' ``on_use``: for a caller that mounts for all of them at once."""
+    for handle in handles:
+        (handle.point.fwd_hooks if handle.direction == "fwd" else handle.point.bwd_hooks).append(handle)
+
+
+def detach_quietly(handles: Iterable[LensHandle]) -> list[LensHandle]:
+    """Detach functions without telling their points' ``on_use``; those that were attached."""
+    gone = []
+    for handle in handles:
+        attached = handle.point.fwd_hooks if handle.direction == "fwd" else handle.point.bwd_hooks
+        if handle in attached:
+            attached.remove(handle)
+            gone.append(handle)
+    return gone
 
 
 def _direction(dir: str) -> Direction:

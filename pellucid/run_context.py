@@ -171,6 +171,8 @@ _FAST: ContextVar[FastAttention | None] = ContextVar("pellucid_fast_attention", 
 # On the way of every hooked forward, where a Python function costs microseconds: the variables' own methods.
 is_quiet: Callable[[], bool] = _QUIET.get
 """Whether hook points are silent because we are recomputing something beside the model."""
+open_scopes: Callable[[], tuple[Scope, ...]] = _SCOPES.get
+"""The groups of hook functions that act in this thread or task."""
 current_span: Callable[[], LayerSpan] = _SPAN.get
 """The blocks that the current run passes through."""
 current_run: Callable[[], RunContext | None] = _RUN.get

@@ -154,9 +154,8 @@ class Keeper:
         if run is not self._run and self._is_another(run):
             return  # a hook of the user's runs the model inside this run
         name: str = hook.name  # type: ignore[assignment]
-        plain = self._plain and not tensor.requires_grad and name not in self._owned
-        if plain and tensor.untyped_storage().nbytes() == tensor.nbytes:
-            self.kept[name] = tensor
+        if self._plain and tensor.untyped_storage().nbytes() == tensor.nbytes and name not in self._owned:
+            self.kept[name] = tensor.detach() if tensor.requires_grad else tensor
         else:
             self.keep(tensor, name, "")
 

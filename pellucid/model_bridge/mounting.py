@@ -26,10 +26,11 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_modules
 
 from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import PellucidWarning
-from pellucid.hook_points import HookPoint, LensHandle
+from pellucid.hook_points import HookFunction, HookPoint, LensHandle, attach_quietly, detach_quietly
 from pellucid.model_bridge.architecture_adapter import ArchitectureAdapter
 from pellucid.model_bridge.generalized_components import BackboneBridge, GeneralizedComponent, LinearBridge
 from pellucid.model_bridge.generalized_components.base import Engine
@@ -52,6 +53,17 @@ class StandIn:
         self, component: GeneralizedComponent, module: nn.Module, slot: str, previous: Callable[..., Any] | None
     ) -> None:
         self.component, self.module, self.slot, self.previous = component, module, slot, previous
+        self.native = type(module).forward if previous is None else previous
+        self.engine = Engine(module, self.native.__get__(module) if previous is None else previous)
+
+    def fits(self, module: nn.Module) -> bool:
+        """Whether it can stand on ``module`` again: nothing was replaced since it was made."""
+        state = vars(module)
+        if self.module is not module or self.slot != "forward" or "_old_forward" in state:
+            return False
+        return state.get("forward") is self.previous and (
+            self.previous is not None or type(module).forward is self.native
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The component's forward."""
@@ -62,8 +74,8 @@ class StandIn:
             clone = StandIn.__new__(StandIn)
             memo[id(self)] = clone
             clone.slot = self.slot
-            clone.component, clone.module, clone.previous = copy.deepcopy(
-                (self.component, self.module, self.previous), memo
+            clone.component, clone.module, clone.previous, clone.native, clone.engine = copy.deepcopy(
+                (self.component, self.module, self.previous, self.native, self.engine), memo
             )
             return clone
         # One module is copied, not the model: the copy is nobody's to hook.
@@ -80,6 +92,27 @@ class Group:
     points: list[HookPoint]
     pos_axes: dict[str, int]
     needed: dict[str, int]
+    idle: list[list[LensHandle]]
+
+    def readers(self, function: HookFunction) -> list[LensHandle]:
+        """Handles that show every point to ``function``, which only looks; give them back with :meth:`put_away`."""
+        try:
+            handles = self.idle.pop()
+        except IndexError:  # none is made yet, or all are with runs in other threads
+            return [LensHandle(point, function, "fwd", point.name, reads_only=True) for point in self.points]
+        for handle in handles:
+            handle.user_hook = function
+        return handles
+
+    def put_away(self, handles: list[LensHandle]) -> None:
+        """Take back detached handles for another run."""
+        for handle in handles:
+            handle.user_hook, handle.scope = _forgotten, None
+        self.idle.append(handles)
+
+
+def _forgotten(*_: object, **__: object) -> None:
+    """In the place of a function that is no longer anybody's."""
 
 
 class ComponentTree:
@@ -109,8 +142,12 @@ class ComponentTree:
         self._needs: dict[HookPoint, tuple[str, ...]] = {}
         self._mounted: dict[str, StandIn] = {}
         self._stranded: dict[str, StandIn] = {}
-        self._groups: dict[tuple[bool, ...], Group] = {}
+        self._ready: dict[str, StandIn] = {}  # unmounted ones, to be mounted again where nothing has changed
+        self._groups: dict[tuple[str | bool | None, ...], Group] = {}
         self.named: dict[str, HookPoint] = {}  # points that are always on, by the name they were asked for under
+        self._class_forwards = [type(model).forward for model in (root, root.get_submodule(adapter.backbone_path))]
+        if not all(forward.__module__.startswith("transformers.") for forward in self._class_forwards):
+            self._class_forwards.clear()  # a forward of somebody's own may count on an output object
         self._copied = False
         self.notes: dict[str, Any] = {}  # what others remember of this model, each under its own word; copied with it
         self._place_all()
@@ -169,14 +206,13 @@ class ComponentTree:
         else:
             self._release(needed)
 
-    def everything(self) -> Group:
-        """All points that are on, put together once: what a cache without a filter holds."""
-        key = tuple(self.cfg.flags.values())
+    def group_named(self, name: str | None) -> Group:
+        """The points that are on and that one name or glob matches (``None``: all), put together once."""
+        key = (name, *self.cfg.flags.values())
         group = self._groups.get(key)
         if group is None:
-            specs = [spec for spec, _ in self.index.select(None, self.cfg.flags)]
-            group = self.group(specs)
-            self._groups[key] = group
+            specs = [spec for spec, _ in self.index.select(name, self.cfg.flags)]
+            group = self._groups[key] = self.group(specs)
         return group
 
     def group(self, specs: list[HookSpec]) -> Group:
@@ -186,20 +222,16 @@ class ComponentTree:
         for point in points:
             for name in self._needed(point):
                 needed[name] = needed.get(name, 0) + 1
-        return Group(specs, points, {spec.name: spec.pos_axis for spec in specs}, needed)
+        return Group(specs, points, {spec.name: spec.pos_axis for spec in specs}, needed, [])
 
     def attach(self, handles: Sequence[LensHandle], needed: Mapping[str, int]) -> None:
         """Attach functions to their points, mounting what fires them once for all."""
         self._retain(needed)
-        for handle in handles:
-            handle.point.attach_quietly(handle)
+        attach_quietly(handles)
 
     def detach(self, handles: Sequence[LensHandle], needed: Mapping[str, int]) -> None:
         """Detach those of ``handles`` that are attached; ``needed`` is what they need all together."""
-        gone = []
-        for handle in handles:
-            if handle.point.detach_quietly(handle):
-                gone.append(handle)
+        gone = detach_quietly(handles)
         self._release(needed if len(gone) == len(handles) else self.needed_by(gone))
 
     def needed_by(self, handles: Iterable[LensHandle]) -> dict[str, int]:
@@ -271,12 +303,13 @@ class ComponentTree:
         if stranded is not None and stranded.module is module:
             self._mounted[name] = stranded
             return
-        # accelerate: module.forward is a wrapper around module._old_forward; ours goes inside the wrapper.
-        slot = "_old_forward" if "_old_forward" in vars(module) else "forward"
-        previous = vars(module).get(slot)
-        native = type(module).forward.__get__(module) if previous is None else previous
-        vars(component)["engine"] = Engine(module, native)  # not through nn.Module's slow attribute setting
-        vars(module)[slot] = self._mounted[name] = StandIn(component, module, slot, previous)
+        stand_in = self._ready.pop(name, None)
+        if stand_in is None or not stand_in.fits(module):
+            # accelerate: module.forward is a wrapper around module._old_forward; ours goes inside the wrapper.
+            slot = "_old_forward" if "_old_forward" in vars(module) else "forward"
+            stand_in = StandIn(component, module, slot, vars(module).get(slot))
+        vars(component)["engine"] = stand_in.engine  # not through nn.Module's slow attribute setting
+        vars(module)[stand_in.slot] = self._mounted[name] = stand_in
 
     def _unmount(self, name: str) -> None:
         mounted = self._mounted.pop(name)
@@ -292,6 +325,7 @@ class ComponentTree:
             )
             return
         vars(self.components[name])["engine"] = None
+        self._ready[name] = mounted
         if mounted.previous is None:
             del state[mounted.slot]
         else:
@@ -311,6 +345,18 @@ class ComponentTree:
                 self._unmount(name)
                 self._mount(name)
 
+    def outputs_are_ours(self, model: nn.Module) -> bool:
+        """Whether nobody else sees what ``model`` and its backbone give back: no torch hooks, no forward but their own."""
+        backbone = self.backbone.original_component
+        if model is not self.root or backbone is None or torch_modules._global_forward_hooks:
+            return False
+        if model._forward_hooks or backbone._forward_hooks or "forward" in vars(model):
+            return False
+        if [type(model).forward, type(backbone).forward] != self._class_forwards:
+            return False
+        replaced = vars(backbone).get("forward")
+        return replaced is None or (type(replaced) is StandIn and replaced.previous is None)
+
     def has_torch_hooks(self) -> bool:
         """Whether somebody has put torch hooks of their own on the model, which may write to tensors."""
         waiting: list[nn.Module | None] = [self.root]
@@ -329,13 +375,17 @@ class ComponentTree:
         for key, value in vars(self).items():
             setattr(clone, key, copy.deepcopy(value, memo))
         clone._copied = True
-        clone._groups, clone.named = {}, {}
+        clone._forget_what_was_ready()
         with _LOCK:
             _TREES[id(clone.root)] = clone
         return clone
 
+    def _forget_what_was_ready(self) -> None:
+        self._groups, self._ready, self.named = {}, {}, {}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        self._forget_what_was_ready()
         self._copied = True
         with _LOCK:
             _TREES[id(self.root)] = self

@@ -158,9 +158,13 @@ class RunnableModel(HookedModel):
         return exact and dtype is self._tree.cfg.dtype and dtype is not torch.float64
 
     def _logits(self, arguments: dict[str, Any]) -> Tensor:
-        """Hugging Face's logits."""
+        """Hugging Face's logits.
+
+        A tuple is asked for where nobody else sees it: making two output objects costs a tiny model 6 % of its forward.
+        """
+        model: Any = self._modules["original_model"]
         try:
-            logits: Tensor = self._modules["original_model"](**arguments).logits  # type: ignore[misc]
+            logits: Tensor = model(**arguments, return_dict=not self._tree.outputs_are_ours(model))[0]
         except BaseException as error:
             self._clean_up(error, arguments.get("input_ids"))
             raise
@@ -268,8 +272,8 @@ class RunnableModel(HookedModel):
     def _run(self, prepared: Prepared) -> Tensor:
         """Logits, or the residual at which the run stops."""
         if prepared.plain:
-            return self._logits({"input_ids": prepared.tokens, "use_cache": False, "return_dict": True})
-        arguments: dict[str, Any] = {"use_cache": prepared.past_key_values is not None, "return_dict": True}
+            return self._logits({"input_ids": prepared.tokens, "use_cache": False})
+        arguments: dict[str, Any] = {"use_cache": prepared.past_key_values is not None}
         if prepared.tokens is not None:
             arguments["input_ids"] = prepared.tokens
         else:

@@ -196,7 +196,7 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
         ):
             if self._tree.is_mounted():
                 self._tree.remount_replaced()
-            return self._logits({"input_ids": input, "use_cache": False, "return_dict": True})
+            return self._logits({"input_ids": input, "use_cache": False})
         check_choice("return_type", return_type, ("logits", "loss", "both", None))
         prepared = self._prepare(
             input, prepend_bos, padding_side, attention_mask, past_key_values, start_at_layer, stop_at_layer
@@ -246,7 +246,7 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
             refuse_rows(prepared)
         span = self._span(prepared) if prepared.start is not None or prepared.stop is not None else None
         forward = self._requests(fwd_hooks, "fwd", span)
-        backward = self._requests(bwd_hooks, "bwd", span)
+        backward = self._requests(bwd_hooks, "bwd", span) if bwd_hooks else []
         if assert_effect:
             for handle in forward:
                 handle.must_change = True
@@ -323,8 +323,10 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
         )
         if remove_batch_dim:
             refuse_rows(prepared)
-        whole = names_filter is None and prepared.start is None and prepared.stop is None
-        group = self._tree.everything() if whole else self._tree.group(self._cached_specs(prepared, names_filter))
+        if (names_filter is None or isinstance(names_filter, str)) and prepared.start is None and prepared.stop is None:
+            group = self._tree.group_named(names_filter)
+        else:
+            group = self._tree.group(self._cached_specs(prepared, names_filter))
         if max_cache_bytes is not None:
             plan = cache_bytes(group.specs, self.cfg, prepared.size(), pos_slice, dtype, incl_bwd)
             refuse_large(plan, max_cache_bytes)
@@ -338,10 +340,10 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
         keeper = Keeper(
             group.pos_axes, positions, device, dtype, copies=self._others_may_write(), owned=_owned_by_caller(prepared)
         )
-        handles = [LensHandle(point, keeper, "fwd", point.name, reads_only=True) for point in group.points]
+        handles = readers = group.readers(keeper)
         needed: Mapping[str, int] | None = None if incl_bwd else group.needed
         if incl_bwd:
-            handles += [
+            handles = readers + [
                 LensHandle(point, keeper.keep_gradient, "bwd", point.name, reads_only=True)
                 for spec, point in zip(group.specs, group.points, strict=True)
                 if spec.kind != "int"
@@ -354,6 +356,8 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
             finally:
                 if clear_contexts:
                     self.clear_contexts()
+        if reset_hooks_end:
+            group.put_away(readers)
         mask = prepared.attention_mask
         if mask is not None:
             mask = mask[:, -prepared.given.shape[1] :]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
 from pellucid.errors import HookNameError, NotSetUpError, WeightError
 from pellucid.hook_points import HookPoint
-from pellucid.run_context import is_quiet
+from pellucid.run_context import is_quiet, open_scopes
 
 
 class Site:
@@ -227,18 +227,29 @@ class GeneralizedComponent(nn.Module):
     def fire(self, site: str, value: Tensor, *, private: bool = False) -> Tensor:
         """Show ``value`` to the functions at ``site``, if there are any. See :meth:`HookPoint.fire`."""
         point = self._points.get(site)
-        if point is None or not (point.fwd_hooks or point.bwd_hooks):
+        if point is None:
             return value
-        return point.fire(value, private=private)
+        functions = point.fwd_hooks
+        if point.bwd_hooks or point.hook_conversion is not None or len(functions) != 1 or not functions[0].reads_only:
+            return point.fire(value, private=private) if functions or point.bwd_hooks else value
+        # The common case of a cache: one function of ours that only looks.
+        only = functions[0]
+        if only.scope is None or (not only.scope.closed and only.scope in open_scopes()):
+            only.user_hook(value, point)
+        return value
 
     def is_live(self, site: str) -> bool:
         """Whether a function acts at ``site`` in this thread now."""
         point = self._points.get(site)
-        return point is not None and point.is_live()
+        return point is not None and bool(point.fwd_hooks or point.bwd_hooks) and point.is_live()
 
     def only_reads(self, *sites: str) -> bool:
         """Whether nothing that acts at ``sites`` now can write or wants a gradient."""
-        return all(site not in self._points or self._points[site].only_reads() for site in sites)
+        for site in sites:
+            point = self._points.get(site)
+            if point is not None and not point.only_reads():
+                return False
+        return True
 
     def live_points(self) -> list[HookPoint]:
         """The points of this component that have been made."""
@@ -409,7 +420,11 @@ def splice(native: Tensor, side: Tensor, changed: Tensor) -> Tensor:
         changed: bool, broadcastable to both.
     """
     side = side.to(native.dtype)
-    value = torch.where(changed, side, native)
+    return with_gradient_of(torch.where(changed, side, native), side)
+
+
+def with_gradient_of(value: Tensor, side: Tensor) -> Tensor:
+    """``value`` to the bit, with the gradient of ``side``, which is the same up to rounding where nobody edits."""
     if torch.is_grad_enabled() and side.requires_grad:
         return _ValueOf.apply(value.detach(), side)  # type: ignore[no-any-return]
     return value

@@ -105,21 +105,27 @@ class BloomAttentionBridge(JointQKVAttentionBridge):
         if hidden_states is None or residual is None or alibi is None:
             _refuse_missing(hidden_states=hidden_states, residual=residual, alibi=alibi)
             raise AssertionError("unreachable")
-        q, k, v = self.project(self.fire("hook_in", hidden_states))
+        points = self._points
+        if "hook_in" in points:
+            hidden_states = self.fire("hook_in", hidden_states)
+        q, k, v = self.project(hidden_states)
         if isinstance(layer_past, PackedRuns):
             return self._attend_packed(q, k, v, residual, layer_past)
         keys, values = k.transpose(1, 2), v.transpose(1, 2)
         if layer_past is not None:
             keys, values = layer_past.update(keys, values, attention.layer_idx)
-        bias = None if output_attentions else self._fast_bias(q, keys, alibi, attention_mask)
+        bias = None
+        if current_fast_attention() is not None and not output_attentions:
+            bias = self._fast_bias(q, keys, alibi, attention_mask)
         pattern: Tensor | None = None
         if bias is not None:
             contribution = self.attend_fast(q.transpose(1, 2), keys, values, bias, attention.inv_norm_factor)
         else:
-            scores = self.alibi_scores(q.transpose(1, 2), keys, alibi, attention_mask)
-            contribution, pattern = self.attend(scores, values, q.dtype)
+            scores = self.alibi_scores(q.transpose(1, 2), keys, alibi, attention_mask, attention)
+            z, pattern = self.attend(scores, values)
+            contribution = self.project_out(self.fire("hook_z", z) if "hook_z" in points else z)
         output = residual + F.dropout(contribution, p=attention.hidden_dropout, training=attention.training)
-        return self.fire("hook_out", output), pattern
+        return (self.fire("hook_out", output) if "hook_out" in points else output), pattern
 
     def _fast_bias(self, q: Tensor, keys: Tensor, alibi: Tensor, attention_mask: Tensor | None) -> Tensor | None:
         """What the fused kernel adds to its scores; ``None`` where the exact path has to be taken."""
@@ -162,8 +168,8 @@ class BloomAttentionBridge(JointQKVAttentionBridge):
                 z_part = self.fast_mix(q_bnqh, keys, values, bias, attention.inv_norm_factor)
             else:
                 mask = None if packed.mask is None else packed.mask[group.base_rows][:, :, columns]
-                scores = self.alibi_scores(q_bnqh, keys, packed.alibi[group.base_rows], mask)
-                z_part = self.mix(self.fire_pattern(scores, q.dtype), values)
+                scores = self.alibi_scores(q_bnqh, keys, packed.alibi[group.base_rows], mask, attention)
+                z_part, _ = self.attend(scores, values)
             z_parts.append(z_part.flatten(0, 1))
             kept.append(output.flatten(0, 1))
         z = self.fire("hook_z", torch.cat(z_parts)[None])
@@ -173,13 +179,15 @@ class BloomAttentionBridge(JointQKVAttentionBridge):
         )
         return self.fire("hook_out", output), z
 
-    def alibi_scores(self, q_bnqh: Tensor, k_bnkh: Tensor, alibi: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """``alibi + q k^T / sqrt(d_head) + mask``, ``[batch, n_heads, pos, key_pos]``, in one fused product.
+    @staticmethod
+    def alibi_scores(
+        q_bnqh: Tensor, k_bnkh: Tensor, alibi: Tensor, attention_mask: Tensor | None, attention: Any
+    ) -> Tensor:
+        """``alibi + q k^T / sqrt(d_head) + mask``, ``[batch, n_heads, pos, key_pos]``: one fused product.
 
         Raises:
             InputError: alibi or mask do not fit the keys.
         """
-        attention = self.module
         batch, n_heads, length, d_head = q_bnqh.shape
         key_length = k_bnkh.shape[-2]
         if alibi.dim() == 4:
@@ -210,7 +218,7 @@ class BloomAttentionBridge(JointQKVAttentionBridge):
         attention = self.module
         if attention.pretraining_tp > 1 and attention.slow_but_exact:
             return sum_of_slices(z_flat, cast(nn.Linear, self.output_projection), attention.pretraining_tp)
-        return super()._dense(z_flat)
+        return super()._dense(z_flat) if self._place is None else cast(Tensor, attention.dense(z_flat))
 
 
 def _only_mixes(attention: Any) -> bool:

@@ -1,9 +1,10 @@
 """Attention whose queries, keys and values come out of one fused projection.
 
-The arithmetic is written once, in small steps that the forward and everything that recomputes attention call:
-``project`` (fused projection, split, hooks), ``scores``, ``pattern``, ``mix`` and ``project_out``; ``fast_mix`` is scores,
-pattern and mix in one fused kernel, for runs that asked for it and layers that nothing looks into. The split takes
-*views* of the fused output: no weight is copied, an adapter on the fused layer acts, a gradient reaches it.
+The arithmetic is written once, in few steps that the forward and everything that recomputes attention call: ``project``
+(fused projection, split, hooks), ``scores``, ``attend`` (pattern, mixed values) and ``project_out``; ``fast_mix`` is scores
+and attend in one fused kernel, for runs that asked for it and layers that nothing looks into. Few, and asking for a point
+only where one was made: each Python function on the way of a forward costs a small model a thousandth of it. The split
+takes *views* of the fused output: no weight is copied, an adapter on the fused layer acts, a gradient reaches it.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ PRE_NORM: ContextVar[tuple[Tensor, nn.Module] | None] = ContextVar("pellucid_pre
 
 INPUT_SITE: Mapping[Part, str] = {part: f"hook_{part}_in" for part in PARTS}
 PER_HEAD_SITE: Mapping[Part, str] = {part: f"hook_{part}_input" for part in PARTS}
-INPUT_SITES = frozenset({"hook_attn_in", *INPUT_SITE.values(), *PER_HEAD_SITE.values()})
+PER_HEAD_SITES = frozenset({"hook_attn_in", *PER_HEAD_SITE.values()})
+"""Sites on inputs that feed one head."""
+INPUT_SITES = PER_HEAD_SITES.union(INPUT_SITE.values())
 """Sites on inputs that feed one of queries, keys and values, or one head."""
 
 
@@ -136,6 +139,7 @@ class JointQKVAttentionBridge(AttentionBridge):
         given.setdefault("qkv", LinearBridge("query_key_value"))
         given.setdefault("o", LinearBridge("dense"))
         super().__init__(name, config, given | {part: LinearBridge(part) for part in PARTS}, attn_conversion_rule)
+        self.n_heads = int(config.n_heads)
         self.split_qkv_matrix = split_qkv_matrix
         self.qkv_conversion_rule = qkv_conversion_rule
         self.pattern_conversion_rule = pattern_conversion_rule
@@ -152,12 +156,6 @@ class JointQKVAttentionBridge(AttentionBridge):
         self.submodules["o"].link("hook_in", self, "hook_z")
         self.submodules["o"].link("hook_out", self, "hook_attn_out")
         self._own_split: dict[Part, nn.Module] | None = None
-
-    @property
-    def n_heads(self) -> int:
-        """Attention heads."""
-        config: Any = self.config
-        return int(config.n_heads)
 
     # -- the module ----------------------------------------------------------------------------------------------------
 
@@ -192,29 +190,43 @@ class JointQKVAttentionBridge(AttentionBridge):
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values ``[batch, pos, n_heads, d_head]``, after their hooks."""
-        q, k, v = self._project_parts(hidden_states)
-        return self.fire("hook_q", q), self.fire("hook_k", k), self.fire("hook_v", v)
-
-    def _project_parts(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if self._own_split is None:
-            native = fused_qkv.split_activation(self.module.query_key_value(hidden_states), self.n_heads)
+        own = self._own_split
+        if own is None:
+            q, k, v = fused_qkv.split_activation(self.module.query_key_value(hidden_states), self.n_heads)
         else:
-            own = self._own_split
-            native = (
-                _by_head(own["q"](hidden_states), self.n_heads),
-                _by_head(own["k"](hidden_states), self.n_heads),
-                _by_head(own["v"](hidden_states), self.n_heads),
-            )
-        if self._points.keys().isdisjoint(INPUT_SITES):
-            return native
+            q, k, v = (_by_head(own[part](hidden_states), self.n_heads) for part in PARTS)
+        points = self._points
+        if not points.keys().isdisjoint(INPUT_SITES):
+            q, k, v = self._with_inputs((q, k, v), hidden_states)
+        if "hook_q" in points:
+            q = self.fire("hook_q", q)
+        if "hook_k" in points:
+            k = self.fire("hook_k", k)
+        if "hook_v" in points:
+            v = self.fire("hook_v", v)
+        return q, k, v
+
+    def _with_inputs(
+        self, native: tuple[Tensor, Tensor, Tensor], hidden_states: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Fire what feeds one of queries, keys and values, or one head of it; what an edit there makes of ``native``."""
+        points = self._points
         # Upstream first: the residual before the norm, then what the norm gives.
+        q, k, v = native if points.keys().isdisjoint(PER_HEAD_SITES) else self._with_per_head_inputs(native)
+        if "hook_q_in" in points:
+            q = self._with_own_input("q", native[0], q, hidden_states)
+        if "hook_k_in" in points:
+            k = self._with_own_input("k", native[1], k, hidden_states)
+        if "hook_v_in" in points:
+            v = self._with_own_input("v", native[2], v, hidden_states)
+        return q, k, v
+
+    def _with_per_head_inputs(self, native: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         shared = self._fire_per_head("hook_attn_in")
-        per_head = {part: self._fire_per_head(PER_HEAD_SITE[part]) for part in PARTS}
+        per_head = [self._fire_per_head(PER_HEAD_SITE[part]) for part in PARTS]
         q, k, v = (
-            self._with_own_input(
-                part, values, self._with_head_inputs(part, values, shared, per_head[part]), hidden_states
-            )
-            for part, values in zip(PARTS, native, strict=True)
+            self._with_head_inputs(part, values, shared, own)
+            for part, values, own in zip(PARTS, native, per_head, strict=True)
         )
         return q, k, v
 
@@ -232,15 +244,15 @@ class JointQKVAttentionBridge(AttentionBridge):
 
         ``native`` differs from ``plain`` where a head's copy of the residual was edited; that edit stays.
         """
-        point = self._points.get(INPUT_SITE[part])
-        if point is not None and point.only_reads():
-            point.fire(hidden_states)
-        elif point is not None:
-            edited = point.fire(hidden_states, private=True)
-            changed = bits_differ(edited, hidden_states).any(-1)[..., None, None]
-            if changed.any() or edited.requires_grad:
-                side = self._one_part(edited, part)
-                native = splice(native, side if native is plain else native + (side - plain), changed)
+        site = INPUT_SITE[part]
+        if self._points[site].only_reads():
+            self.fire(site, hidden_states)
+            return native
+        edited = self.fire(site, hidden_states, private=True)
+        changed = bits_differ(edited, hidden_states).any(-1)[..., None, None]
+        if changed.any() or edited.requires_grad:
+            side = self._one_part(edited, part)
+            native = splice(native, side if native is plain else native + (side - plain), changed)
         return native
 
     def _one_part(self, hidden_states: Tensor, part: Part) -> Tensor:
@@ -285,23 +297,30 @@ class JointQKVAttentionBridge(AttentionBridge):
         scores = q_bnqh @ k_bnkh.transpose(-1, -2) / math.sqrt(q_bnqh.shape[-1])
         return scores if attention_mask is None else scores + attention_mask
 
-    def pattern(self, scores: Tensor, dtype: torch.dtype) -> Tensor:
-        """Softmax in float32 at least, then back to ``dtype``, then attention dropout.
+    def attend(self, scores: Tensor, v_bnkh: Tensor) -> tuple[Tensor, Tensor]:
+        """From scores to the mixed values, the hooks of scores and pattern firing.
 
-        A float64 model stays in float64, where Hugging Face goes through float32.
+        The softmax is in float32 at least, then back to the values' dtype, then attention dropout. A float64 model stays in
+        float64, where Hugging Face goes through float32.
+
+        Returns:
+            ``(z, pattern)``: ``[batch, pos, n_heads, d_head]``, its hook still to be fired, and
+            ``[batch, n_heads, pos, key_pos]``.
         """
-        probabilities = F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(dtype)
-        dropped: Tensor = self.module.attention_dropout(probabilities)
-        return dropped
-
-    def mix(self, pattern: Tensor, v_bnkh: Tensor) -> Tensor:
-        """Pattern times values, ``[batch, pos, n_heads, d_head]``."""
-        batch, n_heads, length, _ = pattern.shape
+        points = self._points
+        if "hook_attn_scores" in points:
+            scores = self.fire("hook_attn_scores", scores)
+        wide = torch.float64 if scores.dtype is torch.float64 else torch.float32
+        pattern: Tensor = self.module.attention_dropout(F.softmax(scores, dim=-1, dtype=wide).to(v_bnkh.dtype))
+        if "hook_pattern" in points:
+            # The softmax keeps its output for the backward pass: a hook that writes must not write there.
+            pattern = self.fire("hook_pattern", pattern, private=pattern.requires_grad)
+        batch, n_heads, length, key_length = pattern.shape
         z = torch.bmm(
-            pattern.reshape(batch * n_heads, length, -1), v_bnkh.reshape(batch * n_heads, -1, v_bnkh.shape[-1])
+            pattern.reshape(batch * n_heads, length, key_length), v_bnkh.reshape(batch * n_heads, key_length, -1)
         )
         # Hugging Face's _merge_heads copies into [batch, pos, n_heads * d_head]; the same copy, seen per head.
-        return z.view(batch, n_heads, length, -1).permute(0, 2, 1, 3).contiguous()
+        return z.view(batch, n_heads, length, -1).permute(0, 2, 1, 3).contiguous(), pattern
 
     def fast_mix(
         self, q_bnqh: Tensor, k_bnkh: Tensor, v_bnkh: Tensor, bias: Tensor | None, scale: float | None = None
@@ -327,10 +346,11 @@ class JointQKVAttentionBridge(AttentionBridge):
 
     def project_out(self, z: Tensor) -> Tensor:
         """``[batch, pos, n_heads, d_head]`` through ``dense``: the additive contribution ``[batch, pos, d_model]``."""
+        points = self._points
         contribution = self._dense(z.flatten(-2))
-        if self.is_live("hook_result"):
+        if "hook_result" in points and self.is_live("hook_result"):
             contribution = self._with_results(z, contribution)
-        return self.fire("hook_attn_out", contribution)
+        return self.fire("hook_attn_out", contribution) if "hook_attn_out" in points else contribution
 
     @property
     def output_projection(self) -> nn.Module:
@@ -383,14 +403,9 @@ class JointQKVAttentionBridge(AttentionBridge):
             raise InputError("hidden_states was not given, by position or by name.")
         q, k, v = self.project(self.fire("hook_in", hidden_states))
         scores = self.scores(q.transpose(1, 2), k.transpose(1, 2), attention_mask)
-        contribution, pattern = self.attend(scores, v.transpose(1, 2), q.dtype)
+        z, pattern = self.attend(scores, v.transpose(1, 2))
+        contribution = self.project_out(self.fire("hook_z", z))
         return self.fire("hook_out", contribution), pattern
-
-    def attend(self, scores: Tensor, v_bnkh: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """From scores to the contribution and the pattern, hooks firing between the steps."""
-        pattern = self.fire_pattern(scores, dtype)
-        z = self.fire("hook_z", self.mix(pattern, v_bnkh))
-        return self.project_out(z), pattern
 
     def attend_fast(
         self, q_bnqh: Tensor, k_bnkh: Tensor, v_bnkh: Tensor, bias: Tensor | None, scale: float | None = None
@@ -399,12 +414,6 @@ class JointQKVAttentionBridge(AttentionBridge):
         z = self.fast_mix(q_bnqh, k_bnkh, v_bnkh, bias, scale)
         # The kernel keeps its output for the backward pass, of which this may be a view: a hook must not write there.
         return self.project_out(self.fire("hook_z", z, private=z.requires_grad))
-
-    def fire_pattern(self, scores: Tensor, dtype: torch.dtype) -> Tensor:
-        """From scores to the pattern, both after their hooks."""
-        pattern = self.pattern(self.fire("hook_attn_scores", scores), dtype)
-        # The softmax keeps its output for the backward pass: a hook that writes must not write there.
-        return self.fire("hook_pattern", pattern, private=pattern.requires_grad)
 
     # -- weights -------------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
 from pellucid.errors import WeightError
 from pellucid.hook_points import bits_differ
-from pellucid.model_bridge.generalized_components.base import GeneralizedComponent, Site, StopForward, splice
+from pellucid.model_bridge.generalized_components.base import (
+    GeneralizedComponent,
+    Site,
+    StopForward,
+    splice,
+    with_gradient_of,
+)
 from pellucid.run_context import current_span, is_quiet
 
 Role = Literal["embedding", "block", "final"]
@@ -65,27 +71,26 @@ class NormalizationBridge(GeneralizedComponent):
 
     def _with_inside(self, x: Tensor, native: Tensor) -> Tensor:
         """Fire the scale and the normalised input; ``native`` is the module's own output for ``x``."""
-        wide = x if x.dtype == torch.float64 else x.float()
-        looks = self.only_reads("hook_scale", "hook_normalized")
-        if looks:
-            wide = wide.detach()
-        variance, mean = torch.var_mean(wide, dim=-1, correction=0, keepdim=True)
-        if looks:
-            # The same numbers as below, in the memory of their own intermediate steps: no gradient asks for those.
-            scale = variance.add_(self._eps()).sqrt_()
+        eps, wide = self._layer_norm().eps, x.detach()
+        if wide.dtype != torch.float64:
+            wide = wide.float()
+        normalized, mean, inverse = torch.native_layer_norm(wide, wide.shape[-1:], None, None, eps)
+        scale = inverse.reciprocal_()
+        if self.only_reads("hook_scale", "hook_normalized"):
             self.fire("hook_scale", scale)
-            if self.is_live("hook_normalized"):
-                self.fire("hook_normalized", (wide - mean).div_(scale))
+            self.fire("hook_normalized", normalized)
             return native
-        scale, centred = (variance + self._eps()).sqrt(), wide - mean
+        if x.requires_grad and torch.is_grad_enabled():
+            # The kernel's mean and scale have no gradient: its numbers go on with that of the formula.
+            wide = x if x.dtype == torch.float64 else x.float()
+            variance, centre = torch.var_mean(wide, dim=-1, correction=0, keepdim=True)
+            scale, mean = with_gradient_of(scale, (variance + eps).sqrt()), with_gradient_of(mean, centre)
         edited_scale = self.fire("hook_scale", scale, private=True)
-        normalized = centred / edited_scale
+        rescaled = bits_differ(scale, edited_scale)
+        normalized = splice(normalized, (wide - mean) / edited_scale, rescaled)
         edited = self.fire("hook_normalized", normalized, private=True)
-        changed = bits_differ(scale, edited_scale) | bits_differ(normalized, edited).any(-1, keepdim=True)
+        changed = rescaled | bits_differ(normalized, edited).any(-1, keepdim=True)
         return splice(native, self._affine(edited), changed)
-
-    def _eps(self) -> float:
-        return float(self._layer_norm().eps)
 
     def _layer_norm(self) -> nn.LayerNorm:
         module = self.module
