@@ -262,21 +262,21 @@ def begin_run(
 
 
 def end_run(token: Token[RunContext | None]) -> None:
-    """End the run that :func:`begin_run` began. The unembedding comes after: see :func:`finished_run`."""
+    """End the run that :func:`begin_run` began. The unembedding comes after: see :func:`begin_unembedding`."""
     _FINISHED.set(_RUN.get())
     _RUN.reset(token)
 
 
-@contextmanager
-def finished_run(length: int) -> Iterator[None]:
-    """Fire hooks on the last ``length`` positions of the run that has just left the blocks."""
+def begin_unembedding(length: int) -> Token[RunContext | None]:
+    """Let hooks fire on the last ``length`` positions of the run that has just left the blocks."""
     run = _FINISHED.get()
-    token = _RUN.set(None if run is None else run.last(length))
     _FINISHED.set(None)
-    try:
-        yield
-    finally:
-        _RUN.reset(token)
+    return _RUN.set(None if run is None else run.last(length))
+
+
+def end_unembedding(token: Token[RunContext | None]) -> None:
+    """End what :func:`begin_unembedding` began."""
+    _RUN.reset(token)
 
 
 def acts(scope: Scope | None) -> bool:

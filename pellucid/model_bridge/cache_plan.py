@@ -154,10 +154,12 @@ class Keeper:
         if run is not self._run and self._is_another(run):
             return  # a hook of the user's runs the model inside this run
         name: str = hook.name  # type: ignore[assignment]
-        if self._plain and tensor.untyped_storage().nbytes() == tensor.nbytes and name not in self._owned:
-            self.kept[name] = tensor.detach() if tensor.requires_grad else tensor
-        else:
+        if not self._plain or tensor.requires_grad:
             self.keep(tensor, name, "")
+        elif tensor.untyped_storage().nbytes() == tensor.nbytes and name not in self._owned:
+            self.kept[name] = tensor
+        else:
+            self.kept[name] = tensor.clone(memory_format=torch.contiguous_format)  # see keep
 
     def _is_another(self, run: RunContext | None) -> bool:
         if self._run is None:

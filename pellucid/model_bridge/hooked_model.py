@@ -15,7 +15,7 @@ from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import GradientError, HookDisabledError, HookUnreachableError, InputError
 from pellucid.hook_points import Direction, Directions, HookFunction, HookPoint, LensHandle
 from pellucid.model_bridge.generalized_components import GeneralizedComponent
-from pellucid.model_bridge.mounting import ComponentTree
+from pellucid.model_bridge.mounting import ComponentTree, Needs
 from pellucid.names import Flag, HookSpec, NamesFilter
 from pellucid.run_context import acts, close_scope, open_scope
 
@@ -62,9 +62,7 @@ class Attached:
         keep: leave them on after the block, as if added for good.
     """
 
-    def __init__(
-        self, tree: ComponentTree, handles: Sequence[LensHandle], needed: Mapping[str, int], keep: bool
-    ) -> None:
+    def __init__(self, tree: ComponentTree, handles: Sequence[LensHandle], needed: Needs, keep: bool) -> None:
         self._tree, self._handles, self._needed, self._keep = tree, handles, needed, keep
 
     def __enter__(self) -> None:
@@ -378,9 +376,7 @@ class HookedModel(nn.Module):
                 )
         return passed
 
-    def _attached(
-        self, handles: Sequence[LensHandle], keep: bool = False, needed: Mapping[str, int] | None = None
-    ) -> Attached:
+    def _attached(self, handles: Sequence[LensHandle], keep: bool = False, needed: Needs | None = None) -> Attached:
         """Prepared functions, to be attached for the length of a block; ``needed`` by them is counted if not known."""
         for handle in handles:
             if handle.direction == "bwd":

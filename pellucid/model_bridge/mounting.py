@@ -18,7 +18,7 @@ import copy
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -53,17 +53,6 @@ class StandIn:
         self, component: GeneralizedComponent, module: nn.Module, slot: str, previous: Callable[..., Any] | None
     ) -> None:
         self.component, self.module, self.slot, self.previous = component, module, slot, previous
-        self.native = type(module).forward if previous is None else previous
-        self.engine = Engine(module, self.native.__get__(module) if previous is None else previous)
-
-    def fits(self, module: nn.Module) -> bool:
-        """Whether it can stand on ``module`` again: nothing was replaced since it was made."""
-        state = vars(module)
-        if self.module is not module or self.slot != "forward" or "_old_forward" in state:
-            return False
-        return state.get("forward") is self.previous and (
-            self.previous is not None or type(module).forward is self.native
-        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The component's forward."""
@@ -74,8 +63,8 @@ class StandIn:
             clone = StandIn.__new__(StandIn)
             memo[id(self)] = clone
             clone.slot = self.slot
-            clone.component, clone.module, clone.previous, clone.native, clone.engine = copy.deepcopy(
-                (self.component, self.module, self.previous, self.native, self.engine), memo
+            clone.component, clone.module, clone.previous = copy.deepcopy(
+                (self.component, self.module, self.previous), memo
             )
             return clone
         # One module is copied, not the model: the copy is nobody's to hook.
@@ -85,13 +74,57 @@ class StandIn:
 
 
 @dataclass(frozen=True)
+class MountPlan:
+    """How components were mounted together, to do it again in two short loops as long as the model is as it was.
+
+    Attributes:
+        links: (children of a module, name, child) of every step on the way to a mounted module.
+        places: (attributes of the component, what it runs, attributes of the module, what stands there, its class' forward).
+        mounted: what stands on the model then, by component.
+    """
+
+    links: list[tuple[dict[str, nn.Module | None], str, nn.Module | None]]
+    places: list[tuple[dict[str, Any], Engine, dict[str, Any], StandIn, Callable[..., Any]]]
+    mounted: dict[str, StandIn]
+
+    def mount(self) -> bool:
+        """Mount all, or nothing if a module was replaced or given a forward of its own since."""
+        for children, name, child in self.links:
+            if children.get(name) is not child:
+                return False
+        for _, engine, module, _, forward in self.places:
+            if "forward" in module or "_old_forward" in module or type(engine.module).forward is not forward:
+                return False
+        for component, engine, module, stand_in, _ in self.places:
+            component["engine"] = engine  # not through nn.Module's slow attribute setting
+            module["forward"] = stand_in
+        return True
+
+    def unmount(self) -> bool:
+        """Unmount all, or nothing if something else stands in one of the places."""
+        for _, _, module, stand_in, _ in self.places:
+            if module.get("forward") is not stand_in:
+                return False
+        for component, _, module, _, _ in self.places:
+            component["engine"] = None
+            del module["forward"]
+        return True
+
+
+class Needs(dict[str, int]):
+    """The components that have to be mounted, how many functions need each, and how they were mounted together."""
+
+    plan: MountPlan | None = None
+
+
+@dataclass(frozen=True)
 class Group:
     """Points that are used together."""
 
     specs: list[HookSpec]
     points: list[HookPoint]
     pos_axes: dict[str, int]
-    needed: dict[str, int]
+    needed: Needs
     idle: list[list[LensHandle]]
 
     def readers(self, function: HookFunction) -> list[LensHandle]:
@@ -139,10 +172,9 @@ class ComponentTree:
                 self.components[f"blocks.{layer}.{name}"] = child
         adapter.link_outer(self.components, self.blocks)
         self._users: dict[str, int] = {}
-        self._needs: dict[HookPoint, tuple[str, ...]] = {}
+        self._needs: dict[HookPoint, Needs] = {}
         self._mounted: dict[str, StandIn] = {}
         self._stranded: dict[str, StandIn] = {}
-        self._ready: dict[str, StandIn] = {}  # unmounted ones, to be mounted again where nothing has changed
         self._groups: dict[tuple[str | bool | None, ...], Group] = {}
         self.named: dict[str, HookPoint] = {}  # points that are always on, by the name they were asked for under
         self._class_forwards = [type(model).forward for model in (root, root.get_submodule(adapter.backbone_path))]
@@ -199,7 +231,7 @@ class ComponentTree:
 
     def on_use(self, point: HookPoint, change: int) -> None:
         """A point came into use (+1) or is no longer in use (-1): mount or unmount what fires it."""
-        needed = dict.fromkeys(self._needed(point), 1)
+        needed = self._needed(point)
         if change > 0:
             self.index.select(str(point.name), self.cfg.flags)  # refuses an opt-in point that is off
             self._retain(needed)
@@ -218,47 +250,56 @@ class ComponentTree:
     def group(self, specs: list[HookSpec]) -> Group:
         """Points by their specs, and the components that have to be mounted for them."""
         points = [self.point(spec.name) for spec in specs]
-        needed: dict[str, int] = {}
+        needed = Needs()
         for point in points:
             for name in self._needed(point):
                 needed[name] = needed.get(name, 0) + 1
         return Group(specs, points, {spec.name: spec.pos_axis for spec in specs}, needed, [])
 
-    def attach(self, handles: Sequence[LensHandle], needed: Mapping[str, int]) -> None:
+    def attach(self, handles: Sequence[LensHandle], needed: Needs) -> None:
         """Attach functions to their points, mounting what fires them once for all."""
         self._retain(needed)
         attach_quietly(handles)
 
-    def detach(self, handles: Sequence[LensHandle], needed: Mapping[str, int]) -> None:
+    def detach(self, handles: Sequence[LensHandle], needed: Needs) -> None:
         """Detach those of ``handles`` that are attached; ``needed`` is what they need all together."""
         gone = detach_quietly(handles)
         self._release(needed if len(gone) == len(handles) else self.needed_by(gone))
 
-    def needed_by(self, handles: Iterable[LensHandle]) -> dict[str, int]:
+    def needed_by(self, handles: Sequence[LensHandle]) -> Needs:
         """The components that have to be mounted for ``handles``, and how many of those need each."""
-        needed: dict[str, int] = {}
+        if len(handles) == 1:
+            return self._needs.get(handles[0].point) or self._needed(handles[0].point)
+        needed = Needs()
         for handle in handles:
-            for name in self._needs.get(handle.point) or self._needed(handle.point):
+            for name in self._needed(handle.point):
                 needed[name] = needed.get(name, 0) + 1
         return needed
 
-    def _needed(self, point: HookPoint) -> tuple[str, ...]:
+    def _needed(self, point: HookPoint) -> Needs:
         """The components that have to be mounted for a point to fire."""
         needed = self._needs.get(point)
         if needed is None:
             spec = self.index[str(point.name)]
-            needed = (spec.component, "backbone")
+            needed = Needs({spec.component: 1, "backbone": 1})
             if spec.flag in ("use_attn_in", "use_split_qkv_input"):
-                needed = (*needed, f"blocks.{spec.layer}")  # it knows the residual before the norm
+                needed[f"blocks.{spec.layer}"] = 1  # it knows the residual before the norm
             self._needs[point] = needed
         return needed
 
     # -- mounting ------------------------------------------------------------------------------------------------------
 
-    def _retain(self, needed: Mapping[str, int]) -> None:
+    def _retain(self, needed: Needs) -> None:
         """Mount components, or count more users of those that are."""
-        done: dict[str, int] = {}
+        done = Needs()
         with _LOCK:
+            alone = not (self._users or self._stranded)
+            if alone and needed.plan is not None:
+                if needed.plan.mount():
+                    self._users.update(needed)
+                    self._mounted.update(needed.plan.mounted)
+                    return
+                needed.plan = None
             try:
                 for name, count in needed.items():
                     users = self._users.get(name, 0)
@@ -269,10 +310,27 @@ class ComponentTree:
             except BaseException:
                 self._release(done)
                 raise
+            if alone and all(held.slot == "forward" and held.previous is None for held in self._mounted.values()):
+                needed.plan = self._plan()
 
-    def _release(self, needed: Mapping[str, int]) -> None:
+    def _plan(self) -> MountPlan:
+        """What is mounted now, to be mounted again."""
+        links = {(id(link[0]), link[1]): link for name in self._mounted for link in self.components[name].links()}
+        places = []
+        for name, stand_in in self._mounted.items():
+            component, engine = self.components[name], self.components[name].engine
+            assert engine is not None
+            module = engine.module
+            places.append((vars(component), engine, vars(module), stand_in, type(module).forward))
+        return MountPlan(list(links.values()), places, dict(self._mounted))
+
+    def _release(self, needed: Needs) -> None:
         """Count users less, and unmount components that have none left."""
         with _LOCK:
+            if needed.plan is not None and self._users == needed and needed.plan.unmount():
+                self._users.clear()
+                self._mounted.clear()
+                return
             for name, count in needed.items():
                 left = self._users[name] - count
                 if left:
@@ -284,7 +342,7 @@ class ComponentTree:
     @contextmanager
     def mounted(self, names: Iterable[str]) -> Iterator[None]:
         """Keep components mounted for the length of a block."""
-        held = Counter(names)
+        held = Needs(Counter(names))
         self._retain(held)
         try:
             yield
@@ -303,13 +361,12 @@ class ComponentTree:
         if stranded is not None and stranded.module is module:
             self._mounted[name] = stranded
             return
-        stand_in = self._ready.pop(name, None)
-        if stand_in is None or not stand_in.fits(module):
-            # accelerate: module.forward is a wrapper around module._old_forward; ours goes inside the wrapper.
-            slot = "_old_forward" if "_old_forward" in vars(module) else "forward"
-            stand_in = StandIn(component, module, slot, vars(module).get(slot))
-        vars(component)["engine"] = stand_in.engine  # not through nn.Module's slow attribute setting
-        vars(module)[stand_in.slot] = self._mounted[name] = stand_in
+        # accelerate: module.forward is a wrapper around module._old_forward; ours goes inside the wrapper.
+        slot = "_old_forward" if "_old_forward" in vars(module) else "forward"
+        previous = vars(module).get(slot)
+        native = type(module).forward.__get__(module) if previous is None else previous
+        vars(component)["engine"] = Engine(module, native)
+        vars(module)[slot] = self._mounted[name] = StandIn(component, module, slot, previous)
 
     def _unmount(self, name: str) -> None:
         mounted = self._mounted.pop(name)
@@ -325,7 +382,6 @@ class ComponentTree:
             )
             return
         vars(self.components[name])["engine"] = None
-        self._ready[name] = mounted
         if mounted.previous is None:
             del state[mounted.slot]
         else:
@@ -364,7 +420,8 @@ class ComponentTree:
             if module is not None:
                 if module._forward_hooks or module._forward_pre_hooks:
                     return True
-                waiting.extend(module._modules.values())
+                if module._modules:
+                    waiting.extend(module._modules.values())
         return False
 
     # -- copies --------------------------------------------------------------------------------------------------------
@@ -372,20 +429,24 @@ class ComponentTree:
     def __deepcopy__(self, memo: dict[int, Any]) -> ComponentTree:
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
-        for key, value in vars(self).items():
+        for key, value in self.__getstate__().items():
             setattr(clone, key, copy.deepcopy(value, memo))
+        clone._forget()
         clone._copied = True
-        clone._forget_what_was_ready()
         with _LOCK:
             _TREES[id(clone.root)] = clone
         return clone
 
-    def _forget_what_was_ready(self) -> None:
-        self._groups, self._ready, self.named = {}, {}, {}
+    def _forget(self) -> None:
+        """Begin without what is only remembered to be quick."""
+        self._groups, self._needs, self.named = {}, {}, {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key not in ("_groups", "_needs", "named")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._forget_what_was_ready()
+        self._forget()
         self._copied = True
         with _LOCK:
             _TREES[id(self.root)] = self
@@ -395,7 +456,7 @@ class ComponentTree:
         if not self._copied:
             return
         self._copied = False
-        self._users = self.needed_by(self.handles())
+        self._users = dict(self.needed_by(list(self.handles())))
         for name in [name for name in self._mounted if name not in self._users]:
             self._unmount(name)
 

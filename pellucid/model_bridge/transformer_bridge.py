@@ -341,7 +341,7 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
             group.pos_axes, positions, device, dtype, copies=self._others_may_write(), owned=_owned_by_caller(prepared)
         )
         handles = readers = group.readers(keeper)
-        needed: Mapping[str, int] | None = None if incl_bwd else group.needed
+        needed = None if incl_bwd else group.needed
         if incl_bwd:
             handles = readers + [
                 LensHandle(point, keeper.keep_gradient, "bwd", point.name, reads_only=True)

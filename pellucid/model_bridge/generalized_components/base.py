@@ -147,6 +147,18 @@ class GeneralizedComponent(nn.Module):
             module = module._modules[part] if module is not None else None
         return module
 
+    def links(self) -> list[tuple[dict[str, nn.Module | None], str, nn.Module | None]]:
+        """``(children, name, child)`` of each step from the model to the module; none when used alone."""
+        links: list[tuple[dict[str, nn.Module | None], str, nn.Module | None]] = []
+        if self._place is not None:
+            module: nn.Module | None
+            module, path = self._place
+            for part in path:
+                assert module is not None
+                links.append((module._modules, part, module._modules[part]))
+                module = module._modules[part]
+        return links
+
     @property
     def module(self) -> Any:
         """The Hugging Face module. ``Any``: its children are Hugging Face's to name, and looked up when used.
@@ -242,6 +254,14 @@ class GeneralizedComponent(nn.Module):
         """Whether a function acts at ``site`` in this thread now."""
         point = self._points.get(site)
         return point is not None and bool(point.fwd_hooks or point.bwd_hooks) and point.is_live()
+
+    def in_use(self, *sites: str) -> bool:
+        """Whether a function is attached at one of ``sites``, in whichever thread it acts."""
+        for site in sites:
+            point = self._points.get(site)
+            if point is not None and (point.fwd_hooks or point.bwd_hooks):
+                return True
+        return False
 
     def only_reads(self, *sites: str) -> bool:
         """Whether nothing that acts at ``sites`` now can write or wants a gradient."""

@@ -213,13 +213,15 @@ class JointQKVAttentionBridge(AttentionBridge):
         points = self._points
         # Upstream first: the residual before the norm, then what the norm gives.
         q, k, v = native if points.keys().isdisjoint(PER_HEAD_SITES) else self._with_per_head_inputs(native)
-        if "hook_q_in" in points:
-            q = self._with_own_input("q", native[0], q, hidden_states)
-        if "hook_k_in" in points:
-            k = self._with_own_input("k", native[1], k, hidden_states)
-        if "hook_v_in" in points:
-            v = self._with_own_input("v", native[2], v, hidden_states)
-        return q, k, v
+        if self.only_reads("hook_q_in", "hook_k_in", "hook_v_in"):
+            for site in INPUT_SITE.values():
+                self.fire(site, hidden_states)
+            return q, k, v
+        return (
+            self._with_own_input("q", native[0], q, hidden_states),
+            self._with_own_input("k", native[1], k, hidden_states),
+            self._with_own_input("v", native[2], v, hidden_states),
+        )
 
     def _with_per_head_inputs(self, native: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         shared = self._fire_per_head("hook_attn_in")
@@ -245,7 +247,7 @@ class JointQKVAttentionBridge(AttentionBridge):
         ``native`` differs from ``plain`` where a head's copy of the residual was edited; that edit stays.
         """
         site = INPUT_SITE[part]
-        if self._points[site].only_reads():
+        if self.only_reads(site):
             self.fire(site, hidden_states)
             return native
         edited = self.fire(site, hidden_states, private=True)

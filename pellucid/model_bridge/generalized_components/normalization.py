@@ -22,7 +22,7 @@ from pellucid.model_bridge.generalized_components.base import (
     splice,
     with_gradient_of,
 )
-from pellucid.run_context import current_span, is_quiet
+from pellucid.run_context import WHOLE, current_span, is_quiet
 
 Role = Literal["embedding", "block", "final"]
 
@@ -56,18 +56,20 @@ class NormalizationBridge(GeneralizedComponent):
         """``[batch, pos, d_model]`` to the same shape, gain and bias applied."""
         if is_quiet():
             return self.call_original(hidden_states)  # type: ignore[no-any-return]
-        span = current_span()
-        if self.role == "embedding" and span.start is not None:
-            return hidden_states  # already a residual
-        if self.role == "final" and self.config is not None and span.stop == self.config.n_layers:
-            raise StopForward(hidden_states)
+        span, points = current_span(), self._points
+        if span is not WHOLE:
+            if self.role == "embedding" and span.start is not None:
+                return hidden_states  # already a residual
+            if self.role == "final" and self.config is not None and span.stop == self.config.n_layers:
+                raise StopForward(hidden_states)
         original = self.original()
-        x = self.fire("hook_in", hidden_states)
-        x = self.fire("hook_branch_in", x, private=True)
+        x = self.fire("hook_in", hidden_states) if "hook_in" in points else hidden_states
+        if "hook_branch_in" in points:
+            x = self.fire("hook_branch_in", x, private=True)
         output: Tensor = original(x)
-        if self.is_live("hook_scale") or self.is_live("hook_normalized"):
+        if self.in_use("hook_scale", "hook_normalized"):
             output = self._with_inside(x, output)
-        return self.fire("hook_out", output)
+        return self.fire("hook_out", output) if "hook_out" in points else output
 
     def _with_inside(self, x: Tensor, native: Tensor) -> Tensor:
         """Fire the scale and the normalised input; ``native`` is the module's own output for ``x``."""
@@ -93,7 +95,8 @@ class NormalizationBridge(GeneralizedComponent):
         return splice(native, self._affine(edited), changed)
 
     def _layer_norm(self) -> nn.LayerNorm:
-        module = self.module
+        engine = self.engine  # as `module` does: a call less, of which a cache of everything makes one a norm
+        module = self.module if engine is None else engine.module
         if not isinstance(module, nn.LayerNorm):
             raise WeightError(
                 f"The inside of {self.path} can be hooked on an nn.LayerNorm; found {type(module).__name__} (an adapter?)."

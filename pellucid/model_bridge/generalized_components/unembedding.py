@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pellucid.model_bridge.generalized_components.base import GeneralizedComponent, WeightTargets, readable_parameter
-from pellucid.run_context import finished_run
+from pellucid.run_context import begin_unembedding, end_unembedding
 
 
 class UnembeddingBridge(GeneralizedComponent):
@@ -39,5 +39,8 @@ class UnembeddingBridge(GeneralizedComponent):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[batch, pos, d_model]`` to logits ``[batch, pos, d_vocab]``."""
-        with finished_run(hidden_states.shape[1]):
+        token = begin_unembedding(hidden_states.shape[1])
+        try:
             return super().forward(hidden_states)  # type: ignore[no-any-return]
+        finally:
+            end_unembedding(token)
