@@ -378,10 +378,8 @@ class HookedModel(nn.Module):
 
     def _attached(self, handles: Sequence[LensHandle], keep: bool = False, needed: Needs | None = None) -> Attached:
         """Prepared functions, to be attached for the length of a block; ``needed`` by them is counted if not known."""
-        for handle in handles:
-            if handle.direction == "bwd":
-                self._refuse_parallel_gradients(handles)
-                break
+        if handles and handles[-1].direction == "bwd":  # forward ones come first
+            self._refuse_parallel_gradients(handles)
         return Attached(self._tree, handles, self._tree.needed_by(handles) if needed is None else needed, keep)
 
     def _refuse_parallel_gradients(self, handles: Sequence[LensHandle]) -> None:

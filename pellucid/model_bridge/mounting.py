@@ -87,16 +87,20 @@ class MountPlan:
     places: list[tuple[dict[str, Any], Engine, dict[str, Any], StandIn, Callable[..., Any]]]
     mounted: dict[str, StandIn]
 
+    def is_in_place(self) -> bool:
+        """Whether every module is still the one that it was."""
+        return all([children.get(name) is child for children, name, child in self.links])  # noqa: C419 (quicker so)
+
     def mount(self) -> bool:
         """Mount all, or nothing if a module was replaced or given a forward of its own since."""
-        for children, name, child in self.links:
-            if children.get(name) is not child:
-                return False
+        if not self.is_in_place():
+            return False
         for _, engine, module, _, forward in self.places:
             if "forward" in module or "_old_forward" in module or type(engine.module).forward is not forward:
                 return False
         for component, engine, module, stand_in, _ in self.places:
             component["engine"] = engine  # not through nn.Module's slow attribute setting
+            component["module"] = engine.module
             module["forward"] = stand_in
         return True
 
@@ -107,7 +111,7 @@ class MountPlan:
                 return False
         for component, _, module, _, _ in self.places:
             component["engine"] = None
-            del module["forward"]
+            del component["module"], module["forward"]
         return True
 
 
@@ -175,6 +179,7 @@ class ComponentTree:
         self._needs: dict[HookPoint, Needs] = {}
         self._mounted: dict[str, StandIn] = {}
         self._stranded: dict[str, StandIn] = {}
+        self._standing: MountPlan | None = None  # all that is mounted, if it was mounted at once
         self._groups: dict[tuple[str | bool | None, ...], Group] = {}
         self.named: dict[str, HookPoint] = {}  # points that are always on, by the name they were asked for under
         self._class_forwards = [type(model).forward for model in (root, root.get_submodule(adapter.backbone_path))]
@@ -298,8 +303,10 @@ class ComponentTree:
                 if needed.plan.mount():
                     self._users.update(needed)
                     self._mounted.update(needed.plan.mounted)
+                    self._standing = needed.plan
                     return
                 needed.plan = None
+            self._standing = None
             try:
                 for name, count in needed.items():
                     users = self._users.get(name, 0)
@@ -311,7 +318,7 @@ class ComponentTree:
                 self._release(done)
                 raise
             if alone and all(held.slot == "forward" and held.previous is None for held in self._mounted.values()):
-                needed.plan = self._plan()
+                self._standing = needed.plan = self._plan()
 
     def _plan(self) -> MountPlan:
         """What is mounted now, to be mounted again."""
@@ -365,7 +372,7 @@ class ComponentTree:
         slot = "_old_forward" if "_old_forward" in vars(module) else "forward"
         previous = vars(module).get(slot)
         native = type(module).forward.__get__(module) if previous is None else previous
-        vars(component)["engine"] = Engine(module, native)
+        vars(component).update(engine=Engine(module, native), module=module)
         vars(module)[slot] = self._mounted[name] = StandIn(component, module, slot, previous)
 
     def _unmount(self, name: str) -> None:
@@ -382,6 +389,7 @@ class ComponentTree:
             )
             return
         vars(self.components[name])["engine"] = None
+        del vars(self.components[name])["module"]
         if mounted.previous is None:
             del state[mounted.slot]
         else:
@@ -389,21 +397,26 @@ class ComponentTree:
 
     def remount_replaced(self) -> None:
         """Mount anew what stands on a module that is no longer in the model (a merged adapter, a new layer)."""
-        components = self.components
+        if not self._mounted:
+            return
+        standing = self._standing
+        if standing is not None and standing.is_in_place():
+            return
         replaced = []
         for name, held in list(self._mounted.items()):
-            if components[name].original_component is not held.module:
+            if self.components[name].original_component is not held.module:
                 replaced.append(name)
         if not replaced:
             return
         with _LOCK:
+            self._standing = None
             for name in replaced:
                 self._unmount(name)
                 self._mount(name)
 
     def outputs_are_ours(self, model: nn.Module) -> bool:
         """Whether nobody else sees what ``model`` and its backbone give back: no torch hooks, no forward but their own."""
-        backbone = self.backbone.original_component
+        backbone = self.root._modules.get(self.adapter.backbone_path)
         if model is not self.root or backbone is None or torch_modules._global_forward_hooks:
             return False
         if model._forward_hooks or backbone._forward_hooks or "forward" in vars(model):
@@ -440,9 +453,12 @@ class ComponentTree:
     def _forget(self) -> None:
         """Begin without what is only remembered to be quick."""
         self._groups, self._needs, self.named = {}, {}, {}
+        self._standing = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key not in ("_groups", "_needs", "named")}
+        return {
+            key: value for key, value in vars(self).items() if key not in ("_groups", "_needs", "_standing", "named")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

@@ -205,8 +205,7 @@ class RunnableModel(HookedModel):
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
     ) -> Prepared:
-        if self._tree.is_mounted():
-            self._tree.remount_replaced()
+        self._tree.remount_replaced()
         if self._is_ready(input, prepend_bos, attention_mask, past_key_values, start_at_layer, stop_at_layer):
             return Prepared(input, None, None, None, None, None, plain=True)  # type: ignore[arg-type]
         self._refresh()  # the Hugging Face model may have been cast or moved behind our back
@@ -357,10 +356,10 @@ class RunnableModel(HookedModel):
         return output
 
 
-def refuse_rows(prepared: Prepared) -> None:
+def refuse_rows(given: Tensor) -> None:
     """Refuse a batch of several rows where its axis is to be removed."""
-    if prepared.given.shape[0] != 1:
-        raise InputError(f"remove_batch_dim needs a batch of one row; found {prepared.given.shape[0]}.")
+    if given.shape[0] != 1:
+        raise InputError(f"remove_batch_dim needs a batch of one row; found {given.shape[0]}.")
 
 
 def without_batch_dim(output: Any) -> Any:

@@ -10,7 +10,7 @@ import copy
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -194,8 +194,7 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
         if return_type == "logits" and self._is_ready(
             input, prepend_bos, attention_mask, past_key_values, start_at_layer, stop_at_layer
         ):
-            if self._tree.is_mounted():
-                self._tree.remount_replaced()
+            self._tree.remount_replaced()
             return self._logits({"input_ids": input, "use_cache": False})
         check_choice("return_type", return_type, ("logits", "loss", "both", None))
         prepared = self._prepare(
@@ -238,13 +237,22 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
             HookUnreachableError: a named point that ``start_at_layer`` or ``stop_at_layer`` leaves out.
             NoEffectError: see ``assert_effect``.
         """
-        check_choice("return_type", return_type, ("logits", "loss", "both", None))
-        prepared = self._prepare(
-            input, prepend_bos, padding_side, attention_mask, past_key_values, start_at_layer, stop_at_layer
-        )
-        if remove_batch_dim:
-            refuse_rows(prepared)
-        span = self._span(prepared) if prepared.start is not None or prepared.stop is not None else None
+        prepared = span = None
+        if return_type == "logits" and self._is_ready(
+            input, prepend_bos, attention_mask, past_key_values, start_at_layer, stop_at_layer
+        ):
+            self._tree.remount_replaced()
+            if remove_batch_dim:
+                refuse_rows(cast(Tensor, input))
+        else:
+            check_choice("return_type", return_type, ("logits", "loss", "both", None))
+            prepared = self._prepare(
+                input, prepend_bos, padding_side, attention_mask, past_key_values, start_at_layer, stop_at_layer
+            )
+            if remove_batch_dim:
+                refuse_rows(prepared.given)
+            if prepared.start is not None or prepared.stop is not None:
+                span = self._span(prepared)
         forward = self._requests(fwd_hooks, "fwd", span)
         backward = self._requests(bwd_hooks, "bwd", span) if bwd_hooks else []
         if assert_effect:
@@ -252,7 +260,10 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
                 handle.must_change = True
         with self._attached(forward + backward, keep=not reset_hooks_end):
             try:
-                output = self._finish(prepared, self._run(prepared), return_type, loss_per_token)
+                if prepared is None:
+                    output: Any = self._logits({"input_ids": input, "use_cache": False})
+                else:
+                    output = self._finish(prepared, self._run(prepared), return_type, loss_per_token)
             finally:
                 if clear_contexts:
                     self.clear_contexts()
@@ -322,7 +333,7 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
             input, prepend_bos, padding_side, attention_mask, past_key_values, start_at_layer, stop_at_layer
         )
         if remove_batch_dim:
-            refuse_rows(prepared)
+            refuse_rows(prepared.given)
         if (names_filter is None or isinstance(names_filter, str)) and prepared.start is None and prepared.stop is None:
             group = self._tree.group_named(names_filter)
         else:

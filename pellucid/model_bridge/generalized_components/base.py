@@ -45,6 +45,28 @@ class Site:
         return self if component is None else component.point(self.name)
 
 
+class OriginalModule:
+    """A component's Hugging Face module. ``Any``: its children are Hugging Face's to name, and looked up when used.
+
+    While a component is mounted, an instance attribute of the same name stands before this descriptor, so that reading it
+    costs no call: it is read several times on the way of every hooked forward.
+    """
+
+    @overload
+    def __get__(self, component: None, owner: type) -> OriginalModule: ...
+    @overload
+    def __get__(self, component: GeneralizedComponent, owner: type) -> Any: ...
+    def __get__(self, component: GeneralizedComponent | None, owner: type) -> Any:
+        if component is None:
+            return self
+        module = component.original_component
+        if module is None:
+            raise NotSetUpError(
+                f"Original component not set for {component.name}. Call set_original_component() first."
+            )
+        return module
+
+
 class Engine(NamedTuple):
     """What a mounted component runs: the module it stands in for and the forward that was there."""
 
@@ -72,6 +94,8 @@ class GeneralizedComponent(nn.Module):
 
     hook_in = Site("what the module is given")
     hook_out = Site("what the module gives")
+
+    module = OriginalModule()
 
     weight_names: ClassVar[tuple[str, ...]] = ("weight", "bias")
     """Keys that :meth:`set_processed_weights` takes for the module itself."""
@@ -158,20 +182,6 @@ class GeneralizedComponent(nn.Module):
                 links.append((module._modules, part, module._modules[part]))
                 module = module._modules[part]
         return links
-
-    @property
-    def module(self) -> Any:
-        """The Hugging Face module. ``Any``: its children are Hugging Face's to name, and looked up when used.
-
-        Raises:
-            NotSetUpError: there is none yet.
-        """
-        if self.engine is not None:
-            return self.engine.module
-        module = self.original_component
-        if module is None:
-            raise NotSetUpError(f"Original component not set for {self.name}. Call set_original_component() first.")
-        return module
 
     def original(self) -> Callable[..., Any]:
         """What runs the module as Hugging Face (or whoever wrapped it before us) would.

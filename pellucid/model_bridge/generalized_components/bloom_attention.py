@@ -218,7 +218,8 @@ class BloomAttentionBridge(JointQKVAttentionBridge):
         attention = self.module
         if attention.pretraining_tp > 1 and attention.slow_but_exact:
             return sum_of_slices(z_flat, cast(nn.Linear, self.output_projection), attention.pretraining_tp)
-        return super()._dense(z_flat) if self._place is None else cast(Tensor, attention.dense(z_flat))
+        contribution: Tensor = (self.output_projection if self._place is None else attention.dense)(z_flat)
+        return contribution
 
 
 def _only_mixes(attention: Any) -> bool:

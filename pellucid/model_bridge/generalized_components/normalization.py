@@ -95,8 +95,7 @@ class NormalizationBridge(GeneralizedComponent):
         return splice(native, self._affine(edited), changed)
 
     def _layer_norm(self) -> nn.LayerNorm:
-        engine = self.engine  # as `module` does: a call less, of which a cache of everything makes one a norm
-        module = self.module if engine is None else engine.module
+        module = self.module
         if not isinstance(module, nn.LayerNorm):
             raise WeightError(
                 f"The inside of {self.path} can be hooked on an nn.LayerNorm; found {type(module).__name__} (an adapter?)."
