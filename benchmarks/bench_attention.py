@@ -36,7 +36,9 @@ from common import (
     machine_lines,
     make_model,
     measure,
+    peak_bytes,
     random_tokens,
+    reset_peak,
     resident_bytes,
     table,
 )
@@ -111,14 +113,6 @@ def make_bridge(shape: Shape, dtype: str) -> TransformerBridge:
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
-def peak_bytes() -> int:
-    """Largest resident set since the last reset."""
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("this kernel does not report VmHWM")
-
-
 def run_alone(route: str, dtype: str, batch: int, length: int, shape: Shape) -> Memory:
     """One forward in this process, which has done nothing but a short one before."""
     bridge = make_bridge(shape, dtype)
@@ -127,7 +121,7 @@ def run_alone(route: str, dtype: str, batch: int, length: int, shape: Shape) -> 
         gc.collect()
         run = runner(bridge, route, random_tokens(shape, batch, length))
         before = resident_bytes()
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        reset_peak()
         logits = run()
         peak = peak_bytes()
     del logits

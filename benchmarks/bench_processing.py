@@ -34,7 +34,9 @@ from common import (
     installed,
     machine_lines,
     make_model,
+    peak_bytes,
     random_tokens,
+    reset_peak,
     resident_bytes,
     table,
 )
@@ -74,18 +76,6 @@ class Result:
 
 
 # -- in the process of one case ----------------------------------------------------------------------------------------
-
-
-def peak_bytes() -> int:
-    """Largest resident set since the last reset."""
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("this kernel does not report VmHWM")
-
-
-def reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def timed(run: Callable[[], Any]) -> tuple[Any, float, float]:

@@ -346,3 +346,16 @@ def resident_bytes() -> int:
         return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return 0
+
+
+def reset_peak() -> None:
+    """Let :func:`peak_bytes` begin anew (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_bytes() -> int:
+    """Largest resident memory of this process since :func:`reset_peak` (Linux' ``VmHWM``)."""
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("this kernel does not report VmHWM")

@@ -5,8 +5,10 @@
 
 Jobs are `python -m pellucid harvest` on the embedded model, two workers under torchrun. Processes are ended with SIGKILL, by
 their numbers. A run that is killed is started again with the same command in the same folder, and may be killed again;
-whenever one comes to its end, every file is compared with an undisturbed run's and the folder is begun anew. The disk is
-full because it is: a tmpfs of its own where this may mount one (root), a limit on the size of files otherwise.
+whenever one comes to its end, every file is compared with an undisturbed run's and the folder is begun anew. Workers of a
+killed launcher go on by themselves, so there each kill has a folder of its own: the same command is started at once, works
+beside them and is let finish. The disk is full because it is: a tmpfs of its own where this may mount one (root), a limit on
+the size of files otherwise.
 """
 
 from __future__ import annotations
@@ -77,13 +79,15 @@ class Job:
         launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(workers), "--max-restarts", "0"]
         return [sys.executable, *(launch if workers > 1 else []), "-m", *harvest, "--out", str(out), *extra]
 
-    def start(self, out: Path, workers: int = WORKERS, extra: Sequence[str] = ()) -> subprocess.Popen[str]:
+    def start(
+        self, out: Path, workers: int = WORKERS, extra: Sequence[str] = (), stdout: int = subprocess.PIPE
+    ) -> subprocess.Popen[str]:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": str(random.randrange(10_000))}
         return subprocess.Popen(
             self.command(out, workers, extra),
             cwd=ROOT,
             env=environment,
-            stdout=subprocess.PIPE,
+            stdout=stdout,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
@@ -178,13 +182,16 @@ def alive(pids: Sequence[int]) -> list[int]:
 def case_kills(job: Job, kind: str, moments: int) -> tuple[Count, list[float]]:
     """Kill at random moments; see the page's head."""
     count, out, progress = Count(kind), job.scratch / "killed", []
+    of_launcher = KILLS[kind] is kill_launcher
     shards = sum(name.endswith(".json") for name in job.reference) - 2
     orphans: list[int] = []
     killed_since = 0
     while count.made < moments or killed_since:
-        process = job.start(out)
-        if count.made < moments:
-            wait_until = time.monotonic() + random.uniform(0, 1.1 * job.seconds)
+        kills = count.made < moments and not (of_launcher and killed_since)
+        # Workers that outlive their launcher would write to a pipe that nobody reads any more.
+        process = job.start(out, stdout=subprocess.DEVNULL if kills and of_launcher else subprocess.PIPE)
+        if kills:
+            wait_until = time.monotonic() + random.uniform(0, job.seconds)
             while time.monotonic() < wait_until and process.poll() is None:
                 time.sleep(0.01)
             members = family(process.pid)
@@ -193,7 +200,7 @@ def case_kills(job: Job, kind: str, moments: int) -> tuple[Count, list[float]]:
                 killed_since += 1
                 done = sum(path.suffix == ".json" and path.stem.isdecimal() for path in out.glob("*"))
                 progress.append(done / shards)
-                process.communicate() if kind != "kill -9 of the launcher" else process.wait()
+                process.wait() if of_launcher else process.communicate()
                 orphans = [pid for pid in members if pid != process.pid]
                 continue  # workers of a killed launcher may still be at work beside the next ones
         output, _ = process.communicate()
@@ -205,7 +212,8 @@ def case_kills(job: Job, kind: str, moments: int) -> tuple[Count, list[float]]:
             time.sleep(0.1)
         whole = job.is_whole(out)
         leftovers = [path.name for path in out.iterdir() if path.name.endswith(".part")]
-        count.add(f"finished after kills, {'identical' if whole and not leftovers else 'NOT identical'}")
+        ended = "finished after kills" if killed_since else "finished before it could be killed"
+        count.add(f"{ended}, {'identical' if whole and not leftovers else 'NOT identical'}")
         killed_since = 0
         shutil.rmtree(out)
     for pid in alive(orphans):
@@ -386,7 +394,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--moments", type=int, default=20, help="kills of each kind")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--repeats", type=int, default=10, help="of the corpus")
+    parser.add_argument("--repeats", type=int, default=16, help="of the corpus")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hardware", default="cpu", help="part of the result file's name")
     parser.add_argument("--out", type=Path, help="the result file")

@@ -19,9 +19,6 @@ HERE = Path(__file__).resolve().parent
 QUICK = {"processing": ("--tiny",), "attention": ("--tiny", "--quick"), "neurons": ("--shape", "tiny")}
 """How a benchmark is told to be quick, if not by ``--quick`` alone."""
 
-PRINTS_ONLY = frozenset({"neurons"})
-"""These write no result file and take no ``--hardware``."""
-
 
 def benchmarks() -> dict[str, Path]:
     """Every ``bench_*.py`` beside this file, by what its name adds to that."""
@@ -37,9 +34,7 @@ def main() -> None:
     arguments = parser.parse_args()
     lines, failed = [], False
     for name in arguments.only:
-        call = [sys.executable, str(found[name])]
-        if name not in PRINTS_ONLY:
-            call += ["--hardware", arguments.hardware]
+        call = [sys.executable, str(found[name]), "--hardware", arguments.hardware]
         if arguments.quick:
             call += QUICK.get(name, ("--quick",))
         print(f"\n==== {found[name].name}\n", flush=True)

@@ -357,9 +357,11 @@ def detach_quietly(handles: Iterable[LensHandle]) -> list[LensHandle]:
     gone = []
     for handle in handles:
         attached = handle.point.fwd_hooks if handle.direction == "fwd" else handle.point.bwd_hooks
-        if handle in attached:
+        try:
             attached.remove(handle)
-            gone.append(handle)
+        except ValueError:  # the function has been removed meanwhile, perhaps by another thread
+            continue
+        gone.append(handle)
     return gone
 
 

@@ -249,6 +249,8 @@ class ComponentTree:
         group = self._groups.get(key)
         if group is None:
             specs = [spec for spec, _ in self.index.select(name, self.cfg.flags)]
+            if len(self._groups) >= 64:  # a loop over names asks for each only once
+                self._groups.clear()
             group = self._groups[key] = self.group(specs)
         return group
 
@@ -305,6 +307,7 @@ class ComponentTree:
                     self._mounted.update(needed.plan.mounted)
                     self._standing = needed.plan
                     return
+                self._forget()  # what was replaced need not be kept alive by what is remembered of it
                 needed.plan = None
             self._standing = None
             try:

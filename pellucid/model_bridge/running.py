@@ -1,6 +1,6 @@
 """One run: checking what was given, sending it through the model, and what comes back.
 
-With nothing hooked, a run is one call of the Hugging Face model.
+With nothing hooked, a run is one call of the Hugging Face model, asked for a tuple unless somebody else sees what it gives.
 """
 
 from __future__ import annotations

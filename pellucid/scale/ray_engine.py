@@ -32,7 +32,8 @@ def harvest_on_ray(
 ) -> HarvestReport:
     """Make every shard that is not done, ``tasks`` at a time.
 
-    A Ray that is initialised is used; otherwise one is started on this machine, and ended.
+    A Ray that is initialised is used; otherwise one is started on this machine, and ended. It listens on every network
+    interface, as Ray does, and lets in only who knows the token in ``~/.ray``, unless ``RAY_AUTH_MODE=disabled`` is set.
 
     Args:
         open_job: see :data:`OpenJob`.
