@@ -346,14 +346,12 @@ class HookPoint(nn.Module):
         return value
 
 
-def attach_quietly(handles: Iterable[LensHandle]) -> None:
-    """Attach functions without telling their points' ``on_use``: for a caller that mounts for all of them at once."""
-    for handle in handles:
-        (handle.point.fwd_hooks if handle.direction == "fwd" else handle.point.bwd_hooks).append(handle)
-
-
 def detach_quietly(handles: Iterable[LensHandle]) -> list[LensHandle]:
-    """Detach functions without telling their points' ``on_use``; those that were attached."""
+    """Detach functions without telling their points' ``on_use``, for a caller that unmounts for all of them at once.
+
+    Returns:
+        Those that were attached.
+    """
     gone = []
     for handle in handles:
         attached = handle.point.fwd_hooks if handle.direction == "fwd" else handle.point.bwd_hooks

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import GradientError, HookDisabledError, HookUnreachableError, InputError
-from pellucid.hook_points import Direction, Directions, HookFunction, HookPoint, LensHandle
+from pellucid.hook_points import Direction, Directions, HookFunction, HookPoint, LensHandle, detach_quietly
 from pellucid.model_bridge.generalized_components import GeneralizedComponent
 from pellucid.model_bridge.mounting import ComponentTree, Needs
 from pellucid.names import Flag, HookSpec, NamesFilter
@@ -67,13 +67,19 @@ class Attached:
 
     def __enter__(self) -> None:
         self._scope = scope = open_scope()
-        for handle in self._handles:
-            handle.scope = scope
         try:
-            self._tree.attach(self._handles, self._needed)
+            self._tree.retain(self._needed)
         except BaseException:
             close_scope(scope)
-            self._tree.detach(self._handles, self._needed)
+            raise
+        try:
+            for handle in self._handles:
+                handle.scope = scope
+                (handle.point.fwd_hooks if handle.direction == "fwd" else handle.point.bwd_hooks).append(handle)
+        except BaseException:  # an interrupt
+            close_scope(scope)
+            detach_quietly(self._handles)
+            self._tree.release(self._needed)
             raise
 
     def __exit__(self, *error: object) -> None:
@@ -81,8 +87,10 @@ class Attached:
         if self._keep:
             for handle in self._handles:
                 handle.scope = None
-        else:
-            self._tree.detach(self._handles, self._needed)
+            return
+        gone = detach_quietly(self._handles)
+        # One that was removed on the way has released what it needed.
+        self._tree.release(self._needed if len(gone) == len(self._handles) else self._tree.needed_by(gone))
 
 
 class HookedModel(nn.Module):

@@ -30,7 +30,7 @@ from torch.nn.modules import module as torch_modules
 
 from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import PellucidWarning
-from pellucid.hook_points import HookFunction, HookPoint, LensHandle, attach_quietly, detach_quietly
+from pellucid.hook_points import HookFunction, HookPoint, LensHandle
 from pellucid.model_bridge.architecture_adapter import ArchitectureAdapter
 from pellucid.model_bridge.generalized_components import BackboneBridge, GeneralizedComponent, LinearBridge
 from pellucid.model_bridge.generalized_components.base import Engine
@@ -93,8 +93,9 @@ class MountPlan:
 
     def mount(self) -> bool:
         """Mount all, or nothing if a module was replaced or given a forward of its own since."""
-        if not self.is_in_place():
-            return False
+        for children, name, child in self.links:  # as is_in_place, on the way of every hooked run
+            if children.get(name) is not child:
+                return False
         for _, engine, module, _, forward in self.places:
             if "forward" in module or "_old_forward" in module or type(engine.module).forward is not forward:
                 return False
@@ -239,9 +240,9 @@ class ComponentTree:
         needed = self._needed(point)
         if change > 0:
             self.index.select(str(point.name), self.cfg.flags)  # refuses an opt-in point that is off
-            self._retain(needed)
+            self.retain(needed)
         else:
-            self._release(needed)
+            self.release(needed)
 
     def group_named(self, name: str | None) -> Group:
         """The points that are on and that one name or glob matches (``None``: all), put together once."""
@@ -262,16 +263,6 @@ class ComponentTree:
             for name in self._needed(point):
                 needed[name] = needed.get(name, 0) + 1
         return Group(specs, points, {spec.name: spec.pos_axis for spec in specs}, needed, [])
-
-    def attach(self, handles: Sequence[LensHandle], needed: Needs) -> None:
-        """Attach functions to their points, mounting what fires them once for all."""
-        self._retain(needed)
-        attach_quietly(handles)
-
-    def detach(self, handles: Sequence[LensHandle], needed: Needs) -> None:
-        """Detach those of ``handles`` that are attached; ``needed`` is what they need all together."""
-        gone = detach_quietly(handles)
-        self._release(needed if len(gone) == len(handles) else self.needed_by(gone))
 
     def needed_by(self, handles: Sequence[LensHandle]) -> Needs:
         """The components that have to be mounted for ``handles``, and how many of those need each."""
@@ -296,7 +287,7 @@ class ComponentTree:
 
     # -- mounting ------------------------------------------------------------------------------------------------------
 
-    def _retain(self, needed: Needs) -> None:
+    def retain(self, needed: Needs) -> None:
         """Mount components, or count more users of those that are."""
         done = Needs()
         with _LOCK:
@@ -318,7 +309,7 @@ class ComponentTree:
                     self._users[name] = users + count
                     done[name] = count
             except BaseException:
-                self._release(done)
+                self.release(done)
                 raise
             if alone and all(held.slot == "forward" and held.previous is None for held in self._mounted.values()):
                 self._standing = needed.plan = self._plan()
@@ -334,7 +325,7 @@ class ComponentTree:
             places.append((vars(component), engine, vars(module), stand_in, type(module).forward))
         return MountPlan(list(links.values()), places, dict(self._mounted))
 
-    def _release(self, needed: Needs) -> None:
+    def release(self, needed: Needs) -> None:
         """Count users less, and unmount components that have none left."""
         with _LOCK:
             if needed.plan is not None and self._users == needed and needed.plan.unmount():
@@ -353,11 +344,11 @@ class ComponentTree:
     def mounted(self, names: Iterable[str]) -> Iterator[None]:
         """Keep components mounted for the length of a block."""
         held = Needs(Counter(names))
-        self._retain(held)
+        self.retain(held)
         try:
             yield
         finally:
-            self._release(held)
+            self.release(held)
 
     def is_mounted(self) -> bool:
         """Whether anything of ours stands on the model."""

@@ -28,7 +28,7 @@ from pellucid.errors import InputError
 from pellucid.model_bridge.generalized_components.alibi_utils import add_mask_to_alibi
 from pellucid.model_bridge.generalized_components.base import GeneralizedComponent
 from pellucid.model_bridge.generalized_components.bloom_mlp import sum_of_slices
-from pellucid.model_bridge.generalized_components.joint_qkv_attention import JointQKVAttentionBridge
+from pellucid.model_bridge.generalized_components.joint_qkv_attention import JointQKVAttentionBridge, passes_through
 from pellucid.model_bridge.generalized_components.packed_rows import PackedRuns
 from pellucid.run_context import current_fast_attention, is_quiet
 
@@ -124,7 +124,9 @@ class BloomAttentionBridge(JointQKVAttentionBridge):
             scores = self.alibi_scores(q.transpose(1, 2), keys, alibi, attention_mask, attention)
             z, pattern = self.attend(scores, values)
             contribution = self.project_out(self.fire("hook_z", z) if "hook_z" in points else z)
-        output = residual + F.dropout(contribution, p=attention.hidden_dropout, training=attention.training)
+        if attention.training:
+            contribution = F.dropout(contribution, p=attention.hidden_dropout)
+        output = residual + contribution
         return (self.fire("hook_out", output) if "hook_out" in points else output), pattern
 
     def _fast_bias(self, q: Tensor, keys: Tensor, alibi: Tensor, attention_mask: Tensor | None) -> Tensor | None:
@@ -224,13 +226,9 @@ class BloomAttentionBridge(JointQKVAttentionBridge):
 
 def _only_mixes(attention: Any) -> bool:
     """Whether nobody but our hooks could see or need the pattern: no dropout on it, and no torch hooks around it."""
-    dropout = attention.attention_dropout
-    idle = type(dropout) is nn.Dropout and not (dropout.training and dropout.p > 0)
-    watched = any(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        for module in (attention, dropout)
-    )
-    return idle and not watched and "forward" not in vars(dropout) and attention.beta == 1
+    watched = attention._forward_hooks or attention._forward_pre_hooks
+    watched = watched or attention._backward_hooks or attention._backward_pre_hooks
+    return not watched and passes_through(attention.attention_dropout) and bool(attention.beta == 1)
 
 
 def _refuse_missing(**arguments: Tensor | None) -> None:

@@ -84,8 +84,9 @@ class BloomMLPBridge(MLPBridge):
         else:
             contribution = mlp.dense_4h_to_h(post)
         contribution = self.fire("hook_mlp_out", contribution)
-        output = residual + F.dropout(contribution, p=mlp.hidden_dropout, training=mlp.training)
-        return self.fire("hook_out", output)
+        if mlp.training:
+            contribution = F.dropout(contribution, p=mlp.hidden_dropout)
+        return self.fire("hook_out", residual + contribution)
 
     @property
     def W_in(self) -> Tensor:

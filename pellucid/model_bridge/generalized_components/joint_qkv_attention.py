@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules import module as torch_modules
 
 from pellucid.conversion_utils import fused_qkv
 from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
@@ -102,6 +103,16 @@ def split_fused(attention: nn.Module, n_heads: int) -> tuple[FusedPart, FusedPar
     """The three parts of ``attention.query_key_value``."""
     q, k, v = (FusedPart(attention, part, n_heads) for part in PARTS)
     return q, k, v
+
+
+def passes_through(dropout: nn.Module) -> bool:
+    """Whether calling a dropout would do nothing and nobody would see it: it is off and has no hooks or other forward."""
+    if type(dropout) is not nn.Dropout or (dropout.training and dropout.p > 0) or "forward" in vars(dropout):
+        return False
+    hooks = dropout._forward_hooks or dropout._forward_pre_hooks or torch_modules._global_forward_hooks
+    return not (
+        hooks or dropout._backward_hooks or dropout._backward_pre_hooks or torch_modules._global_forward_pre_hooks
+    )
 
 
 def _by_head(flat: Tensor, n_heads: int) -> Tensor:
@@ -313,7 +324,10 @@ class JointQKVAttentionBridge(AttentionBridge):
         if "hook_attn_scores" in points:
             scores = self.fire("hook_attn_scores", scores)
         wide = torch.float64 if scores.dtype is torch.float64 else torch.float32
-        pattern: Tensor = self.module.attention_dropout(F.softmax(scores, dim=-1, dtype=wide).to(v_bnkh.dtype))
+        pattern = scores.softmax(dim=-1, dtype=wide).to(v_bnkh.dtype)
+        dropout = self.module.attention_dropout
+        if not passes_through(dropout):
+            pattern = dropout(pattern)
         if "hook_pattern" in points:
             # The softmax keeps its output for the backward pass: a hook that writes must not write there.
             pattern = self.fire("hook_pattern", pattern, private=pattern.requires_grad)
