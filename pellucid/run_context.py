@@ -175,6 +175,11 @@ open_scopes: Callable[[], tuple[Scope, ...]] = _SCOPES.get
 """The groups of hook functions that act in this thread or task."""
 current_span: Callable[[], LayerSpan] = _SPAN.get
 """The blocks that the current run passes through."""
+begin_run: Callable[[RunContext | None], Token[RunContext | None]] = _RUN.set
+"""Tell the hooks of one forward where in the sequence they are, until :func:`end_run`.
+
+No context manager: it is on the way of every hooked forward.
+"""
 current_run: Callable[[], RunContext | None] = _RUN.get
 """The forward that is running in this thread or task."""
 current_fast_attention: Callable[[], FastAttention | None] = _FAST.get
@@ -246,19 +251,6 @@ def outside_run() -> Iterator[None]:
     finally:
         _FAST.reset(fast)
         _SPAN.reset(span)
-
-
-def begin_run(
-    given: Tensor, past_length: int, tokens: Tensor | None, attention_mask: Tensor | None
-) -> Token[RunContext | None]:
-    """Tell the hooks of one forward where in the sequence they are, until :func:`end_run`.
-
-    A pair of functions and not a context manager: it is on the way of every hooked forward.
-    """
-    generation = _SPAN.get().generation
-    if generation is not None:
-        generation.step += 1
-    return _RUN.set(RunContext(given, past_length, tokens, attention_mask, generation))
 
 
 def end_run(token: Token[RunContext | None]) -> None:

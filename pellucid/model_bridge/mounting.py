@@ -53,10 +53,11 @@ class StandIn:
         self, component: GeneralizedComponent, module: nn.Module, slot: str, previous: Callable[..., Any] | None
     ) -> None:
         self.component, self.module, self.slot, self.previous = component, module, slot, previous
+        self._run = component.stand_in()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The component's forward."""
-        return self.component.forward(*args, **kwargs)
+        return self._run(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if self.component.root is None or id(self.component.root) in memo:
@@ -66,6 +67,7 @@ class StandIn:
             clone.component, clone.module, clone.previous = copy.deepcopy(
                 (self.component, self.module, self.previous), memo
             )
+            clone._run = clone.component.stand_in()
             return clone
         # One module is copied, not the model: the copy is nobody's to hook.
         if self.previous is not None:

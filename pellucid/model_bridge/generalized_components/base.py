@@ -194,6 +194,10 @@ class GeneralizedComponent(nn.Module):
         module: Callable[..., Any] = self.module
         return module
 
+    def stand_in(self) -> Callable[..., Any]:
+        """What a mounted component runs in the module's place: its forward, or what that passes its arguments on to."""
+        return self.forward
+
     def call_original(self, *args: Any, **kwargs: Any) -> Any:
         """Run :meth:`original`."""
         return self.original()(*args, **kwargs)

@@ -24,11 +24,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
+from pellucid.conversion_utils.fused_qkv import split_activation
 from pellucid.errors import InputError
 from pellucid.model_bridge.generalized_components.alibi_utils import add_mask_to_alibi
 from pellucid.model_bridge.generalized_components.base import GeneralizedComponent
 from pellucid.model_bridge.generalized_components.bloom_mlp import sum_of_slices
-from pellucid.model_bridge.generalized_components.joint_qkv_attention import JointQKVAttentionBridge, passes_through
+from pellucid.model_bridge.generalized_components.joint_qkv_attention import (
+    PROJECTION_SITES,
+    JointQKVAttentionBridge,
+    passes_through,
+)
 from pellucid.model_bridge.generalized_components.packed_rows import PackedRuns
 from pellucid.run_context import current_fast_attention, is_quiet
 
@@ -86,9 +91,11 @@ class BloomAttentionBridge(JointQKVAttentionBridge):
             InputError: an argument is missing or has a wrong shape.
             NotSetUpError: no original component was set.
         """
-        if is_quiet():
-            return self.call_original(*args, **kwargs)
         return self._run(*args, **kwargs)
+
+    def stand_in(self) -> Callable[..., Any]:
+        """See :meth:`GeneralizedComponent.stand_in`."""
+        return self._run
 
     def _run(
         self,
@@ -101,6 +108,11 @@ class BloomAttentionBridge(JointQKVAttentionBridge):
         output_attentions: bool = False,
         **ignored: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        if is_quiet():
+            given = {"attention_mask": attention_mask, "layer_past": layer_past, "use_cache": use_cache, **ignored}
+            return self.call_original(  # type: ignore[no-any-return]
+                hidden_states, residual, alibi=alibi, output_attentions=output_attentions, **given
+            )
         attention = self.module
         if hidden_states is None or residual is None or alibi is None:
             _refuse_missing(hidden_states=hidden_states, residual=residual, alibi=alibi)
@@ -108,7 +120,10 @@ class BloomAttentionBridge(JointQKVAttentionBridge):
         points = self._points
         if "hook_in" in points:
             hidden_states = self.fire("hook_in", hidden_states)
-        q, k, v = self.project(hidden_states)
+        if self._own_split is None and points.keys().isdisjoint(PROJECTION_SITES):
+            q, k, v = split_activation(attention.query_key_value(hidden_states), self.n_heads)
+        else:
+            q, k, v = self.project(hidden_states)
         if isinstance(layer_past, PackedRuns):
             return self._attend_packed(q, k, v, residual, layer_past)
         keys, values = k.transpose(1, 2), v.transpose(1, 2)

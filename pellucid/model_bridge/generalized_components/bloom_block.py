@@ -15,7 +15,7 @@ from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import Ba
 from pellucid.model_bridge.generalized_components.base import GeneralizedComponent, StopForward
 from pellucid.model_bridge.generalized_components.block import BlockBridge
 from pellucid.model_bridge.generalized_components.joint_qkv_attention import PRE_NORM
-from pellucid.run_context import begin_run, current_span, end_run, is_quiet
+from pellucid.run_context import RunContext, begin_run, current_span, end_run, is_quiet
 
 BRANCH_POINTS: tuple[tuple[str, str, str], ...] = (
     # site of the block, child, site of the child
@@ -116,8 +116,11 @@ class BackboneBridge(GeneralizedComponent):
         given = input_ids if input_ids is not None else inputs_embeds
         token = None
         if given is not None and not is_quiet():
-            past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
-            token = begin_run(given, past, input_ids, attention_mask)
+            past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+            generation = current_span().generation
+            if generation is not None:
+                generation.step += 1
+            token = begin_run(RunContext(given, past, input_ids, attention_mask, generation))
         try:
             return original(
                 input_ids=input_ids,

@@ -7,7 +7,7 @@ products with slices of that weight and drops its bias, and so do we.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -68,11 +68,15 @@ class BloomMLPBridge(MLPBridge):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """``(hidden_states, residual)``, by position or name, to the residual with the MLP's contribution added."""
-        if is_quiet():
-            return self.call_original(*args, **kwargs)  # type: ignore[no-any-return]
         return self._run(*args, **kwargs)
 
+    def stand_in(self) -> Callable[..., Any]:
+        """See :meth:`GeneralizedComponent.stand_in`."""
+        return self._run
+
     def _run(self, hidden_states: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        if is_quiet():
+            return self.call_original(hidden_states, residual)  # type: ignore[no-any-return]
         if hidden_states is None or residual is None:
             missing = "hidden_states" if hidden_states is None else "residual"
             raise InputError(f"BLOOM's MLP takes hidden_states and residual; {missing} was not given.")

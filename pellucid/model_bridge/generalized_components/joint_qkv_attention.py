@@ -51,6 +51,8 @@ PER_HEAD_SITES = frozenset({"hook_attn_in", *PER_HEAD_SITE.values()})
 """Sites on inputs that feed one head."""
 INPUT_SITES = PER_HEAD_SITES.union(INPUT_SITE.values())
 """Sites on inputs that feed one of queries, keys and values, or one head."""
+PROJECTION_SITES = INPUT_SITES | {f"hook_{part}" for part in PARTS}
+"""Sites that fire in the projection: those, and queries, keys and values themselves."""
 
 
 class FusedPart(nn.Linear):
