@@ -281,7 +281,12 @@ class GeneralizedComponent(nn.Module):
         """Whether nothing that acts at ``sites`` now can write or wants a gradient."""
         for site in sites:
             point = self._points.get(site)
-            if point is not None and not point.only_reads():
+            if point is None:
+                continue
+            functions = point.fwd_hooks
+            if not point.bwd_hooks and (not functions or (len(functions) == 1 and functions[0].reads_only)):
+                continue  # nothing, or the common case of a cache
+            if not point.only_reads():
                 return False
         return True
 
