@@ -37,6 +37,7 @@ from pellucid.run_context import (
     current_fast_attention,
     current_run,
     current_span,
+    open_scopes,
     outside_run,
 )
 
@@ -300,7 +301,8 @@ class HookPoint(nn.Module):
         forward = self.fwd_hooks
         if len(forward) == 1 and not self.bwd_hooks:
             only = forward[0]
-            if only.scope is not None and not acts(only.scope):
+            scope = only.scope
+            if scope is not None and (scope.closed or scope not in open_scopes()):  # as acts() has it
                 return value
             if self.hook_conversion is None and not (private or value.requires_grad):
                 # The common case of a hook: one function, shown the model's own tensor.
