@@ -36,6 +36,7 @@ from common import (
     machine_lines,
     make_model,
     measure,
+    peak_bytes,
     random_tokens,
     table,
     twin,
@@ -189,16 +190,14 @@ def write_text(path: Path, megabytes: int) -> None:
 
 def worker(path: Path) -> None:
     """Collect over a file with a tiny model, and print the peak memory before and after."""
-    import resource
-
     from bench_bridge import small_tokenizer
 
     bridge = TransformerBridge(make_model(TINY))
     corpus = Corpus.from_text({"text": path}, small_tokenizer(), context=CONTEXT, separator=2)
     statistics: list[Statistic] = [CountPositive(), MeanVariance(), TopK(20)]
     collected = bridge.collect(corpus, {POST: statistics}, batch_size=64, progress=False)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(json.dumps({"peak": peak, "tokens": collected.n_tokens["text"]}))
+    # Not ru_maxrss, which begins at what the parent had.
+    print(json.dumps({"peak": peak_bytes(), "tokens": collected.n_tokens["text"]}))
 
 
 def case_memory(report: Report, quick: bool) -> None:
