@@ -394,7 +394,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--moments", type=int, default=20, help="kills of each kind")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--repeats", type=int, default=16, help="of the corpus")
+    parser.add_argument("--repeats", type=int, default=4, help="of the corpus")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hardware", default="cpu", help="part of the result file's name")
     parser.add_argument("--out", type=Path, help="the result file")

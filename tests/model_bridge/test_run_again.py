@@ -26,6 +26,10 @@ from tests.models import is_pristine, make_bloom, make_pair, random_tokens
 POINTS = ["blocks.1.hook_resid_post", "blocks.1.attn.hook_z", "blocks.1.mlp.hook_post", "blocks.1.ln1.hook_scale"]
 
 
+def looks(tensor: Tensor, hook: Any) -> None:
+    pass
+
+
 def doubled(tensor: Tensor, hook: Any) -> Tensor:
     return tensor * 2
 
@@ -112,6 +116,44 @@ def test_a_forward_on_the_model_itself() -> None:
         assert len(seen) == 2
         assert all(isinstance(output, ModelOutput) for output in seen)
         del owner.forward
+
+
+class Halved(nn.Dropout):
+    """Somebody's dropout, which does something when it is off."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input / 2
+
+
+@pytest.mark.parametrize("how", ["hook", "pre-hook", "hook everywhere", "class", "forward", "training"])
+def test_an_idle_dropout_is_passed_by_only_if_nobody_sees(how: str) -> None:
+    bridge, _ = make_pair(attention_dropout=0.5)
+    tokens = random_tokens()
+    attention = bridge.hf_model.transformer.h[1].self_attention
+    dropout, undo = attention.attention_dropout, lambda: None
+    if how == "hook":
+        undo = dropout.register_forward_hook(lambda module, given, output: output * 0.5).remove
+    elif how == "pre-hook":
+        undo = dropout.register_forward_pre_hook(lambda module, given: given[0] * 0.5).remove
+    elif how == "hook everywhere":
+        halve = lambda module, given, output: output * 0.5 if module is dropout else None  # noqa: E731
+        undo = register_module_forward_hook(halve).remove
+    elif how == "class":
+        attention.attention_dropout = Halved(0.5).eval()
+    elif how == "forward":
+        dropout.forward = lambda input: input / 2
+    else:
+        dropout.train()
+    runs = []
+    try:
+        for run in (bridge.hf_model, lambda given: bridge.run_with_hooks(given, fwd_hooks=[(POINTS[1], looks)])):
+            torch.manual_seed(0)
+            output = run(tokens)
+            runs.append(output if isinstance(output, Tensor) else output.logits)
+    finally:
+        undo()
+    assert torch.equal(*runs)
+    assert not torch.equal(runs[0], make_pair()[1](tokens).logits)
 
 
 # -- mounting ----------------------------------------------------------------------------------------------------------

@@ -67,8 +67,8 @@ FAULTS = (
     Fault(
         "the contribution hooked after the residual is added",
         f"{COMPONENTS}/bloom_mlp.py",
-        'contribution = self.fire("hook_mlp_out", contribution)\n        output = residual + F.dropout(contribution, p=mlp.hidden_dropout, training=mlp.training)',
-        'output = residual + F.dropout(contribution, p=mlp.hidden_dropout, training=mlp.training)\n        output = self.fire("hook_mlp_out", output)',
+        'contribution = self.fire("hook_mlp_out", contribution)',
+        'residual = self.fire("hook_mlp_out", residual + contribution) - contribution',
         "tests/oracles/test_hook_table.py tests/oracles/test_parity.py",
     ),
     Fault(
@@ -269,9 +269,9 @@ FAULTS = (
     ),
     Fault(
         "fast attention with dropout on the pattern",
-        f"{COMPONENTS}/bloom_attention.py",
-        "idle = type(dropout) is nn.Dropout and not (dropout.training and dropout.p > 0)",
-        "idle = True",
+        f"{COMPONENTS}/joint_qkv_attention.py",
+        " or (dropout.training and dropout.p > 0)",
+        "",
         "tests/model_bridge/test_fast_attention.py",
     ),
     Fault(
@@ -455,6 +455,20 @@ FAULTS = (
         "base, source = self.corrupted.tokens[column], self.clean.tokens[column]",
         "base, source = self.clean.tokens[column], self.corrupted.tokens[column]",
         "tests/cli/test_patch.py",
+    ),
+    Fault(
+        "a torch hook on the pattern's dropout does not fire",
+        f"{COMPONENTS}/joint_qkv_attention.py",
+        "return not (own or torch_modules._has_any_global_hook())",
+        "return True",
+        "tests/model_bridge/test_run_again.py",
+    ),
+    Fault(
+        "a dropout of somebody's own is passed by",
+        f"{COMPONENTS}/joint_qkv_attention.py",
+        "if type(dropout) is not nn.Dropout or",
+        "if",
+        "tests/model_bridge/test_run_again.py",
     ),
     Fault(
         "a torch hook on the model is given a tuple",

@@ -111,10 +111,8 @@ def passes_through(dropout: nn.Module) -> bool:
     """Whether calling a dropout would do nothing and nobody would see it: it is off and has no hooks or other forward."""
     if type(dropout) is not nn.Dropout or (dropout.training and dropout.p > 0) or "forward" in vars(dropout):
         return False
-    hooks = dropout._forward_hooks or dropout._forward_pre_hooks or torch_modules._global_forward_hooks
-    return not (
-        hooks or dropout._backward_hooks or dropout._backward_pre_hooks or torch_modules._global_forward_pre_hooks
-    )
+    own = dropout._forward_hooks or dropout._forward_pre_hooks or dropout._backward_hooks or dropout._backward_pre_hooks
+    return not (own or torch_modules._has_any_global_hook())
 
 
 def _by_head(flat: Tensor, n_heads: int) -> Tensor:
