@@ -4,15 +4,19 @@
     python benchmarks/bench_neurons.py --shape tiny     a try, prints only
 
 What is to be seen: memory that is the model's and one batch's, and does not grow with the text. So two lengths of text are
-counted in processes of their own; the peak of each step is measured from where the model is loaded.
+counted in processes of their own; the peak of each step is measured from where the model is loaded. Then the command that
+users give, ``pellucid neurons``, runs on a folder with such a checkpoint and the embedded model's tokenizer and text.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,11 +40,13 @@ from pellucid import TransformerBridge
 from pellucid.analysis.language_neurons import lape
 from pellucid.analysis.perplexity import perplexity_change
 from pellucid.corpora import Corpus
+from pellucid.demo import MODEL_FOLDER
 from pellucid.running_stats import CountPositive
 
 LANGUAGES = ("en", "fr", "es", "id", "vi", "zh")
 CONTEXT, BATCH = 128, 4
 HOOK = "blocks.*.mlp.hook_post"
+CHARACTERS = (4_000, 16_000)
 TARGET_GROWTH_MIB = 32.0
 """Peak memory may differ by so much between two texts: what the allocator and the interpreter do differently."""
 
@@ -93,6 +99,41 @@ def child(shape_name: str, rows: int) -> dict[str, float]:
     }
 
 
+CHECKPOINT = """
+import sys
+from dataclasses import replace
+sys.path.insert(0, {benchmarks!r})
+from common import BLOOM_560M, TINY, make_model
+make_model({shape}).save_pretrained({folder!r})
+"""
+
+
+def command(shape_name: str, characters: int, scratch: Path) -> dict[str, float]:
+    """``pellucid neurons`` on a checkpoint in a folder, with so many characters of text a language."""
+    folder = scratch / "checkpoint"
+    if not folder.exists():
+        # The tiny one has fewer tokens than the tokenizer.
+        shape = "replace(TINY, d_vocab=4096)" if shape_name == "tiny" else "BLOOM_560M"
+        # In a process of its own: a child's peak (ru_maxrss) begins at what its parent holds.
+        program = CHECKPOINT.format(benchmarks=str(Path(__file__).parent), shape=shape, folder=str(folder))
+        subprocess.run([sys.executable, "-c", program], check=True)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(MODEL_FOLDER / name, folder)
+    words: list[str] = []
+    for label, texts in json.loads((MODEL_FOLDER / "held_out.json").read_text("utf-8")).items():
+        text = "\n".join(texts["declaration"] + texts["sampled"]) + "\n"
+        path = scratch / f"{label}.txt"
+        path.write_text((text * (1 + characters // len(text)))[:characters] + "\n", "utf-8")
+        words += ["--text", f"{label}={path}"]
+    sizes = ["--context", str(CONTEXT), "--batch-size", str(BATCH), "--measured-tokens", str(CONTEXT)]
+    given = ["neurons", str(folder), *words, *sizes, "--random-sets", "1", "--examples", "0", "--format", "json"]
+    started = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-m", "pellucid", *given], stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    return {"seconds": time.perf_counter() - started, "peak, MiB": used.ru_maxrss / 1024}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=("560m", "tiny"), default="560m")
@@ -110,8 +151,8 @@ def main() -> None:
         report.say(line)
     runs = []
     for rows in arguments.rows:
-        command = [sys.executable, __file__, "--shape", arguments.shape, "--child", str(rows)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        again = [sys.executable, __file__, "--shape", arguments.shape, "--child", str(rows)]
+        done = subprocess.run(again, stdout=subprocess.PIPE, text=True, check=True)
         runs.append(json.loads(done.stdout.splitlines()[-1]))
     shape = TINY if arguments.shape == "tiny" else BLOOM_560M
     report.section(f"LAPE of {len(LANGUAGES)} languages ({shape})")
@@ -122,6 +163,18 @@ def main() -> None:
     small, large = (run["counting: peak over that, MiB"] for run in runs)
     times = f"text x {arguments.rows[1] / arguments.rows[0]:.0f}"
     report.target(Target(f"growth of the peak of counting, {times}", large - small, TARGET_GROWTH_MIB, " MiB"))
+    report.section("pellucid neurons FOLDER: count, select, silence each language's neurons and a random set, measure")
+    with tempfile.TemporaryDirectory() as scratch:
+        studies = {size: command(arguments.shape, size, Path(scratch)) for size in CHARACTERS}
+    lines = [
+        (f"{size:,}", *(f"{value:,.0f}" for value in study.values()), f"{study['peak, MiB'] - base:,.0f}")
+        for size, study in studies.items()
+        for base in (runs[0]["model and program, MiB"],)
+    ]
+    report.say(table(("characters a language", "seconds", "peak, MiB", "over model and program, MiB"), lines))
+    small, large = (study["peak, MiB"] for study in studies.values())
+    times = f"text x {CHARACTERS[1] / CHARACTERS[0]:.0f}"
+    report.target(Target(f"growth of the peak of the command, {times}", large - small, TARGET_GROWTH_MIB, " MiB"))
     out = arguments.out
     if out is None and arguments.shape != "tiny":
         out = Path(__file__).parent / "results" / f"neurons_{arguments.hardware}_{time.strftime('%Y%m')}.md"
