@@ -47,6 +47,9 @@ LANGUAGES = ("en", "fr", "es", "id", "vi", "zh")
 CONTEXT, BATCH = 128, 4
 HOOK = "blocks.*.mlp.hook_post"
 CHARACTERS = (4_000, 16_000)
+GIVES_BACK = {name: str(2**20) for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")}
+"""Lets glibc give back what is freed, so that a peak is what was alive: what it keeps otherwise differs by some 200 MiB from
+run to run of the same text."""
 TARGET_GROWTH_MIB = 32.0
 """Peak memory may differ by so much between two texts: what the allocator and the interpreter do differently."""
 
@@ -128,7 +131,9 @@ def command(shape_name: str, characters: int, scratch: Path) -> dict[str, float]
     sizes = ["--context", str(CONTEXT), "--batch-size", str(BATCH), "--measured-tokens", str(CONTEXT)]
     given = ["neurons", str(folder), *words, *sizes, "--random-sets", "1", "--examples", "0", "--format", "json"]
     started = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "pellucid", *given], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pellucid", *given], stdout=subprocess.DEVNULL, env=os.environ | GIVES_BACK
+    )
     _, status, used = os.wait4(process.pid, 0)
     assert os.waitstatus_to_exitcode(status) == 0
     return {"seconds": time.perf_counter() - started, "peak, MiB": used.ru_maxrss / 1024}
@@ -152,7 +157,7 @@ def main() -> None:
     runs = []
     for rows in arguments.rows:
         again = [sys.executable, __file__, "--shape", arguments.shape, "--child", str(rows)]
-        done = subprocess.run(again, stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(again, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | GIVES_BACK)
         runs.append(json.loads(done.stdout.splitlines()[-1]))
     shape = TINY if arguments.shape == "tiny" else BLOOM_560M
     report.section(f"LAPE of {len(LANGUAGES)} languages ({shape})")
