@@ -171,10 +171,10 @@ def main() -> None:
     report.section("pellucid neurons FOLDER: count, select, silence each language's neurons and a random set, measure")
     with tempfile.TemporaryDirectory() as scratch:
         studies = {size: command(arguments.shape, size, Path(scratch)) for size in CHARACTERS}
+    base = runs[0]["model and program, MiB"]
     lines = [
         (f"{size:,}", *(f"{value:,.0f}" for value in study.values()), f"{study['peak, MiB'] - base:,.0f}")
         for size, study in studies.items()
-        for base in (runs[0]["model and program, MiB"],)
     ]
     report.say(table(("characters a language", "seconds", "peak, MiB", "over model and program, MiB"), lines))
     small, large = (study["peak, MiB"] for study in studies.values())
