@@ -304,11 +304,17 @@ class HookPoint(nn.Module):
             scope = only.scope
             if scope is not None and (scope.closed or scope not in open_scopes()):  # as acts() has it
                 return value
-            if self.hook_conversion is None and not (private or value.requires_grad):
-                # The common case of a hook: one function, shown the model's own tensor.
-                shown = _call(only, value)
-                return value if shown is value else _laid_out_as(value, shown)
+            if self.hook_conversion is None:
+                # The two common cases: one function of ours that only looks, one function that is shown the model's own.
+                if only.reads_only:
+                    only.user_hook(value, self)
+                    return value
+                if not (private or value.requires_grad):
+                    shown = _call(only, value)
+                    return value if shown is value else _laid_out_as(value, shown)
             return self._run_forward(value, (only,), private)
+        if not (forward or self.bwd_hooks):
+            return value
         forward = [handle for handle in forward if _acts(handle)]
         backward = [handle for handle in self.bwd_hooks if _acts(handle)] if self.bwd_hooks else None
         shown = self._run_forward(value, forward, private) if forward else value

@@ -154,11 +154,19 @@ def _version(tensor: Tensor | None) -> int:
 
 
 class Scope:
-    """The lifetime of a group of hook functions. Compared by identity."""
+    """The lifetime of a group of hook functions: begins in this thread or task when made. Compared by identity."""
 
-    def __init__(self, level: int) -> None:
-        self.level = level
+    def __init__(self) -> None:
+        scopes = _SCOPES.get()
+        self.level = len(scopes) + 1
         self.closed = False
+        _SCOPES.set((*scopes, self))
+
+    def close(self) -> None:
+        """End it, whichever others are still open, and from whichever thread."""
+        self.closed = True
+        scopes = _SCOPES.get()
+        _SCOPES.set(() if scopes == (self,) else tuple(other for other in scopes if not other.closed))
 
 
 _SCOPES: ContextVar[tuple[Scope, ...]] = ContextVar("pellucid_scopes", default=())
@@ -180,25 +188,14 @@ begin_run: Callable[[RunContext | None], Token[RunContext | None]] = _RUN.set
 
 No context manager: it is on the way of every hooked forward.
 """
+end_run: Callable[[Token[RunContext | None]], None] = _RUN.reset
+"""End the run that :func:`begin_run` began."""
+keep_finished: Callable[[RunContext | None], Token[RunContext | None]] = _FINISHED.set
+"""Remember a run that ends: the unembedding, which comes after, is part of it (:func:`begin_unembedding`)."""
 current_run: Callable[[], RunContext | None] = _RUN.get
 """The forward that is running in this thread or task."""
 current_fast_attention: Callable[[], FastAttention | None] = _FAST.get
 """What the attentions of the current run share, ``None`` if all of them take the exact path."""
-
-
-def open_scope() -> Scope:
-    """Begin a scope in this thread or task."""
-    scopes = _SCOPES.get()
-    scope = Scope(level=len(scopes) + 1)
-    _SCOPES.set((*scopes, scope))
-    return scope
-
-
-def close_scope(scope: Scope) -> None:
-    """End a scope, whichever others are still open, and from whichever thread."""
-    scope.closed = True
-    scopes = _SCOPES.get()
-    _SCOPES.set(() if scopes == (scope,) else tuple(other for other in scopes if not other.closed))
 
 
 @contextmanager
@@ -251,12 +248,6 @@ def outside_run() -> Iterator[None]:
     finally:
         _FAST.reset(fast)
         _SPAN.reset(span)
-
-
-def end_run(token: Token[RunContext | None]) -> None:
-    """End the run that :func:`begin_run` began. The unembedding comes after: see :func:`begin_unembedding`."""
-    _FINISHED.set(_RUN.get())
-    _RUN.reset(token)
 
 
 def begin_unembedding(length: int) -> Token[RunContext | None]:

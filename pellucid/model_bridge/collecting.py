@@ -22,6 +22,7 @@ from pellucid.corpora import Corpus, CorpusBatch, LabelCount
 from pellucid.errors import HookValueError, InputError, OtherJobError
 from pellucid.hook_points import HookPoint, LensHandle, describe_function
 from pellucid.model_bridge.collected import Collected, Hook, describe_request, read_collected, write_collected
+from pellucid.model_bridge.hooked_model import Attached
 from pellucid.model_bridge.running import Prepared, RunnableModel
 from pellucid.model_bridge.weights_hash import weights_hash
 from pellucid.names import HookSpec, NamesFilter
@@ -150,7 +151,7 @@ class CollectingModel(RunnableModel):
             LensHandle(point, tap, "fwd", point.name, reads_only=True) for point, tap in zip(points, taps, strict=True)
         ]
         _refuse_reshaped(points)
-        with torch.no_grad(), self._attached(handles):
+        with torch.no_grad(), Attached(self._tree, handles):
             for batch in batches:
                 prepared = self._batch_input(batch, stop)
                 places = Places(batch.documents.to(self.device), batch.positions.to(self.device))

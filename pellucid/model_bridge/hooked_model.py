@@ -17,7 +17,7 @@ from pellucid.hook_points import Direction, Directions, HookFunction, HookPoint,
 from pellucid.model_bridge.generalized_components import GeneralizedComponent
 from pellucid.model_bridge.mounting import ComponentTree, Needs
 from pellucid.names import Flag, HookSpec, NamesFilter
-from pellucid.run_context import acts, close_scope, open_scope
+from pellucid.run_context import Scope, acts
 
 HookRequest: TypeAlias = tuple[NamesFilter, HookFunction]
 """``(name, glob, list or predicate, function)``."""
@@ -58,32 +58,40 @@ class Attached:
     Args:
         tree: the components.
         handles: the functions.
-        needed: the components they need mounted, and how many of them need each.
         keep: leave them on after the block, as if added for good.
+        needed: the components they need mounted and how many of them need each, counted if not known.
+
+    Raises:
+        GradientError: gradients are wanted on two ways that exclude each other.
     """
 
-    def __init__(self, tree: ComponentTree, handles: Sequence[LensHandle], needed: Needs, keep: bool) -> None:
-        self._tree, self._handles, self._needed, self._keep = tree, handles, needed, keep
+    def __init__(
+        self, tree: ComponentTree, handles: Sequence[LensHandle], keep: bool = False, needed: Needs | None = None
+    ) -> None:
+        if handles and handles[-1].direction == "bwd":  # forward ones come first
+            refuse_parallel_gradients(tree, handles)
+        self._tree, self._handles, self._keep = tree, handles, keep
+        self._needed = tree.needed_by(handles) if needed is None else needed
 
     def __enter__(self) -> None:
-        self._scope = scope = open_scope()
+        self._scope = scope = Scope()
         try:
             self._tree.retain(self._needed)
         except BaseException:
-            close_scope(scope)
+            scope.close()
             raise
         try:
             for handle in self._handles:
                 handle.scope = scope
                 (handle.point.fwd_hooks if handle.direction == "fwd" else handle.point.bwd_hooks).append(handle)
         except BaseException:  # an interrupt
-            close_scope(scope)
+            scope.close()
             detach_quietly(self._handles)
             self._tree.release(self._needed)
             raise
 
     def __exit__(self, *error: object) -> None:
-        close_scope(self._scope)
+        self._scope.close()
         if self._keep:
             for handle in self._handles:
                 handle.scope = None
@@ -319,9 +327,8 @@ class HookedModel(nn.Module):
             reset_hooks_end: ``False`` leaves the functions on after the block, as if added with :meth:`add_hook`.
             clear_contexts: empty the ``ctx`` of every point at the end.
         """
-        with self._attached(
-            self._requests(fwd_hooks, "fwd") + self._requests(bwd_hooks, "bwd"), keep=not reset_hooks_end
-        ):
+        handles = self._requests(fwd_hooks, "fwd") + self._requests(bwd_hooks, "bwd")
+        with Attached(self._tree, handles, keep=not reset_hooks_end):
             try:
                 yield self
             finally:
@@ -383,32 +390,6 @@ class HookedModel(nn.Module):
                     f"{what} is not on the way of a run with {' and '.join(limits)}: nothing would be hooked there."
                 )
         return passed
-
-    def _attached(self, handles: Sequence[LensHandle], keep: bool = False, needed: Needs | None = None) -> Attached:
-        """Prepared functions, to be attached for the length of a block; ``needed`` by them is counted if not known."""
-        if handles and handles[-1].direction == "bwd":  # forward ones come first
-            self._refuse_parallel_gradients(handles)
-        return Attached(self._tree, handles, self._tree.needed_by(handles) if needed is None else needed, keep)
-
-    def _refuse_parallel_gradients(self, handles: Sequence[LensHandle]) -> None:
-        """A per-head input is a second way to the same projection: the gradient can flow through it or around it.
-
-        Raises:
-            GradientError: gradients are wanted on both ways of one layer.
-        """
-        wanted = [self._tree.index[str(handle.point.name)] for handle in handles if handle.direction == "bwd"]
-        per_head = {spec.layer: spec.name for spec in wanted if spec.flag in ("use_attn_in", "use_split_qkv_input")}
-        for spec in wanted:
-            after_norm = spec.component == f"blocks.{spec.layer}.ln1" or spec.site in (
-                "hook_q_in",
-                "hook_k_in",
-                "hook_v_in",
-            )
-            if after_norm and spec.layer in per_head:
-                raise GradientError(
-                    f"The gradients at {per_head[spec.layer]} and at {spec.name} exclude each other: queries, keys and "
-                    "values are made from the one or from the other. Take them in two runs."
-                )
 
     def reset_hooks(
         self,
@@ -484,3 +465,24 @@ def runs_through(spec: HookSpec, start: int, stop: int, n_layers: int) -> bool:
         return start <= spec.layer < stop or enters
     before = spec.component in ("embed", "embed_ln")
     return start < 0 if before else stop > n_layers
+
+
+def refuse_parallel_gradients(tree: ComponentTree, handles: Sequence[LensHandle]) -> None:
+    """A per-head input is a second way to the same projection: the gradient can flow through it or around it.
+
+    Raises:
+        GradientError: gradients are wanted on both ways of one layer.
+    """
+    wanted = [tree.index[str(handle.point.name)] for handle in handles if handle.direction == "bwd"]
+    per_head = {spec.layer: spec.name for spec in wanted if spec.flag in ("use_attn_in", "use_split_qkv_input")}
+    for spec in wanted:
+        after_norm = spec.component == f"blocks.{spec.layer}.ln1" or spec.site in (
+            "hook_q_in",
+            "hook_k_in",
+            "hook_v_in",
+        )
+        if after_norm and spec.layer in per_head:
+            raise GradientError(
+                f"The gradients at {per_head[spec.layer]} and at {spec.name} exclude each other: queries, keys and "
+                "values are made from the one or from the other. Take them in two runs."
+            )

@@ -22,7 +22,7 @@ from pellucid.model_bridge.cache_plan import Keeper, PosSlice, cache_bytes, kept
 from pellucid.model_bridge.collecting import CollectingModel
 from pellucid.model_bridge.generation import generate
 from pellucid.model_bridge.hf_source import find_bloom, load_model, make_adapter
-from pellucid.model_bridge.hooked_model import HookRequest, runs_through
+from pellucid.model_bridge.hooked_model import Attached, HookRequest, runs_through
 from pellucid.model_bridge.mounting import ComponentTree
 from pellucid.model_bridge.running import (
     ATTN_IMPLEMENTATIONS,
@@ -258,7 +258,7 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
         if assert_effect:
             for handle in forward:
                 handle.must_change = True
-        with self._attached(forward + backward, keep=not reset_hooks_end):
+        with Attached(self._tree, forward + backward if backward else forward, keep=not reset_hooks_end):
             try:
                 if prepared is None:
                     output: Any = self._logits({"input_ids": input, "use_cache": False})
@@ -359,7 +359,7 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
                 for spec, point in zip(group.specs, group.points, strict=True)
                 if spec.kind != "int"
             ]
-        with self._attached(handles, keep=not reset_hooks_end, needed=needed):
+        with Attached(self._tree, handles, keep=not reset_hooks_end, needed=needed):
             try:
                 output = self._finish(prepared, self._run(prepared), return_type, loss_per_token)
                 if incl_bwd:

@@ -81,8 +81,7 @@ class Case:
         return self.bridge.fast_mix(self.q, self.k, self.v, self.bias())
 
     def exact(self) -> Tensor:
-        scores = self.bridge.alibi_scores(self.q, self.k, self.alibi, self.mask, self.bridge.module)
-        return self.bridge.attend(scores, self.v)[0]
+        return self.bridge.mix(self.q, self.k, self.v, self.mask, self.alibi)[0]
 
     def reference(self) -> tuple[Tensor, Tensor, Tensor]:
         """In float64 what attention is, and the bounds of the fast and of the exact path: ``[batch, pos, head, d]``."""

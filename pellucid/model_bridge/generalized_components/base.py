@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
 from pellucid.errors import HookNameError, NotSetUpError, WeightError
 from pellucid.hook_points import HookPoint
-from pellucid.run_context import is_quiet, open_scopes
+from pellucid.run_context import is_quiet
 
 
 class Site:
@@ -207,12 +207,15 @@ class GeneralizedComponent(nn.Module):
         if is_quiet():
             return self.call_original(*args, **kwargs)
         original = self.original()
-        if args:
-            args = (self.fire("hook_in", args[0]), *args[1:])
+        points = self._points
+        if args and "hook_in" in points:
+            args = (points["hook_in"].fire(args[0]), *args[1:])
         output = original(*args, **kwargs)
+        if "hook_out" not in points:
+            return output
         if isinstance(output, tuple):
-            return (self.fire("hook_out", output[0]), *output[1:])
-        return self.fire("hook_out", output)
+            return (points["hook_out"].fire(output[0]), *output[1:])
+        return points["hook_out"].fire(output)
 
     # -- hook points ---------------------------------------------------------------------------------------------------
 
@@ -251,18 +254,12 @@ class GeneralizedComponent(nn.Module):
         return point
 
     def fire(self, site: str, value: Tensor, *, private: bool = False) -> Tensor:
-        """Show ``value`` to the functions at ``site``, if there are any. See :meth:`HookPoint.fire`."""
+        """Show ``value`` to the functions at ``site``, if there are any. See :meth:`HookPoint.fire`.
+
+        What runs in every forward asks ``"site" in self._points`` and fires the point itself: a call less.
+        """
         point = self._points.get(site)
-        if point is None:
-            return value
-        functions = point.fwd_hooks
-        if point.bwd_hooks or point.hook_conversion is not None or len(functions) != 1 or not functions[0].reads_only:
-            return point.fire(value, private=private) if functions or point.bwd_hooks else value
-        # The common case of a cache: one function of ours that only looks.
-        only = functions[0]
-        if only.scope is None or (not only.scope.closed and only.scope in open_scopes()):
-            only.user_hook(value, point)
-        return value
+        return value if point is None else point.fire(value, private=private)
 
     def is_live(self, site: str) -> bool:
         """Whether a function acts at ``site`` in this thread now."""

@@ -119,30 +119,32 @@ class BloomAttentionBridge(JointQKVAttentionBridge):
             raise AssertionError("unreachable")
         points = self._points
         if "hook_in" in points:
-            hidden_states = self.fire("hook_in", hidden_states)
+            hidden_states = points["hook_in"].fire(hidden_states)
         if self._own_split is None and points.keys().isdisjoint(PROJECTION_SITES):
             q, k, v = split_activation(attention.query_key_value(hidden_states), self.n_heads)
         else:
             q, k, v = self.project(hidden_states)
-        if isinstance(layer_past, PackedRuns):
-            return self._attend_packed(q, k, v, residual, layer_past)
         keys, values = k.transpose(1, 2), v.transpose(1, 2)
         if layer_past is not None:
+            if isinstance(layer_past, PackedRuns):
+                return self._attend_packed(q, k, v, residual, layer_past)
             keys, values = layer_past.update(keys, values, attention.layer_idx)
         bias = None
         if current_fast_attention() is not None and not output_attentions:
             bias = self._fast_bias(q, keys, alibi, attention_mask)
         pattern: Tensor | None = None
-        if bias is not None:
-            contribution = self.attend_fast(q.transpose(1, 2), keys, values, bias, attention.inv_norm_factor)
+        if bias is None:
+            z, pattern = self.mix(q.transpose(1, 2), keys, values, attention_mask, alibi)
         else:
-            scores = self.alibi_scores(q.transpose(1, 2), keys, alibi, attention_mask, attention)
-            z, pattern = self.attend(scores, values)
-            contribution = self.project_out(self.fire("hook_z", z) if "hook_z" in points else z)
+            z = self.fast_mix(q.transpose(1, 2), keys, values, bias, attention.inv_norm_factor)
+        if "hook_z" in points:
+            # The fused kernel keeps its output for the backward pass, of which z may be a view: nobody must write there.
+            z = points["hook_z"].fire(z, private=bias is not None and z.requires_grad)
+        contribution = self.project_out(z)
         if attention.training:
             contribution = F.dropout(contribution, p=attention.hidden_dropout)
         output = residual + contribution
-        return (self.fire("hook_out", output) if "hook_out" in points else output), pattern
+        return (points["hook_out"].fire(output) if "hook_out" in points else output), pattern
 
     def _fast_bias(self, q: Tensor, keys: Tensor, alibi: Tensor, attention_mask: Tensor | None) -> Tensor | None:
         """What the fused kernel adds to its scores; ``None`` where the exact path has to be taken."""
@@ -185,8 +187,7 @@ class BloomAttentionBridge(JointQKVAttentionBridge):
                 z_part = self.fast_mix(q_bnqh, keys, values, bias, attention.inv_norm_factor)
             else:
                 mask = None if packed.mask is None else packed.mask[group.base_rows][:, :, columns]
-                scores = self.alibi_scores(q_bnqh, keys, packed.alibi[group.base_rows], mask, attention)
-                z_part, _ = self.attend(scores, values)
+                z_part, _ = self.mix(q_bnqh, keys, values, mask, packed.alibi[group.base_rows])
             z_parts.append(z_part.flatten(0, 1))
             kept.append(output.flatten(0, 1))
         z = self.fire("hook_z", torch.cat(z_parts)[None])
@@ -195,41 +196,6 @@ class BloomAttentionBridge(JointQKVAttentionBridge):
             contribution, p=attention.hidden_dropout, training=attention.training
         )
         return self.fire("hook_out", output), z
-
-    @staticmethod
-    def alibi_scores(
-        q_bnqh: Tensor, k_bnkh: Tensor, alibi: Tensor, attention_mask: Tensor | None, attention: Any
-    ) -> Tensor:
-        """``alibi + q k^T / sqrt(d_head) + mask``, ``[batch, n_heads, pos, key_pos]``: one fused product.
-
-        Raises:
-            InputError: alibi or mask do not fit the keys.
-        """
-        batch, n_heads, length, d_head = q_bnqh.shape
-        key_length = k_bnkh.shape[-2]
-        if alibi.dim() == 4:
-            alibi = alibi.flatten(0, 1)
-        if alibi.shape[0] != batch * n_heads or alibi.shape[-1] != key_length:
-            raise InputError(
-                f"alibi must be [batch * n_heads, 1, key_pos] = [{batch * n_heads}, 1, {key_length}]; found "
-                f"{tuple(alibi.shape)}. Build it over cached and new positions together."
-            )
-        scores = alibi.baddbmm(
-            batch1=q_bnqh.reshape(batch * n_heads, length, d_head),
-            batch2=k_bnkh.reshape(batch * n_heads, key_length, d_head).transpose(-1, -2),
-            beta=attention.beta,
-            alpha=attention.inv_norm_factor,
-        ).view(batch, n_heads, length, key_length)
-        if attention_mask is None:
-            return scores
-        if attention_mask.dim() != 4 or attention_mask.shape[-1] != key_length or attention_mask.dtype == torch.bool:
-            raise InputError(
-                f"attention_mask must be additive, [batch, 1, pos, key_pos] = [{batch}, 1, {length}, {key_length}]; "
-                f"found {tuple(attention_mask.shape)} of {attention_mask.dtype}."
-            )
-        if scores.dtype == attention_mask.dtype and not scores.requires_grad:
-            return scores.add_(attention_mask)  # the same sum, without another tensor of this size
-        return scores + attention_mask
 
     def _dense(self, z_flat: Tensor) -> Tensor:
         attention = self.module

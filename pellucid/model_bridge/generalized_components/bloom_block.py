@@ -15,7 +15,7 @@ from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import Ba
 from pellucid.model_bridge.generalized_components.base import GeneralizedComponent, StopForward
 from pellucid.model_bridge.generalized_components.block import BlockBridge
 from pellucid.model_bridge.generalized_components.joint_qkv_attention import PRE_NORM
-from pellucid.run_context import RunContext, begin_run, current_span, end_run, is_quiet
+from pellucid.run_context import RunContext, begin_run, current_span, end_run, is_quiet, keep_finished
 
 BRANCH_POINTS: tuple[tuple[str, str, str], ...] = (
     # site of the block, child, site of the child
@@ -75,9 +75,11 @@ class BloomBlockBridge(BlockBridge):
         span = current_span()
         if self.layer_index is not None and span.start is not None and self.layer_index < span.start:
             return hidden_states, None
-        original = self.original()
+        engine, points = self.engine, self._points
+        original = self.module if engine is None else engine.forward  # as original() does, a call less
         # A residual that the run was given belongs to the caller.
-        residual = self.fire("hook_in", hidden_states, private=span.start is not None)
+        given = span.start is not None
+        residual = points["hook_in"].fire(hidden_states, private=given) if "hook_in" in points else hidden_states
         if self.layer_index is not None and self.layer_index == span.stop:
             raise StopForward(residual)
         outputs: tuple[Any, ...]
@@ -91,9 +93,9 @@ class BloomBlockBridge(BlockBridge):
                 PRE_NORM.reset(token)
         else:
             outputs = original(residual, *args, **kwargs)
-        if "hook_out" not in self._points:
+        if "hook_out" not in points:
             return outputs
-        return (self.fire("hook_out", outputs[0]), *outputs[1:])
+        return (points["hook_out"].fire(outputs[0]), *outputs[1:])
 
 
 class BackboneBridge(GeneralizedComponent):
@@ -114,13 +116,14 @@ class BackboneBridge(GeneralizedComponent):
         engine = self.engine  # as original() does: on the way of every hooked forward, a call less
         original = self.module if engine is None else engine.forward
         given = input_ids if input_ids is not None else inputs_embeds
-        token = None
+        run = token = None
         if given is not None and not is_quiet():
             past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
             generation = current_span().generation
             if generation is not None:
                 generation.step += 1
-            token = begin_run(RunContext(given, past, input_ids, attention_mask, generation))
+            run = RunContext(given, past, input_ids, attention_mask, generation)
+            token = begin_run(run)
         try:
             return original(
                 input_ids=input_ids,
@@ -131,4 +134,5 @@ class BackboneBridge(GeneralizedComponent):
             )
         finally:
             if token is not None:
+                keep_finished(run)
                 end_run(token)

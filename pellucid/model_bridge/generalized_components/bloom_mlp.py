@@ -80,17 +80,25 @@ class BloomMLPBridge(MLPBridge):
         if hidden_states is None or residual is None:
             missing = "hidden_states" if hidden_states is None else "residual"
             raise InputError(f"BLOOM's MLP takes hidden_states and residual; {missing} was not given.")
-        mlp = self.module
-        pre = self.fire("hook_pre", mlp.dense_h_to_4h(self.fire("hook_in", hidden_states)))
-        post = self.fire("hook_post", mlp.gelu_impl(pre))
+        mlp, points = self.module, self._points
+        if "hook_in" in points:
+            hidden_states = points["hook_in"].fire(hidden_states)
+        pre = mlp.dense_h_to_4h(hidden_states)
+        if "hook_pre" in points:
+            pre = points["hook_pre"].fire(pre)
+        post = mlp.gelu_impl(pre)
+        if "hook_post" in points:
+            post = points["hook_post"].fire(post)
         if mlp.pretraining_tp > 1 and mlp.slow_but_exact:
             contribution = sum_of_slices(post, mlp.dense_4h_to_h, mlp.pretraining_tp)
         else:
             contribution = mlp.dense_4h_to_h(post)
-        contribution = self.fire("hook_mlp_out", contribution)
+        if "hook_mlp_out" in points:
+            contribution = points["hook_mlp_out"].fire(contribution)
         if mlp.training:
             contribution = F.dropout(contribution, p=mlp.hidden_dropout)
-        return self.fire("hook_out", residual + contribution)
+        output: Tensor = residual + contribution
+        return points["hook_out"].fire(output) if "hook_out" in points else output
 
     @property
     def W_in(self) -> Tensor:

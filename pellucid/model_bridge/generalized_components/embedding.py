@@ -26,11 +26,12 @@ class EmbeddingBridge(GeneralizedComponent):
         if is_quiet():
             return self.call_original(input, **kwargs)  # type: ignore[no-any-return]
         # The ids belong to the caller: a hook that writes gets a copy.
-        original = self.original()
-        tokens = self.fire("hook_in", input, private=True)
+        original, points = self.original(), self._points
+        tokens = points["hook_in"].fire(input, private=True) if "hook_in" in points else input
         if tokens is not input:
             self._refuse_outside(tokens)
-        return self.fire("hook_out", original(tokens, **kwargs))
+        output: Tensor = original(tokens, **kwargs)
+        return points["hook_out"].fire(output) if "hook_out" in points else output
 
     def _refuse_outside(self, tokens: Tensor) -> None:
         """A hook has replaced tokens: refuse ids that are none, which a GPU would not survive."""

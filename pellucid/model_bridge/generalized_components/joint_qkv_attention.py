@@ -1,8 +1,8 @@
 """Attention whose queries, keys and values come out of one fused projection.
 
 The arithmetic is written once, in few steps that the forward and everything that recomputes attention call: ``project``
-(fused projection, split, hooks), ``scores``, ``attend`` (pattern, mixed values) and ``project_out``; ``fast_mix`` is scores
-and attend in one fused kernel, for runs that asked for it and layers that nothing looks into. Few, and asking for a point
+(fused projection, split, hooks), ``mix`` (scores, pattern, mixed values) and ``project_out``; ``fast_mix`` is ``mix``
+in one fused kernel, for runs that asked for it and layers that nothing looks into. Few, and asking for a point
 only where one was made: each Python function on the way of a forward costs a small model a thousandth of it. The split
 takes *views* of the fused output: no weight is copied, an adapter on the fused layer acts, a gradient reaches it.
 """
@@ -210,11 +210,11 @@ class JointQKVAttentionBridge(AttentionBridge):
         if not points.keys().isdisjoint(INPUT_SITES):
             q, k, v = self._with_inputs((q, k, v), hidden_states)
         if "hook_q" in points:
-            q = self.fire("hook_q", q)
+            q = points["hook_q"].fire(q)
         if "hook_k" in points:
-            k = self.fire("hook_k", k)
+            k = points["hook_k"].fire(k)
         if "hook_v" in points:
-            v = self.fire("hook_v", v)
+            v = points["hook_v"].fire(v)
         return q, k, v
 
     def _with_inputs(
@@ -305,38 +305,75 @@ class JointQKVAttentionBridge(AttentionBridge):
         heads = [self._one_part(normed[:, :, head], part)[:, :, head] for head in range(self.n_heads)]
         return torch.stack(heads, dim=2)
 
-    def scores(self, q_bnqh: Tensor, k_bnkh: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Scaled and masked products ``[batch, n_heads, pos, key_pos]``."""
-        scores = q_bnqh @ k_bnkh.transpose(-1, -2) / math.sqrt(q_bnqh.shape[-1])
-        return scores if attention_mask is None else scores + attention_mask
+    def mix(
+        self,
+        q_bnqh: Tensor,
+        k_bnkh: Tensor,
+        v_bnkh: Tensor,
+        attention_mask: Tensor | None,
+        alibi: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Scores, pattern and mixed values, the hooks of scores and pattern firing.
 
-    def attend(self, scores: Tensor, v_bnkh: Tensor) -> tuple[Tensor, Tensor]:
-        """From scores to the mixed values, the hooks of scores and pattern firing.
+        Scores are ``q k^T / sqrt(d_head) + mask``; with ``alibi``, ``alibi + q k^T / sqrt(d_head)`` in one fused product,
+        then the mask. The softmax is in float32 at least, then back to the values' dtype, then attention dropout. A float64
+        model stays in float64, where Hugging Face goes through float32.
 
-        The softmax is in float32 at least, then back to the values' dtype, then attention dropout. A float64 model stays in
-        float64, where Hugging Face goes through float32.
+        Args:
+            q_bnqh: queries ``[batch, n_heads, pos, d_head]``.
+            k_bnkh: keys ``[batch, n_heads, key_pos, d_head]``, the cached ones among them.
+            v_bnkh: values, as the keys.
+            attention_mask: additive ``[batch, 1, pos, key_pos]``.
+            alibi: ``[batch * n_heads, 1, key_pos]`` or ``[batch, n_heads, 1, key_pos]``.
 
         Returns:
             ``(z, pattern)``: ``[batch, pos, n_heads, d_head]``, its hook still to be fired, and
             ``[batch, n_heads, pos, key_pos]``.
+
+        Raises:
+            InputError: alibi or mask do not fit the keys.
         """
-        points = self._points
+        attention, points = self.module, self._points
+        batch, n_heads, length, d_head = q_bnqh.shape
+        rows, key_length = batch * n_heads, k_bnkh.shape[-2]
+        if attention_mask is not None and (
+            attention_mask.dim() != 4 or attention_mask.shape[-1] != key_length or attention_mask.dtype is torch.bool
+        ):
+            raise InputError(
+                f"attention_mask must be additive, [batch, 1, pos, key_pos] = [{batch}, 1, {length}, {key_length}]; "
+                f"found {tuple(attention_mask.shape)} of {attention_mask.dtype}."
+            )
+        if alibi is None:
+            scores = q_bnqh @ k_bnkh.transpose(-1, -2) / math.sqrt(d_head)
+        else:
+            if alibi.dim() == 4:
+                alibi = alibi.flatten(0, 1)
+            if alibi.shape[0] != rows or alibi.shape[-1] != key_length:
+                raise InputError(
+                    f"alibi must be [batch * n_heads, 1, key_pos] = [{rows}, 1, {key_length}]; found "
+                    f"{tuple(alibi.shape)}. Build it over cached and new positions together."
+                )
+            scores = alibi.baddbmm(
+                batch1=q_bnqh.reshape(rows, length, d_head),
+                batch2=k_bnkh.reshape(rows, key_length, d_head).transpose(-1, -2),
+                beta=attention.beta,
+                alpha=attention.inv_norm_factor,
+            ).view(batch, n_heads, length, key_length)
+        if attention_mask is not None:
+            if scores.dtype is attention_mask.dtype and not scores.requires_grad:
+                scores.add_(attention_mask)  # the same sum, without another tensor of this size
+            else:
+                scores = scores + attention_mask
         if "hook_attn_scores" in points:
-            scores = self.fire("hook_attn_scores", scores)
+            scores = points["hook_attn_scores"].fire(scores)
         wide = torch.float64 if scores.dtype is torch.float64 else torch.float32
-        pattern = scores.softmax(dim=-1, dtype=wide).to(v_bnkh.dtype)
-        dropout = self.module.attention_dropout
-        if not passes_through(dropout):
-            pattern = dropout(pattern)
+        pattern: Tensor = attention.attention_dropout(scores.softmax(dim=-1, dtype=wide).to(v_bnkh.dtype))
         if "hook_pattern" in points:
             # The softmax keeps its output for the backward pass: a hook that writes must not write there.
-            pattern = self.fire("hook_pattern", pattern, private=pattern.requires_grad)
-        batch, n_heads, length, key_length = pattern.shape
-        z = torch.bmm(
-            pattern.reshape(batch * n_heads, length, key_length), v_bnkh.reshape(batch * n_heads, key_length, -1)
-        )
+            pattern = points["hook_pattern"].fire(pattern, private=pattern.requires_grad)
+        z = torch.bmm(pattern.reshape(rows, length, key_length), v_bnkh.reshape(rows, key_length, d_head))
         # Hugging Face's _merge_heads copies into [batch, pos, n_heads * d_head]; the same copy, seen per head.
-        return z.view(batch, n_heads, length, -1).permute(0, 2, 1, 3).contiguous(), pattern
+        return z.view(batch, n_heads, length, d_head).permute(0, 2, 1, 3).contiguous(), pattern
 
     def fast_mix(
         self, q_bnqh: Tensor, k_bnkh: Tensor, v_bnkh: Tensor, bias: Tensor | None, scale: float | None = None
@@ -418,18 +455,9 @@ class JointQKVAttentionBridge(AttentionBridge):
         if hidden_states is None:
             raise InputError("hidden_states was not given, by position or by name.")
         q, k, v = self.project(self.fire("hook_in", hidden_states))
-        scores = self.scores(q.transpose(1, 2), k.transpose(1, 2), attention_mask)
-        z, pattern = self.attend(scores, v.transpose(1, 2))
+        z, pattern = self.mix(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attention_mask)
         contribution = self.project_out(self.fire("hook_z", z))
         return self.fire("hook_out", contribution), pattern
-
-    def attend_fast(
-        self, q_bnqh: Tensor, k_bnkh: Tensor, v_bnkh: Tensor, bias: Tensor | None, scale: float | None = None
-    ) -> Tensor:
-        """From queries, keys and values to the contribution by :meth:`fast_mix`, ``hook_z`` and those after it firing."""
-        z = self.fast_mix(q_bnqh, k_bnkh, v_bnkh, bias, scale)
-        # The kernel keeps its output for the backward pass, of which this may be a view: a hook must not write there.
-        return self.project_out(self.fire("hook_z", z, private=z.requires_grad))
 
     # -- weights -------------------------------------------------------------------------------------------------------
 

@@ -62,25 +62,29 @@ class NormalizationBridge(GeneralizedComponent):
                 return hidden_states  # already a residual
             if self.role == "final" and self.config is not None and span.stop == self.config.n_layers:
                 raise StopForward(hidden_states)
-        original = self.original()
-        x = self.fire("hook_in", hidden_states) if "hook_in" in points else hidden_states
+        engine = self.engine
+        original = self.module if engine is None else engine.forward  # as original() does, a call less
+        x = points["hook_in"].fire(hidden_states) if "hook_in" in points else hidden_states
         if "hook_branch_in" in points:
-            x = self.fire("hook_branch_in", x, private=True)
+            x = points["hook_branch_in"].fire(x, private=True)
         output: Tensor = original(x)
-        if self.in_use("hook_scale", "hook_normalized"):
+        if ("hook_scale" in points or "hook_normalized" in points) and self.in_use("hook_scale", "hook_normalized"):
             output = self._with_inside(x, output)
-        return self.fire("hook_out", output) if "hook_out" in points else output
+        return points["hook_out"].fire(output) if "hook_out" in points else output
 
     def _with_inside(self, x: Tensor, native: Tensor) -> Tensor:
         """Fire the scale and the normalised input; ``native`` is the module's own output for ``x``."""
-        eps, wide = self._layer_norm().eps, x.detach()
-        if wide.dtype != torch.float64:
+        eps, points = self._layer_norm().eps, self._points
+        wide = x.detach() if x.requires_grad else x
+        if wide.dtype is not torch.float64:
             wide = wide.float()
         normalized, mean, inverse = torch.native_layer_norm(wide, wide.shape[-1:], None, None, eps)
         scale = inverse.reciprocal_()
         if self.only_reads("hook_scale", "hook_normalized"):
-            self.fire("hook_scale", scale)
-            self.fire("hook_normalized", normalized)
+            if "hook_scale" in points:
+                points["hook_scale"].fire(scale)
+            if "hook_normalized" in points:
+                points["hook_normalized"].fire(normalized)
             return native
         if x.requires_grad and torch.is_grad_enabled():
             # The kernel's mean and scale have no gradient: its numbers go on with that of the formula.
