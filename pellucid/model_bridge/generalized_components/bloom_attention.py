@@ -120,7 +120,8 @@ class BloomAttentionBridge(JointQKVAttentionBridge):
         points = self._points
         if "hook_in" in points:
             hidden_states = points["hook_in"].fire(hidden_states)
-        if self._own_split is None and points.keys().isdisjoint(PROJECTION_SITES):
+        idle = points.keys().isdisjoint(PROJECTION_SITES) or not self.in_use(*PROJECTION_SITES)
+        if idle and self._own_split is None:
             q, k, v = split_activation(attention.query_key_value(hidden_states), self.n_heads)
         else:
             q, k, v = self.project(hidden_states)
@@ -129,18 +130,22 @@ class BloomAttentionBridge(JointQKVAttentionBridge):
             if isinstance(layer_past, PackedRuns):
                 return self._attend_packed(q, k, v, residual, layer_past)
             keys, values = layer_past.update(keys, values, attention.layer_idx)
-        bias = None
+        bias, pattern, own = None, None, False
         if current_fast_attention() is not None and not output_attentions:
             bias = self._fast_bias(q, keys, alibi, attention_mask)
-        pattern: Tensor | None = None
         if bias is None:
             z, pattern = self.mix(q.transpose(1, 2), keys, values, attention_mask, alibi)
         else:
             z = self.fast_mix(q.transpose(1, 2), keys, values, bias, attention.inv_norm_factor)
+            own = z.requires_grad  # the kernel keeps it, or what it is a view of, for the backward pass
         if "hook_z" in points:
-            # The fused kernel keeps its output for the backward pass, of which z may be a view: nobody must write there.
-            z = points["hook_z"].fire(z, private=bias is not None and z.requires_grad)
-        contribution = self.project_out(z)
+            z = points["hook_z"].fire(z, private=own)
+        if self._place is None or attention.pretraining_tp > 1 or "hook_result" in points:
+            contribution = self.project_out(z)
+        else:  # what that comes to, two calls less
+            contribution = attention.dense(z.flatten(-2))
+            if "hook_attn_out" in points:
+                contribution = points["hook_attn_out"].fire(contribution)
         if attention.training:
             contribution = F.dropout(contribution, p=attention.hidden_dropout)
         output = residual + contribution

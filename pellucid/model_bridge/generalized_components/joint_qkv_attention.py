@@ -51,8 +51,8 @@ PER_HEAD_SITES = frozenset({"hook_attn_in", *PER_HEAD_SITE.values()})
 """Sites on inputs that feed one head."""
 INPUT_SITES = PER_HEAD_SITES.union(INPUT_SITE.values())
 """Sites on inputs that feed one of queries, keys and values, or one head."""
-PROJECTION_SITES = INPUT_SITES | {f"hook_{part}" for part in PARTS}
-"""Sites that fire in the projection: those, and queries, keys and values themselves."""
+PROJECTION_SITES = (*(f"hook_{part}" for part in PARTS), *INPUT_SITES)
+"""Sites that fire in the projection: queries, keys and values themselves, and those."""
 
 
 class FusedPart(nn.Linear):
@@ -113,6 +113,27 @@ def passes_through(dropout: nn.Module) -> bool:
         return False
     own = dropout._forward_hooks or dropout._forward_pre_hooks or dropout._backward_hooks or dropout._backward_pre_hooks
     return not (own or torch_modules._has_any_global_hook())
+
+
+def _fitting_alibi(alibi: Tensor, rows: int, key_length: int) -> Tensor:
+    """ALiBi that is not ``[batch * n_heads, 1, key_pos]``, made so if it can be."""
+    flat = alibi.flatten(0, 1) if alibi.dim() == 4 else alibi
+    if flat.shape[0] != rows or flat.shape[-1] != key_length:
+        raise InputError(
+            f"alibi must be [batch * n_heads, 1, key_pos] = [{rows}, 1, {key_length}]; found {tuple(flat.shape)}. Build "
+            "it over cached and new positions together."
+        )
+    return flat
+
+
+def _fitting_mask(mask: Tensor, batch: int, length: int, key_length: int) -> Tensor:
+    """A mask that is not ``[batch, 1, pos, key_pos]`` of the scores' dtype, if it can be added to them all the same."""
+    if mask.dim() != 4 or mask.shape[-1] != key_length or mask.dtype is torch.bool:
+        raise InputError(
+            f"attention_mask must be additive, [batch, 1, pos, key_pos] = [{batch}, 1, {length}, {key_length}]; found "
+            f"{tuple(mask.shape)} of {mask.dtype}."
+        )
+    return mask
 
 
 def _by_head(flat: Tensor, n_heads: int) -> Tensor:
@@ -336,37 +357,28 @@ class JointQKVAttentionBridge(AttentionBridge):
         attention, points = self.module, self._points
         batch, n_heads, length, d_head = q_bnqh.shape
         rows, key_length = batch * n_heads, k_bnkh.shape[-2]
-        if attention_mask is not None and (
-            attention_mask.dim() != 4 or attention_mask.shape[-1] != key_length or attention_mask.dtype is torch.bool
-        ):
-            raise InputError(
-                f"attention_mask must be additive, [batch, 1, pos, key_pos] = [{batch}, 1, {length}, {key_length}]; "
-                f"found {tuple(attention_mask.shape)} of {attention_mask.dtype}."
-            )
         if alibi is None:
             scores = q_bnqh @ k_bnkh.transpose(-1, -2) / math.sqrt(d_head)
         else:
-            if alibi.dim() == 4:
-                alibi = alibi.flatten(0, 1)
-            if alibi.shape[0] != rows or alibi.shape[-1] != key_length:
-                raise InputError(
-                    f"alibi must be [batch * n_heads, 1, key_pos] = [{rows}, 1, {key_length}]; found "
-                    f"{tuple(alibi.shape)}. Build it over cached and new positions together."
-                )
+            if alibi.shape != (rows, 1, key_length):
+                alibi = _fitting_alibi(alibi, rows, key_length)
             scores = alibi.baddbmm(
                 batch1=q_bnqh.reshape(rows, length, d_head),
                 batch2=k_bnkh.reshape(rows, key_length, d_head).transpose(-1, -2),
                 beta=attention.beta,
                 alpha=attention.inv_norm_factor,
             ).view(batch, n_heads, length, key_length)
+        dtype = scores.dtype
         if attention_mask is not None:
-            if scores.dtype is attention_mask.dtype and not scores.requires_grad:
-                scores.add_(attention_mask)  # the same sum, without another tensor of this size
-            else:
+            if attention_mask.shape != (batch, 1, length, key_length) or attention_mask.dtype is not dtype:
+                scores = scores + _fitting_mask(attention_mask, batch, length, key_length)
+            elif scores.requires_grad:
                 scores = scores + attention_mask
+            else:
+                scores.add_(attention_mask)  # the same sum, without another tensor of this size
         if "hook_attn_scores" in points:
             scores = points["hook_attn_scores"].fire(scores)
-        wide = torch.float64 if scores.dtype is torch.float64 else torch.float32
+        wide = torch.float64 if dtype is torch.float64 else torch.float32
         pattern: Tensor = attention.attention_dropout(scores.softmax(dim=-1, dtype=wide).to(v_bnkh.dtype))
         if "hook_pattern" in points:
             # The softmax keeps its output for the backward pass: a hook that writes must not write there.
@@ -399,11 +411,10 @@ class JointQKVAttentionBridge(AttentionBridge):
 
     def project_out(self, z: Tensor) -> Tensor:
         """``[batch, pos, n_heads, d_head]`` through ``dense``: the additive contribution ``[batch, pos, d_model]``."""
-        points = self._points
         contribution = self._dense(z.flatten(-2))
-        if "hook_result" in points and self.is_live("hook_result"):
+        if self.is_live("hook_result"):
             contribution = self._with_results(z, contribution)
-        return self.fire("hook_attn_out", contribution) if "hook_attn_out" in points else contribution
+        return self.fire("hook_attn_out", contribution)
 
     @property
     def output_projection(self) -> nn.Module:
