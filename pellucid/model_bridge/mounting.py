@@ -300,7 +300,7 @@ class ComponentTree:
     # -- mounting ------------------------------------------------------------------------------------------------------
 
     def retain(self, needed: Needs) -> None:
-        """Mount components, or count more users of those that are."""
+        """Mount components, or count more users of those that are, once they stand on the modules that are there now."""
         done = Needs()
         with _LOCK:
             alone = not (self._users or self._stranded)
@@ -312,6 +312,8 @@ class ComponentTree:
                     return
                 self._forget()  # what was replaced need not be kept alive by what is remembered of it
                 needed.plan = None
+            if not alone:
+                self.remount_replaced()
             self._standing = None
             try:
                 for name, count in needed.items():

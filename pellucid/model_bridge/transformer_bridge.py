@@ -241,7 +241,6 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
         if return_type == "logits" and self._is_ready(
             input, prepend_bos, attention_mask, past_key_values, start_at_layer, stop_at_layer
         ):
-            self._tree.remount_replaced()
             if remove_batch_dim:
                 refuse_rows(cast(Tensor, input))
         else:
