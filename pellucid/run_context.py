@@ -154,19 +154,15 @@ def _version(tensor: Tensor | None) -> int:
 
 
 class Scope:
-    """The lifetime of a group of hook functions: begins in this thread or task when made. Compared by identity."""
+    """The lifetime of a group of hook functions, in the thread or task that opened it. Compared by identity.
 
-    def __init__(self) -> None:
-        scopes = _SCOPES.get()
-        self.level = len(scopes) + 1
-        self.closed = False
-        _SCOPES.set((*scopes, self))
+    Attributes:
+        level: how many scopes were open with it when it was opened, itself counted.
+        closed: whether it has ended.
+    """
 
-    def close(self) -> None:
-        """End it, whichever others are still open, and from whichever thread."""
-        self.closed = True
-        scopes = _SCOPES.get()
-        _SCOPES.set(() if scopes == (self,) else tuple(other for other in scopes if not other.closed))
+    level = 0
+    closed = False
 
 
 _SCOPES: ContextVar[tuple[Scope, ...]] = ContextVar("pellucid_scopes", default=())
@@ -181,6 +177,8 @@ is_quiet: Callable[[], bool] = _QUIET.get
 """Whether hook points are silent because we are recomputing something beside the model."""
 open_scopes: Callable[[], tuple[Scope, ...]] = _SCOPES.get
 """The groups of hook functions that act in this thread or task."""
+set_open_scopes: Callable[[tuple[Scope, ...]], object] = _SCOPES.set
+"""Say which groups of hook functions act in this thread or task."""
 current_span: Callable[[], LayerSpan] = _SPAN.get
 """The blocks that the current run passes through."""
 begin_run: Callable[[RunContext | None], Token[RunContext | None]] = _RUN.set

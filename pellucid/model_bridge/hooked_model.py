@@ -17,7 +17,7 @@ from pellucid.hook_points import Direction, Directions, HookFunction, HookPoint,
 from pellucid.model_bridge.generalized_components import GeneralizedComponent
 from pellucid.model_bridge.mounting import ComponentTree, Needs
 from pellucid.names import Flag, HookSpec, NamesFilter
-from pellucid.run_context import Scope, acts
+from pellucid.run_context import Scope, acts, open_scopes, set_open_scopes
 
 HookRequest: TypeAlias = tuple[NamesFilter, HookFunction]
 """``(name, glob, list or predicate, function)``."""
@@ -49,15 +49,15 @@ class HookDict(Mapping[str, HookPoint]):
         return spec.flag is None or self._tree.cfg.flags[spec.flag]
 
 
-class Attached:
-    """Functions attached for the length of a block.
+class Attached(Scope):
+    """Functions attached for the length of a block, which is their scope: blocks may end in any order, in any thread.
 
-    A class, where a generator would do: it is on the way of every run with hooks, and each Python call costs microseconds
-    there.
+    A class, where a generator would do, and few methods: it is on the way of every run with hooks, where each Python call
+    costs microseconds.
 
     Args:
         tree: the components.
-        handles: the functions.
+        handles: the functions, forward ones first.
         keep: leave them on after the block, as if added for good.
         needed: the components they need mounted and how many of them need each, counted if not known.
 
@@ -68,37 +68,39 @@ class Attached:
     def __init__(
         self, tree: ComponentTree, handles: Sequence[LensHandle], keep: bool = False, needed: Needs | None = None
     ) -> None:
-        if handles and handles[-1].direction == "bwd":  # forward ones come first
-            refuse_parallel_gradients(tree, handles)
         self._tree, self._handles, self._keep = tree, handles, keep
-        self._needed = tree.needed_by(handles) if needed is None else needed
+        if needed is None:
+            needed = tree.needs[handles[0].point] if len(handles) == 1 else tree.needed_by(handles)
+        self._needed = needed
 
     def __enter__(self) -> None:
-        self._scope = scope = Scope()
+        tree, handles = self._tree, self._handles
+        if handles and handles[-1].direction == "bwd":
+            refuse_parallel_gradients(tree, handles)
+        tree.retain(self._needed)
         try:
-            self._tree.retain(self._needed)
-        except BaseException:
-            scope.close()
-            raise
-        try:
-            for handle in self._handles:
-                handle.scope = scope
+            scopes = open_scopes()
+            self.level = len(scopes) + 1
+            set_open_scopes((*scopes, self))
+            for handle in handles:
+                handle.scope = self
                 (handle.point.fwd_hooks if handle.direction == "fwd" else handle.point.bwd_hooks).append(handle)
         except BaseException:  # an interrupt
-            scope.close()
-            detach_quietly(self._handles)
-            self._tree.release(self._needed)
+            self.__exit__()
             raise
 
     def __exit__(self, *error: object) -> None:
-        self._scope.close()
+        self.closed = True
+        scopes = open_scopes()
+        set_open_scopes(() if scopes == (self,) else tuple(scope for scope in scopes if not scope.closed))
+        tree, handles, self._handles = self._tree, self._handles, ()  # which know this scope: no circle is left
         if self._keep:
-            for handle in self._handles:
+            for handle in handles:
                 handle.scope = None
             return
-        gone = detach_quietly(self._handles)
+        gone = detach_quietly(handles)
         # One that was removed on the way has released what it needed.
-        self._tree.release(self._needed if len(gone) == len(self._handles) else self._tree.needed_by(gone))
+        tree.release(self._needed if len(gone) == len(handles) else tree.needed_by(gone))
 
 
 class HookedModel(nn.Module):

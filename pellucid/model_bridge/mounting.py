@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from operator import is_
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -35,7 +36,7 @@ from pellucid.hook_points import HookFunction, HookPoint, LensHandle
 from pellucid.model_bridge.architecture_adapter import ArchitectureAdapter
 from pellucid.model_bridge.generalized_components import BackboneBridge, GeneralizedComponent, LinearBridge
 from pellucid.model_bridge.generalized_components.base import Engine
-from pellucid.names import HookSpec
+from pellucid.names import HookIndex, HookSpec
 
 _LOCK = threading.RLock()
 
@@ -91,47 +92,47 @@ def _blank_stand_in() -> StandIn:
 
 @dataclass(frozen=True)
 class MountPlan:
-    """How components were mounted together, to do it again in two short loops as long as the model is as it was.
+    """How components were mounted together, to do it again in short loops as long as the model is as it was.
 
     Attributes:
-        links: (children of a module, name, child) of every step on the way to a mounted module.
+        parents: attributes ``_modules`` of every module on the way to a mounted one.
+        names: which of their children is on the way.
+        children: the module that was there.
         places: (attributes of the component, what it runs, attributes of the module, what stands there, its class' forward).
         mounted: what stands on the model then, by component.
     """
 
-    links: list[tuple[dict[str, nn.Module | None], str, nn.Module | None]]
+    parents: list[dict[str, nn.Module | None]]
+    names: list[str]
+    children: list[nn.Module | None]
     places: list[tuple[dict[str, Any], Engine, dict[str, Any], StandIn, Callable[..., Any]]]
     mounted: dict[str, StandIn]
-
-    def mount(self) -> bool:
-        """Mount all, or nothing if a module was replaced or given a forward of its own since."""
-        for children, name, child in self.links:
-            if children.get(name) is not child:
-                return False
-        for _, engine, module, _, forward in self.places:
-            if "forward" in module or "_old_forward" in module or type(engine.module).forward is not forward:
-                return False
-        for component, engine, module, stand_in, _ in self.places:
-            component["engine"] = engine  # not through nn.Module's slow attribute setting
-            component["module"] = engine.module
-            module["forward"] = stand_in
-        return True
-
-    def unmount(self) -> bool:
-        """Unmount all, or nothing if something else stands in one of the places."""
-        for _, _, module, stand_in, _ in self.places:
-            if module.get("forward") is not stand_in:
-                return False
-        for component, _, module, _, _ in self.places:
-            component["engine"] = None
-            del component["module"], module["forward"]
-        return True
 
 
 class Needs(dict[str, int]):
     """The components that have to be mounted, how many functions need each, and how they were mounted together."""
 
     plan: MountPlan | None = None
+
+
+class NeedsOf(dict[HookPoint, Needs]):
+    """What has to be mounted for a point to fire, found when first asked for.
+
+    Args:
+        index: the hook table.
+    """
+
+    def __init__(self, index: HookIndex) -> None:
+        super().__init__()
+        self._index = index
+
+    def __missing__(self, point: HookPoint) -> Needs:
+        spec = self._index[str(point.name)]
+        needed = Needs({spec.component: 1, "backbone": 1})
+        if spec.flag in ("use_attn_in", "use_split_qkv_input"):
+            needed[f"blocks.{spec.layer}"] = 1  # it knows the residual before the norm
+        self[point] = needed
+        return needed
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ class ComponentTree:
                 self.components[f"blocks.{layer}.{name}"] = child
         adapter.link_outer(self.components, self.blocks)
         self._users: dict[str, int] = {}
-        self._needs: dict[HookPoint, Needs] = {}
+        self.needs = NeedsOf(self.index)
         self._mounted: dict[str, StandIn] = {}
         self._stranded: dict[str, StandIn] = {}
         self._standing: MountPlan | None = None  # all that is mounted, if it was mounted at once
@@ -201,6 +202,7 @@ class ComponentTree:
         self._copied = False
         self.notes: dict[str, Any] = {}  # what others remember of this model, each under its own word; copied with it
         self._place_all()
+        self.embedding_path = tuple(self.components["embed"].path.split("."))
 
     @classmethod
     def of(cls, root: nn.Module, make_adapter: Callable[[], ArchitectureAdapter]) -> ComponentTree:
@@ -249,7 +251,7 @@ class ComponentTree:
 
     def on_use(self, point: HookPoint, change: int) -> None:
         """A point came into use (+1) or is no longer in use (-1): mount or unmount what fires it."""
-        needed = self._needed(point)
+        needed = self.needs[point]
         if change > 0:
             self.index.select(str(point.name), self.cfg.flags)  # refuses an opt-in point that is off
             self.retain(needed)
@@ -270,31 +272,17 @@ class ComponentTree:
     def group(self, specs: list[HookSpec]) -> Group:
         """Points by their specs, and the components that have to be mounted for them."""
         points = [self.point(spec.name) for spec in specs]
-        needed = Needs()
-        for point in points:
-            for name in self._needed(point):
-                needed[name] = needed.get(name, 0) + 1
-        return Group(specs, points, {spec.name: spec.pos_axis for spec in specs}, needed, [])
+        return Group(specs, points, {spec.name: spec.pos_axis for spec in specs}, self._sum_of(points), [])
 
     def needed_by(self, handles: Sequence[LensHandle]) -> Needs:
         """The components that have to be mounted for ``handles``, and how many of those need each."""
-        if len(handles) == 1:
-            return self._needs.get(handles[0].point) or self._needed(handles[0].point)
-        needed = Needs()
-        for handle in handles:
-            for name in self._needed(handle.point):
-                needed[name] = needed.get(name, 0) + 1
-        return needed
+        return self._sum_of(handle.point for handle in handles)
 
-    def _needed(self, point: HookPoint) -> Needs:
-        """The components that have to be mounted for a point to fire."""
-        needed = self._needs.get(point)
-        if needed is None:
-            spec = self.index[str(point.name)]
-            needed = Needs({spec.component: 1, "backbone": 1})
-            if spec.flag in ("use_attn_in", "use_split_qkv_input"):
-                needed[f"blocks.{spec.layer}"] = 1  # it knows the residual before the norm
-            self._needs[point] = needed
+    def _sum_of(self, points: Iterable[HookPoint]) -> Needs:
+        needed = Needs()
+        for point in points:
+            for name in self.needs[point]:
+                needed[name] = needed.get(name, 0) + 1
         return needed
 
     # -- mounting ------------------------------------------------------------------------------------------------------
@@ -304,11 +292,21 @@ class ComponentTree:
         done = Needs()
         with _LOCK:
             alone = not (self._users or self._stranded)
-            if alone and needed.plan is not None:
-                if needed.plan.mount():
+            plan = needed.plan
+            if alone and plan is not None:
+                # On the way of every hooked run, as its end is in release(): no calls.
+                again = all(map(is_, map(dict.get, plan.parents, plan.names), plan.children))
+                for _, engine, module, _, forward in plan.places:
+                    if "forward" in module or "_old_forward" in module or type(engine.module).forward is not forward:
+                        again = False
+                if again:
+                    for component, engine, module, stand_in, _ in plan.places:
+                        component["engine"] = engine  # not through nn.Module's slow attribute setting
+                        component["module"] = engine.module
+                        module["forward"] = stand_in
                     self._users.update(needed)
-                    self._mounted.update(needed.plan.mounted)
-                    self._standing = needed.plan
+                    self._mounted.update(plan.mounted)
+                    self._standing = plan
                     return
                 self._forget()  # what was replaced need not be kept alive by what is remembered of it
                 needed.plan = None
@@ -330,22 +328,38 @@ class ComponentTree:
 
     def _plan(self) -> MountPlan:
         """What is mounted now, to be mounted again."""
-        links = {(id(link[0]), link[1]): link for name in self._mounted for link in self.components[name].links()}
+        ways = [link for name in self._mounted for link in self.components[name].links()]
+        links = list({(id(parent), name): (parent, name, child) for parent, name, child in ways}.values())
         places = []
         for name, stand_in in self._mounted.items():
             component, engine = self.components[name], self.components[name].engine
             assert engine is not None
             module = engine.module
             places.append((vars(component), engine, vars(module), stand_in, type(module).forward))
-        return MountPlan(list(links.values()), places, dict(self._mounted))
+        return MountPlan(
+            [parent for parent, _, _ in links],
+            [name for _, name, _ in links],
+            [child for _, _, child in links],
+            places,
+            dict(self._mounted),
+        )
 
     def release(self, needed: Needs) -> None:
         """Count users less, and unmount components that have none left."""
         with _LOCK:
-            if needed.plan is not None and self._users == needed and needed.plan.unmount():
-                self._users.clear()
-                self._mounted.clear()
-                return
+            plan = needed.plan
+            if plan is not None and self._users == needed:
+                ours = True
+                for _, _, module, stand_in, _ in plan.places:
+                    if module.get("forward") is not stand_in:
+                        ours = False  # somebody has wrapped it meanwhile
+                if ours:
+                    for component, _, module, _, _ in plan.places:
+                        component["engine"] = None
+                        del component["module"], module["forward"]
+                    self._users.clear()
+                    self._mounted.clear()
+                    return
             for name, count in needed.items():
                 left = self._users[name] - count
                 if left:
@@ -408,12 +422,8 @@ class ComponentTree:
         if not self._mounted:
             return
         standing = self._standing
-        if standing is not None:
-            for children, name, child in standing.links:
-                if children.get(name) is not child:
-                    break
-            else:
-                return
+        if standing is not None and all(map(is_, map(dict.get, standing.parents, standing.names), standing.children)):
+            return
         replaced = []
         for name, held in list(self._mounted.items()):
             if self.components[name].original_component is not held.module:
@@ -464,12 +474,12 @@ class ComponentTree:
 
     def _forget(self) -> None:
         """Begin without what is only remembered to be quick."""
-        self._groups, self._needs, self.named = {}, {}, {}
+        self._groups, self.needs, self.named = {}, NeedsOf(self.index), {}
         self._standing = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {
-            key: value for key, value in vars(self).items() if key not in ("_groups", "_needs", "_standing", "named")
+            key: value for key, value in vars(self).items() if key not in ("_groups", "needs", "_standing", "named")
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:

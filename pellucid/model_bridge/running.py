@@ -149,13 +149,15 @@ class RunnableModel(HookedModel):
             return False
         if not (isinstance(input, Tensor) and input.dtype is torch.int64 and input.dim() == 2 and input.numel()):
             return False
-        embedding = self._tree.components["embed"].original_component
+        tree = self._tree
+        embedding: nn.Module | None = tree.root
+        for name in tree.embedding_path:
+            embedding = None if embedding is None else embedding._modules[name]
         weight = None if embedding is None else embedding._parameters.get("weight")
         if weight is None or not (weight.is_cpu and input.is_cpu):
             return False
         dtype = weight.dtype
-        exact = self._attn_implementation == "eager"
-        return exact and dtype is self._tree.cfg.dtype and dtype is not torch.float64
+        return dtype is tree.cfg.dtype and dtype is not torch.float64 and self._attn_implementation == "eager"
 
     def _logits(self, arguments: dict[str, Any]) -> Tensor:
         """Hugging Face's logits.
