@@ -117,12 +117,12 @@ class BloomAttentionBridge(JointQKVAttentionBridge):
         if hidden_states is None or residual is None or alibi is None:
             _refuse_missing(hidden_states=hidden_states, residual=residual, alibi=alibi)
             raise AssertionError("unreachable")
-        points = self._points
+        points, modules = self._points, attention._modules  # nn.Module's __getattr__ is a Python function
         if "hook_in" in points:
             hidden_states = points["hook_in"].fire(hidden_states)
         idle = points.keys().isdisjoint(PROJECTION_SITES) or not self.in_use(*PROJECTION_SITES)
         if idle and self._own_split is None:
-            q, k, v = split_activation(attention.query_key_value(hidden_states), self.n_heads)
+            q, k, v = split_activation(modules["query_key_value"](hidden_states), self.n_heads)
         else:
             q, k, v = self.project(hidden_states)
         keys, values = k.transpose(1, 2), v.transpose(1, 2)
@@ -143,7 +143,7 @@ class BloomAttentionBridge(JointQKVAttentionBridge):
         if self._place is None or attention.pretraining_tp > 1 or "hook_result" in points:
             contribution = self.project_out(z)
         else:  # what that comes to, two calls less
-            contribution = attention.dense(z.flatten(-2))
+            contribution = modules["dense"](z.flatten(-2))
             if "hook_attn_out" in points:
                 contribution = points["hook_attn_out"].fire(contribution)
         if attention.training:

@@ -81,18 +81,19 @@ class BloomMLPBridge(MLPBridge):
             missing = "hidden_states" if hidden_states is None else "residual"
             raise InputError(f"BLOOM's MLP takes hidden_states and residual; {missing} was not given.")
         mlp, points = self.module, self._points
+        modules = mlp._modules  # nn.Module's __getattr__ is a Python function
         if "hook_in" in points:
             hidden_states = points["hook_in"].fire(hidden_states)
-        pre = mlp.dense_h_to_4h(hidden_states)
+        pre = modules["dense_h_to_4h"](hidden_states)
         if "hook_pre" in points:
             pre = points["hook_pre"].fire(pre)
-        post = mlp.gelu_impl(pre)
+        post = modules["gelu_impl"](pre)
         if "hook_post" in points:
             post = points["hook_post"].fire(post)
         if mlp.pretraining_tp > 1 and mlp.slow_but_exact:
             contribution = sum_of_slices(post, mlp.dense_4h_to_h, mlp.pretraining_tp)
         else:
-            contribution = mlp.dense_4h_to_h(post)
+            contribution = modules["dense_4h_to_h"](post)
         if "hook_mlp_out" in points:
             contribution = points["hook_mlp_out"].fire(contribution)
         if mlp.training:

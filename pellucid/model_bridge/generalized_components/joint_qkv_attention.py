@@ -51,8 +51,8 @@ PER_HEAD_SITES = frozenset({"hook_attn_in", *PER_HEAD_SITE.values()})
 """Sites on inputs that feed one head."""
 INPUT_SITES = PER_HEAD_SITES.union(INPUT_SITE.values())
 """Sites on inputs that feed one of queries, keys and values, or one head."""
-PROJECTION_SITES = (*(f"hook_{part}" for part in PARTS), *INPUT_SITES)
-"""Sites that fire in the projection: queries, keys and values themselves, and those."""
+PROJECTION_SITES = INPUT_SITES.union(f"hook_{part}" for part in PARTS)
+"""Sites that fire in the projection: those, and queries, keys and values themselves."""
 
 
 class FusedPart(nn.Linear):
@@ -379,7 +379,8 @@ class JointQKVAttentionBridge(AttentionBridge):
         if "hook_attn_scores" in points:
             scores = points["hook_attn_scores"].fire(scores)
         wide = torch.float64 if dtype is torch.float64 else torch.float32
-        pattern: Tensor = attention.attention_dropout(scores.softmax(dim=-1, dtype=wide).to(v_bnkh.dtype))
+        dropout = attention._modules["attention_dropout"]  # as an attribute it would go through nn.Module's __getattr__
+        pattern: Tensor = dropout(scores.softmax(dim=-1, dtype=wide).to(v_bnkh.dtype))
         if "hook_pattern" in points:
             # The softmax keeps its output for the backward pass: a hook that writes must not write there.
             pattern = points["hook_pattern"].fire(pattern, private=pattern.requires_grad)
