@@ -85,7 +85,10 @@ class Attached(Scope):
             for handle in handles:
                 handle.scope = self
                 (handle.point.fwd_hooks if handle.direction == "fwd" else handle.point.bwd_hooks).append(handle)
-        except BaseException:  # an interrupt
+        except BaseException:  # an interrupt: those that were not attached yet need nothing any more, too
+            detach_quietly(handles)
+            tree.release(self._needed)
+            self._handles, self._needed = (), Needs()
             self.__exit__()
             raise
 

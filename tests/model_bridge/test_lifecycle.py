@@ -102,6 +102,28 @@ def test_after_an_exception_all_is_as_before(name: str, error: BaseException) ->
     assert not bridge.list_hooks()
 
 
+class _Interrupting(list[Any]):
+    """A point's functions, one of which cannot be attached: the user pressed Ctrl-C just then."""
+
+    def append(self, item: Any) -> None:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_while_functions_are_attached(monkeypatch: pytest.MonkeyPatch) -> None:
+    bridge, reference = make_pair()
+    tokens = random_tokens(2, 7)
+    expected = reference(tokens).logits
+    point = bridge.hook_dict["blocks.1.hook_resid_post"]
+    monkeypatch.setattr(point, "fwd_hooks", _Interrupting())
+    names = ["blocks.0.attn.hook_z", "blocks.1.hook_resid_post", "blocks.2.mlp.hook_post"]
+    with pytest.raises(KeyboardInterrupt):
+        bridge.run_with_hooks(tokens, fwd_hooks=[(name, lambda tensor, hook: tensor * 2) for name in names])
+    monkeypatch.undo()
+    assert is_pristine(bridge.hf_model)
+    assert not bridge.list_hooks()
+    assert torch.equal(bridge(tokens), expected)
+
+
 def test_a_generator_that_is_dropped() -> None:
     bridge, model = make_pair()
 

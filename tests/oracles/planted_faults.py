@@ -39,13 +39,13 @@ FAULTS = (
     Fault(
         "the softmax of a float64 model in float32",
         f"{COMPONENTS}/joint_qkv_attention.py",
-        "wide = torch.float64 if scores.dtype is torch.float64 else torch.float32",
+        "wide = torch.float64 if dtype is torch.float64 else torch.float32",
         "wide = torch.float32",
         "tests/oracles/test_parity.py",
     ),
     Fault(
         "scale applied to alibi too",
-        f"{COMPONENTS}/bloom_attention.py",
+        f"{COMPONENTS}/joint_qkv_attention.py",
         "beta=attention.beta",
         "beta=attention.inv_norm_factor",
         "tests/model_bridge/test_bloom_attention.py",
@@ -67,8 +67,8 @@ FAULTS = (
     Fault(
         "the contribution hooked after the residual is added",
         f"{COMPONENTS}/bloom_mlp.py",
-        'contribution = self.fire("hook_mlp_out", contribution)',
-        'residual = self.fire("hook_mlp_out", residual + contribution) - contribution',
+        'contribution = points["hook_mlp_out"].fire(contribution)',
+        'residual = points["hook_mlp_out"].fire(residual + contribution) - contribution',
         "tests/oracles/test_hook_table.py tests/oracles/test_parity.py",
     ),
     Fault(
@@ -116,8 +116,8 @@ FAULTS = (
     Fault(
         "a residual given to start at is written to",
         f"{COMPONENTS}/bloom_block.py",
-        "private=span.start is not None",
-        "private=False",
+        "given = span.start is not None",
+        "given = False",
         "tests/model_bridge/test_running.py",
     ),
     Fault(
@@ -297,9 +297,9 @@ FAULTS = (
     ),
     Fault(
         "an in-place edit of z writes where the kernel has saved it",
-        f"{COMPONENTS}/joint_qkv_attention.py",
-        "private=z.requires_grad",
-        "private=False",
+        f"{COMPONENTS}/bloom_attention.py",
+        "own = z.requires_grad",
+        "own = False",
         "tests/model_bridge/test_fast_attention.py",
     ),
     Fault(
@@ -508,8 +508,8 @@ FAULTS = (
     Fault(
         "what is mounted again stands on a module that is no longer in the model",
         "pellucid/model_bridge/mounting.py",
-        "            if children.get(name) is not child:\n                return False",
-        "            pass",
+        "again = all(map(is_, map(dict.get, plan.parents, plan.names), plan.children))",
+        "again = True",
         "tests/model_bridge/test_run_again.py",
     ),
     Fault(
@@ -553,6 +553,69 @@ FAULTS = (
         "with_gradient_of(mean, centre)",
         "centre",
         "tests/oracles/test_hook_table.py",
+    ),
+    Fault(
+        "what is mounted already stays on a module that was replaced, when more is mounted",
+        "pellucid/model_bridge/mounting.py",
+        "            if not alone:\n                self.remount_replaced()\n",
+        "",
+        "tests/model_bridge/test_lifecycle.py",
+    ),
+    Fault(
+        "a copy of a hooked model runs the original's components",
+        "pellucid/model_bridge/mounting.py",
+        "clone.__setstate__(copy.deepcopy(vars(self), memo))",
+        "clone.__setstate__(vars(self))",
+        "tests/model_bridge/test_lifecycle.py",
+    ),
+    Fault(
+        "points of the projection are taken for idle",
+        f"{COMPONENTS}/bloom_attention.py",
+        "idle = points.keys().isdisjoint(PROJECTION_SITES) or not self.in_use(*PROJECTION_SITES)",
+        "idle = True",
+        "tests/oracles/test_hook_table.py",
+    ),
+    Fault(
+        "what a hook on attention's contribution returns is dropped",
+        f"{COMPONENTS}/bloom_attention.py",
+        'contribution = points["hook_attn_out"].fire(contribution)',
+        'points["hook_attn_out"].fire(contribution)',
+        "tests/oracles/test_hook_table.py",
+    ),
+    Fault(
+        "attention does not sum over slices",
+        f"{COMPONENTS}/bloom_attention.py",
+        "attention.pretraining_tp > 1 or",
+        "",
+        "tests/oracles/test_parity.py",
+    ),
+    Fault(
+        "a block of hooks goes on acting after its end",
+        "pellucid/model_bridge/hooked_model.py",
+        "        self.closed = True\n",
+        "",
+        "tests/model_bridge",
+    ),
+    Fault(
+        "a block of hooks puts an end to those around it",
+        "pellucid/model_bridge/hooked_model.py",
+        "set_open_scopes(() if scopes == (self,) else",
+        "set_open_scopes(() if scopes else",
+        "tests/model_bridge",
+    ),
+    Fault(
+        "a caching function acts in other threads than its own",
+        "pellucid/hook_points.py",
+        "if scope is not None and (scope.closed or scope not in open_scopes()):",
+        "if scope is not None and scope.closed:",
+        "tests/model_bridge",
+    ),
+    Fault(
+        "the unembedding does not know the run it is part of",
+        f"{COMPONENTS}/bloom_block.py",
+        "                keep_finished(run)\n",
+        "",
+        "tests/model_bridge",
     ),
 )
 
