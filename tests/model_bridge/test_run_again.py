@@ -126,7 +126,7 @@ class Halved(nn.Dropout):
 
 
 @pytest.mark.parametrize("how", ["hook", "pre-hook", "hook everywhere", "class", "forward", "training"])
-def test_an_idle_dropout_is_passed_by_only_if_nobody_sees(how: str) -> None:
+def test_what_somebody_does_to_the_dropout_is_done(how: str) -> None:
     bridge, _ = make_pair(attention_dropout=0.5)
     tokens = random_tokens()
     attention = bridge.hf_model.transformer.h[1].self_attention
@@ -150,9 +150,14 @@ def test_an_idle_dropout_is_passed_by_only_if_nobody_sees(how: str) -> None:
             torch.manual_seed(0)
             output = run(tokens)
             runs.append(output if isinstance(output, Tensor) else output.logits)
+        # Where layers may take the fused kernel, this one must not.
+        bridge.set_attn_implementation("sdpa")
+        torch.manual_seed(0)
+        fast = bridge(tokens)
     finally:
         undo()
     assert torch.equal(*runs)
+    torch.testing.assert_close(fast, runs[0], rtol=0, atol=1e-4 * float(runs[0].abs().max()))
     assert not torch.equal(runs[0], make_pair()[1](tokens).logits)
 
 
