@@ -67,7 +67,13 @@ class StandIn(partial[Any]):
         vars(stand_in).update(component=component, module=module, slot=slot, previous=previous)
         return stand_in
 
+    def retire(self, forward: Callable[..., Any]) -> None:
+        """Pass on to ``forward`` for good: somebody's wrapper holds this object, and the component stands here no more."""
+        super().__setstate__((forward, (), {}, {}))  # type: ignore[misc]
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if not vars(self):  # retired
+            return copy.deepcopy(self.func, memo)
         if self.component.root is None or id(self.component.root) in memo:
             clone = _blank_stand_in()
             memo[id(self)] = clone
@@ -79,7 +85,7 @@ class StandIn(partial[Any]):
         return type(self.module).forward.__get__(memo[id(self.module)])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _blank_stand_in, (), vars(self)
+        return (_blank_stand_in, (), vars(self)) if vars(self) else (partial, (self.func,))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # What a component stands for leads back to this object, so that it is made first and filled afterwards.
@@ -192,7 +198,6 @@ class ComponentTree:
         self._users: dict[str, int] = {}
         self.needs = NeedsOf(self.index)
         self._mounted: dict[str, StandIn] = {}
-        self._stranded: dict[str, StandIn] = {}
         self._standing: MountPlan | None = None  # all that is mounted, if it was mounted at once
         self._groups: dict[tuple[str | bool | None, ...], Group] = {}
         self.named: dict[str, HookPoint] = {}  # points that are always on, by the name they were asked for under
@@ -291,7 +296,7 @@ class ComponentTree:
         """Mount components, or count more users of those that are, once they stand on the modules that are there now."""
         done = Needs()
         with _LOCK:
-            alone = not (self._users or self._stranded)
+            alone = not self._users
             plan = needed.plan
             if alone and plan is not None:
                 # On the way of every hooked run, as its end is in release(): no calls.
@@ -386,10 +391,6 @@ class ComponentTree:
         component = self.components[name]
         module = component.original_component
         assert module is not None
-        stranded = self._stranded.pop(name, None)
-        if stranded is not None and stranded.module is module:
-            self._mounted[name] = stranded
-            return
         # accelerate: module.forward is a wrapper around module._old_forward; ours goes inside the wrapper.
         slot = "_old_forward" if "_old_forward" in vars(module) else "forward"
         previous = vars(module).get(slot)
@@ -399,10 +400,13 @@ class ComponentTree:
 
     def _unmount(self, name: str) -> None:
         mounted = self._mounted.pop(name)
-        state = vars(mounted.module)
+        component, state = vars(self.components[name]), vars(mounted.module)
+        forward = component["engine"].forward
+        component["engine"] = None
+        del component["module"]
         if state.get(mounted.slot) is not mounted:
-            # What wraps us still calls us: the engine stays, and what comes through passes on.
-            self._stranded[name] = mounted
+            # What wraps us still calls us, and may be gone when the component is mounted again: around what is there then.
+            mounted.retire(forward)
             warnings.warn(
                 f"The forward of {self.components[name].path} was replaced while Pellucid had hooks on it; it is left "
                 "as found. Remove hooks before wrapping a module, and wrap it before hooking.",
@@ -410,8 +414,6 @@ class ComponentTree:
                 stacklevel=4,
             )
             return
-        vars(self.components[name])["engine"] = None
-        del vars(self.components[name])["module"]
         if mounted.previous is None:
             del state[mounted.slot]
         else:

@@ -13,7 +13,7 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
 from pellucid import TransformerBridge
-from pellucid.errors import InputError, PellucidWarning
+from pellucid.errors import HookValueError, InputError, PellucidWarning
 from pellucid.model_bridge import hf_source
 from tests.models import is_pristine, make_bloom, random_tokens
 
@@ -192,3 +192,14 @@ def test_a_resized_and_trained_model() -> None:
         losses.append(float(loss))
     assert losses[-1] < losses[0]
     assert torch.equal(bridge(random_tokens()), copy.deepcopy(model)(random_tokens()).logits)
+
+
+def test_an_adapter_on_the_embedding() -> None:
+    config = LoraConfig(target_modules=["word_embeddings"], r=4, init_lora_weights=False)
+    model = get_peft_model(make_bloom(), config).eval()
+    bridge, tokens = TransformerBridge(model), random_tokens()
+    assert torch.equal(bridge(tokens), model(tokens).logits)
+    flipped = bridge.run_with_hooks(tokens, fwd_hooks=[("embed.hook_in", lambda tensor, hook: tensor.flip(0))])
+    assert torch.equal(flipped, model(tokens.flip(0)).logits)
+    with pytest.raises(HookValueError, match="ids go from 0 to"):
+        bridge.run_with_hooks(tokens, fwd_hooks=[("embed.hook_in", lambda tensor, hook: tensor + 1000)])

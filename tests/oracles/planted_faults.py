@@ -617,6 +617,13 @@ FAULTS = (
         "",
         "tests/model_bridge",
     ),
+    Fault(
+        "a wrapper that was put on in a block brings a second firing",
+        "pellucid/model_bridge/mounting.py",
+        "            mounted.retire(forward)\n",
+        "",
+        "tests/model_bridge/test_lifecycle.py",
+    ),
 )
 
 

@@ -36,7 +36,7 @@ class EmbeddingBridge(GeneralizedComponent):
     def _refuse_outside(self, tokens: Tensor) -> None:
         """A hook has replaced tokens: refuse ids that are none, which a GPU would not survive."""
         low, high = (int(value) for value in tokens.aminmax())
-        count = self.module.num_embeddings
+        count = self.module.weight.shape[0]  # an adapter has no num_embeddings
         if low < 0 or high >= count:
             wrong = low if low < 0 else high
             raise HookValueError(f"A hook on {self.path} gave token id {wrong}; ids go from 0 to {count - 1}.")
