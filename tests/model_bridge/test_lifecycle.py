@@ -385,32 +385,34 @@ def test_a_forward_replaced_meanwhile_is_reported_and_left() -> None:
 
 
 @pytest.mark.parametrize("afterwards", ["wrapped", "unwrapped", "put back", "another forward"])
-def test_hooks_act_after_a_forward_was_replaced_in_a_block(afterwards: str) -> None:
+@pytest.mark.parametrize("name", [POINT, "blocks.1.hook_resid_post"])
+def test_hooks_act_after_a_forward_was_replaced_in_a_block(name: str, afterwards: str) -> None:
     bridge, native = make_pair()
     tokens = random_tokens()
-    attention = bridge.hf_model.transformer.h[1].self_attention
+    block = bridge.hf_model.transformer.h[1]
+    module = block.self_attention if name == POINT else block
     with pytest.warns(PellucidWarning, match="was replaced"):  # noqa: PT031 (when the inner block ends)
-        with bridge.hooks([(POINT, zero)]):
-            inner = attention.forward
-            attention.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+        with bridge.hooks([(name, zero)]):
+            inner = module.forward
+            module.forward = lambda *args, **kwargs: inner(*args, **kwargs)
     if afterwards == "unwrapped":
-        del attention.forward
+        del module.forward
     elif afterwards == "put back":
-        attention.forward = inner
+        module.forward = inner
     elif afterwards == "another forward":
-        attention.forward = type(attention).forward.__get__(attention)
-    found = vars(attention).get("forward")
-    expected = make_pair()[0].run_with_hooks(tokens, fwd_hooks=[(POINT, zero)])
+        module.forward = type(module).forward.__get__(module)
+    found = vars(module).get("forward")
+    expected = make_pair()[0].run_with_hooks(tokens, fwd_hooks=[(name, zero)])
     for model in (bridge, copy.deepcopy(bridge) if afterwards in ("unwrapped", "put back") else bridge):
         assert torch.equal(model(tokens), native(tokens).logits)
         shown: list[Tensor] = []
         for _ in range(2):
             edited = model.run_with_hooks(
-                tokens, fwd_hooks=[(POINT, zero), (POINT, lambda tensor, hook: shown.append(tensor))]
+                tokens, fwd_hooks=[(name, zero), (name, lambda tensor, hook: shown.append(tensor))]
             )
             assert torch.equal(edited, expected)
         assert len(shown) == 2  # once a run, and not by the old stand-in too
-    assert vars(attention).get("forward") is found
+    assert vars(module).get("forward") is found
 
 
 @pytest.mark.parametrize(
