@@ -394,6 +394,14 @@ class ComponentTree:
         # accelerate: module.forward is a wrapper around module._old_forward; ours goes inside the wrapper.
         slot = "_old_forward" if "_old_forward" in vars(module) else "forward"
         previous = vars(module).get(slot)
+        if not component.runs_original and _is_foreign(previous, type(module).forward):
+            warnings.warn(
+                f"{component.path} has a forward of somebody's own, and Pellucid computes in its place, as Hugging Face "
+                "does, while points of it are in use: the numbers of such a run are not those of a run without hooks. "
+                "Change the model with hooks, or hook points outside that module.",
+                PellucidWarning,
+                stacklevel=4,
+            )
         native = type(module).forward.__get__(module) if previous is None else previous
         vars(component).update(engine=Engine(module, native), module=module)
         vars(module)[slot] = self._mounted[name] = StandIn(component, module, slot, previous)
@@ -523,6 +531,13 @@ class ComponentTree:
     def is_float64(self) -> bool:
         """Whether the model runs in float64, where the attention is always ours."""
         return self.cfg.dtype == torch.float64
+
+
+def _is_foreign(previous: Callable[..., Any] | None, forward: Callable[..., Any]) -> bool:
+    """Whether a module's own forward (``previous``) or its class' is neither Hugging Face's nor ours."""
+    if previous is None:
+        return not str(forward.__module__).startswith("transformers.")
+    return not isinstance(previous, StandIn) and getattr(previous, "__func__", None) is not forward
 
 
 _TREES: WeakValueDictionary[int, ComponentTree] = WeakValueDictionary()

@@ -384,6 +384,27 @@ def test_a_forward_replaced_meanwhile_is_reported_and_left() -> None:
     del attention.forward
 
 
+@pytest.mark.parametrize("name", ["blocks.1.attn.hook_z", "blocks.1.mlp.hook_post"])
+@pytest.mark.parametrize("where", ["instance", "class"])
+def test_a_forward_of_somebodys_own_that_ours_stands_in_for_is_reported(
+    where: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bridge, _ = make_pair()
+    block, tokens = bridge.hf_model.transformer.h[1], random_tokens()
+    module = block.self_attention if "attn" in name else block.mlp
+    if where == "instance":
+        inner = module.forward
+        module.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+    else:
+        native = type(module).forward
+        monkeypatch.setattr(type(module), "forward", lambda self, *args, **kwargs: native(self, *args, **kwargs))
+    path = "mlp" if module is block.mlp else "self_attention"
+    with pytest.warns(PellucidWarning, match=rf"transformer\.h\.1\.{path} has a forward"):
+        bridge.run_with_hooks(tokens, fwd_hooks=[(name, lambda tensor, hook: None)])
+    bridge.run_with_hooks(tokens, fwd_hooks=[("blocks.1.hook_resid_post", lambda tensor, hook: None)])  # that one runs
+
+
+@pytest.mark.filterwarnings("ignore:.*a forward of somebody's own:pellucid.errors.PellucidWarning")
 @pytest.mark.parametrize("afterwards", ["wrapped", "unwrapped", "put back", "another forward"])
 @pytest.mark.parametrize("name", [POINT, "blocks.1.hook_resid_post"])
 def test_hooks_act_after_a_forward_was_replaced_in_a_block(name: str, afterwards: str) -> None:

@@ -13,6 +13,8 @@ class AttentionBridge(GeneralizedComponent):
     ``m`` d_model.
     """
 
+    runs_original = False
+
     hook_q = Site("queries, ``[batch, pos, n_heads, d_head]``")
     hook_k = Site("keys of the new positions")
     hook_v = Site("values of the new positions")

@@ -97,6 +97,9 @@ class GeneralizedComponent(nn.Module):
 
     module = OriginalModule()
 
+    runs_original: ClassVar[bool] = True
+    """Whether the forward that was there runs inside this component's. Attention and MLP compute step by step instead."""
+
     weight_names: ClassVar[tuple[str, ...]] = ("weight", "bias")
     """Keys that :meth:`set_processed_weights` takes for the module itself."""
 

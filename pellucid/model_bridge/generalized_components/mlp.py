@@ -8,6 +8,8 @@ from pellucid.model_bridge.generalized_components.base import GeneralizedCompone
 class MLPBridge(GeneralizedComponent):
     """The hook points and weights of an MLP with children ``in`` and ``out``; subclasses run it."""
 
+    runs_original = False
+
     hook_pre = Site("before the activation, ``[batch, pos, d_mlp]``")
     hook_post = Site("after the activation: the neurons, ``[batch, pos, d_mlp]``")
     hook_mlp_out = Site("the additive contribution, before the residual is added")
