@@ -151,7 +151,7 @@ class RunnableModel(HookedModel):
             return False
         tree = self._tree
         embedding: nn.Module | None = tree.root
-        for name in tree.embedding_path:
+        for name in tree.embedding_path:  # as original_component does, a call less
             embedding = None if embedding is None else embedding._modules[name]
         weight = None if embedding is None else embedding._parameters.get("weight")
         if weight is None or not (weight.is_cpu and input.is_cpu):

@@ -257,7 +257,7 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
         if assert_effect:
             for handle in forward:
                 handle.must_change = True
-        with Attached(self._tree, forward + backward if backward else forward, keep=not reset_hooks_end):
+        with Attached(self._tree, forward + backward, keep=not reset_hooks_end):
             try:
                 if prepared is None:
                     output: Any = self._logits({"input_ids": input, "use_cache": False})

@@ -458,14 +458,14 @@ FAULTS = (
     ),
     Fault(
         "a torch hook on the pattern's dropout does not fire",
-        f"{COMPONENTS}/joint_qkv_attention.py",
+        f"{COMPONENTS}/bloom_attention.py",
         "return not (own or torch_modules._has_any_global_hook())",
         "return True",
         "tests/model_bridge/test_run_again.py",
     ),
     Fault(
         "a dropout of somebody's own is passed by",
-        f"{COMPONENTS}/joint_qkv_attention.py",
+        f"{COMPONENTS}/bloom_attention.py",
         "if type(dropout) is not nn.Dropout or",
         "if",
         "tests/model_bridge/test_run_again.py",

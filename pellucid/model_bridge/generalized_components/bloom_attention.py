@@ -22,6 +22,7 @@ from typing import Any, Dict, cast  # noqa: UP035 (Dict: the specified signature
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules import module as torch_modules
 
 from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
 from pellucid.conversion_utils.fused_qkv import split_activation
@@ -32,7 +33,6 @@ from pellucid.model_bridge.generalized_components.bloom_mlp import sum_of_slices
 from pellucid.model_bridge.generalized_components.joint_qkv_attention import (
     PROJECTION_SITES,
     JointQKVAttentionBridge,
-    passes_through,
 )
 from pellucid.model_bridge.generalized_components.packed_rows import PackedRuns
 from pellucid.run_context import current_fast_attention, is_quiet
@@ -214,7 +214,15 @@ def _only_mixes(attention: Any) -> bool:
     """Whether nobody but our hooks could see or need the pattern: no dropout on it, and no torch hooks around it."""
     watched = attention._forward_hooks or attention._forward_pre_hooks
     watched = watched or attention._backward_hooks or attention._backward_pre_hooks
-    return not watched and passes_through(attention.attention_dropout) and bool(attention.beta == 1)
+    return not watched and _passes_through(attention.attention_dropout) and bool(attention.beta == 1)
+
+
+def _passes_through(dropout: nn.Module) -> bool:
+    """Whether calling a dropout would do nothing and nobody would see it: it is off and has no hooks or other forward."""
+    if type(dropout) is not nn.Dropout or (dropout.training and dropout.p > 0) or "forward" in vars(dropout):
+        return False
+    own = dropout._forward_hooks or dropout._forward_pre_hooks or dropout._backward_hooks or dropout._backward_pre_hooks
+    return not (own or torch_modules._has_any_global_hook())
 
 
 def _refuse_missing(**arguments: Tensor | None) -> None:

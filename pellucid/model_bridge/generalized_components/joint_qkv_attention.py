@@ -18,7 +18,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules import module as torch_modules
 
 from pellucid.conversion_utils import fused_qkv
 from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
@@ -105,14 +104,6 @@ def split_fused(attention: nn.Module, n_heads: int) -> tuple[FusedPart, FusedPar
     """The three parts of ``attention.query_key_value``."""
     q, k, v = (FusedPart(attention, part, n_heads) for part in PARTS)
     return q, k, v
-
-
-def passes_through(dropout: nn.Module) -> bool:
-    """Whether calling a dropout would do nothing and nobody would see it: it is off and has no hooks or other forward."""
-    if type(dropout) is not nn.Dropout or (dropout.training and dropout.p > 0) or "forward" in vars(dropout):
-        return False
-    own = dropout._forward_hooks or dropout._forward_pre_hooks or dropout._backward_hooks or dropout._backward_pre_hooks
-    return not (own or torch_modules._has_any_global_hook())
 
 
 def _fitting_alibi(alibi: Tensor, rows: int, key_length: int) -> Tensor:
