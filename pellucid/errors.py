@@ -8,6 +8,7 @@ that code which catches ``KeyError`` or ``ValueError`` goes on working::
     ├── HookNameError          (KeyError)      a hook name, glob, filter or list entry matches nothing
     ├── HookDisabledError      (ValueError)    an opt-in hook point that is switched off
     ├── HookUnreachableError   (ValueError)    a hook point that this run will not pass through
+    ├── HookNotFiredError      (RuntimeError)  a hook point that a forward passed without firing it
     ├── HookValueError         (ValueError)    a hook returned a wrong type, shape, dtype or device
     ├── NoEffectError          (RuntimeError)  ``assert_effect=True`` and an edit changed nothing
     ├── GradientError          (RuntimeError)  a backward hook that cannot be honoured
@@ -48,6 +49,10 @@ class HookDisabledError(PellucidError, ValueError):
 
 class HookUnreachableError(PellucidError, ValueError):
     """A hook was put on a point that this run does not pass through (``start_at_layer``, ``stop_at_layer``)."""
+
+
+class HookNotFiredError(PellucidError, RuntimeError):
+    """A forward passed the place of a hooked point and the point did not fire: its functions were not called."""
 
 
 class HookValueError(PellucidError, ValueError):

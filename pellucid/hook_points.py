@@ -7,21 +7,26 @@ only look. Three rules make an edit an edit:
 * what is returned has the shape, dtype and device of what was given, or the run stops there, naming the function;
 * returning ``t + d`` and ``t.add_(d)`` go on as the same bits, so a returned tensor takes the memory layout of the
   original (matrix products may round differently on another layout);
-* a function gets a copy where autograd has saved the tensor, where it is a leaf, and where the caller owns it.
+* a function gets a copy where autograd has saved the tensor, where it is a leaf, where the caller owns it, and where
+  gradients are on and other points hold parts of the same memory (queries, keys and values are parts of one tensor).
 
-Functions belong to a *scope* (a ``with bridge.hooks(...)`` block, one ``run_with_hooks``) or to the bridge for good.
-Scopes are kept in a context variable: they act in the thread or task that opened them and nowhere else, they may be
-closed in any order, and closing one leaves every other as it was.
+Functions belong to a *scope*: a ``with bridge.hooks(...)`` block, one ``run_with_hooks``, or one ``add_hook``, which acts
+everywhere until it is removed. Scopes of blocks and runs act in the thread or task that opened them and nowhere else, they
+may be closed in any order, and closing one leaves every other as it was.
+
+A point's lists of functions are replaced, never changed: a forward that is going through one goes through the functions
+that were attached when it began, whatever other threads attach and detach meanwhile.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -29,23 +34,91 @@ from torch import Tensor, nn
 from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
 from pellucid.errors import GradientError, HookValueError, InputError, NoEffectError
 from pellucid.names import layer_of
-from pellucid.run_context import (
-    WHOLE,
-    RunContext,
-    Scope,
-    acts,
-    current_fast_attention,
-    current_run,
-    current_span,
-    open_scopes,
-    outside_run,
-)
+from pellucid.run_context import RunContext, Scope, acts, current_run, outside_run
 
 HookFunction: TypeAlias = Callable[..., Any]
 """``fn(tensor, hook=point) -> Tensor | None``."""
 
 Direction = Literal["fwd", "bwd"]
 Directions = Literal["fwd", "bwd", "both"]
+
+HOOKS_LOCK = threading.RLock()
+"""Held while the functions of points are attached or detached, and while components are mounted for them."""
+
+
+class NoTorchHooks(nn.Module):
+    """A module that runs of a bridge pass by: they call the Hugging Face model, so torch's own hooks here would be silent.
+
+    Used on its own (a component with :meth:`set_original_component`, a point in a user's own module) it is called as any
+    module is, and takes them.
+    """
+
+    def torch_hooks_go_to(self) -> str | None:
+        """Where torch hooks belong instead, in words; ``None`` if they are called here."""
+        return None
+
+    def _refuse_torch_hooks(self) -> None:
+        instead = self.torch_hooks_go_to()
+        if instead is not None:
+            raise InputError(
+                f"A torch hook on this {type(self).__name__} would not be called: a bridge runs the Hugging Face model's "
+                f"own modules. {instead}"
+            )
+
+    def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """As torch's; refused in a bridge.
+
+        Raises:
+            InputError: it would not be called.
+        """
+        self._refuse_torch_hooks()
+        return super().register_forward_pre_hook(*args, **kwargs)
+
+    def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """As torch's; refused in a bridge.
+
+        Raises:
+            InputError: it would not be called.
+        """
+        self._refuse_torch_hooks()
+        return super().register_forward_hook(*args, **kwargs)
+
+    def register_full_backward_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """As torch's; refused in a bridge.
+
+        Raises:
+            InputError: it would not be called.
+        """
+        self._refuse_torch_hooks()
+        return super().register_full_backward_pre_hook(*args, **kwargs)
+
+    def register_full_backward_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """As torch's; refused in a bridge.
+
+        Raises:
+            InputError: it would not be called.
+        """
+        self._refuse_torch_hooks()
+        return super().register_full_backward_hook(*args, **kwargs)
+
+    def register_backward_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """As torch's; refused in a bridge.
+
+        Raises:
+            InputError: it would not be called.
+        """
+        self._refuse_torch_hooks()
+        return super().register_backward_hook(*args, **kwargs)
+
+
+class PointOwner(Protocol):
+    """The bridge of a point: it mounts what fires it."""
+
+    def check_attachable(self, point: HookPoint) -> None:
+        """Refuse a function on a point that is off."""
+
+    def sync(self) -> None:
+        """Mount what attached functions need, and unmount the rest."""
 
 
 @dataclass(eq=False, slots=True)
@@ -58,7 +131,7 @@ class LensHandle:
         direction: ``"fwd"`` or ``"bwd"``.
         name: the name under which the user asked for the point.
         is_permanent: kept by ``reset_hooks`` unless told otherwise.
-        scope: the block or run it belongs to, ``None`` if it stays until removed.
+        scope: the block, run or ``add_hook`` it belongs to; it acts while and where that does.
         reads_only: a caching function of ours, which never writes.
         must_change: ``assert_effect``: note whether the tensor was changed.
     """
@@ -68,7 +141,7 @@ class LensHandle:
     direction: Direction
     name: str | None
     is_permanent: bool = False
-    scope: Scope | None = None
+    scope: Scope = field(default_factory=Scope)
     reads_only: bool = False
     must_change: bool = False
     calls: int = field(default=0, init=False)
@@ -77,11 +150,15 @@ class LensHandle:
     @property
     def context_level(self) -> int | None:
         """Depth of the ``hooks()`` block it belongs to, ``None`` outside one."""
-        return None if self.scope is None else self.scope.level
+        return None if self.scope.everywhere else self.scope.level
+
+    def is_attached(self) -> bool:
+        """Whether it is still on its point."""
+        return self in self.point.fwd_hooks or self in self.point.bwd_hooks
 
     def remove(self) -> None:
         """Detach the function. Removing it twice is harmless."""
-        self.point.detach(self)
+        self.point.detach((self,))
 
     def check_effect(self) -> None:
         """Raise if the function never ran or never changed its tensor.
@@ -96,6 +173,22 @@ class LensHandle:
                 "change the tensor it is given in place, or return the new one; a copy (.float(), indexing with a list) "
                 "is not the tensor."
             )
+
+
+class HookHandles(tuple[LensHandle, ...]):
+    """The functions that one ``add_hook`` attached, one a point; ``remove()`` detaches all of them."""
+
+    __slots__ = ()
+
+    def remove(self) -> None:
+        """Detach the functions. Removing them twice is harmless."""
+        owner = self[0].point.owner if self else None
+        for handle in self:
+            handle.scope.closed = True  # they share one
+            if owner is None:
+                handle.point.drop_closed()
+        if owner is not None:
+            owner.sync()
 
 
 class NamedHook:
@@ -132,7 +225,7 @@ class NamedHook:
         self._point.clear_context()
 
 
-class HookPoint(nn.Module):
+class HookPoint(NoTorchHooks):
     """An identity on one tensor, where functions can be attached.
 
     Usable in any ``nn.Module`` of a user's own, as TransformerLens' is; in a bridge it is made when first asked for.
@@ -150,8 +243,15 @@ class HookPoint(nn.Module):
         self.fwd_hooks: list[LensHandle] = []
         self.bwd_hooks: list[LensHandle] = []
         self.hook_conversion: BaseTensorConversion | None = None
-        self.on_use: Callable[[HookPoint, int], None] | None = None
-        """Told ``+1`` when a function is attached and ``-1`` when one is detached; a bridge mounts by it."""
+        self.owner: PointOwner | None = None
+
+    def torch_hooks_go_to(self) -> str | None:
+        """See :class:`NoTorchHooks`."""
+        return (
+            None
+            if self.owner is None
+            else f"Attach the function to the point: bridge.add_hook({self.name!r}, function)."
+        )
 
     def __repr__(self) -> str:
         parts = [] if self.name is None else [repr(self.name)]
@@ -164,12 +264,12 @@ class HookPoint(nn.Module):
         memo[id(self)] = clone
         clone.name, clone.hook_conversion = self.name, self.hook_conversion
         clone.ctx = dict(self.ctx)
-        clone.on_use = copy.deepcopy(self.on_use, memo)
-        for kind, handles in self._by_direction().items():
-            for handle in handles:
-                if handle.scope is None:
-                    copied = LensHandle(clone, handle.user_hook, handle.direction, handle.name, handle.is_permanent)
-                    clone._by_direction()[kind].append(copied)
+        clone.owner = copy.deepcopy(self.owner, memo)
+        for handle in self.handles():
+            if handle.scope.everywhere and not handle.scope.closed:
+                copied = LensHandle(clone, handle.user_hook, handle.direction, handle.name, handle.is_permanent)
+                copied.scope.everywhere = True
+                clone.put(copied)
         return clone
 
     def _by_direction(self) -> dict[Direction, list[LensHandle]]:
@@ -200,28 +300,41 @@ class HookPoint(nn.Module):
         Raises:
             InputError: another direction.
         """
-        return self.attach(LensHandle(self, hook, _direction(dir), self.name, is_permanent), prepend=prepend)
+        handle = LensHandle(self, hook, _direction(dir), self.name, is_permanent)
+        return attach_for_good((handle,), self.owner, prepend)[0]
 
     def add_perma_hook(self, hook: HookFunction, dir: Direction = "fwd") -> LensHandle:
         """Attach ``hook`` so that only ``including_permanent=True`` removes it."""
         return self.add_hook(hook, dir=dir, is_permanent=True)
 
-    def attach(self, handle: LensHandle, *, prepend: bool = False) -> LensHandle:
-        """Attach a function that comes with its scope and name."""
-        handles = self._by_direction()[handle.direction]
-        handles.insert(0 if prepend else len(handles), handle)
-        if self.on_use is not None:
-            try:
-                self.on_use(self, +1)
-            except BaseException:
-                handles.remove(handle)
-                raise
-        return handle
+    def put(self, handle: LensHandle, prepend: bool = False) -> None:
+        """Put a function on the point, last or first; whoever calls mounts what fires it."""
+        with HOOKS_LOCK:
+            attached = self.fwd_hooks if handle.direction == "fwd" else self.bwd_hooks
+            changed = [handle, *attached] if prepend else [*attached, handle]
+            if handle.direction == "fwd":
+                self.fwd_hooks = changed
+            else:
+                self.bwd_hooks = changed
 
-    def detach(self, handle: LensHandle) -> None:
-        """Detach a function if it is attached."""
-        if detach_quietly((handle,)) and self.on_use is not None:
-            self.on_use(self, -1)
+    def drop(self, unwanted: Callable[[LensHandle], bool]) -> None:
+        """Take functions off the point; whoever calls unmounts what fired it."""
+        with HOOKS_LOCK:
+            self.fwd_hooks = [handle for handle in self.fwd_hooks if not unwanted(handle)]
+            self.bwd_hooks = [handle for handle in self.bwd_hooks if not unwanted(handle)]
+
+    def drop_closed(self) -> None:
+        """Take off the functions whose scope has ended."""
+        if any(handle.scope.closed for handle in self.fwd_hooks) or any(
+            handle.scope.closed for handle in self.bwd_hooks
+        ):
+            self.drop(lambda handle: handle.scope.closed)
+
+    def detach(self, handles: Sequence[LensHandle]) -> None:
+        """Detach those of ``handles`` that are attached here."""
+        self.drop(lambda handle: handle in handles)
+        if self.owner is not None:
+            self.owner.sync()
 
     def handles(self, dir: Directions = "both", including_permanent: bool = True) -> list[LensHandle]:
         """The attached functions, forward ones first."""
@@ -240,9 +353,13 @@ class HookPoint(nn.Module):
         self, dir: Directions = "fwd", including_permanent: bool = False, level: int | None = None
     ) -> None:
         """Detach functions, of context ``level`` only if given."""
-        for handle in self.handles(dir, including_permanent):
-            if level is None or handle.context_level == level:
-                self.detach(handle)
+        self.detach(
+            [
+                handle
+                for handle in self.handles(dir, including_permanent)
+                if level is None or handle.context_level == level
+            ]
+        )
 
     def clear_context(self) -> None:
         """Empty :attr:`ctx`."""
@@ -284,10 +401,8 @@ class HookPoint(nn.Module):
 
     def only_reads(self) -> bool:
         """Whether every function that acts here now is a forward one of ours that never writes."""
-        if len(self.fwd_hooks) == 1 and not self.bwd_hooks and self.fwd_hooks[0].reads_only:
-            return True
-        return not any(_acts(handle) for handle in self.bwd_hooks) and all(
-            handle.reads_only for handle in self.fwd_hooks if _acts(handle)
+        return not any(acts(handle.scope) for handle in self.bwd_hooks) and all(
+            handle.reads_only for handle in self.fwd_hooks if acts(handle.scope)
         )
 
     def fire(self, value: Tensor, *, private: bool = False) -> Tensor:
@@ -298,26 +413,21 @@ class HookPoint(nn.Module):
             private: the tensor is not ours to change (the caller owns it, or autograd has saved it): functions that may
                 write get a copy.
         """
-        forward = self.fwd_hooks
-        if len(forward) == 1 and not self.bwd_hooks:
-            only = forward[0]
-            scope = only.scope
-            if scope is not None and (scope.closed or scope not in open_scopes()):  # as acts() has it
-                return value
-            if self.hook_conversion is None:
-                # The two common cases: one function of ours that only looks, one function that is shown the model's own.
-                if only.reads_only:
-                    only.user_hook(value, self)
-                    return value
-                if not (private or value.requires_grad):
-                    shown = _call(only, value)
-                    return value if shown is value else _laid_out_as(value, shown)
-            return self._run_forward(value, (only,), private)
-        if not (forward or self.bwd_hooks):
+        if not (self.fwd_hooks or self.bwd_hooks):
             return value
-        forward = [handle for handle in forward if _acts(handle)]
-        backward = [handle for handle in self.bwd_hooks if _acts(handle)] if self.bwd_hooks else None
-        shown = self._run_forward(value, forward, private) if forward else value
+        run = current_run()
+        if run is not None:
+            run.fired.add(self)
+        forward = [handle for handle in self.fwd_hooks if acts(handle.scope)]
+        backward = [handle for handle in self.bwd_hooks if acts(handle.scope)]
+        shown = value
+        if forward:
+            if not backward and self.hook_conversion is None and all(handle.reads_only for handle in forward):
+                for handle in forward:  # caches and statistics, at most points of most runs
+                    handle.calls += 1
+                    handle.user_hook(value, self)
+                return value
+            shown = self._run_forward(value, forward, private)
         if backward:
             if private and shown is value:
                 # A copy for one branch: its gradient is that branch's alone, so it needs a place in the graph.
@@ -328,7 +438,7 @@ class HookPoint(nn.Module):
     def _run_forward(self, value: Tensor, handles: Sequence[LensHandle], private: bool) -> Tensor:
         conversion = self.hook_conversion
         shown = value
-        if (private or (value.requires_grad and value.is_leaf)) and not all(handle.reads_only for handle in handles):
+        if not all(handle.reads_only for handle in handles) and (private or _is_delicate(value)):
             shown = value.clone()
         if conversion is not None:
             shown = conversion.convert(shown)
@@ -354,21 +464,35 @@ class HookPoint(nn.Module):
         return value
 
 
-def detach_quietly(handles: Iterable[LensHandle]) -> list[LensHandle]:
-    """Detach functions without telling their points' ``on_use``, for a caller that unmounts for all of them at once.
+def attach_for_good(handles: Sequence[LensHandle], owner: PointOwner | None, prepend: bool = False) -> HookHandles:
+    """Attach functions that act everywhere until they are removed; nothing of them stays if this is interrupted.
 
-    Returns:
-        Those that were attached.
+    Args:
+        handles: the functions, made for this call.
+        owner: the bridge of their points, which mounts what fires them.
+        prepend: put them before the functions already attached.
+
+    Raises:
+        HookDisabledError: an opt-in point that is off.
     """
-    gone = []
-    for handle in handles:
-        attached = handle.point.fwd_hooks if handle.direction == "fwd" else handle.point.bwd_hooks
-        try:
-            attached.remove(handle)
-        except ValueError:  # the function has been removed meanwhile, perhaps by another thread
-            continue
-        gone.append(handle)
-    return gone
+    scope = Scope()  # it acts nowhere until everything stands
+    try:
+        for handle in handles:
+            if owner is not None:
+                owner.check_attachable(handle.point)
+            handle.scope = scope
+            handle.point.put(handle, prepend)
+        if owner is not None:
+            owner.sync()
+        scope.everywhere = True
+        return HookHandles(handles)
+    except BaseException:
+        scope.closed = True
+        for handle in handles:
+            handle.point.drop_closed()
+        if owner is not None:
+            owner.sync()
+        raise
 
 
 def _direction(dir: str) -> Direction:
@@ -387,8 +511,16 @@ def _run_backward(point: HookPoint, handles: tuple[LensHandle, ...], gradient: T
     return shown if conversion is None else conversion.revert(shown)
 
 
-def _acts(handle: LensHandle) -> bool:
-    return acts(handle.scope)
+def _is_delicate(value: Tensor) -> bool:
+    """Whether a function must not write to ``value`` itself, for autograd's sake.
+
+    A leaf cannot be written to. A part of a larger tensor (queries of the fused projection) can, but then a backward hook
+    on another part is lost or crashes the process: torch rewrites the history of all views of a tensor that one of them
+    changed.
+    """
+    if not value.requires_grad:
+        return False
+    return value.is_leaf or (value._is_view() and value.untyped_storage().nbytes() != value.nbytes)
 
 
 def _call(handle: LensHandle, shown: Tensor) -> Tensor:
@@ -397,11 +529,7 @@ def _call(handle: LensHandle, shown: Tensor) -> Tensor:
     before = shown.detach().clone() if handle.must_change else None
     shape = shown.shape
     try:
-        if handle.reads_only or (current_span() is WHOLE and current_fast_attention() is None):
-            result = handle.user_hook(shown, hook=view)
-        else:
-            with outside_run():
-                result = handle.user_hook(shown, hook=view)
+        result = outside_run(handle.user_hook, shown, hook=view)
     except BaseException as error:
         add_note(error, f"raised by the hook {describe_function(handle.user_hook)} on {handle.name}")
         raise

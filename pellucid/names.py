@@ -238,6 +238,19 @@ def _disabled(spec: HookSpec, asked: str) -> HookDisabledError:
 # TransformerLens' shorthands
 # --------------------------------------------------------------------------------------------------------------------
 
+
+def runs_through(spec: HookSpec, start: int, stop: int, n_layers: int) -> bool:
+    """Whether a run that is given the residual entering block ``start`` and ends before block ``stop`` fires a point.
+
+    ``start`` is -1 for a run from the tokens, ``stop`` is ``n_layers + 1`` for one to the logits.
+    """
+    if spec.layer is not None:
+        enters = spec.site == "hook_in" and spec.component == f"blocks.{stop}"
+        return start <= spec.layer < stop or enters
+    before = spec.component in ("embed", "embed_ln")
+    return start < 0 if before else stop > n_layers
+
+
 _IN_ATTENTION = frozenset("q k v z attn_scores pattern result".split())
 _IN_MLP = frozenset(("pre", "post"))
 _SHORTHANDS = {

@@ -1,17 +1,21 @@
 """The run: what a hook can ask about the forward it is in, and which functions act in it.
 
-Everything here is kept in context variables, so it belongs to the thread or task that opened it and to nobody else.
+Everything here is kept in context variables, so it belongs to the thread or task that opened it and to nobody else. A
+variable is set only inside a context of its own (:func:`in_own_context`), which the interpreter leaves by itself when the
+call ends, by an exception too: there is no line of Python at which an interrupt could leave one set. A context variable that
+a user's hook sets during a run is gone with the run for the same reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar, Token
+from collections.abc import Callable
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import ParamSpec
 
 
 @dataclass(eq=False)
@@ -29,6 +33,7 @@ class RunContext:
         tokens: ``[batch, pos]`` ids given to this forward, or ``None`` if it was given embeddings.
         past_length: number of positions already in the key/value cache.
         step: the generation step (0 the prompt, then one a token), ``None`` outside ``generate``.
+        fired: the hook points that this forward has passed so far.
     """
 
     def __init__(
@@ -45,6 +50,7 @@ class RunContext:
         self._attention_mask = attention_mask
         self._generation = generation
         self._whole: RunContext | None = None
+        self.fired: set[nn.Module] = set()
         self.step = None if generation is None else generation.step
 
     def last(self, length: int) -> RunContext:
@@ -54,7 +60,7 @@ class RunContext:
         tokens = None if self.tokens is None else self.tokens[:, -length:]
         past = self.past_length + self.length - length
         seen = RunContext(self._given[:, -length:], past, tokens, self._attention_mask, self._generation)
-        seen._whole = self
+        seen._whole, seen.fired = self, self.fired
         return seen
 
     def is_part_of(self, other: RunContext | None) -> bool:
@@ -154,15 +160,27 @@ def _version(tensor: Tensor | None) -> int:
 
 
 class Scope:
-    """The lifetime of a group of hook functions, in the thread or task that opened it. Compared by identity.
+    """Where and how long a group of hook functions acts. Compared by identity.
+
+    One that was just made acts nowhere. It is opened in a thread or task (:func:`enter_scope`), or acts everywhere.
 
     Attributes:
+        everywhere: whether its functions act in every thread: those that were added until they are removed.
+        closed: whether it has ended; its functions act no more.
+        components: components of the bridge that stay mounted while it is open, besides those its functions need.
         level: how many scopes were open with it when it was opened, itself counted.
-        closed: whether it has ended.
+        is_block: whether it is a user's ``with`` block, and not one run.
+        was_reported: whether a run in another thread, in which it does not act, has been warned of.
+        run: the first forward that began while it was open.
     """
 
-    level = 0
+    everywhere = False
     closed = False
+    components: tuple[str, ...] = ()
+    level = 0
+    is_block = False
+    was_reported = False
+    run: RunContext | None = None
 
 
 _SCOPES: ContextVar[tuple[Scope, ...]] = ContextVar("pellucid_scopes", default=())
@@ -172,94 +190,97 @@ _FINISHED: ContextVar[RunContext | None] = ContextVar("pellucid_finished", defau
 _SPAN: ContextVar[LayerSpan] = ContextVar("pellucid_span", default=WHOLE)
 _FAST: ContextVar[FastAttention | None] = ContextVar("pellucid_fast_attention", default=None)
 
-# On the way of every hooked forward, where a Python function costs microseconds: the variables' own methods.
 is_quiet: Callable[[], bool] = _QUIET.get
-"""Whether hook points are silent because we are recomputing something beside the model."""
+"""Whether hook points are silent because we compute something beside the model."""
 open_scopes: Callable[[], tuple[Scope, ...]] = _SCOPES.get
-"""The groups of hook functions that act in this thread or task."""
-set_open_scopes: Callable[[tuple[Scope, ...]], object] = _SCOPES.set
-"""Say which groups of hook functions act in this thread or task."""
+"""The groups of hook functions that act in this thread or task, besides those that act everywhere."""
 current_span: Callable[[], LayerSpan] = _SPAN.get
 """The blocks that the current run passes through."""
-begin_run: Callable[[RunContext | None], Token[RunContext | None]] = _RUN.set
-"""Tell the hooks of one forward where in the sequence they are, until :func:`end_run`.
-
-No context manager: it is on the way of every hooked forward.
-"""
-end_run: Callable[[Token[RunContext | None]], None] = _RUN.reset
-"""End the run that :func:`begin_run` began."""
-keep_finished: Callable[[RunContext | None], Token[RunContext | None]] = _FINISHED.set
-"""Remember a run that ends: the unembedding, which comes after, is part of it (:func:`begin_unembedding`)."""
 current_run: Callable[[], RunContext | None] = _RUN.get
 """The forward that is running in this thread or task."""
 current_fast_attention: Callable[[], FastAttention | None] = _FAST.get
 """What the attentions of the current run share, ``None`` if all of them take the exact path."""
 
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Call modules of the model without any hook firing."""
-    token = _QUIET.set(True)
-    try:
-        yield
-    finally:
-        _QUIET.reset(token)
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
-@contextmanager
-def layer_span(start: int | None, stop: int | None) -> Iterator[None]:
-    """Run from block ``start`` up to block ``stop``."""
-    token = _SPAN.set(LayerSpan(start, stop, _SPAN.get().generation))
-    try:
-        yield
-    finally:
-        _SPAN.reset(token)
+def in_own_context(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call ``work`` in a copy of this context: variables that it sets are as before afterwards, whatever happens."""
+    return copy_context().run(work, *args, **kwargs)
 
 
-@contextmanager
-def fast_attention(root: nn.Module | None) -> Iterator[None]:
-    """Let the attentions of ``root`` take the fused kernel; ``None``: all attentions take the exact path."""
-    token = _FAST.set(None if root is None else FastAttention(root))
-    try:
-        yield
-    finally:
-        _FAST.reset(token)
+def acts(scope: Scope) -> bool:
+    """Whether what belongs to ``scope`` acts in this thread or task now."""
+    return not scope.closed and (scope.everywhere or scope in _SCOPES.get())
 
 
-@contextmanager
-def generation_run(n_prompts: int) -> Iterator[None]:
-    """Count the forwards of one ``generate``."""
+def enter_scope(scope: Scope) -> None:
+    """Let the functions of ``scope`` act in this thread or task."""
+    scopes = _SCOPES.get()
+    scope.level = len(scopes) + 1
+    _SCOPES.set((*scopes, scope))
+
+
+def leave_scope(scope: Scope) -> None:
+    """Let them act here no more; so for scopes that were closed elsewhere. Leaving twice is harmless."""
+    _SCOPES.set(tuple(each for each in _SCOPES.get() if each is not scope and not each.closed))
+
+
+def set_span(start: int | None, stop: int | None) -> None:
+    """Say that the run of this context goes from block ``start`` up to block ``stop``."""
+    _SPAN.set(LayerSpan(start, stop, _SPAN.get().generation))
+
+
+def set_generation(n_prompts: int) -> None:
+    """Say that the forwards of this context are steps of one ``generate``."""
     span = _SPAN.get()
-    token = _SPAN.set(LayerSpan(span.start, span.stop, GenerationRun(n_prompts)))
-    try:
-        yield
-    finally:
-        _SPAN.reset(token)
+    _SPAN.set(LayerSpan(span.start, span.stop, GenerationRun(n_prompts)))
 
 
-@contextmanager
-def outside_run() -> Iterator[None]:
-    """While a user's function runs: a model that it calls is in a run of its own."""
-    span, fast = _SPAN.set(WHOLE), _FAST.set(None)
-    try:
-        yield
-    finally:
-        _FAST.reset(fast)
-        _SPAN.reset(span)
+def set_fast_attention(root: nn.Module | None) -> None:
+    """Let the attentions of ``root`` take the fused kernel in this context; ``None``: all attentions take the exact path."""
+    _FAST.set(None if root is None else FastAttention(root))
 
 
-def begin_unembedding(length: int) -> Token[RunContext | None]:
-    """Let hooks fire on the last ``length`` positions of the run that has just left the blocks."""
+def set_run(run: RunContext | None) -> None:
+    """Tell the hooks of this context which forward they are in."""
+    _RUN.set(run)
+    if run is not None:
+        for scope in _SCOPES.get():
+            scope.run = scope.run or run
+
+
+def keep_finished(run: RunContext | None) -> None:
+    """Remember a forward of the blocks that ended: the unembedding, which comes after, is part of it."""
+    _FINISHED.set(run)
+
+
+def take_finished() -> RunContext | None:
+    """The run that :func:`keep_finished` remembered, once."""
     run = _FINISHED.get()
     _FINISHED.set(None)
-    return _RUN.set(None if run is None else run.last(length))
+    return run
 
 
-def end_unembedding(token: Token[RunContext | None]) -> None:
-    """End what :func:`begin_unembedding` began."""
-    _RUN.reset(token)
+def hooks_suppressed(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call ``work``, in which modules of the model run without any hook firing."""
+    return in_own_context(_call_quietly, work, *args, **kwargs)  # type: ignore[arg-type]
 
 
-def acts(scope: Scope | None) -> bool:
-    """Whether what belongs to ``scope`` (``None``: for good) acts in this thread or task now."""
-    return scope is None or (not scope.closed and scope in _SCOPES.get())
+def _call_quietly(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    _QUIET.set(True)
+    return work(*args, **kwargs)
+
+
+def outside_run(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call a user's function: a model that it calls is in a run of its own, through all blocks."""
+    if _SPAN.get() is WHOLE and _FAST.get() is None:
+        return function(*args, **kwargs)
+    return in_own_context(_call_outside, function, *args, **kwargs)  # type: ignore[arg-type]
+
+
+def _call_outside(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    _SPAN.set(WHOLE)
+    _FAST.set(None)
+    return function(*args, **kwargs)

@@ -38,8 +38,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "model_bridge.reference_edits",
         "model_bridge.tokens",
     ),
+    ("model_bridge.mounting",),
     (
-        "model_bridge.mounting",
+        "model_bridge.hook_session",
         "model_bridge.supported_architectures.*",
         "model_bridge.token_methods",
     ),

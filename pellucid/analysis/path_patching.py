@@ -46,7 +46,7 @@ from pellucid.errors import InputError, UnsupportedModelError
 from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, check_choice
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.names import Flag
-from pellucid.run_context import quiet
+from pellucid.run_context import hooks_suppressed
 from pellucid.sweep import Add, Edit, FromRun, MetricLike, SetTo, Sweep
 from pellucid.sweep.edits import Index, indices
 from pellucid.sweep.engine import ROWS_AT_ONCE
@@ -395,7 +395,7 @@ class _Paths:
 
     def _through_mlps(self, senders: Sequence[Sender]) -> None:
         """Follow each sender's difference along the stream with attention frozen and MLPs computed."""
-        with torch.no_grad(), quiet():
+        with torch.no_grad():
             for sender in senders:
                 difference = self.sent[sender.name]
                 if not bool(difference.any()):
@@ -416,8 +416,8 @@ class _Paths:
         stream, usual = (before + difference)[changed], added[changed]
         parts = []
         for rows, as_usual in zip(stream.split(MLP_ROWS), usual.split(MLP_ROWS), strict=True):
-            normed = block.ln2.module(rows[None])
-            parts.append(block.mlp.module(normed, torch.zeros_like(normed))[0] - as_usual)
+            normed = hooks_suppressed(block.ln2.module, rows[None])
+            parts.append(hooks_suppressed(block.mlp.module, normed, torch.zeros_like(normed))[0] - as_usual)
         change[changed] = torch.cat(parts)
         return change
 

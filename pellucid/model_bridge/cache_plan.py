@@ -14,7 +14,7 @@ from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import CacheTooLargeError, InputError
 from pellucid.hook_points import HookPoint
 from pellucid.names import HookSpec
-from pellucid.run_context import RunContext, current_run
+from pellucid.run_context import Scope, current_run
 
 PosSlice: TypeAlias = int | slice | Sequence[int] | Tensor | None
 """Positions to keep: one (its axis stays), a slice, a list of indices, or all."""
@@ -128,6 +128,10 @@ class Keeper:
         dtype: as what to keep floating-point ones, by default as they are.
         copies: whether anything else may write to the tensors, so that they have to be copied.
         owned: points whose tensor the caller has too, before or after the run.
+
+    Attributes:
+        kept: the tensors by name.
+        scope: the session it belongs to, whose own run is the one to keep: not one that a hook makes inside it.
     """
 
     def __init__(
@@ -140,31 +144,19 @@ class Keeper:
         owned: Collection[str] = (),
     ) -> None:
         self.kept: dict[str, Tensor] = {}
-        self._run: RunContext | None = None
+        self.scope: Scope | None = None
         self._owned = owned
         self._pos_axes = pos_axes
         self._positions = positions
         self._as_is = isinstance(positions, slice) and positions == slice(None) and device is None and dtype is None
         self._device, self._dtype, self._copies = device, dtype, copies
-        self._plain = self._as_is and not copies
 
     def __call__(self, tensor: Tensor, hook: HookPoint) -> None:
         """Keep one tensor; called by a hook point."""
         run = current_run()
-        if run is not self._run and self._is_another(run):
+        if run is not None and self.scope is not None and not run.is_part_of(self.scope.run):
             return  # a hook of the user's runs the model inside this run
-        name: str = hook.name  # type: ignore[assignment]
-        if not self._plain or tensor.requires_grad:
-            self.keep(tensor, name, "")
-        elif tensor.untyped_storage().nbytes() == tensor.nbytes and name not in self._owned:
-            self.kept[name] = tensor
-        else:
-            self.kept[name] = tensor.clone(memory_format=torch.contiguous_format)  # see keep
-
-    def _is_another(self, run: RunContext | None) -> bool:
-        if self._run is None:
-            self._run = run
-        return run is not None and not run.is_part_of(self._run)
+        self.keep(tensor, str(hook.name), "")
 
     def keep_gradient(self, tensor: Tensor, hook: HookPoint) -> None:
         """Keep one gradient; called by a hook point."""

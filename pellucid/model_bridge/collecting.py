@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -22,7 +23,7 @@ from pellucid.corpora import Corpus, CorpusBatch, LabelCount
 from pellucid.errors import HookValueError, InputError, OtherJobError
 from pellucid.hook_points import HookPoint, LensHandle, describe_function
 from pellucid.model_bridge.collected import Collected, Hook, describe_request, read_collected, write_collected
-from pellucid.model_bridge.hooked_model import Attached
+from pellucid.model_bridge.hook_session import HookSession
 from pellucid.model_bridge.running import Prepared, RunnableModel
 from pellucid.model_bridge.weights_hash import weights_hash
 from pellucid.names import HookSpec, NamesFilter
@@ -151,7 +152,8 @@ class CollectingModel(RunnableModel):
             LensHandle(point, tap, "fwd", point.name, reads_only=True) for point, tap in zip(points, taps, strict=True)
         ]
         _refuse_reshaped(points)
-        with torch.no_grad(), Attached(self._tree, handles):
+
+        def run_all() -> None:
             for batch in batches:
                 prepared = self._batch_input(batch, stop)
                 places = Places(batch.documents.to(self.device), batch.positions.to(self.device))
@@ -172,6 +174,9 @@ class CollectingModel(RunnableModel):
                     store.write(state)
                     interrupted.raise_if_set(store.path)
 
+        with torch.no_grad():
+            HookSession(self._tree, handles).during(run_all)
+
     def _batch_input(self, batch: CorpusBatch, stop: int | None) -> Prepared:
         mask = batch.attention_mask.long() if batch.is_padded else None
         within = stop if stop is not None and stop <= self.cfg.n_layers else None
@@ -182,9 +187,10 @@ class CollectingModel(RunnableModel):
         if stop is None or stop <= self.cfg.n_layers:
             self._run(prepared)
             return
-        with self._safely(prepared.given), self._tree.mounted(self._helpers(None, None)):
-            backbone: Any = self._tree.backbone.module
-            backbone(input_ids=prepared.tokens, attention_mask=prepared.attention_mask, use_cache=False)
+        backbone: Any = self._tree.backbone.module
+        given = {"input_ids": prepared.tokens, "attention_mask": prepared.attention_mask, "use_cache": False}
+        with self._safely(prepared.given):
+            HookSession(self._tree, components=self._helpers(None, None)).during(partial(backbone, **given))
 
     def _hooks_of(self, requests: Requests) -> list[Hook]:
         """Points with their statistics, in firing order."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pellucid.errors import InputError
 from pellucid.model_bridge.mounting import ComponentTree
 from pellucid.model_bridge.tokens import TokenRules
-from pellucid.run_context import generation_run
+from pellucid.run_context import set_generation
 
 
 def generate(
@@ -37,7 +37,7 @@ def generate(
     stopping_criteria: Any | None,
     hf_kwargs: Mapping[str, Any],
 ) -> Any:
-    """Run ``model.generate``; arguments as :meth:`TransformerBridge.generate`.
+    """Run ``model.generate``, in a context of its own; arguments as :meth:`TransformerBridge.generate`.
 
     Raises:
         InputError: ``max_new_tokens`` below 1, or no padding token for several rows.
@@ -76,7 +76,8 @@ def generate(
     if bar is not None:
         criteria.append(bar)
     try:
-        with torch.no_grad(), generation_run(tokens.shape[0]):
+        with torch.no_grad():
+            set_generation(tokens.shape[0])
             return model.generate(input_ids=tokens, stopping_criteria=_criteria_list(criteria), **arguments)  # type: ignore[operator]
     finally:
         if bar is not None:

@@ -6,18 +6,28 @@ What tokens are and how a run is made is not known here; the bridge adds it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
 from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import GradientError, HookDisabledError, HookUnreachableError, InputError
-from pellucid.hook_points import Direction, Directions, HookFunction, HookPoint, LensHandle, detach_quietly
+from pellucid.hook_points import (
+    Direction,
+    Directions,
+    HookFunction,
+    HookHandles,
+    HookPoint,
+    LensHandle,
+    NoTorchHooks,
+    attach_for_good,
+)
 from pellucid.model_bridge.generalized_components import GeneralizedComponent
-from pellucid.model_bridge.mounting import ComponentTree, Needs
-from pellucid.names import Flag, HookSpec, NamesFilter
-from pellucid.run_context import Scope, acts, open_scopes, set_open_scopes
+from pellucid.model_bridge.hook_session import HookSession
+from pellucid.model_bridge.mounting import ComponentTree
+from pellucid.names import Flag, HookSpec, NamesFilter, runs_through
+from pellucid.run_context import acts
 
 HookRequest: TypeAlias = tuple[NamesFilter, HookFunction]
 """``(name, glob, list or predicate, function)``."""
@@ -49,64 +59,7 @@ class HookDict(Mapping[str, HookPoint]):
         return spec.flag is None or self._tree.cfg.flags[spec.flag]
 
 
-class Attached(Scope):
-    """Functions attached for the length of a block, which is their scope: blocks may end in any order, in any thread.
-
-    A class, where a generator would do, and few methods: it is on the way of every run with hooks, where each Python call
-    costs microseconds.
-
-    Args:
-        tree: the components.
-        handles: the functions, forward ones first.
-        keep: leave them on after the block, as if added for good.
-        needed: the components they need mounted and how many of them need each, counted if not known.
-
-    Raises:
-        GradientError: gradients are wanted on two ways that exclude each other.
-    """
-
-    def __init__(
-        self, tree: ComponentTree, handles: Sequence[LensHandle], keep: bool = False, needed: Needs | None = None
-    ) -> None:
-        self._tree, self._handles, self._keep = tree, handles, keep
-        if needed is None:
-            needed = tree.needs[handles[0].point] if len(handles) == 1 else tree.needed_by(handles)
-        self._needed = needed
-
-    def __enter__(self) -> None:
-        tree, handles = self._tree, self._handles
-        if handles and handles[-1].direction == "bwd":
-            refuse_parallel_gradients(tree, handles)
-        tree.retain(self._needed)
-        try:
-            scopes = open_scopes()
-            self.level = len(scopes) + 1
-            set_open_scopes((*scopes, self))
-            for handle in handles:
-                handle.scope = self
-                (handle.point.fwd_hooks if handle.direction == "fwd" else handle.point.bwd_hooks).append(handle)
-        except BaseException:  # an interrupt: those that were not attached yet need nothing any more, too
-            detach_quietly(handles)
-            tree.release(self._needed)
-            self._handles, self._needed = (), Needs()
-            self.__exit__()
-            raise
-
-    def __exit__(self, *error: object) -> None:
-        self.closed = True
-        scopes = open_scopes()
-        set_open_scopes(() if scopes == (self,) else tuple(scope for scope in scopes if not scope.closed))
-        tree, handles, self._handles = self._tree, self._handles, ()  # which know this scope: no circle is left
-        if self._keep:
-            for handle in handles:
-                handle.scope = None
-            return
-        gone = detach_quietly(handles)
-        # One that was removed on the way has released what it needed.
-        tree.release(self._needed if len(gone) == len(handles) else tree.needed_by(gone))
-
-
-class HookedModel(nn.Module):
+class HookedModel(NoTorchHooks):
     """A Hugging Face model and the hook points on it.
 
     Parameters, buffers and state are the Hugging Face model's own, under its own names: nothing is added or copied.
@@ -189,14 +142,23 @@ class HookedModel(nn.Module):
         return model.save_pretrained(*args, **kwargs)
 
     def detach(self) -> nn.Module:
-        """Take everything of ours off the model and give it back, the very same object."""
-        self.reset_hooks(including_permanent=True)
+        """Take everything of ours off the model and give it back, the very same object.
+
+        That includes functions of blocks and runs that are still open, in other threads too: what they hooked runs
+        unhooked from here on.
+        """
+        self._tree.close_all()
+        self.clear_contexts()
         return self.original_model
+
+    def torch_hooks_go_to(self) -> str | None:
+        """See :class:`~pellucid.hook_points.NoTorchHooks`."""
+        return "Put it on bridge.hf_model or a module of it; bridge.add_hook attaches functions to hook points."
 
     @contextmanager
     def mounted_attention(self) -> Iterator[None]:
         """Let the bridge's own attention run in every layer, hooked or not, for the length of a ``with`` block."""
-        with self._tree.mounted(self._tree.attentions()):
+        with HookSession(self._tree, components=self._tree.attentions()).block():
             yield
 
     def has_torch_hooks(self) -> bool:
@@ -277,7 +239,7 @@ class HookedModel(nn.Module):
         is_permanent: bool = False,
         level: int | None = None,
         prepend: bool = False,
-    ) -> list[LensHandle]:
+    ) -> HookHandles:
         """Attach a function to the points that ``name`` matches, until it is removed or hooks are reset.
 
         It acts in every forward of the model, whichever thread runs it and whether the bridge or Hugging Face's model is
@@ -292,24 +254,17 @@ class HookedModel(nn.Module):
             prepend: run it before the functions already there.
 
         Returns:
-            One handle a point, with ``remove()``.
+            One handle a point, in a tuple whose ``remove()`` takes off all of them.
 
         Raises:
             HookNameError: ``name`` matches nothing.
             HookDisabledError: an opt-in point that is off.
         """
         chosen = self._select(name, dir, "name")
-        with ExitStack() as undo:
-            handles = []
-            for spec, asked in chosen:
-                point = self._tree.point(spec.name)
-                handle = point.attach(LensHandle(point, hook_fn, dir, asked, is_permanent), prepend=prepend)
-                undo.callback(handle.remove)
-                handles.append(handle)
-            undo.pop_all()
-        return handles
+        handles = [LensHandle(self._tree.point(spec.name), hook_fn, dir, asked, is_permanent) for spec, asked in chosen]
+        return attach_for_good(handles, self._tree, prepend)
 
-    def add_perma_hook(self, name: NamesFilter, hook_fn: HookFunction, dir: Direction = "fwd") -> list[LensHandle]:
+    def add_perma_hook(self, name: NamesFilter, hook_fn: HookFunction, dir: Direction = "fwd") -> HookHandles:
         """Attach a function that ``reset_hooks`` keeps, unless ``including_permanent=True``."""
         return self.add_hook(name, hook_fn, dir=dir, is_permanent=True)
 
@@ -333,7 +288,7 @@ class HookedModel(nn.Module):
             clear_contexts: empty the ``ctx`` of every point at the end.
         """
         handles = self._requests(fwd_hooks, "fwd") + self._requests(bwd_hooks, "bwd")
-        with Attached(self._tree, handles, keep=not reset_hooks_end):
+        with HookSession(self._tree, handles, keep=not reset_hooks_end).block():
             try:
                 yield self
             finally:
@@ -344,7 +299,6 @@ class HookedModel(nn.Module):
         self, requests: Sequence[HookRequest], direction: Direction, span: tuple[int, int] | None = None
     ) -> list[LensHandle]:
         handles = []
-        named = self._tree.named
         for request in requests:
             if not isinstance(request, (tuple, list)) or len(request) != 2:
                 raise InputError(f"Hooks are a list of (name, function) pairs; found {request!r} in it.")
@@ -353,14 +307,8 @@ class HookedModel(nn.Module):
                 raise InputError(
                     f"A hook is (name, function); found {function!r} as the function for {names_filter!r}."
                 )
-            if span is None and isinstance(names_filter, str) and names_filter in named:
-                handles.append(LensHandle(named[names_filter], function, direction, names_filter))
-                continue
             for spec, asked in self._select(names_filter, direction, "a hook's name", span):
-                point = self._tree.point(spec.name)
-                if asked == names_filter and spec.flag is None and spec.kind != "int":
-                    named[asked] = point  # nothing can refuse this name: it need not be looked up again
-                handles.append(LensHandle(point, function, direction, asked))
+                handles.append(LensHandle(self._tree.point(spec.name), function, direction, asked))
         return handles
 
     def _select(
@@ -405,7 +353,14 @@ class HookedModel(nn.Module):
     ) -> None:
         """Remove functions, permanent ones only if told so; of context ``level`` only if given."""
         for point in list(self._tree.live_points()):
-            point.remove_hooks(direction, including_permanent, level)
+            chosen = [
+                handle
+                for handle in point.handles(direction, including_permanent)
+                if level is None or handle.context_level == level
+            ]
+            if chosen:
+                point.drop(chosen.__contains__)
+        self._tree.sync()
         if clear_contexts:
             self.clear_contexts()
 
@@ -458,36 +413,3 @@ class HookedModel(nn.Module):
         if self.cfg.apply_residual_connection_post_layernorm and spec.site in ("hook_in", "hook_out"):
             lines.append("  note    this model takes the residual after the layer norm")
         return "\n".join(lines)
-
-
-def runs_through(spec: HookSpec, start: int, stop: int, n_layers: int) -> bool:
-    """Whether a run that is given the residual entering block ``start`` and ends before block ``stop`` fires a point.
-
-    ``start`` is -1 for a run from the tokens, ``stop`` is ``n_layers + 1`` for one to the logits.
-    """
-    if spec.layer is not None:
-        enters = spec.site == "hook_in" and spec.component == f"blocks.{stop}"
-        return start <= spec.layer < stop or enters
-    before = spec.component in ("embed", "embed_ln")
-    return start < 0 if before else stop > n_layers
-
-
-def refuse_parallel_gradients(tree: ComponentTree, handles: Sequence[LensHandle]) -> None:
-    """A per-head input is a second way to the same projection: the gradient can flow through it or around it.
-
-    Raises:
-        GradientError: gradients are wanted on both ways of one layer.
-    """
-    wanted = [tree.index[str(handle.point.name)] for handle in handles if handle.direction == "bwd"]
-    per_head = {spec.layer: spec.name for spec in wanted if spec.flag in ("use_attn_in", "use_split_qkv_input")}
-    for spec in wanted:
-        after_norm = spec.component == f"blocks.{spec.layer}.ln1" or spec.site in (
-            "hook_q_in",
-            "hook_k_in",
-            "hook_v_in",
-        )
-        if after_norm and spec.layer in per_head:
-            raise GradientError(
-                f"The gradients at {per_head[spec.layer]} and at {spec.name} exclude each other: queries, keys and "
-                "values are made from the one or from the other. Take them in two runs."
-            )

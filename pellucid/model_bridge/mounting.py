@@ -1,175 +1,117 @@
 """Which component is mounted when: the one registry of a model.
 
-A component is mounted (its ``forward`` stands in for the module's, as an instance attribute) while something uses it, and
-its users are counted, so contexts may end in any order and several bridges on one model share everything. The rules,
-each of which has a test that fails without it:
+A component is mounted (its :class:`StandIn` is the module's ``forward``, as an instance attribute) while an attached
+function or an open session needs it. That is derived, never counted: :meth:`ComponentTree.sync` reads which functions are
+attached and which sessions are open, mounts what they need and unmounts the rest. So an interrupt (Ctrl-C) at any line
+leaves nothing that the next call of :meth:`~ComponentTree.sync` does not repair. The rules, each of which has a test that
+fails without it:
 
 * what stands in is an object that belongs to the component, never a closure: a deep copy of the model then computes with
   the copy's weights, and a deep copy of one module (PEFT makes some) is a plain module again;
+* a stand-in whose component is not mounted by it passes its arguments on to the forward that was there before. A wrapper
+  that a user put around it therefore goes on working after the hooks are gone;
 * unmounting puts back what was there. accelerate keeps a forward of its own on a module; ours goes inside it, so that
   offloaded weights are brought in around our forward as they are around Hugging Face's;
 * modules are looked up by path when mounting, so adapters added after wrapping are not missed;
-* a forward that somebody else replaced while ours was mounted is left alone, and reported.
+* a forward that was replaced while ours was mounted is left alone, and reported.
 """
 
 from __future__ import annotations
 
 import copy
-import threading
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from operator import is_
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
-from torch.nn.modules import module as torch_modules
 
 from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import PellucidWarning
-from pellucid.hook_points import HookFunction, HookPoint, LensHandle
+from pellucid.hook_points import HOOKS_LOCK, HookPoint, LensHandle
 from pellucid.model_bridge.architecture_adapter import ArchitectureAdapter
 from pellucid.model_bridge.generalized_components import BackboneBridge, GeneralizedComponent, LinearBridge
-from pellucid.model_bridge.generalized_components.base import Engine
-from pellucid.names import HookIndex, HookSpec
+from pellucid.model_bridge.generalized_components.base import Mounted
+from pellucid.names import HookSpec, runs_through
+from pellucid.run_context import Scope, acts, current_span, is_quiet, open_scopes
 
-_LOCK = threading.RLock()
 
-
-class StandIn(partial[Any]):
-    """What stands in for a module's forward: it calls the component's.
-
-    A ``partial`` without arguments: going through it takes no Python function, of which each costs a small model a
-    thousandth of its forward.
+class StandIn(Mounted):
+    """What stands in for a module's forward while its component is mounted: it calls the component's forward.
 
     Args:
         component: the mounted component.
-        module: the module it stands on.
-        slot: the attribute of the module that it is.
+        module: the module whose forward it is.
+        slot: the attribute of the module that it is (``"forward"``, or ``"_old_forward"`` inside accelerate's own).
         previous: the instance forward that was there, ``None`` if it was the class's own.
     """
 
-    component: GeneralizedComponent
-    module: nn.Module
-    slot: str
-    previous: Callable[..., Any] | None
+    def __init__(
+        self, component: GeneralizedComponent, module: nn.Module, slot: str, previous: Callable[..., Any] | None
+    ) -> None:
+        self.component, self.module, self.slot, self.previous = component, module, slot, previous
 
-    def __new__(
-        cls, component: GeneralizedComponent, module: nn.Module, slot: str, previous: Callable[..., Any] | None
-    ) -> StandIn:
-        """See the class: a ``partial`` takes what it calls when it is made."""
-        stand_in = super().__new__(cls, component.stand_in())
-        vars(stand_in).update(component=component, module=module, slot=slot, previous=previous)
-        return stand_in
+    @property
+    def original(self) -> Callable[..., Any]:
+        """The forward that was there before."""
+        return type(self.module).forward.__get__(self.module) if self.previous is None else self.previous
 
-    def retire(self, forward: Callable[..., Any]) -> None:
-        """Pass on to ``forward`` for good: somebody's wrapper holds this object, and the component stands here no more."""
-        super().__setstate__((forward, (), {}, {}))  # type: ignore[misc]
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's arguments to the module's output, with hooks firing."""
+        if torch.compiler.is_compiling():
+            # What hooks do is not for a graph: torch.compile runs the module as it is, and compiles what is around it.
+            return torch.compiler.disable(self._run)(*args, **kwargs)
+        return self._run(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        if is_quiet() or not self.is_used():
+            return self.original(*args, **kwargs)
+        return self.component.forward(*args, **kwargs)
+
+    def is_used(self) -> bool:
+        """Whether its component is mounted by it; else it only passes on."""
+        return self.component.mounted is self
+
+    def is_in_place(self) -> bool:
+        """Whether it is the module's forward now."""
+        return vars(self.module).get(self.slot) is self
+
+    def was_taken_off(self) -> bool:
+        """Whether what was there before is there again (or still, if an interrupt came while mounting)."""
+        return vars(self.module).get(self.slot) is self.previous
+
+    def put(self) -> None:
+        """Become the module's forward."""
+        vars(self.module)[self.slot] = self
+
+    def take_off(self) -> None:
+        """Put back what was there before."""
+        if self.previous is None:
+            del vars(self.module)[self.slot]
+        else:
+            vars(self.module)[self.slot] = self.previous
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        if not vars(self):  # retired
-            return copy.deepcopy(self.func, memo)
-        if self.component.root is None or id(self.component.root) in memo:
-            clone = _blank_stand_in()
-            memo[id(self)] = clone
-            clone.__setstate__(copy.deepcopy(vars(self), memo))
+        root = self.component.root
+        if root is None or id(root) in memo:
+            clone = memo[id(self)] = StandIn.__new__(StandIn)
+            vars(clone).update(copy.deepcopy(vars(self), memo))
             return clone
-        # One module is copied, not the model: the copy is nobody's to hook.
+        # One module is copied, not the model: no bridge knows the copy, so it gets the forward that was there.
         if self.previous is not None:
             return copy.deepcopy(self.previous, memo)
         return type(self.module).forward.__get__(memo[id(self.module)])
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_blank_stand_in, (), vars(self)) if vars(self) else (partial, (self.func,))
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # What a component stands for leads back to this object, so that it is made first and filled afterwards.
-        super().__setstate__((state["component"].stand_in(), (), {}, state))  # type: ignore[misc]
-
-
-def _blank_stand_in() -> StandIn:
-    return partial.__new__(StandIn, _forgotten)
-
-
-@dataclass(frozen=True)
-class MountPlan:
-    """How components were mounted together, to do it again in short loops as long as the model is as it was.
-
-    Attributes:
-        parents: attributes ``_modules`` of every module on the way to a mounted one.
-        names: which of their children is on the way.
-        children: the module that was there.
-        places: (attributes of the component, what it runs, attributes of the module, what stands there, its class' forward).
-        mounted: what stands on the model then, by component.
-    """
-
-    parents: list[dict[str, nn.Module | None]]
-    names: list[str]
-    children: list[nn.Module | None]
-    places: list[tuple[dict[str, Any], Engine, dict[str, Any], StandIn, Callable[..., Any]]]
-    mounted: dict[str, StandIn]
-
-
-class Needs(dict[str, int]):
-    """The components that have to be mounted, how many functions need each, and how they were mounted together."""
-
-    plan: MountPlan | None = None
-
-
-class NeedsOf(dict[HookPoint, Needs]):
-    """What has to be mounted for a point to fire, found when first asked for.
-
-    Args:
-        index: the hook table.
-    """
-
-    def __init__(self, index: HookIndex) -> None:
-        super().__init__()
-        self._index = index
-
-    def __missing__(self, point: HookPoint) -> Needs:
-        spec = self._index[str(point.name)]
-        needed = Needs({spec.component: 1, "backbone": 1})
-        if spec.flag in ("use_attn_in", "use_split_qkv_input"):
-            needed[f"blocks.{spec.layer}"] = 1  # it knows the residual before the norm
-        self[point] = needed
-        return needed
-
 
 @dataclass(frozen=True)
 class Group:
-    """Points that are used together."""
+    """Points that are cached together: their lines of the table, themselves, and where their position axis is."""
 
     specs: list[HookSpec]
     points: list[HookPoint]
     pos_axes: dict[str, int]
-    needed: Needs
-    idle: list[list[LensHandle]]
-
-    def readers(self, function: HookFunction) -> list[LensHandle]:
-        """Handles that show every point to ``function``, which only looks; give them back with :meth:`put_away`."""
-        try:
-            handles = self.idle.pop()
-        except IndexError:  # none is made yet, or all are with runs in other threads
-            return [LensHandle(point, function, "fwd", point.name, reads_only=True) for point in self.points]
-        for handle in handles:
-            handle.user_hook = function
-        return handles
-
-    def put_away(self, handles: list[LensHandle]) -> None:
-        """Take back detached handles for another run."""
-        for handle in handles:
-            handle.user_hook, handle.scope = _forgotten, None
-        self.idle.append(handles)
-
-
-def _forgotten(*_: object, **__: object) -> None:
-    """In the place of a function that is no longer anybody's."""
 
 
 class ComponentTree:
@@ -189,35 +131,27 @@ class ComponentTree:
         self.components: dict[str, GeneralizedComponent] = dict(adapter.make_outer())
         self.blocks = [adapter.make_block(layer) for layer in range(cfg.n_layers)]
         self.backbone = BackboneBridge(adapter.backbone_path, cfg)
+        self.backbone.expected_handles = self.expected_handles
         self.components["backbone"] = self.backbone
         for layer, block in enumerate(self.blocks):
             self.components[f"blocks.{layer}"] = block
             for name, child in block.submodules.items():
                 self.components[f"blocks.{layer}.{name}"] = child
         adapter.link_outer(self.components, self.blocks)
-        self._users: dict[str, int] = {}
-        self.needs = NeedsOf(self.index)
-        self._mounted: dict[str, StandIn] = {}
-        self._standing: MountPlan | None = None  # all that is mounted, if it was mounted at once
         self._groups: dict[tuple[str | bool | None, ...], Group] = {}
-        self.named: dict[str, HookPoint] = {}  # points that are always on, by the name they were asked for under
-        self._class_forwards = [type(model).forward for model in (root, root.get_submodule(adapter.backbone_path))]
-        if not all(forward.__module__.startswith("transformers.") for forward in self._class_forwards):
-            self._class_forwards.clear()  # a forward of somebody's own may count on an output object
-        self._copied = False
+        self._holders: list[Scope] = []
         self.notes: dict[str, Any] = {}  # what others remember of this model, each under its own word; copied with it
         self._place_all()
-        self.embedding_path = tuple(self.components["embed"].path.split("."))
 
     @classmethod
     def of(cls, root: nn.Module, make_adapter: Callable[[], ArchitectureAdapter]) -> ComponentTree:
         """The tree of ``root``: the one that another bridge on it made, or a new one."""
-        with _LOCK:
+        with HOOKS_LOCK:
             tree = _TREES.get(id(root))
             if tree is None or tree.root is not root:
                 tree = cls(root, make_adapter())
                 _TREES[id(root)] = tree
-            tree.settle()
+            tree.sync()
             return tree
 
     def _place_all(self) -> None:
@@ -227,10 +161,10 @@ class ComponentTree:
         for name, component in self.components.items():
             parent, _, _ = name.rpartition(".")
             inside = self.components[parent].path + "." if parent and parent != "blocks" else ""
-            component.place(self.root, inside + str(component.name), sites[name], self.on_use)
+            component.place(self.root, inside + str(component.name), sites[name], self)
             for child in component.submodules.values():
                 if isinstance(child, LinearBridge) and child.original_component is None:
-                    child.place(self.root, f"{component.path}.{child.name}", {}, self.on_use)
+                    child.place(self.root, f"{component.path}.{child.name}", {}, self)
 
     # -- points --------------------------------------------------------------------------------------------------------
 
@@ -241,8 +175,7 @@ class ComponentTree:
             HookNameError: there is none.
         """
         spec = self.index[name]
-        component = self.components[spec.component]
-        return component._points.get(spec.site) or component.point(spec.site)
+        return self.components[spec.component].point(spec.site)
 
     def live_points(self) -> Iterator[HookPoint]:
         """Points that have been made."""
@@ -254,14 +187,13 @@ class ComponentTree:
         for point in self.live_points():
             yield from point.handles()
 
-    def on_use(self, point: HookPoint, change: int) -> None:
-        """A point came into use (+1) or is no longer in use (-1): mount or unmount what fires it."""
-        needed = self.needs[point]
-        if change > 0:
-            self.index.select(str(point.name), self.cfg.flags)  # refuses an opt-in point that is off
-            self.retain(needed)
-        else:
-            self.release(needed)
+    def check_attachable(self, point: HookPoint) -> None:
+        """Refuse a function on an opt-in point that is off.
+
+        Raises:
+            HookDisabledError: with the call that switches it on.
+        """
+        self.index.select(str(point.name), self.cfg.flags)
 
     def group_named(self, name: str | None) -> Group:
         """The points that are on and that one name or glob matches (``None``: all), put together once."""
@@ -275,120 +207,100 @@ class ComponentTree:
         return group
 
     def group(self, specs: list[HookSpec]) -> Group:
-        """Points by their specs, and the components that have to be mounted for them."""
-        points = [self.point(spec.name) for spec in specs]
-        return Group(specs, points, {spec.name: spec.pos_axis for spec in specs}, self._sum_of(points), [])
+        """Points by their specs."""
+        return Group(specs, [self.point(spec.name) for spec in specs], {spec.name: spec.pos_axis for spec in specs})
 
-    def needed_by(self, handles: Sequence[LensHandle]) -> Needs:
-        """The components that have to be mounted for ``handles``, and how many of those need each."""
-        return self._sum_of(handle.point for handle in handles)
+    def expected_handles(self, has_tokens: bool) -> list[LensHandle]:
+        """Functions that act in this thread and whose points the forward of the backbone that begins now has to fire.
 
-    def _sum_of(self, points: Iterable[HookPoint]) -> Needs:
-        needed = Needs()
-        for point in points:
-            for name in self.needs[point]:
-                needed[name] = needed.get(name, 0) + 1
-        return needed
+        A block of hooks that is open in another thread only does not act here. Where this thread has no hooks of its own
+        and was probably started inside such a block, a warning says so, once a block.
+
+        Args:
+            has_tokens: whether the forward is given token ids, so that the embedding runs.
+        """
+        span = current_span()
+        start = -1 if span.start is None else span.start
+        stop = self.cfg.n_layers + 1 if span.stop is None else span.stop
+        acting: list[LensHandle] = []
+        elsewhere: Scope | None = None
+        for handle in self.handles():
+            if acts(handle.scope):
+                spec = self.index[str(handle.point.name)]
+                inside = spec.component != "unembed" and (has_tokens or spec.component != "embed")
+                if inside and runs_through(spec, start, stop, self.cfg.n_layers):
+                    acting.append(handle)
+            elif handle.scope.is_block and not (handle.scope.closed or handle.scope.everywhere):
+                elsewhere = handle.scope
+        if elsewhere is not None and not open_scopes() and not elsewhere.was_reported:
+            elsewhere.was_reported = True
+            warnings.warn(
+                "This model runs in a thread in which the open block `with bridge.hooks(...)` does not act: a block belongs "
+                "to the thread that opened it, and this run is not hooked. To hook it, start the thread with "
+                "`Thread(target=contextvars.copy_context().run, args=(function, ...))`, or open the block in the thread.",
+                PellucidWarning,
+                stacklevel=2,
+            )
+        return acting
 
     # -- mounting ------------------------------------------------------------------------------------------------------
 
-    def retain(self, needed: Needs) -> None:
-        """Mount components, or count more users of those that are, once they stand on the modules that are there now."""
-        done = Needs()
-        with _LOCK:
-            alone = not self._users
-            plan = needed.plan
-            if alone and plan is not None:
-                # On the way of every hooked run, as its end is in release(): no calls.
-                again = all(map(is_, map(dict.get, plan.parents, plan.names), plan.children))
-                for _, engine, module, _, forward in plan.places:
-                    if "forward" in module or "_old_forward" in module or type(engine.module).forward is not forward:
-                        again = False
-                if again:
-                    for component, engine, module, stand_in, _ in plan.places:
-                        component["engine"] = engine  # not through nn.Module's slow attribute setting
-                        component["module"] = engine.module
-                        module["forward"] = stand_in
-                    self._users.update(needed)
-                    self._mounted.update(plan.mounted)
-                    self._standing = plan
-                    return
-                self._forget()  # what was replaced need not be kept alive by what is remembered of it
-                needed.plan = None
-            if not alone:
-                self.remount_replaced()
-            self._standing = None
-            try:
-                for name, count in needed.items():
-                    users = self._users.get(name, 0)
-                    if users == 0:
-                        self._mount(name)
-                    self._users[name] = users + count
-                    done[name] = count
-            except BaseException:
-                self.release(done)
-                raise
-            if alone and all(held.slot == "forward" and held.previous is None for held in self._mounted.values()):
-                self._standing = needed.plan = self._plan()
+    def hold(self, scope: Scope) -> None:
+        """Keep the components of ``scope`` mounted, from the next :meth:`sync` on, until it is closed."""
+        with HOOKS_LOCK:
+            self._holders = [*self._holders, scope]
 
-    def _plan(self) -> MountPlan:
-        """What is mounted now, to be mounted again."""
-        ways = [link for name in self._mounted for link in self.components[name].links()]
-        links = list({(id(parent), name): (parent, name, child) for parent, name, child in ways}.values())
-        places = []
-        for name, stand_in in self._mounted.items():
-            component, engine = self.components[name], self.components[name].engine
-            assert engine is not None
-            module = engine.module
-            places.append((vars(component), engine, vars(module), stand_in, type(module).forward))
-        return MountPlan(
-            [parent for parent, _, _ in links],
-            [name for _, name, _ in links],
-            [child for _, _, child in links],
-            places,
-            dict(self._mounted),
-        )
+    def close_all(self) -> None:
+        """End every session and take every function off, whoever opened or attached it."""
+        for scope in [*self._holders, *(handle.scope for handle in self.handles())]:
+            scope.closed = True
+        self.sync()
 
-    def release(self, needed: Needs) -> None:
-        """Count users less, and unmount components that have none left."""
-        with _LOCK:
-            plan = needed.plan
-            if plan is not None and self._users == needed:
-                ours = True
-                for _, _, module, stand_in, _ in plan.places:
-                    if module.get("forward") is not stand_in:
-                        ours = False  # somebody has wrapped it meanwhile
-                if ours:
-                    for component, _, module, _, _ in plan.places:
-                        component["engine"] = None
-                        del component["module"], module["forward"]
-                    self._users.clear()
-                    self._mounted.clear()
-                    return
-            for name, count in needed.items():
-                left = self._users[name] - count
-                if left:
-                    self._users[name] = left
-                else:
-                    del self._users[name]
-                    self._unmount(name)
+    def sync(self) -> None:
+        """Mount what attached functions and open sessions need, on the modules that are there now; unmount the rest.
 
-    @contextmanager
-    def mounted(self, names: Iterable[str]) -> Iterator[None]:
-        """Keep components mounted for the length of a block."""
-        held = Needs(Counter(names))
-        self.retain(held)
-        try:
-            yield
-        finally:
-            self.release(held)
+        Functions whose session has ended are detached first. Everything is derived, so a call repairs what an interrupt
+        left of an earlier one.
+
+        Raises:
+            UnsupportedModelError: a module that is needed is no longer in the model.
+        """
+        with HOOKS_LOCK:
+            self._holders = [scope for scope in self._holders if not scope.closed]
+            needed = self._needed()
+            for name, component in self.components.items():
+                mounted = component.mounted
+                if mounted is not None and (name not in needed or component.original_component is not mounted.module):
+                    self._unmount(component)
+            for name in needed:
+                self._mount(self.components[name])
+
+    def _needed(self) -> set[str]:
+        needed = {name for scope in self._holders for name in scope.components}
+        for name, component in self.components.items():
+            for point in component.live_points():
+                if not (point.fwd_hooks or point.bwd_hooks):
+                    continue
+                point.drop_closed()
+                if point.fwd_hooks or point.bwd_hooks:
+                    needed.add(name)
+                    spec = self.index[str(point.name)]
+                    if spec.flag in ("use_attn_in", "use_split_qkv_input"):
+                        needed.add(f"blocks.{spec.layer}")  # it knows the residual before the norm
+        if needed:
+            needed.add("backbone")
+        return needed
 
     def is_mounted(self) -> bool:
         """Whether anything of ours stands on the model."""
-        return bool(self._mounted)
+        return any(component.mounted is not None for component in self.components.values())
 
-    def _mount(self, name: str) -> None:
-        component = self.components[name]
+    def _mount(self, component: GeneralizedComponent) -> None:
+        mounted = component.mounted
+        if mounted is not None:
+            if mounted.was_taken_off():
+                mounted.put()
+            return
         module = component.original_component
         assert module is not None
         # accelerate: module.forward is a wrapper around module._old_forward; ours goes inside the wrapper.
@@ -396,117 +308,51 @@ class ComponentTree:
         previous = vars(module).get(slot)
         if not component.runs_original and _is_foreign(previous, type(module).forward):
             warnings.warn(
-                f"{component.path} has a forward of somebody's own, and Pellucid computes in its place, as Hugging Face "
-                "does, while points of it are in use: the numbers of such a run are not those of a run without hooks. "
-                "Change the model with hooks, or hook points outside that module.",
+                f"{component.path} has a forward that is not Hugging Face's, and Pellucid computes in its place, as Hugging "
+                "Face does, while points of it are in use: the numbers of such a run are not those of a run without "
+                "hooks. Change the model with hooks, or hook points outside that module.",
                 PellucidWarning,
                 stacklevel=4,
             )
-        native = type(module).forward.__get__(module) if previous is None else previous
-        vars(component).update(engine=Engine(module, native), module=module)
-        vars(module)[slot] = self._mounted[name] = StandIn(component, module, slot, previous)
+        # In this order: what is noted but not yet in place, the next sync puts in place or forgets.
+        component.mounted = stand_in = StandIn(component, module, slot, previous)
+        stand_in.put()
 
-    def _unmount(self, name: str) -> None:
-        mounted = self._mounted.pop(name)
-        component, state = vars(self.components[name]), vars(mounted.module)
-        forward = component["engine"].forward
-        component["engine"] = None
-        del component["module"]
-        if state.get(mounted.slot) is not mounted:
-            # What wraps us still calls us, and may be gone when the component is mounted again: around what is there then.
-            mounted.retire(forward)
+    def _unmount(self, component: GeneralizedComponent) -> None:
+        mounted = component.mounted
+        assert mounted is not None
+        replaced = not (mounted.is_in_place() or mounted.was_taken_off())
+        if mounted.is_in_place():
+            mounted.take_off()
+        component.mounted = None
+        if replaced:
             warnings.warn(
-                f"The forward of {self.components[name].path} was replaced while Pellucid had hooks on it; it is left "
-                "as found. Remove hooks before wrapping a module, and wrap it before hooking.",
+                f"The forward of {component.path} was replaced while Pellucid had hooks on it; it is left as found. Remove "
+                "hooks before wrapping a module, and wrap it before hooking.",
                 PellucidWarning,
                 stacklevel=4,
             )
-            return
-        if mounted.previous is None:
-            del state[mounted.slot]
-        else:
-            state[mounted.slot] = mounted.previous
-
-    def remount_replaced(self) -> None:
-        """Mount anew what stands on a module that is no longer in the model (a merged adapter, a new layer)."""
-        if not self._mounted:
-            return
-        standing = self._standing
-        if standing is not None and all(map(is_, map(dict.get, standing.parents, standing.names), standing.children)):
-            return
-        replaced = []
-        for name, held in list(self._mounted.items()):
-            if self.components[name].original_component is not held.module:
-                replaced.append(name)
-        if not replaced:
-            return
-        with _LOCK:
-            self._standing = None
-            for name in replaced:
-                self._unmount(name)
-                self._mount(name)
-
-    def outputs_are_ours(self, model: nn.Module) -> bool:
-        """Whether nobody else sees what ``model`` and its backbone give back: no torch hooks, no forward but their own."""
-        backbone = self.root._modules.get(self.adapter.backbone_path)
-        if model is not self.root or backbone is None or torch_modules._global_forward_hooks:
-            return False
-        if model._forward_hooks or backbone._forward_hooks or "forward" in vars(model):
-            return False
-        if [type(model).forward, type(backbone).forward] != self._class_forwards:
-            return False
-        replaced = vars(backbone).get("forward")
-        return replaced is None or (type(replaced) is StandIn and replaced.previous is None)
 
     def has_torch_hooks(self) -> bool:
-        """Whether somebody has put torch hooks of their own on the model, which may write to tensors."""
-        waiting: list[nn.Module | None] = [self.root]
-        for module in waiting:  # which grows on the way
-            if module is not None:
-                if module._forward_hooks or module._forward_pre_hooks:
-                    return True
-                if module._modules:
-                    waiting.extend(module._modules.values())
-        return False
+        """Whether the user has put torch hooks on the model, which may write to tensors."""
+        return any(module._forward_hooks or module._forward_pre_hooks for module in self.root.modules())
 
     # -- copies --------------------------------------------------------------------------------------------------------
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ComponentTree:
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
-        for key, value in self.__getstate__().items():
-            setattr(clone, key, copy.deepcopy(value, memo))
-        clone._forget()
-        clone._copied = True
-        with _LOCK:
-            _TREES[id(clone.root)] = clone
+        clone.__setstate__({key: copy.deepcopy(value, memo) for key, value in self.__getstate__().items()})
         return clone
 
-    def _forget(self) -> None:
-        """Begin without what is only remembered to be quick."""
-        self._groups, self.needs, self.named = {}, NeedsOf(self.index), {}
-        self._standing = None
-
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            key: value for key, value in vars(self).items() if key not in ("_groups", "needs", "_standing", "named")
-        }
+        # Open sessions are the original's alone; groups are found again.
+        return {key: value for key, value in vars(self).items() if key not in ("_groups", "_holders")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._forget()
-        self._copied = True
-        with _LOCK:
+        vars(self).update(state, _groups={}, _holders=[])
+        with HOOKS_LOCK:
             _TREES[id(self.root)] = self
-
-    def settle(self) -> None:
-        """In a copied tree: unmount what only blocks and runs of the original used. They are none of the copy's."""
-        if not self._copied:
-            return
-        self._copied = False
-        self._users = dict(self.needed_by(list(self.handles())))
-        for name in [name for name in self._mounted if name not in self._users]:
-            self._unmount(name)
 
     # -- offloading ----------------------------------------------------------------------------------------------------
 
@@ -534,10 +380,12 @@ class ComponentTree:
 
 
 def _is_foreign(previous: Callable[..., Any] | None, forward: Callable[..., Any]) -> bool:
-    """Whether a module's own forward (``previous``) or its class' is neither Hugging Face's nor ours."""
+    """Whether a module's own forward (``previous``) or its class' is not Hugging Face's."""
+    if isinstance(previous, StandIn):  # another bridge's, or an old one that a user put back and that passes on
+        return _is_foreign(previous.previous, forward)
     if previous is None:
         return not str(forward.__module__).startswith("transformers.")
-    return not isinstance(previous, StandIn) and getattr(previous, "__func__", None) is not forward
+    return getattr(previous, "__func__", None) is not forward
 
 
 _TREES: WeakValueDictionary[int, ComponentTree] = WeakValueDictionary()

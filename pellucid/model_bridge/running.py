@@ -1,6 +1,6 @@
 """One run: checking what was given, sending it through the model, and what comes back.
 
-With nothing hooked, a run is one call of the Hugging Face model, asked for a tuple unless somebody else sees what it gives.
+With nothing hooked, a run is one call of the Hugging Face model.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from pellucid.errors import GradientError, InputError
-from pellucid.hook_points import LensHandle
 from pellucid.model_bridge.cache_plan import RunSize
 from pellucid.model_bridge.generalized_components.base import StopForward
+from pellucid.model_bridge.generalized_components.bloom_block import not_fired
+from pellucid.model_bridge.hook_session import HookSession
 from pellucid.model_bridge.hooked_model import HookedModel
 from pellucid.model_bridge.losses import next_token_loss
 from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, TokenRules, check_choice, check_mask
-from pellucid.run_context import fast_attention, layer_span
+from pellucid.run_context import acts, set_fast_attention, set_span
 
 ReturnType: TypeAlias = Literal["logits", "loss", "both"] | None
 AttnImplementation: TypeAlias = Literal["eager", "sdpa"]
@@ -39,8 +40,6 @@ class Prepared:
     past_key_values: Any | None
     start: int | None
     stop: int | None
-    plain: bool = False
-    """Nothing but token ids, which go to the model as they are."""
 
     @property
     def given(self) -> Tensor:
@@ -129,48 +128,20 @@ class RunnableModel(HookedModel):
 
     # -- a run ---------------------------------------------------------------------------------------------------------
 
-    def _is_ready(
-        self,
-        input: Any,
-        prepend_bos: bool | None,
-        attention_mask: Tensor | None,
-        past_key_values: Any | None,
-        start_at_layer: int | None,
-        stop_at_layer: int | None,
-    ) -> bool:
-        """Whether ``input`` can go to the model as it is: token ids in their place, and nothing asked for beside them.
-
-        It decides for the commonest call what :meth:`_prepare`, :meth:`_run` and :meth:`_finish` decide for all: code that
-        runs once a forward is cold, and costs several times what a loop over it shows.
-        """
-        if attention_mask is not None or past_key_values is not None or prepend_bos:
-            return False
-        if start_at_layer is not None or stop_at_layer is not None:
-            return False
-        if not (isinstance(input, Tensor) and input.dtype is torch.int64 and input.dim() == 2 and input.numel()):
-            return False
-        tree = self._tree
-        embedding: nn.Module | None = tree.root
-        for name in tree.embedding_path:  # as original_component does, a call less
-            embedding = None if embedding is None else embedding._modules[name]
-        weight = None if embedding is None else embedding._parameters.get("weight")
-        if weight is None or not (weight.is_cpu and input.is_cpu):
-            return False
-        dtype = weight.dtype
-        return dtype is tree.cfg.dtype and dtype is not torch.float64 and self._attn_implementation == "eager"
-
     def _logits(self, arguments: dict[str, Any]) -> Tensor:
-        """Hugging Face's logits.
-
-        A tuple is asked for where nobody else sees it: making two output objects costs a tiny model 6 % of its forward.
-        """
-        model: Any = self._modules["original_model"]
+        """Hugging Face's logits."""
+        model: Any = self.original_model
+        head = [handle for handle in self._tree.components["unembed"].handles() if acts(handle.scope)]
+        calls = [handle.calls for handle in head]
         try:
-            logits: Tensor = model(**arguments, return_dict=not self._tree.outputs_are_ours(model))[0]
+            logits: Tensor = model(**arguments)[0]
         except BaseException as error:
             self._clean_up(error, arguments.get("input_ids"))
             raise
-        return self._guarded(logits) if logits.requires_grad and self._tree.is_mounted() else logits
+        for handle, before in zip(head, calls, strict=True):
+            if handle.calls == before and handle.direction == "fwd" and handle.is_attached():
+                raise not_fired(handle)
+        return logits
 
     def _clean_up(self, error: BaseException, tokens: Tensor | None) -> None:
         """After an exception: leave an offloaded model as it was, and name an id that the embedding did not have."""
@@ -207,10 +178,9 @@ class RunnableModel(HookedModel):
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
     ) -> Prepared:
-        self._tree.remount_replaced()
-        if self._is_ready(input, prepend_bos, attention_mask, past_key_values, start_at_layer, stop_at_layer):
-            return Prepared(input, None, None, None, None, None, plain=True)  # type: ignore[arg-type]
-        self._refresh()  # the Hugging Face model may have been cast or moved behind our back
+        if not torch.compiler.is_compiling():
+            self._tree.sync()  # a module may have been replaced, or an interrupt may have left something
+            self._refresh()  # the Hugging Face model may have been cast or moved behind our back
         start = self._layer("start_at_layer", start_at_layer)
         stop = self._layer("stop_at_layer", stop_at_layer)
         if start is not None and stop is not None and stop < start:
@@ -272,8 +242,6 @@ class RunnableModel(HookedModel):
 
     def _run(self, prepared: Prepared) -> Tensor:
         """Logits, or the residual at which the run stops."""
-        if prepared.plain:
-            return self._logits({"input_ids": prepared.tokens, "use_cache": False})
         arguments: dict[str, Any] = {"use_cache": prepared.past_key_values is not None}
         if prepared.tokens is not None:
             arguments["input_ids"] = prepared.tokens
@@ -288,13 +256,17 @@ class RunnableModel(HookedModel):
             self._refuse_checkpointing()
         if not helpers:
             return self._logits(arguments)
-        span = layer_span(prepared.start, prepared.stop)
-        with self._tree.mounted(helpers), span, fast_attention(self._fast_root()):
-            try:
-                return self._logits(arguments)
-            except StopForward as stopped:
-                self._tree.restore_offloaded()
-                return self._guarded(stopped.residual)
+        return HookSession(self._tree, components=helpers).during(partial(self._run_part, prepared, arguments))
+
+    def _run_part(self, prepared: Prepared, arguments: dict[str, Any]) -> Tensor:
+        """A run that needs more than a call of the model, in a context of its own."""
+        set_span(prepared.start, prepared.stop)
+        set_fast_attention(self._fast_root())
+        try:
+            return self._logits(arguments)
+        except StopForward as stopped:
+            self._tree.restore_offloaded()
+            return stopped.residual
 
     def _checkpoints(self) -> bool:
         """Whether the backward pass would run the forward of a run that begins now again, when it is over."""
@@ -350,13 +322,6 @@ class RunnableModel(HookedModel):
         start = -1 if prepared.start is None else prepared.start
         return start, self.cfg.n_layers + 1 if prepared.stop is None else prepared.stop
 
-    def _guarded(self, output: Tensor) -> Tensor:
-        """With gradient checkpointing the backward pass runs the forward again: see that its hooks are still there."""
-        backbone = self._tree.backbone.module
-        if backbone.gradient_checkpointing and backbone.training and output.requires_grad:
-            output.register_hook(partial(_refuse_backward, tuple(self._tree.handles())))
-        return output
-
 
 def refuse_rows(given: Tensor) -> None:
     """Refuse a batch of several rows where its axis is to be removed."""
@@ -369,12 +334,3 @@ def without_batch_dim(output: Any) -> Any:
     if isinstance(output, tuple):
         return tuple(map(without_batch_dim, output))
     return output[0] if isinstance(output, Tensor) and output.dim() > 0 else output
-
-
-def _refuse_backward(handles: tuple[LensHandle, ...], gradient: Tensor) -> None:
-    if any(handle not in handle.point.handles() for handle in handles):
-        raise GradientError(
-            "Gradient checkpointing runs the forward again during backward(), and hooks of this run are gone by then: "
-            "its gradients would not be those of the hooked model. Use `with bridge.hooks(...):` around forward and "
-            "backward, or switch gradient checkpointing off."
-        )

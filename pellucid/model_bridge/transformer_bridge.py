@@ -10,7 +10,7 @@ import copy
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,8 @@ from pellucid.model_bridge.cache_plan import Keeper, PosSlice, cache_bytes, kept
 from pellucid.model_bridge.collecting import CollectingModel
 from pellucid.model_bridge.generation import generate
 from pellucid.model_bridge.hf_source import find_bloom, load_model, make_adapter
-from pellucid.model_bridge.hooked_model import Attached, HookRequest, runs_through
+from pellucid.model_bridge.hook_session import HookSession
+from pellucid.model_bridge.hooked_model import HookRequest
 from pellucid.model_bridge.mounting import ComponentTree
 from pellucid.model_bridge.running import (
     ATTN_IMPLEMENTATIONS,
@@ -36,8 +37,8 @@ from pellucid.model_bridge.self_check import CheckReport, run_checks
 from pellucid.model_bridge.token_methods import TokenMethods
 from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, TokenRules, check_choice
 from pellucid.model_bridge.weight_state import ProcessableWeights, refuse_early
-from pellucid.names import HookSpec, NamesFilter
-from pellucid.run_context import fast_attention
+from pellucid.names import HookSpec, NamesFilter, runs_through
+from pellucid.run_context import set_fast_attention
 
 
 class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
@@ -150,12 +151,12 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
         vars(clone).update(copy.deepcopy(vars(self), memo))
-        clone._tree.settle()
+        clone._tree.sync()
         return clone
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._tree.settle()
+        self._tree.sync()
 
     # -- running -------------------------------------------------------------------------------------------------------
 
@@ -191,11 +192,6 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
         Raises:
             InputError: an input that cannot be run, with what to give instead.
         """
-        if return_type == "logits" and self._is_ready(
-            input, prepend_bos, attention_mask, past_key_values, start_at_layer, stop_at_layer
-        ):
-            self._tree.remount_replaced()
-            return self._logits({"input_ids": input, "use_cache": False})
         check_choice("return_type", return_type, ("logits", "loss", "both", None))
         prepared = self._prepare(
             input, prepend_bos, padding_side, attention_mask, past_key_values, start_at_layer, stop_at_layer
@@ -237,35 +233,23 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
             HookUnreachableError: a named point that ``start_at_layer`` or ``stop_at_layer`` leaves out.
             NoEffectError: see ``assert_effect``.
         """
-        prepared = span = None
-        if return_type == "logits" and self._is_ready(
-            input, prepend_bos, attention_mask, past_key_values, start_at_layer, stop_at_layer
-        ):
-            if remove_batch_dim:
-                refuse_rows(cast(Tensor, input))
-        else:
-            check_choice("return_type", return_type, ("logits", "loss", "both", None))
-            prepared = self._prepare(
-                input, prepend_bos, padding_side, attention_mask, past_key_values, start_at_layer, stop_at_layer
-            )
-            if remove_batch_dim:
-                refuse_rows(prepared.given)
-            if prepared.start is not None or prepared.stop is not None:
-                span = self._span(prepared)
+        check_choice("return_type", return_type, ("logits", "loss", "both", None))
+        prepared = self._prepare(
+            input, prepend_bos, padding_side, attention_mask, past_key_values, start_at_layer, stop_at_layer
+        )
+        if remove_batch_dim:
+            refuse_rows(prepared.given)
+        span = None if prepared.start is None and prepared.stop is None else self._span(prepared)
         forward = self._requests(fwd_hooks, "fwd", span)
-        backward = self._requests(bwd_hooks, "bwd", span) if bwd_hooks else []
-        if assert_effect:
-            for handle in forward:
-                handle.must_change = True
-        with Attached(self._tree, forward + backward, keep=not reset_hooks_end):
-            try:
-                if prepared is None:
-                    output: Any = self._logits({"input_ids": input, "use_cache": False})
-                else:
-                    output = self._finish(prepared, self._run(prepared), return_type, loss_per_token)
-            finally:
-                if clear_contexts:
-                    self.clear_contexts()
+        backward = self._requests(bwd_hooks, "bwd", span)
+        for handle in forward:
+            handle.must_change = assert_effect
+        session = HookSession(self._tree, forward + backward, keep=not reset_hooks_end)
+        try:
+            output = session.during(partial(self._run_to_end, prepared, return_type, loss_per_token))
+        finally:
+            if clear_contexts:
+                self.clear_contexts()
         if assert_effect:
             for handle in forward:
                 handle.check_effect()
@@ -350,24 +334,19 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
         keeper = Keeper(
             group.pos_axes, positions, device, dtype, copies=self._others_may_write(), owned=_owned_by_caller(prepared)
         )
-        handles = readers = group.readers(keeper)
-        needed = None if incl_bwd else group.needed
+        handles = [LensHandle(point, keeper, "fwd", point.name, reads_only=True) for point in group.points]
         if incl_bwd:
-            handles = readers + [
+            handles += [
                 LensHandle(point, keeper.keep_gradient, "bwd", point.name, reads_only=True)
                 for spec, point in zip(group.specs, group.points, strict=True)
                 if spec.kind != "int"
             ]
-        with Attached(self._tree, handles, keep=not reset_hooks_end, needed=needed):
-            try:
-                output = self._finish(prepared, self._run(prepared), return_type, loss_per_token)
-                if incl_bwd:
-                    output.backward()
-            finally:
-                if clear_contexts:
-                    self.clear_contexts()
-        if reset_hooks_end:
-            group.put_away(readers)
+        keeper.scope = session = HookSession(self._tree, handles, keep=not reset_hooks_end)
+        try:
+            output = session.during(partial(self._run_to_end, prepared, return_type, loss_per_token, incl_bwd))
+        finally:
+            if clear_contexts:
+                self.clear_contexts()
         mask = prepared.attention_mask
         if mask is not None:
             mask = mask[:, -prepared.given.shape[1] :]
@@ -376,6 +355,14 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
         if remove_batch_dim:
             cache = cache.remove_batch_dim()
         return output, cache if return_cache_object else cache.cache_dict
+
+    def _run_to_end(
+        self, prepared: Prepared, return_type: ReturnType, loss_per_token: bool, backward: bool = False
+    ) -> Any:
+        output = self._finish(prepared, self._run(prepared), return_type, loss_per_token)
+        if backward:
+            output.backward()
+        return output
 
     def _cached_specs(self, prepared: Prepared, names_filter: NamesFilter) -> list[HookSpec]:
         chosen = self._tree.index.select(names_filter, self.cfg.flags)
@@ -478,14 +465,17 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
         do_sample = do_sample and temperature != 0  # TransformerLens' way to ask for the most probable token
         side: PaddingSide = padding_side if padding_side is not None else "left"
         prepared = self._prepare(input, prepend_bos, side, attention_mask)
-        assert prepared.tokens is not None
-        mounted = self._tree.mounted(self._helpers(None, None))
-        with self._safely(prepared.tokens), mounted, fast_attention(self._fast_root()):
-            output = generate(
+        tokens = prepared.tokens
+        assert tokens is not None
+        session = HookSession(self._tree, components=self._helpers(None, None))
+
+        def run() -> Any:
+            set_fast_attention(self._fast_root())
+            return generate(
                 self.original_model,
                 self._tree,
                 self._rules,
-                prepared.tokens,
+                tokens,
                 prepared.attention_mask,
                 max_new_tokens=max_new_tokens,
                 stop_at_eos=stop_at_eos,
@@ -503,12 +493,15 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
                 stopping_criteria=stopping_criteria,
                 hf_kwargs=hf_kwargs,
             )
+
+        with self._safely(tokens):
+            output = session.during(run)
         if not output_logits and isinstance(output, Tensor):
             wants_text = return_type == "str" or (return_type == "input" and not isinstance(input, Tensor))
             if wants_text:
-                texts = self._rules.texts_without_padding(output, prepared.tokens.shape[1], prepared.attention_mask)
+                texts = self._rules.texts_without_padding(output, tokens.shape[1], prepared.attention_mask)
                 output = texts[0] if len(texts) == 1 and isinstance(input, str | Tensor) else texts
-        return (output, prepared.tokens) if return_input_tokens else output
+        return (output, tokens) if return_input_tokens else output
 
     # -- checking ------------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pellucid.model_bridge.mounting import ComponentTree
 from pellucid.model_bridge.tokens import TokenRules
-from pellucid.run_context import quiet
+from pellucid.run_context import hooks_suppressed
 
 
 class WeightViews:
@@ -33,9 +33,9 @@ class WeightViews:
         BLOOM has no position embedding, so the embedding norm of ``word_embeddings`` is one table; circuits from token to
         token start from it.
         """
-        with quiet(), torch.no_grad():
-            norm = self._tree.components["embed_ln"].module
-            return torch.cat([norm(rows) for rows in self.W_E.split(16384)])
+        norm = self._tree.components["embed_ln"].module
+        with torch.no_grad():
+            return torch.cat([hooks_suppressed(norm, rows) for rows in self.W_E.split(16384)])
 
     @property
     def W_U(self) -> Tensor:

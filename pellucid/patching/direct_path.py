@@ -20,7 +20,7 @@ from pellucid.model_bridge.tokens import TextOrTokens, check_choice
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.patching.cells import Run, clean_activation, metrics_of, reduced
 from pellucid.progress import progress_bar
-from pellucid.run_context import quiet
+from pellucid.run_context import hooks_suppressed
 from pellucid.sweep import Add, Edit, MetricLike, Sweep
 
 
@@ -176,8 +176,8 @@ def _write_differences(
             "The prompts need as many rows and tokens."
         )
     attention: Any = model.blocks[layer].attn
-    with torch.no_grad(), quiet():
-        differences: Tensor = attention.results(clean - corrupted)
+    with torch.no_grad():
+        differences: Tensor = hooks_suppressed(attention.results, clean - corrupted)
     return differences
 
 

@@ -21,9 +21,8 @@ from torch import Tensor
 
 from pellucid.corpora import Corpus, CorpusBatch
 from pellucid.errors import CorpusError, InputError, StorageFullError
-from pellucid.model_bridge.hooked_model import runs_through
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
-from pellucid.names import HookIndex, HookSpec, NamesFilter
+from pellucid.names import HookIndex, HookSpec, NamesFilter, runs_through
 from pellucid.progress import progress_bar
 from pellucid.scale.job_folder import Shard, ShardRecord
 from pellucid.scale.job_settings import refuse_writers, settings_of

@@ -102,28 +102,6 @@ def test_after_an_exception_all_is_as_before(name: str, error: BaseException) ->
     assert not bridge.list_hooks()
 
 
-class _Interrupting(list[Any]):
-    """A point's functions, one of which cannot be attached: the user pressed Ctrl-C just then."""
-
-    def append(self, item: Any) -> None:
-        raise KeyboardInterrupt
-
-
-def test_an_interrupt_while_functions_are_attached(monkeypatch: pytest.MonkeyPatch) -> None:
-    bridge, reference = make_pair()
-    tokens = random_tokens(2, 7)
-    expected = reference(tokens).logits
-    point = bridge.hook_dict["blocks.1.hook_resid_post"]
-    monkeypatch.setattr(point, "fwd_hooks", _Interrupting())
-    names = ["blocks.0.attn.hook_z", "blocks.1.hook_resid_post", "blocks.2.mlp.hook_post"]
-    with pytest.raises(KeyboardInterrupt):
-        bridge.run_with_hooks(tokens, fwd_hooks=[(name, lambda tensor, hook: tensor * 2) for name in names])
-    monkeypatch.undo()
-    assert is_pristine(bridge.hf_model)
-    assert not bridge.list_hooks()
-    assert torch.equal(bridge(tokens), expected)
-
-
 def test_a_generator_that_is_dropped() -> None:
     bridge, model = make_pair()
 
@@ -167,8 +145,9 @@ def test_hooks_stay_on_their_own_thread() -> None:
     thread = threading.Thread(target=hooked)
     thread.start()
     inside.wait(10)
-    results["plain"] = bridge(tokens)
-    results["bare"] = bridge.hf_model(tokens).logits
+    with pytest.warns(PellucidWarning, match="in a thread in which the open block"):
+        results["plain"] = bridge(tokens)
+    results["bare"] = bridge.hf_model(tokens).logits  # told once a block
     with bridge.hooks([("hook_embed", double)]):
         results["mine"] = bridge(tokens)
     done.set()
@@ -404,7 +383,7 @@ def test_a_forward_of_somebodys_own_that_ours_stands_in_for_is_reported(
     bridge.run_with_hooks(tokens, fwd_hooks=[("blocks.1.hook_resid_post", lambda tensor, hook: None)])  # that one runs
 
 
-@pytest.mark.filterwarnings("ignore:.*a forward of somebody's own:pellucid.errors.PellucidWarning")
+@pytest.mark.filterwarnings("ignore:.*has a forward that is not Hugging Face's:pellucid.errors.PellucidWarning")
 @pytest.mark.parametrize("afterwards", ["wrapped", "unwrapped", "put back", "another forward"])
 @pytest.mark.parametrize("name", [POINT, "blocks.1.hook_resid_post"])
 def test_hooks_act_after_a_forward_was_replaced_in_a_block(name: str, afterwards: str) -> None:

@@ -13,6 +13,7 @@ one point that fires.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -22,9 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
-from pellucid.errors import HookNameError, NotSetUpError, WeightError
-from pellucid.hook_points import HookPoint
-from pellucid.run_context import is_quiet
+from pellucid.errors import HookNameError, NotSetUpError, UnsupportedModelError, WeightError
+from pellucid.hook_points import HookPoint, LensHandle, NoTorchHooks, PointOwner
 
 
 class Site:
@@ -45,33 +45,35 @@ class Site:
         return self if component is None else component.point(self.name)
 
 
-class OriginalModule:
-    """A component's Hugging Face module. ``Any``: its children are Hugging Face's to name, and looked up when used.
+class Mounted(ABC):
+    """What a mounted component knows of its place.
 
-    While a component is mounted, an instance attribute of the same name stands before this descriptor, so that reading it
-    costs no call: it is read several times on the way of every hooked forward.
+    Attributes:
+        module: the Hugging Face module whose forward the component stands in for.
     """
 
-    @overload
-    def __get__(self, component: None, owner: type) -> OriginalModule: ...
-    @overload
-    def __get__(self, component: GeneralizedComponent, owner: type) -> Any: ...
-    def __get__(self, component: GeneralizedComponent | None, owner: type) -> Any:
-        if component is None:
-            return self
-        module = component.original_component
-        if module is None:
-            raise NotSetUpError(
-                f"Original component not set for {component.name}. Call set_original_component() first."
-            )
-        return module
-
-
-class Engine(NamedTuple):
-    """What a mounted component runs: the module it stands in for and the forward that was there."""
-
     module: nn.Module
-    forward: Callable[..., Any]
+
+    @property
+    @abstractmethod
+    def original(self) -> Callable[..., Any]:
+        """The forward that was there before."""
+
+    @abstractmethod
+    def is_in_place(self) -> bool:
+        """Whether the module's forward is the component's now."""
+
+    @abstractmethod
+    def was_taken_off(self) -> bool:
+        """Whether the forward that was there before is there again."""
+
+    @abstractmethod
+    def put(self) -> None:
+        """Make the component's forward the module's."""
+
+    @abstractmethod
+    def take_off(self) -> None:
+        """Give the module back the forward that was there before."""
 
 
 class StopForward(Exception):  # noqa: N818 (not an error: how a run that has what it came for leaves the model)
@@ -82,7 +84,7 @@ class StopForward(Exception):  # noqa: N818 (not an error: how a run that has wh
         self.residual = residual
 
 
-class GeneralizedComponent(nn.Module):
+class GeneralizedComponent(NoTorchHooks):
     """Base of all components.
 
     Args:
@@ -94,8 +96,6 @@ class GeneralizedComponent(nn.Module):
 
     hook_in = Site("what the module is given")
     hook_out = Site("what the module gives")
-
-    module = OriginalModule()
 
     runs_original: ClassVar[bool] = True
     """Whether the forward that was there runs inside this component's. Attention and MLP compute step by step instead."""
@@ -117,14 +117,14 @@ class GeneralizedComponent(nn.Module):
         self.submodules: dict[str, GeneralizedComponent] = dict(submodules or {})
         for key, component in self.submodules.items():
             self.add_module(key, component)
-        self.engine: Engine | None = None
+        self.mounted: Mounted | None = None
         self._points: dict[str, HookPoint] = {}
         self._links: dict[str, tuple[GeneralizedComponent, str]] = {}
         self._conversions: dict[str, BaseTensorConversion] = {}
         if conversion_rule is not None:
             self._conversions = {"hook_in": conversion_rule, "hook_out": conversion_rule}
         self._names: dict[str, str] | None = None
-        self._on_use: Callable[[HookPoint, int], None] | None = None
+        self._owner: PointOwner | None = None
         self._place: tuple[nn.Module, tuple[str, ...]] | None = None
 
     # -- the module ----------------------------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ class GeneralizedComponent(nn.Module):
         root: nn.Module,
         path: str,
         names: Mapping[str, str],
-        on_use: Callable[[HookPoint, int], None],
+        owner: PointOwner,
     ) -> None:
         """Stand for the module at ``path`` below ``root``, looked up whenever it is needed.
 
@@ -148,10 +148,10 @@ class GeneralizedComponent(nn.Module):
             root: the model.
             path: dotted path of the module.
             names: canonical hook name of each site that fires here; other sites do not exist in this bridge.
-            on_use: told when a point comes into use and when it is no longer.
+            owner: the bridge, which mounts what fires a point.
         """
         # In a tuple, so that torch does not take the model for a child of the component.
-        self._place, self._names, self._on_use = (root, tuple(path.split("."))), dict(names), on_use
+        self._place, self._names, self._owner = (root, tuple(path.split("."))), dict(names), owner
 
     @property
     def path(self) -> str:
@@ -165,41 +165,58 @@ class GeneralizedComponent(nn.Module):
 
     @property
     def original_component(self) -> nn.Module | None:
-        """The Hugging Face module, ``None`` before :meth:`set_original_component`."""
+        """The Hugging Face module, ``None`` before :meth:`set_original_component`.
+
+        Raises:
+            UnsupportedModelError: it was taken out of the model after the bridge was made.
+        """
         if self._place is None:
             return self._modules.get("_original_component")
-        module: nn.Module | None
         module, path = self._place
         for part in path:
-            module = module._modules[part] if module is not None else None
+            child = module._modules.get(part)
+            if child is None:
+                raise UnsupportedModelError(
+                    f"{'.'.join(path)} is not in the model any more ({type(module).__name__} has no {part!r}). The bridge "
+                    "knows the modules that were there when it was made: make a new TransformerBridge of the changed model."
+                )
+            module = child
         return module
 
-    def links(self) -> list[tuple[dict[str, nn.Module | None], str, nn.Module | None]]:
-        """``(children, name, child)`` of each step from the model to the module; none when used alone."""
-        links: list[tuple[dict[str, nn.Module | None], str, nn.Module | None]] = []
-        if self._place is not None:
-            module: nn.Module | None
-            module, path = self._place
-            for part in path:
-                assert module is not None
-                links.append((module._modules, part, module._modules[part]))
-                module = module._modules[part]
-        return links
+    @property
+    def module(self) -> Any:
+        """The Hugging Face module. ``Any``: its children are Hugging Face's to name, and looked up when used.
+
+        Raises:
+            NotSetUpError: there is none yet.
+        """
+        mounted = self.mounted
+        module = self.original_component if mounted is None else mounted.module
+        if module is None:
+            raise NotSetUpError(f"Original component not set for {self.name}. Call set_original_component() first.")
+        return module
+
+    def torch_hooks_go_to(self) -> str | None:
+        """See :class:`~pellucid.hook_points.NoTorchHooks`."""
+        if self._place is None:
+            return None
+        return (
+            f"Hook a point of it (bridge.add_hook; it has {', '.join(self._names or {}) or 'none'}), or put the torch hook "
+            f"on the Hugging Face module, bridge.hf_model.get_submodule({self.path!r})."
+        )
 
     def original(self) -> Callable[..., Any]:
         """What runs the module as Hugging Face (or whoever wrapped it before us) would.
 
         Asked for before hooks fire: one that removes itself may unmount the component under way.
         """
-        engine = self.engine
-        if engine is not None:
-            return engine.forward
-        module: Callable[..., Any] = self.module
-        return module
-
-    def stand_in(self) -> Callable[..., Any]:
-        """What a mounted component runs in the module's place: its forward, or what that passes its arguments on to."""
-        return self.forward
+        mounted = self.mounted
+        if mounted is not None:
+            return mounted.original
+        module = self.module
+        # Alone, the module is called as torch calls it. In a model, torch has called it already and its hooks have fired.
+        called: Callable[..., Any] = module if self._place is None else module.forward
+        return called
 
     def call_original(self, *args: Any, **kwargs: Any) -> Any:
         """Run :meth:`original`."""
@@ -207,18 +224,13 @@ class GeneralizedComponent(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module, with ``hook_in`` on its first tensor and ``hook_out`` on its (first) output."""
-        if is_quiet():
-            return self.call_original(*args, **kwargs)
         original = self.original()
-        points = self._points
-        if args and "hook_in" in points:
-            args = (points["hook_in"].fire(args[0]), *args[1:])
+        if args:
+            args = (self.fire("hook_in", args[0]), *args[1:])
         output = original(*args, **kwargs)
-        if "hook_out" not in points:
-            return output
         if isinstance(output, tuple):
-            return (points["hook_out"].fire(output[0]), *output[1:])
-        return points["hook_out"].fire(output)
+            return (self.fire("hook_out", output[0]), *output[1:])
+        return self.fire("hook_out", output)
 
     # -- hook points ---------------------------------------------------------------------------------------------------
 
@@ -251,16 +263,13 @@ class GeneralizedComponent(nn.Module):
                 )
             point = HookPoint()
             point.name = site if self._names is None else self._names[site]
-            point.on_use = self._on_use
+            point.owner = self._owner
             point.hook_conversion = self._conversions.get(site)
             point = self._points.setdefault(site, point)  # another thread may have been first
         return point
 
     def fire(self, site: str, value: Tensor, *, private: bool = False) -> Tensor:
-        """Show ``value`` to the functions at ``site``, if there are any. See :meth:`HookPoint.fire`.
-
-        What runs in every forward asks ``"site" in self._points`` and fires the point itself: a call less.
-        """
+        """Show ``value`` to the functions at ``site``, if there are any. See :meth:`HookPoint.fire`."""
         point = self._points.get(site)
         return value if point is None else point.fire(value, private=private)
 
@@ -279,20 +288,16 @@ class GeneralizedComponent(nn.Module):
 
     def only_reads(self, *sites: str) -> bool:
         """Whether nothing that acts at ``sites`` now can write or wants a gradient."""
-        for site in sites:
-            point = self._points.get(site)
-            if point is None:
-                continue
-            functions = point.fwd_hooks
-            if not point.bwd_hooks and (not functions or (len(functions) == 1 and functions[0].reads_only)):
-                continue  # nothing, or the common case of a cache
-            if not point.only_reads():
-                return False
-        return True
+        points = (self._points.get(site) for site in sites)
+        return all(point is None or point.only_reads() for point in points)
 
     def live_points(self) -> list[HookPoint]:
         """The points of this component that have been made."""
         return list(self._points.values())
+
+    def handles(self) -> list[LensHandle]:
+        """Every function attached to a point of this component."""
+        return [handle for point in self.live_points() for handle in point.handles()]
 
     # -- weights -------------------------------------------------------------------------------------------------------
 

@@ -25,17 +25,13 @@ from torch.nn import functional as F
 from torch.nn.modules import module as torch_modules
 
 from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
-from pellucid.conversion_utils.fused_qkv import split_activation
 from pellucid.errors import InputError
 from pellucid.model_bridge.generalized_components.alibi_utils import add_mask_to_alibi
 from pellucid.model_bridge.generalized_components.base import GeneralizedComponent
 from pellucid.model_bridge.generalized_components.bloom_mlp import sum_of_slices
-from pellucid.model_bridge.generalized_components.joint_qkv_attention import (
-    PROJECTION_SITES,
-    JointQKVAttentionBridge,
-)
+from pellucid.model_bridge.generalized_components.joint_qkv_attention import JointQKVAttentionBridge
 from pellucid.model_bridge.generalized_components.packed_rows import PackedRuns
-from pellucid.run_context import current_fast_attention, is_quiet
+from pellucid.run_context import current_fast_attention
 
 
 class BloomAttentionBridge(JointQKVAttentionBridge):
@@ -93,10 +89,6 @@ class BloomAttentionBridge(JointQKVAttentionBridge):
         """
         return self._run(*args, **kwargs)
 
-    def stand_in(self) -> Callable[..., Any]:
-        """See :meth:`GeneralizedComponent.stand_in`."""
-        return self._run
-
     def _run(
         self,
         hidden_states: Tensor | None = None,
@@ -108,48 +100,27 @@ class BloomAttentionBridge(JointQKVAttentionBridge):
         output_attentions: bool = False,
         **ignored: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        if is_quiet():
-            given = {"attention_mask": attention_mask, "layer_past": layer_past, "use_cache": use_cache, **ignored}
-            return self.call_original(  # type: ignore[no-any-return]
-                hidden_states, residual, alibi=alibi, output_attentions=output_attentions, **given
-            )
-        attention = self.module
         if hidden_states is None or residual is None or alibi is None:
             _refuse_missing(hidden_states=hidden_states, residual=residual, alibi=alibi)
             raise AssertionError("unreachable")
-        points, modules = self._points, attention._modules  # nn.Module's __getattr__ is a Python function
-        if "hook_in" in points:
-            hidden_states = points["hook_in"].fire(hidden_states)
-        idle = points.keys().isdisjoint(PROJECTION_SITES) or not self.in_use(*PROJECTION_SITES)
-        if idle and self._own_split is None:
-            q, k, v = split_activation(modules["query_key_value"](hidden_states), self.n_heads)
-        else:
-            q, k, v = self.project(hidden_states)
+        attention = self.module
+        q, k, v = self.project(self.fire("hook_in", hidden_states))
         keys, values = k.transpose(1, 2), v.transpose(1, 2)
         if layer_past is not None:
             if isinstance(layer_past, PackedRuns):
                 return self._attend_packed(q, k, v, residual, layer_past)
             keys, values = layer_past.update(keys, values, attention.layer_idx)
         bias, pattern, own = None, None, False
-        if current_fast_attention() is not None and not output_attentions:
+        if not output_attentions:
             bias = self._fast_bias(q, keys, alibi, attention_mask)
         if bias is None:
             z, pattern = self.mix(q.transpose(1, 2), keys, values, attention_mask, alibi)
         else:
             z = self.fast_mix(q.transpose(1, 2), keys, values, bias, attention.inv_norm_factor)
             own = z.requires_grad  # the kernel keeps it, or what it is a view of, for the backward pass
-        if "hook_z" in points:
-            z = points["hook_z"].fire(z, private=own)
-        if self._place is None or attention.pretraining_tp > 1 or "hook_result" in points:
-            contribution = self.project_out(z)
-        else:  # what that comes to, two calls less
-            contribution = modules["dense"](z.flatten(-2))
-            if "hook_attn_out" in points:
-                contribution = points["hook_attn_out"].fire(contribution)
-        if attention.training:
-            contribution = F.dropout(contribution, p=attention.hidden_dropout)
-        output = residual + contribution
-        return (points["hook_out"].fire(output) if "hook_out" in points else output), pattern
+        contribution = self.project_out(self.fire("hook_z", z, private=own))
+        output = residual + F.dropout(contribution, p=attention.hidden_dropout, training=attention.training)
+        return self.fire("hook_out", output), pattern
 
     def _fast_bias(self, q: Tensor, keys: Tensor, alibi: Tensor, attention_mask: Tensor | None) -> Tensor | None:
         """What the fused kernel adds to its scores; ``None`` where the exact path has to be taken."""

@@ -1,21 +1,28 @@
 """BLOOM's block and backbone: where a run begins and ends, and where hooks learn which positions they see.
 
 Neither repeats Hugging Face's arithmetic: both call the forward that was there. The block adds what a run from or to a
-layer needs, and remembers the residual before its first norm for the per-head inputs of attention.
+layer needs, and remembers the residual before its first norm for the per-head inputs of attention. The backbone also sees
+to it that a hooked forward is one: every point that was to fire has fired when it ends, and gradient checkpointing, which
+runs blocks again during the backward pass, runs them with the hooks that they had.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import Context, copy_context
+from functools import partial
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
+from pellucid.errors import GradientError, HookNotFiredError
+from pellucid.hook_points import LensHandle, describe_function
 from pellucid.model_bridge.generalized_components.base import GeneralizedComponent, StopForward
 from pellucid.model_bridge.generalized_components.block import BlockBridge
 from pellucid.model_bridge.generalized_components.joint_qkv_attention import PRE_NORM
-from pellucid.run_context import RunContext, begin_run, current_span, end_run, is_quiet, keep_finished
+from pellucid.run_context import RunContext, current_span, in_own_context, keep_finished, open_scopes, set_run
 
 BRANCH_POINTS: tuple[tuple[str, str, str], ...] = (
     # site of the block, child, site of the child
@@ -70,16 +77,12 @@ class BloomBlockBridge(BlockBridge):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """``hidden_states`` ``[batch, pos, d_model]`` and Hugging Face's keywords to ``(residual, pattern)``."""
-        if is_quiet():
-            return self.call_original(hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
         span = current_span()
         if self.layer_index is not None and span.start is not None and self.layer_index < span.start:
             return hidden_states, None
-        engine, points = self.engine, self._points
-        original = self.module if engine is None else engine.forward  # as original() does, a call less
+        original = self.original()
         # A residual that the run was given belongs to the caller.
-        given = span.start is not None
-        residual = points["hook_in"].fire(hidden_states, private=given) if "hook_in" in points else hidden_states
+        residual = self.fire("hook_in", hidden_states, private=span.start is not None)
         if self.layer_index is not None and self.layer_index == span.stop:
             raise StopForward(residual)
         outputs: tuple[Any, ...]
@@ -93,16 +96,20 @@ class BloomBlockBridge(BlockBridge):
                 PRE_NORM.reset(token)
         else:
             outputs = original(residual, *args, **kwargs)
-        if "hook_out" not in points:
-            return outputs
-        return (points["hook_out"].fire(outputs[0]), *outputs[1:])
+        return (self.fire("hook_out", outputs[0]), *outputs[1:])
 
 
 class BackboneBridge(GeneralizedComponent):
     """Stands for a Hugging Face ``BloomModel`` while anything in it is hooked: it has no points of its own.
 
     It tells hooks of a forward where in the sequence they are (``hook.run``), and counts the steps of ``generate``.
+
+    Attributes:
+        expected_handles: ``(has_tokens)`` to the functions that act now and have to be called in a forward that begins; the
+            bridge gives it.
     """
+
+    expected_handles: Callable[[bool], list[LensHandle]]
 
     def forward(
         self,
@@ -112,27 +119,103 @@ class BackboneBridge(GeneralizedComponent):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Hugging Face's arguments to Hugging Face's output."""
-        engine = self.engine  # as original() does: on the way of every hooked forward, a call less
-        original = self.module if engine is None else engine.forward
+        """Hugging Face's arguments to Hugging Face's output.
+
+        Raises:
+            HookNotFiredError: a point that was hooked did not fire.
+        """
+        call = partial(
+            self.original(),
+            input_ids=input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
         given = input_ids if input_ids is not None else inputs_embeds
-        run = token = None
-        if given is not None and not is_quiet():
-            past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-            generation = current_span().generation
-            if generation is not None:
-                generation.step += 1
-            run = RunContext(given, past, input_ids, attention_mask, generation)
-            token = begin_run(run)
-        try:
-            return original(
-                input_ids=input_ids,
-                past_key_values=past_key_values,
-                attention_mask=attention_mask,
-                inputs_embeds=inputs_embeds,
-                **kwargs,
+        if given is None:
+            return call()  # Hugging Face says what is missing
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        generation = current_span().generation
+        if generation is not None:
+            generation.step += 1
+        run = RunContext(given, past, input_ids, attention_mask, generation)
+        output = in_own_context(self._run, run, call)
+        keep_finished(run)
+        return output
+
+    def _run(self, run: RunContext, call: Callable[[], Any]) -> Any:
+        set_run(run)
+        expected = self.expected_handles(run.tokens is not None)
+        backbone = self.module
+        if backbone.gradient_checkpointing and backbone.training and torch.is_grad_enabled():
+            output = _with_hooks_in_recomputation(backbone, expected, call)
+        else:
+            output = call()
+        refuse_unfired(expected, run)
+        return output
+
+
+def refuse_unfired(expected: Sequence[LensHandle], run: RunContext) -> None:
+    """See that every function that was to be called in ``run`` was reached.
+
+    Raises:
+        HookNotFiredError: see above.
+    """
+    for handle in expected:
+        if handle.point not in run.fired and handle.is_attached():
+            raise not_fired(handle)
+
+
+def not_fired(handle: LensHandle) -> HookNotFiredError:
+    """What is wrong when a forward has passed the place of ``handle`` without calling it."""
+    return HookNotFiredError(
+        f"{handle.name} was hooked ({describe_function(handle.user_hook)}), and this forward ended without firing it: the "
+        "module it stands on was not called, or its forward was replaced while the hook was on. The logits are those of a "
+        "model that was not hooked there. bridge.verify() shows which hooks are alive; remove hooks before wrapping a "
+        "module, and wrap it before hooking."
+    )
+
+
+def _with_hooks_in_recomputation(backbone: nn.Module, expected: Sequence[LensHandle], call: Callable[[], Any]) -> Any:
+    """Run a forward under gradient checkpointing, whose blocks are run again during ``backward()``.
+
+    Autograd does that in whichever thread it likes (on a GPU always in one of its own), where no block of hooks is open, so
+    each block takes its context with it.
+    """
+    checkpointed = [module for module in backbone.modules() if "_gradient_checkpointing_func" in vars(module)]
+    before = {id(module): vars(module)["_gradient_checkpointing_func"] for module in checkpointed}
+    try:
+        for module in checkpointed:
+            checkpoint = before[id(module)]
+            if isinstance(checkpoint, _Recomputation):  # an interrupt left it
+                checkpoint = before[id(module)] = checkpoint.checkpoint
+            vars(module)["_gradient_checkpointing_func"] = _Recomputation(checkpoint, tuple(expected))
+        return call()
+    finally:
+        for module in checkpointed:
+            vars(module)["_gradient_checkpointing_func"] = before[id(module)]
+
+
+class _Recomputation:
+    """A checkpointing function that runs a block the second time with the hooks of the first.
+
+    Args:
+        checkpoint: the model's own.
+        handles: the functions of this forward; they have to be attached when it is run again.
+    """
+
+    def __init__(self, checkpoint: Callable[..., Any], handles: Sequence[LensHandle]) -> None:
+        self.checkpoint, self.handles = checkpoint, handles
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.checkpoint(partial(self._run, copy_context(), function), *args, **kwargs)
+
+    def _run(self, context: Context, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if any(scope.closed for scope in context.run(open_scopes)) or not all(h.is_attached() for h in self.handles):
+            raise GradientError(
+                "Gradient checkpointing runs the forward again during backward(), and hooks of this run are gone by then: "
+                "its gradients would not be those of the hooked model. Use `with bridge.hooks(...):` around forward and "
+                "backward, or switch gradient checkpointing off."
             )
-        finally:
-            if token is not None:
-                keep_finished(run)
-                end_run(token)
+        return context.copy().run(function, *args, **kwargs)

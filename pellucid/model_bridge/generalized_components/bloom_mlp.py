@@ -7,7 +7,7 @@ products with slices of that weight and drops its bias, and so do we.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from pellucid.errors import InputError
 from pellucid.model_bridge.generalized_components.base import GeneralizedComponent, readable_parameter
 from pellucid.model_bridge.generalized_components.linear import LinearBridge
 from pellucid.model_bridge.generalized_components.mlp import MLPBridge
-from pellucid.run_context import is_quiet
 
 
 def sum_of_slices(x: Tensor, linear: nn.Linear, count: int) -> Tensor:
@@ -70,36 +69,21 @@ class BloomMLPBridge(MLPBridge):
         """``(hidden_states, residual)``, by position or name, to the residual with the MLP's contribution added."""
         return self._run(*args, **kwargs)
 
-    def stand_in(self) -> Callable[..., Any]:
-        """See :meth:`GeneralizedComponent.stand_in`."""
-        return self._run
-
     def _run(self, hidden_states: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-        if is_quiet():
-            return self.call_original(hidden_states, residual)  # type: ignore[no-any-return]
         if hidden_states is None or residual is None:
             missing = "hidden_states" if hidden_states is None else "residual"
             raise InputError(f"BLOOM's MLP takes hidden_states and residual; {missing} was not given.")
-        mlp, points = self.module, self._points
-        modules = mlp._modules  # nn.Module's __getattr__ is a Python function
-        if "hook_in" in points:
-            hidden_states = points["hook_in"].fire(hidden_states)
-        pre = modules["dense_h_to_4h"](hidden_states)
-        if "hook_pre" in points:
-            pre = points["hook_pre"].fire(pre)
-        post = modules["gelu_impl"](pre)
-        if "hook_post" in points:
-            post = points["hook_post"].fire(post)
+        mlp = self.module
+        hidden_states = self.fire("hook_in", hidden_states)
+        pre = self.fire("hook_pre", mlp.dense_h_to_4h(hidden_states))
+        post = self.fire("hook_post", mlp.gelu_impl(pre))
         if mlp.pretraining_tp > 1 and mlp.slow_but_exact:
             contribution = sum_of_slices(post, mlp.dense_4h_to_h, mlp.pretraining_tp)
         else:
-            contribution = modules["dense_4h_to_h"](post)
-        if "hook_mlp_out" in points:
-            contribution = points["hook_mlp_out"].fire(contribution)
-        if mlp.training:
-            contribution = F.dropout(contribution, p=mlp.hidden_dropout)
-        output: Tensor = residual + contribution
-        return points["hook_out"].fire(output) if "hook_out" in points else output
+            contribution = mlp.dense_4h_to_h(post)
+        contribution = self.fire("hook_mlp_out", contribution)
+        output = residual + F.dropout(contribution, p=mlp.hidden_dropout, training=mlp.training)
+        return self.fire("hook_out", output)
 
     @property
     def W_in(self) -> Tensor:

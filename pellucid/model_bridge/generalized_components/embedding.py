@@ -8,7 +8,6 @@ from torch import Tensor
 
 from pellucid.errors import HookValueError
 from pellucid.model_bridge.generalized_components.base import GeneralizedComponent, readable_parameter
-from pellucid.run_context import is_quiet
 
 
 class EmbeddingBridge(GeneralizedComponent):
@@ -23,15 +22,12 @@ class EmbeddingBridge(GeneralizedComponent):
 
     def forward(self, input: Tensor, **kwargs: Any) -> Tensor:
         """Token ids ``[batch, pos]`` to ``[batch, pos, d_model]``."""
-        if is_quiet():
-            return self.call_original(input, **kwargs)  # type: ignore[no-any-return]
-        # The ids belong to the caller: a hook that writes gets a copy.
-        original, points = self.original(), self._points
-        tokens = points["hook_in"].fire(input, private=True) if "hook_in" in points else input
+        original = self.original()
+        tokens = self.fire("hook_in", input, private=True)  # the ids belong to the caller
         if tokens is not input:
             self._refuse_outside(tokens)
         output: Tensor = original(tokens, **kwargs)
-        return points["hook_out"].fire(output) if "hook_out" in points else output
+        return self.fire("hook_out", output)
 
     def _refuse_outside(self, tokens: Tensor) -> None:
         """A hook has replaced tokens: refuse ids that are none, which a GPU would not survive."""

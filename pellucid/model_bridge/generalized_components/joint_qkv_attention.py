@@ -2,9 +2,8 @@
 
 The arithmetic is written once, in few steps that the forward and everything that recomputes attention call: ``project``
 (fused projection, split, hooks), ``mix`` (scores, pattern, mixed values) and ``project_out``; ``fast_mix`` is ``mix``
-in one fused kernel, for runs that asked for it and layers that nothing looks into. Few, and asking for a point
-only where one was made: each Python function on the way of a forward costs a small model a thousandth of it. The split
-takes *views* of the fused output: no weight is copied, an adapter on the fused layer acts, a gradient reaches it.
+in one fused kernel, for runs that asked for it and layers that nothing looks into. The split takes *views* of the fused
+output: no weight is copied, an adapter on the fused layer acts, a gradient reaches it.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from pellucid.conversion_utils.conversion_steps.chain_tensor_conversion import C
 from pellucid.conversion_utils.conversion_steps.rearrange_tensor_conversion import RearrangeTensorConversion
 from pellucid.conversion_utils.fused_qkv import PARTS, Part
 from pellucid.errors import InputError, NotSetUpError
-from pellucid.hook_points import HookPoint, bits_differ
+from pellucid.hook_points import PointOwner, bits_differ
 from pellucid.model_bridge.generalized_components.attention import AttentionBridge
 from pellucid.model_bridge.generalized_components.base import (
     GeneralizedComponent,
@@ -36,7 +35,7 @@ from pellucid.model_bridge.generalized_components.base import (
     splice,
 )
 from pellucid.model_bridge.generalized_components.linear import LinearBridge
-from pellucid.run_context import is_quiet, quiet
+from pellucid.run_context import hooks_suppressed
 
 SplitFunction = Callable[[nn.Module], tuple[nn.Module, nn.Module, nn.Module]]
 """The original attention to its query, key and value transformations ``[..., d_model] -> [..., n_heads * d_head]``."""
@@ -46,12 +45,8 @@ PRE_NORM: ContextVar[tuple[Tensor, nn.Module] | None] = ContextVar("pellucid_pre
 
 INPUT_SITE: Mapping[Part, str] = {part: f"hook_{part}_in" for part in PARTS}
 PER_HEAD_SITE: Mapping[Part, str] = {part: f"hook_{part}_input" for part in PARTS}
-PER_HEAD_SITES = frozenset({"hook_attn_in", *PER_HEAD_SITE.values()})
-"""Sites on inputs that feed one head."""
-INPUT_SITES = PER_HEAD_SITES.union(INPUT_SITE.values())
+INPUT_SITES = ("hook_attn_in", *PER_HEAD_SITE.values(), *INPUT_SITE.values())
 """Sites on inputs that feed one of queries, keys and values, or one head."""
-PROJECTION_SITES = INPUT_SITES.union(f"hook_{part}" for part in PARTS)
-"""Sites that fire in the projection: those, and queries, keys and values themselves."""
 
 
 class FusedPart(nn.Linear):
@@ -192,11 +187,9 @@ class JointQKVAttentionBridge(AttentionBridge):
                 child.set_original_component(children[child.name])
         self._split(original_component)
 
-    def place(
-        self, root: nn.Module, path: str, names: Mapping[str, str], on_use: Callable[[HookPoint, int], None]
-    ) -> None:
+    def place(self, root: nn.Module, path: str, names: Mapping[str, str], owner: PointOwner) -> None:
         """Stand for the attention at ``path``; see :meth:`GeneralizedComponent.place`."""
-        super().place(root, path, names, on_use)
+        super().place(root, path, names, owner)
         self._split(self.module)
 
     def _split(self, attention: nn.Module) -> None:
@@ -218,24 +211,16 @@ class JointQKVAttentionBridge(AttentionBridge):
             q, k, v = fused_qkv.split_activation(self.module.query_key_value(hidden_states), self.n_heads)
         else:
             q, k, v = (_by_head(own[part](hidden_states), self.n_heads) for part in PARTS)
-        points = self._points
-        if not points.keys().isdisjoint(INPUT_SITES):
+        if any(self.is_live(site) for site in INPUT_SITES):
             q, k, v = self._with_inputs((q, k, v), hidden_states)
-        if "hook_q" in points:
-            q = points["hook_q"].fire(q)
-        if "hook_k" in points:
-            k = points["hook_k"].fire(k)
-        if "hook_v" in points:
-            v = points["hook_v"].fire(v)
-        return q, k, v
+        return self.fire("hook_q", q), self.fire("hook_k", k), self.fire("hook_v", v)
 
     def _with_inputs(
         self, native: tuple[Tensor, Tensor, Tensor], hidden_states: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Fire what feeds one of queries, keys and values, or one head of it; what an edit there makes of ``native``."""
-        points = self._points
         # Upstream first: the residual before the norm, then what the norm gives.
-        q, k, v = native if points.keys().isdisjoint(PER_HEAD_SITES) else self._with_per_head_inputs(native)
+        q, k, v = self._with_per_head_inputs(native)
         if self.only_reads("hook_q_in", "hook_k_in", "hook_v_in"):
             for site in INPUT_SITE.values():
                 self.fire(site, hidden_states)
@@ -306,8 +291,7 @@ class JointQKVAttentionBridge(AttentionBridge):
     def _project_per_head(self, residual_bqnm: Tensor, part: Part) -> Tensor:
         source = PRE_NORM.get()
         assert source is not None
-        with quiet():
-            normed = source[1](residual_bqnm)
+        normed = hooks_suppressed(source[1], residual_bqnm)
         fused = self.module.query_key_value
         if self._own_split is None and plain_weight(fused, nn.Linear):
             weight_nhm = fused_qkv.part_of_weight(fused.weight, part, self.n_heads)
@@ -345,7 +329,7 @@ class JointQKVAttentionBridge(AttentionBridge):
         Raises:
             InputError: alibi or mask do not fit the keys.
         """
-        attention, points = self.module, self._points
+        attention = self.module
         batch, n_heads, length, d_head = q_bnqh.shape
         rows, key_length = batch * n_heads, k_bnkh.shape[-2]
         if alibi is None:
@@ -367,14 +351,11 @@ class JointQKVAttentionBridge(AttentionBridge):
                 scores = scores + attention_mask
             else:
                 scores.add_(attention_mask)  # the same sum, without another tensor of this size
-        if "hook_attn_scores" in points:
-            scores = points["hook_attn_scores"].fire(scores)
+        scores = self.fire("hook_attn_scores", scores)
         wide = torch.float64 if dtype is torch.float64 else torch.float32
-        dropout = attention._modules["attention_dropout"]  # as an attribute it would go through nn.Module's __getattr__
-        pattern: Tensor = dropout(scores.softmax(dim=-1, dtype=wide).to(v_bnkh.dtype))
-        if "hook_pattern" in points:
-            # The softmax keeps its output for the backward pass: a hook that writes must not write there.
-            pattern = points["hook_pattern"].fire(pattern, private=pattern.requires_grad)
+        pattern: Tensor = attention.attention_dropout(scores.softmax(dim=-1, dtype=wide).to(v_bnkh.dtype))
+        # The softmax keeps its output for the backward pass: a hook that writes must not write there.
+        pattern = self.fire("hook_pattern", pattern, private=pattern.requires_grad)
         z = torch.bmm(pattern.reshape(rows, length, key_length), v_bnkh.reshape(rows, key_length, d_head))
         # Hugging Face's _merge_heads copies into [batch, pos, n_heads * d_head]; the same copy, seen per head.
         return z.view(batch, n_heads, length, d_head).permute(0, 2, 1, 3).contiguous(), pattern
@@ -426,8 +407,7 @@ class JointQKVAttentionBridge(AttentionBridge):
         if looks:
             return native
         changed = bits_differ(edited, result).flatten(-2).any(-1, keepdim=True)
-        with quiet():
-            bias = self._dense(torch.zeros_like(z[:1, :1].flatten(-2)))
+        bias = hooks_suppressed(self._dense, torch.zeros_like(z[:1, :1].flatten(-2)))
         return splice(native, edited.sum(dim=-2) + bias, changed)
 
     def results(self, z: Tensor) -> Tensor:
@@ -450,8 +430,6 @@ class JointQKVAttentionBridge(AttentionBridge):
 
         Plain scaled dot-product attention; architectures with a signature of their own override this.
         """
-        if is_quiet():
-            return self.call_original(*args, **kwargs)
         return self._run_plain(*args, **kwargs)
 
     def _run_plain(self, hidden_states: Tensor | None = None, attention_mask: Tensor | None = None) -> Any:

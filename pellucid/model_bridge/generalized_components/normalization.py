@@ -22,7 +22,7 @@ from pellucid.model_bridge.generalized_components.base import (
     splice,
     with_gradient_of,
 )
-from pellucid.run_context import WHOLE, current_span, is_quiet
+from pellucid.run_context import current_span
 
 Role = Literal["embedding", "block", "final"]
 
@@ -54,37 +54,30 @@ class NormalizationBridge(GeneralizedComponent):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[batch, pos, d_model]`` to the same shape, gain and bias applied."""
-        if is_quiet():
-            return self.call_original(hidden_states)  # type: ignore[no-any-return]
-        span, points = current_span(), self._points
-        if span is not WHOLE:
-            if self.role == "embedding" and span.start is not None:
-                return hidden_states  # already a residual
-            if self.role == "final" and self.config is not None and span.stop == self.config.n_layers:
-                raise StopForward(hidden_states)
-        engine = self.engine
-        original = self.module if engine is None else engine.forward  # as original() does, a call less
-        x = points["hook_in"].fire(hidden_states) if "hook_in" in points else hidden_states
-        if "hook_branch_in" in points:
-            x = points["hook_branch_in"].fire(x, private=True)
+        span = current_span()
+        if self.role == "embedding" and span.start is not None:
+            return hidden_states  # already a residual
+        if self.role == "final" and self.config is not None and span.stop == self.config.n_layers:
+            raise StopForward(hidden_states)
+        original = self.original()
+        x = self.fire("hook_in", hidden_states)
+        x = self.fire("hook_branch_in", x, private=True)
         output: Tensor = original(x)
-        if ("hook_scale" in points or "hook_normalized" in points) and self.in_use("hook_scale", "hook_normalized"):
+        if self.is_live("hook_scale") or self.is_live("hook_normalized"):
             output = self._with_inside(x, output)
-        return points["hook_out"].fire(output) if "hook_out" in points else output
+        return self.fire("hook_out", output)
 
     def _with_inside(self, x: Tensor, native: Tensor) -> Tensor:
         """Fire the scale and the normalised input; ``native`` is the module's own output for ``x``."""
-        eps, points = self._layer_norm().eps, self._points
+        eps = self._layer_norm().eps
         wide = x.detach() if x.requires_grad else x
         if wide.dtype is not torch.float64:
             wide = wide.float()
         normalized, mean, inverse = torch.native_layer_norm(wide, wide.shape[-1:], None, None, eps)
         scale = inverse.reciprocal_()
         if self.only_reads("hook_scale", "hook_normalized"):
-            if "hook_scale" in points:
-                points["hook_scale"].fire(scale)
-            if "hook_normalized" in points:
-                points["hook_normalized"].fire(normalized)
+            self.fire("hook_scale", scale)
+            self.fire("hook_normalized", normalized)
             return native
         if x.requires_grad and torch.is_grad_enabled():
             # The kernel's mean and scale have no gradient: its numbers go on with that of the formula.

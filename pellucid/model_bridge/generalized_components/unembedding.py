@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pellucid.model_bridge.generalized_components.base import GeneralizedComponent, WeightTargets, readable_parameter
-from pellucid.run_context import begin_unembedding, end_unembedding
+from pellucid.run_context import in_own_context, set_run, take_finished
 
 
 class UnembeddingBridge(GeneralizedComponent):
@@ -39,8 +39,9 @@ class UnembeddingBridge(GeneralizedComponent):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[batch, pos, d_model]`` to logits ``[batch, pos, d_vocab]``."""
-        token = begin_unembedding(hidden_states.shape[1])
-        try:
-            return super().forward(hidden_states)  # type: ignore[no-any-return]
-        finally:
-            end_unembedding(token)
+        return in_own_context(self._run, hidden_states)
+
+    def _run(self, hidden_states: Tensor) -> Tensor:
+        run = take_finished()
+        set_run(None if run is None else run.last(hidden_states.shape[1]))
+        return super().forward(hidden_states)  # type: ignore[no-any-return]

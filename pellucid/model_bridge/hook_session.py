@@ -1,0 +1,115 @@
+"""A session: functions that are attached, and components that are mounted, for the length of a run or a block.
+
+A session is the scope of its functions (:class:`~pellucid.run_context.Scope`). Opening attaches, closing detaches, in an
+order in which each step can be made twice, so that whatever an interrupt leaves of one is finished by the next call that
+syncs the tree. A run is made with :meth:`HookSession.during`: its scope is set in a context of its own, which the
+interpreter leaves by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+from pellucid.errors import GradientError
+from pellucid.hook_points import LensHandle
+from pellucid.model_bridge.mounting import ComponentTree
+from pellucid.run_context import Scope, enter_scope, in_own_context, leave_scope
+
+T = TypeVar("T")
+
+
+class HookSession(Scope):
+    """Functions attached, and components mounted, for a while.
+
+    Sessions nest and may end in any order, in any thread.
+
+    Args:
+        tree: the components.
+        handles: the functions, made for this session, in the order in which those of one point run.
+        components: names of components that stay mounted besides those that the functions need.
+        keep: leave the functions on at the end, as if they had been added for good.
+
+    Raises:
+        GradientError: gradients are wanted on two ways that exclude each other.
+    """
+
+    def __init__(
+        self,
+        tree: ComponentTree,
+        handles: Sequence[LensHandle] = (),
+        components: Sequence[str] = (),
+        keep: bool = False,
+    ) -> None:
+        refuse_parallel_gradients(tree, handles)
+        self.components = tuple(components)
+        self._tree, self._handles, self._keep = tree, handles, keep
+
+    def during(self, work: Callable[[], T]) -> T:
+        """Call ``work`` with the functions acting in it, and in nothing else."""
+        try:
+            try:
+                return in_own_context(self._opened, work)
+            finally:
+                self.close()
+        finally:
+            self.close()  # an interrupt may have kept the first call from its end; a second one changes nothing
+
+    def _opened(self, work: Callable[[], T]) -> T:
+        self.open()
+        return work()
+
+    @contextmanager
+    def block(self) -> Iterator[None]:
+        """The functions act in this thread or task until the ``with`` block ends."""
+        self.is_block = True
+        try:
+            try:
+                self.open()
+                yield
+            finally:
+                self.close()
+        finally:
+            self.close()  # see during
+
+    def open(self) -> None:
+        """Attach, mount, and act in this thread or task."""
+        for handle in self._handles:
+            handle.scope = self
+            handle.point.put(handle)
+        if self.components:
+            self._tree.hold(self)
+        self._tree.sync()
+        enter_scope(self)
+
+    def close(self) -> None:
+        """Act no more, detach and unmount. Closing twice is harmless."""
+        if self._keep:
+            self.everywhere, self.components = True, ()
+        else:
+            self.closed = True
+        leave_scope(self)
+        self._handles = ()  # which know this scope: no circle is left
+        self._tree.sync()
+
+
+def refuse_parallel_gradients(tree: ComponentTree, handles: Sequence[LensHandle]) -> None:
+    """A per-head input is a second way to the same projection: the gradient can flow through it or around it.
+
+    Raises:
+        GradientError: gradients are wanted on both ways of one layer.
+    """
+    wanted = [tree.index[str(handle.point.name)] for handle in handles if handle.direction == "bwd"]
+    per_head = {spec.layer: spec.name for spec in wanted if spec.flag in ("use_attn_in", "use_split_qkv_input")}
+    for spec in wanted:
+        after_norm = spec.component == f"blocks.{spec.layer}.ln1" or spec.site in (
+            "hook_q_in",
+            "hook_k_in",
+            "hook_v_in",
+        )
+        if after_norm and spec.layer in per_head:
+            raise GradientError(
+                f"The gradients at {per_head[spec.layer]} and at {spec.name} exclude each other: queries, keys and "
+                "values are made from the one or from the other. Take them in two runs."
+            )
