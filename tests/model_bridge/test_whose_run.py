@@ -1,0 +1,244 @@
+"""Which run, thread and module a hook belongs to, where those come apart."""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pellucid import TransformerBridge
+from pellucid.errors import GradientError, HookNotFiredError, InputError, PellucidWarning
+from pellucid.hook_points import HookPoint
+from tests.models import is_pristine, make_bloom, make_generator, make_pair, random_tokens
+
+TOKENS = random_tokens()
+POINT = "blocks.1.attn.hook_z"
+
+
+def double(tensor: Tensor, hook: Any) -> Tensor:
+    return tensor * 2
+
+
+def in_a_thread(work: Callable[[], Any]) -> None:
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+
+
+# -- gradient checkpointing: blocks run again, in whatever thread ------------------------------------------------------
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("where", ["same thread", "another thread"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_block_that_is_run_again_runs_with_its_hooks(reentrant: bool, where: str) -> None:
+    bridge, _ = make_pair()
+    bridge.train()
+    backward = (lambda work: work()) if where == "same thread" else in_a_thread
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            bridge.hf_model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            if reentrant:
+                bridge.hf_model.enable_input_require_grads()
+        for call in (bridge, lambda tokens: bridge.hf_model(tokens).logits):
+            with bridge.hooks([(POINT, double), ("blocks.0.mlp.hook_post", double)]):
+                loss = call(TOKENS).pow(2).mean()
+                backward(loss.backward)
+            found.append(gradients(bridge.hf_model))
+    assert is_pristine(bridge.hf_model)
+    assert not any("_Recomputation" in repr(vars(module)) for module in bridge.hf_model.modules())
+    for other in found[1:]:
+        assert set(other) == set(found[0])
+        for name, gradient in found[0].items():
+            # The same operations in the same order; only sums over uses of a weight may be taken in another one.
+            torch.testing.assert_close(other[name], gradient, rtol=1e-5, atol=1e-6 * float(gradient.abs().max()))
+    bridge.hf_model.gradient_checkpointing_disable()
+    bridge(TOKENS).pow(2).mean().backward()
+    plain = gradients(bridge.hf_model)
+    name = "transformer.h.1.self_attention.dense.weight"
+    assert (plain[name] - found[0][name]).norm() > 0.05 * plain[name].norm()  # the hooks do make a difference
+
+
+@pytest.mark.parametrize("where", ["same thread", "another thread"])
+def test_a_block_that_is_run_again_after_its_hooks_are_gone_is_refused(where: str) -> None:
+    bridge, _ = make_pair()
+    bridge.train()
+    bridge.hf_model.gradient_checkpointing_enable({"use_reentrant": False})
+    backward = (lambda work: work()) if where == "same thread" else in_a_thread
+    with bridge.hooks([(POINT, double)]):
+        loss = bridge.hf_model(TOKENS).logits.pow(2).mean()
+    with pytest.raises(GradientError, match="runs the forward again"):
+        backward(loss.backward)
+    handles = bridge.add_hook(POINT, double)
+    loss = bridge(TOKENS).pow(2).mean()
+    handles.remove()
+    with pytest.raises(GradientError, match="runs the forward again"):
+        backward(loss.backward)
+
+
+# -- threads -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_thread_that_is_started_inside_a_block_is_warned() -> None:
+    bridge = TransformerBridge(make_generator())
+    tokens = random_tokens(1, 4)
+    found: list[Tensor] = []
+
+    def generate() -> None:
+        found.append(bridge.hf_model.generate(tokens, max_new_tokens=3, do_sample=False, pad_token_id=3))
+
+    with bridge.hooks([("hook_unembed", double), (POINT, double)]):
+        with pytest.warns(PellucidWarning, match="copy_context"):
+            in_a_thread(generate)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            in_a_thread(generate)  # once a block
+            context = contextvars.copy_context()
+            in_a_thread(lambda: context.run(generate))  # as the warning says
+        generate()
+    assert torch.equal(found[2], found[3])
+    with bridge.hooks([(POINT, double)]), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        in_a_thread(lambda: bridge.run_with_hooks(tokens, fwd_hooks=[("hook_embed", double)]))  # hooks of its own
+
+
+def test_a_block_that_ends_while_a_point_fires_takes_no_edit_from_another() -> None:
+    """The ending block's function stands before this run's in the list that the point is going through."""
+    bridge, _ = make_pair()
+    expected = bridge.run_with_hooks(TOKENS, fwd_hooks=[(POINT, double)])
+    is_open, ends, has_ended = threading.Event(), threading.Event(), threading.Event()
+
+    def other() -> None:
+        with bridge.hooks([(POINT, lambda tensor, hook: None)]):
+            is_open.set()
+            ends.wait(10)
+        has_ended.set()
+
+    def end_the_other(tensor: Tensor, hook: Any) -> None:
+        ends.set()
+        assert has_ended.wait(10)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert is_open.wait(10)
+    found = bridge.run_with_hooks(TOKENS, fwd_hooks=[(POINT, end_the_other), (POINT, double)])
+    thread.join()
+    assert torch.equal(found, expected)
+    assert is_pristine(bridge.hf_model)
+
+
+# -- runs inside runs --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inner", ["forward", "cache", "hugging face"])
+@pytest.mark.parametrize("where", ["embed.hook_in", "hook_embed", "blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre"])
+def test_a_run_inside_a_run_before_the_first_kept_point(where: str, inner: str) -> None:
+    bridge, _ = make_pair()
+    other = random_tokens(seed=5)
+    calls: dict[str, Callable[[], Any]] = {
+        "forward": lambda: bridge(other),
+        "cache": lambda: bridge.run_with_cache(other),
+        "hugging face": lambda: bridge.hf_model(other),
+    }
+    running: list[int] = []
+
+    def run_inside(tensor: Tensor, hook: Any) -> None:
+        if not running:
+            running.append(1)
+            calls[inner]()
+
+    for names in ("blocks.2.hook_resid_post", None):
+        running.clear()
+        wanted_logits, wanted = bridge.run_with_cache(TOKENS, names_filter=names)
+        with bridge.hooks([(where, run_inside)]):
+            logits, cache = bridge.run_with_cache(TOKENS, names_filter=names)
+        assert running
+        assert torch.equal(logits, wanted_logits)
+        assert all(torch.equal(cache[name], wanted[name]) for name in wanted)
+
+
+# -- points that have to fire ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*was replaced while:pellucid.errors.PellucidWarning")
+@pytest.mark.parametrize("name", ["blocks.1.hook_resid_post", POINT, "blocks.1.mlp.hook_post", "hook_unembed"])
+def test_a_point_that_does_not_fire_is_an_error_of_the_run(name: str) -> None:
+    bridge, _ = make_pair()
+    model = bridge.hf_model
+    block = model.transformer.h[1]
+    module = {"hook_unembed": model.lm_head, POINT: block.self_attention, "blocks.1.mlp.hook_post": block.mlp}.get(
+        name, block
+    )
+    native = type(module).forward.__get__(module)
+    for run in (bridge, lambda tokens: bridge.hf_model(tokens)):
+        if name == "hook_unembed" and run is not bridge:
+            continue  # Hugging Face's own call ends after the last line of ours
+        with bridge.hooks([(name, double)]):
+            module.forward = native  # a library that replaces a forward it had kept
+            with pytest.raises(HookNotFiredError, match=name.replace(".", r"\.")):
+                run(TOKENS)
+        del module.forward
+    # What is not on the way of a run is no fault of it.
+    with bridge.hooks([("blocks.0.hook_resid_post", double)]):
+        residual = bridge(TOKENS, stop_at_layer=2)
+        bridge(residual, start_at_layer=2)
+    bridge.run_with_hooks(TOKENS, fwd_hooks=[(name, lambda tensor, hook: hook.remove_hooks())])
+    with bridge.hooks([("embed.hook_out", double)]):
+        model(inputs_embeds=torch.randn(1, 3, bridge.cfg.d_model))
+
+
+# -- torch's own hooks -------------------------------------------------------------------------------------------------
+
+REGISTRATIONS = [
+    "register_forward_hook",
+    "register_forward_pre_hook",
+    "register_full_backward_hook",
+    "register_full_backward_pre_hook",
+    "register_backward_hook",
+]
+
+
+@pytest.mark.parametrize("register", REGISTRATIONS)
+def test_a_torch_hook_where_it_would_never_be_called_is_refused(register: str) -> None:
+    bridge = TransformerBridge(make_bloom())
+    for module in (
+        bridge.blocks[1],
+        bridge.blocks[1].mlp,
+        bridge.blocks[1].attn.o,
+        bridge.ln_final,
+        bridge.unembed,
+        bridge.blocks[0].hook_resid_pre,
+        bridge.hook_dict["blocks.0.attn.hook_z"],
+        bridge,
+    ):
+        with pytest.raises(InputError, match="would not be called"):
+            getattr(module, register)(lambda *_: None)
+    with pytest.raises(InputError, match=r"get_submodule\('transformer\.h\.1\.mlp'\)"):
+        getattr(bridge.blocks[1].mlp, register)(lambda *_: None)
+    called: list[int] = []
+    point = HookPoint()  # in a user's own module it is called
+    point.register_forward_hook(lambda *_: called.append(1))
+    point(torch.zeros(1))
+    assert called == [1]
