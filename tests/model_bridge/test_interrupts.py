@@ -1,0 +1,74 @@
+"""Ctrl-C at any line of a public operation leaves nothing acting and nothing that the next call does not repair.
+
+Lines are counted by a trace function, which raises ``KeyboardInterrupt`` at the n-th; a sample of all n is tried here, every
+one in ``benchmarks/interrupts.py``, which also sends real signals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pellucid import TransformerBridge
+from tests.interrupts import OPERATIONS, count_lines, interrupt_at, what_is_wrong, zero
+from tests.models import is_pristine, make_pair, random_tokens
+
+SAMPLE = 12
+"""Lines tried of each operation, spread evenly; every operation also has its first and last three."""
+
+
+def lines_of(operation: Callable[[TransformerBridge, Tensor], Any]) -> list[int]:
+    bridge, _ = make_pair()
+    tokens = random_tokens()
+    operation(bridge, tokens)  # what is made once is made
+    total = count_lines(lambda: operation(bridge, tokens))
+    bridge.reset_hooks()
+    assert total > 20
+    spread = {1 + index * (total - 1) // (SAMPLE - 1) for index in range(SAMPLE)}
+    return sorted(spread | {1, 2, 3, total - 2, total - 1, total})
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_interrupt_at_a_line(name: str) -> None:
+    operation = OPERATIONS[name]
+    bridge, native = make_pair()
+    tokens = random_tokens()
+    expected = native(tokens).logits
+    edited = bridge.run_with_hooks(tokens, fwd_hooks=[("blocks.1.attn.hook_z", zero)])
+    interrupted = 0
+    for line in lines_of(operation):
+        if interrupt_at(line, lambda: operation(bridge, tokens)):
+            interrupted += 1
+        else:
+            bridge.reset_hooks()
+        assert what_is_wrong(bridge, tokens, expected, edited) is None, f"interrupted at line {line}"
+    assert interrupted > SAMPLE / 2
+
+
+def test_a_removal_that_was_interrupted_is_made_again() -> None:
+    bridge, native = make_pair()
+    tokens = random_tokens()
+    names = ["blocks.1.attn.hook_z", "hook_embed"]
+    for line in range(1, 1 + count_lines(bridge.add_hook(names, zero).remove)):
+        handles = bridge.add_hook(names, zero)
+        interrupt_at(line, handles.remove)
+        handles.remove()
+        assert is_pristine(bridge.hf_model)
+        assert torch.equal(bridge(tokens), native(tokens).logits)
+
+
+def test_detach_takes_off_whatever_is_ours() -> None:
+    bridge, native = make_pair()
+    tokens = random_tokens()
+    block = bridge.hooks([("blocks.1.attn.hook_z", zero)])
+    block.__enter__()
+    bridge.add_perma_hook("hook_embed", zero)
+    model = bridge.detach()
+    assert is_pristine(model)
+    assert torch.equal(model(tokens).logits, native(tokens).logits)
+    block.__exit__(None, None, None)
+    assert is_pristine(model)
