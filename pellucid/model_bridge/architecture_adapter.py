@@ -31,6 +31,8 @@ class ArchitectureAdapter(ABC):
     """Path of the module that runs the blocks."""
     blocks_path: str
     """Path of the list of blocks."""
+    cache_name: str
+    """What the installed release calls the key/value cache that the model's forward takes."""
 
     def __init__(self, cfg: TransformerBridgeConfig) -> None:
         self.cfg = cfg
@@ -57,6 +59,14 @@ class ArchitectureAdapter(ABC):
     @abstractmethod
     def split_qkv_matrix(self, original_attention_component: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
         """Queries, keys and values of an attention as linear transformations."""
+
+    @abstractmethod
+    def check_arguments(self, model: nn.Module) -> None:
+        """See that the installed transformers takes the arguments that we name, and find what it calls the cache.
+
+        Raises:
+            UnsupportedModelError: an argument has another name, or one that we do not know was added.
+        """
 
     @abstractmethod
     def missing_modules(self, model: nn.Module) -> list[str]:

@@ -191,7 +191,8 @@ def make_adapter(bloom: nn.Module) -> ArchitectureAdapter:
     """Read the model's configuration and check its modules.
 
     Raises:
-        UnsupportedModelError: a configuration we do not handle, or missing modules, all listed.
+        UnsupportedModelError: a configuration we do not handle, missing modules, all listed, or a transformers release
+            whose forwards take other arguments.
     """
     embedding = bloom.get_submodule("transformer.word_embeddings")
     cfg = _refuse_unhandled(bloom.config, _dtype_of(bloom), str(_device_of(embedding)))
@@ -199,6 +200,7 @@ def make_adapter(bloom: nn.Module) -> ArchitectureAdapter:
     missing = adapter.missing_modules(bloom)
     if missing:
         raise UnsupportedModelError(f"The model lacks modules that BLOOM has: {', '.join(missing)}.")
+    adapter.check_arguments(bloom)
     if cfg.sums_weight_slices:
         _refuse_adapted_slices(bloom)
     return adapter

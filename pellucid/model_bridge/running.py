@@ -250,7 +250,7 @@ class RunnableModel(HookedModel):
         if prepared.attention_mask is not None:
             arguments["attention_mask"] = prepared.attention_mask
         if prepared.past_key_values is not None:
-            arguments["past_key_values"] = prepared.past_key_values
+            arguments[self._tree.adapter.cache_name] = prepared.past_key_values
         helpers = self._helpers(prepared.start, prepared.stop)
         if self._tree.is_float64():
             self._refuse_checkpointing()

@@ -16,8 +16,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,10 @@ class CheckedBridge(Protocol):
 
     def run_with_cache(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Run and keep."""
+        ...
+
+    def hooks(self, fwd_hooks: Any) -> AbstractContextManager[Any]:
+        """Functions for the length of a block."""
         ...
 
     def run_with_hooks(self, *args: Any, **kwargs: Any) -> Any:
@@ -190,6 +195,12 @@ class _Checker:
         """Hugging Face's logits."""
         return self.bridge.hf_model(input_ids=tokens, use_cache=False, **kwargs).logits  # type: ignore[no-any-return]
 
+    def native_cached(self, tokens: Tensor, cache: Any, attention_mask: Tensor | None = None) -> Tensor:
+        """Hugging Face's logits of tokens that come after those in ``cache``, which is extended."""
+        past = {self.tree.adapter.cache_name: cache}
+        output = self.bridge.hf_model(input_ids=tokens, attention_mask=attention_mask, use_cache=True, **past)
+        return output.logits  # type: ignore[no-any-return]
+
     def steps(self) -> list[Callable[[], Check]]:
         """The checks, cheapest first."""
         steps: list[Callable[[], Check]] = [
@@ -200,6 +211,7 @@ class _Checker:
             lambda: self.padding("left"),
             lambda: self.padding("right"),
             self.cache,
+            self.positions,
         ]
         for spec in self.tree.index.values():
             if spec.layer is None or spec.layer in self.layers:
@@ -287,9 +299,52 @@ class _Checker:
         ours, theirs = DynamicCache(), DynamicCache()
         for chunk in (self.tokens[:, :cut], self.tokens[:, cut:]):
             logits = self.bridge(chunk, past_key_values=ours)
-            native = self.bridge.hf_model(input_ids=chunk, past_key_values=theirs, use_cache=True).logits
+            native = self.native_cached(chunk, theirs)
         yield self.line("key/value cache: logits", logits.double() - native.double(), self.exact)
         yield self.line("key/value cache: as without it", logits.double() - self.base[:, cut:].double(), self.bound)
+
+    def positions(self) -> Check:
+        """What ``hook.run`` says in each step with a key/value cache, against the ALiBi that Hugging Face computes there."""
+        from transformers import DynamicCache
+
+        mask = torch.ones_like(self.tokens)
+        cut = max(1, self.tokens.shape[1] // 2)
+        if cut > 1:
+            mask[0, 0] = 0
+        cache, wrong, seen = DynamicCache(), 0, 0
+        said: list[tuple[int, Tensor, Tensor]] = []
+        native: list[Tensor] = []
+
+        def note(tensor: Tensor, hook: HookPoint) -> None:
+            said.append((hook.run.past_length, hook.run.positions, hook.run.real))
+
+        def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            native.append(kwargs["alibi"].detach())
+
+        first = cast("nn.ModuleList", self.tree.root.get_submodule(self.tree.adapter.blocks_path))[0]
+        handle = first.register_forward_pre_hook(read, with_kwargs=True)
+        try:
+            with self.bridge.hooks([("hook_embed", note)]):
+                for start, stop in [(0, cut), *((at, at + 1) for at in range(cut, self.tokens.shape[1]))]:
+                    self.native_cached(self.tokens[:, start:stop], cache, attention_mask=mask[:, :stop])
+                    past, positions, real = said[-1]
+                    # Head 0 adds slope * position to its scores.
+                    alibi = native[-1].view(mask.shape[0], self.cfg.n_heads, -1)[:, 0, start:stop]
+                    computed = (alibi.double() / self.alibi_slope).round().long()
+                    wrong += int(past != start) + int((positions != computed)[real].sum())
+                    wrong += int((real != mask[:, start:stop].bool()).sum())
+                    seen += 1
+        finally:
+            handle.remove()
+        wrong += abs(len(said) - seen)
+        yield self.line(
+            "key/value cache: positions that hooks are told", float(wrong), 0, "hook.run is wrong in a step"
+        )
+
+    @property
+    def alibi_slope(self) -> float:
+        """What the first head adds for each position: ``2 ** (-8 / n)``, ``n`` the largest power of two up to its heads."""
+        return float(2 ** (-8 / 2 ** math.floor(math.log2(self.cfg.n_heads))))
 
     def fast_attention(self) -> Check:
         """The fused kernel against the exact path, without and with padding on the left."""

@@ -21,6 +21,7 @@ from pellucid.errors import GradientError, HookNotFiredError
 from pellucid.hook_points import LensHandle, describe_function
 from pellucid.model_bridge.generalized_components.base import GeneralizedComponent, StopForward
 from pellucid.model_bridge.generalized_components.block import BlockBridge
+from pellucid.model_bridge.generalized_components.hf_arguments import by_name, given_cache
 from pellucid.model_bridge.generalized_components.joint_qkv_attention import PRE_NORM
 from pellucid.run_context import RunContext, current_span, in_own_context, keep_finished, open_scopes, set_run
 
@@ -111,38 +112,30 @@ class BackboneBridge(GeneralizedComponent):
 
     expected_handles: Callable[[bool], list[LensHandle]]
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        past_key_values: Any | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Hugging Face's arguments to Hugging Face's output.
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Hugging Face's arguments, under the names of the installed release, to Hugging Face's output.
 
         Raises:
             HookNotFiredError: a point that was hooked did not fire.
         """
-        call = partial(
-            self.original(),
-            input_ids=input_ids,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
-        given = input_ids if input_ids is not None else inputs_embeds
-        if given is None:
-            return call()  # Hugging Face says what is missing
-        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        generation = current_span().generation
-        if generation is not None:
-            generation.step += 1
-        run = RunContext(given, past, input_ids, attention_mask, generation)
+        call = partial(self.original(), *args, **kwargs)
+        run = self._run_of(by_name(self.module, args, kwargs))
+        if run is None:
+            return call()
         output = in_own_context(self._run, run, call)
         keep_finished(run)
         return output
+
+    def _run_of(self, arguments: Mapping[str, Any]) -> RunContext | None:
+        tokens: Tensor | None = arguments.get("input_ids")
+        given: Tensor | None = tokens if tokens is not None else arguments.get("inputs_embeds")
+        if given is None:
+            return None  # Hugging Face refuses it
+        cache, generation = given_cache(arguments), current_span().generation
+        past = 0 if cache is None else int(cache.get_seq_length())
+        if generation is not None:
+            generation.step += 1
+        return RunContext(given, past, tokens, arguments.get("attention_mask"), generation)
 
     def _run(self, run: RunContext, call: Callable[[], Any]) -> Any:
         set_run(run)

@@ -24,6 +24,7 @@ from pellucid.model_bridge.generalized_components import (
     NormalizationBridge,
     UnembeddingBridge,
 )
+from pellucid.model_bridge.generalized_components.hf_arguments import cache_name, check_parameters
 from pellucid.model_bridge.generalized_components.joint_qkv_attention import split_fused
 from pellucid.names import HookSpec
 
@@ -246,6 +247,27 @@ BLOCK_MODULES: tuple[str, ...] = (
 """Hugging Face's modules of one block, by path inside it."""
 
 
+FORWARD_ARGUMENTS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
+    (
+        "",
+        (
+            *("input_ids", "attention_mask", "inputs_embeds", "use_cache", "logits_to_keep"),
+            *("output_attentions", "output_hidden_states", "return_dict"),
+        ),
+        False,
+    ),
+    ("transformer", ("input_ids", "attention_mask", "inputs_embeds", "use_cache", "return_dict"), False),
+    ("transformer.h.0", ("hidden_states", "alibi", "attention_mask", "layer_past"), False),
+    (
+        "transformer.h.0.self_attention",
+        ("hidden_states", "residual", "alibi", "attention_mask", "layer_past", "use_cache", "output_attentions"),
+        True,
+    ),
+    ("transformer.h.0.mlp", ("hidden_states", "residual"), True),
+)
+"""Arguments that Pellucid names, by module, and whether it computes in that module's place; the cache is named apart."""
+
+
 class BloomArchitectureAdapter(ArchitectureAdapter):
     """BLOOM, BLOOMZ and their fine-tuned and mid-training checkpoints."""
 
@@ -291,6 +313,15 @@ class BloomArchitectureAdapter(ArchitectureAdapter):
         return cast(
             "tuple[nn.Linear, nn.Linear, nn.Linear]", split_fused(original_attention_component, self.cfg.n_heads)
         )
+
+    def check_arguments(self, model: nn.Module) -> None:
+        """See :meth:`ArchitectureAdapter.check_arguments`."""
+        for path, needed, only in FORWARD_ARGUMENTS:
+            kind = type(model.get_submodule(path))
+            if kind.__module__.startswith("transformers."):  # a module of the user's own is called as it is
+                check_parameters(kind, needed, only)
+        cache_name(type(model.get_submodule(self.backbone_path)))
+        self.cache_name = cache_name(type(model))
 
     def missing_modules(self, model: nn.Module) -> list[str]:
         """Which of BLOOM's modules ``model`` has not."""
