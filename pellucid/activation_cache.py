@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pellucid.errors import CacheKeyError, InputError
 from pellucid.names import HookIndex, get_act_name, nearest
+from pellucid.padding import real_positions
 
 GRADIENT = "_grad"
 """Suffix of the entries that hold gradients."""
@@ -124,11 +125,11 @@ class ActivationCache(Mapping[str, Tensor]):
         Raises:
             InputError: the run was given a residual and no mask, so nothing says how long it was.
         """
-        if self.attention_mask is not None:
-            return self.attention_mask.bool()
-        if self.tokens is None:
+        known = self.tokens if self.attention_mask is None else self.attention_mask
+        if known is None:
             raise InputError("This run was given a residual and no mask.")
-        return torch.ones_like(self.tokens, dtype=torch.bool)
+        batch, length = known.shape
+        return real_positions(self.attention_mask, batch, length, known.device)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ActivationCache:
         """A cache with its tensors moved; ``dtype`` is applied to floating-point ones."""

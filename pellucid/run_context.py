@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import ParamSpec
 
+from pellucid.padding import places, real_positions
+
 
 @dataclass(eq=False)
 class GenerationRun:
@@ -83,6 +85,11 @@ class RunContext:
         return self._given.device
 
     @property
+    def _own(self) -> slice:
+        """This forward's part of a mask."""
+        return slice(self.past_length, self.past_length + self.length)
+
+    @property
     def columns(self) -> Tensor:
         """``[pos]``: index of each position in the padded sequence, cached positions counted."""
         return torch.arange(self.past_length, self.past_length + self.length, device=self.device)
@@ -91,9 +98,8 @@ class RunContext:
     def real(self) -> Tensor:
         """``[batch, pos]`` bool: which positions hold real tokens, not padding."""
         mask = self._attention_mask
-        if mask is None or mask.dim() != 2:
-            return torch.ones(self.batch, self.length, dtype=torch.bool, device=self.device)
-        return mask[:, self.past_length : self.past_length + self.length].to(self.device).bool()
+        own = None if mask is None or mask.dim() != 2 else mask[:, self._own]
+        return real_positions(own, self.batch, self.length, self.device)
 
     @property
     def positions(self) -> Tensor:
@@ -101,8 +107,7 @@ class RunContext:
         mask = self._attention_mask
         if mask is None or mask.dim() != 2:
             return self.columns.expand(self.batch, self.length)
-        before = (mask.long().cumsum(-1) - 1)[:, self.past_length : self.past_length + self.length]
-        return before.to(self.device).masked_fill(~self.real, -1)
+        return places(mask)[:, self._own].to(self.device)
 
     @property
     def rows(self) -> Tensor:

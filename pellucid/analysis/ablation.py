@@ -34,6 +34,7 @@ from pellucid.errors import CacheKeyError, InputError
 from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, check_choice
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.names import HookSpec
+from pellucid.padding import places
 from pellucid.progress import progress_bar
 from pellucid.sweep import FromRun, MetricLike, Sweep, Value, Zero
 from pellucid.sweep.edits import Index
@@ -268,8 +269,7 @@ class _Data:
         else:
             if data is not None:
                 self.rows = read_prompts(bridge, data, data_mask, prepend_bos, padding_side)
-            mask = self.rows.attention_mask
-            self.real = torch.ones_like(self.rows.tokens, dtype=torch.bool) if mask is None else mask.bool()
+            self.real = self.rows.real
 
     def _real_of(self, data: Mapping[str, Tensor], data_mask: Tensor | None) -> Tensor:
         """``[row, pos]``: which columns of given activations are tokens."""
@@ -308,8 +308,8 @@ class _Data:
     def _sums(self, by_position: bool) -> tuple[dict[str, Tensor], Tensor]:
         """Sums in float64 over real tokens, ``[pos, ...]`` or ``[1, ...]`` by hook name, and how many each is of."""
         self._refuse_keys()
-        places = self.real.long().cumsum(-1) - 1
-        n_places = int(places.max()) + 1 if by_position else 1
+        place = places(self.real)
+        n_places = int(place.max()) + 1 if by_position else 1
         sums: dict[str, Tensor] = {}
         counts = torch.zeros(n_places, dtype=torch.float64, device=self.real.device)
         n_rows = self.real.shape[0]
@@ -318,7 +318,7 @@ class _Data:
             chunk = slice(start, n_rows if self.kept is not None else start + ROWS_OF_DATA)
             real = self.real[chunk]
             at = (
-                places[chunk][real]
+                place[chunk][real]
                 if by_position
                 else torch.zeros(int(real.sum()), dtype=torch.int64, device=real.device)
             )
@@ -364,13 +364,9 @@ class _Data:
                 f"The input has {longest} tokens and the data at most {counts.shape[0]}: there is no mean at position "
                 f"{counts.shape[0]}. Give longer data, or ablate fewer positions of shorter prompts."
             )
-        mask = self.prompts.attention_mask
-        if mask is None:
-            places = torch.arange(self.prompts.length, device=counts.device)[None]
-        else:
-            places = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        at = places(self.prompts.real).clamp(min=0)  # padding is edited too, and reaches no real position
         return {
-            name: (total / counts.view(-1, *[1] * (total.dim() - 1))).to(self.bridge.dtype)[places]
+            name: (total / counts.view(-1, *[1] * (total.dim() - 1))).to(self.bridge.dtype)[at]
             for name, total in sums.items()
         }
 
@@ -393,8 +389,7 @@ class _Data:
                 f"permutation has one row of the data, 0 to {n_data - 1}, for each of the {n_rows} rows of the input; found "
                 f"{list(permutation)!r}."
             )
-        mask = self.prompts.attention_mask
-        own = torch.ones_like(self.prompts.tokens, dtype=torch.bool) if mask is None else mask.bool()
+        own = self.prompts.real
         for row, other in enumerate(chosen):
             if own.shape[1] != self.real.shape[1] or not torch.equal(own[row], self.real[other].to(own.device)):
                 raise InputError(

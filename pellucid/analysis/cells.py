@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from pellucid.analysis.labelled import Attribute, Grid
@@ -21,6 +22,7 @@ from pellucid.model_bridge.running import Prepared
 from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.names import Flag, HookSpec, get_act_name, nearest
+from pellucid.padding import counts, real_positions
 from pellucid.sweep import Edit, Value
 from pellucid.sweep.edits import Index, indices
 from pellucid.token_text import token_labels
@@ -97,19 +99,21 @@ class Prompts:
         """Columns of the padded sequence."""
         return self.tokens.shape[1]
 
+    @property
+    def real(self) -> Tensor:
+        """``[row, pos]`` bool: which columns are not padding."""
+        return real_positions(self.attention_mask, self.n_rows, self.length, self.tokens.device)
+
     def counts(self) -> list[int]:
         """Real tokens of each row."""
-        if self.attention_mask is None:
-            return [self.length] * self.n_rows
-        counts: list[int] = self.attention_mask.sum(-1).tolist()
-        return counts
+        found: list[int] = counts(self.real).tolist()
+        return found
 
     def text(self) -> list[str]:
         """Each row in one line, padding left out."""
-        mask = None if self.attention_mask is None else self.attention_mask.bool().tolist()
         return [
-            "".join(label for column, label in enumerate(row) if mask is None or mask[i][column])
-            for i, row in enumerate(self.labels)
+            "".join(label for label, is_real in zip(row, real, strict=True) if is_real)
+            for row, real in zip(self.labels, self.real.tolist(), strict=True)
         ]
 
     def columns(self) -> list[str]:
@@ -161,16 +165,11 @@ def refuse_different_lengths(first: Prompts, second: Prompts, names: tuple[str, 
                 f"{'|'.join(first.labels[row])} and {'|'.join(second.labels[row])}. A position must mean the same in both: "
                 "reword one of them, so that words are exchanged for words of as many tokens."
             )
-    masks = (first.attention_mask, second.attention_mask)
-    if any(mask is not None for mask in masks):
-        one_mask, other_mask = (
-            (p.tokens >= 0) if p.attention_mask is None else p.attention_mask.bool() for p in (first, second)
+    if not torch.equal(first.real, second.real):
+        raise InputError(
+            f"{names[0]} and {names[1]} are padded in different places. Pad both alike: give token ids of one shape "
+            "with one attention_mask."
         )
-        if one_mask.shape != other_mask.shape or not bool((one_mask == other_mask).all()):
-            raise InputError(
-                f"{names[0]} and {names[1]} are padded in different places. Pad both alike: give token ids of one shape "
-                "with one attention_mask."
-            )
 
 
 def find_site(bridge: TransformerBridge, site: str, layers: Index = None) -> Site:

@@ -29,6 +29,7 @@ from pellucid.corpora.sources import (
 )
 from pellucid.errors import CorpusError, InputError
 from pellucid.names import nearest
+from pellucid.padding import has_padding
 from pellucid.progress import progress_bar
 from pellucid.token_text import tokens_to_text
 
@@ -69,7 +70,7 @@ class CorpusBatch:
     @property
     def is_padded(self) -> bool:
         """Whether any position is padding."""
-        return not bool(self.attention_mask.all())
+        return has_padding(self.attention_mask)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pellucid.errors import InputError
+from pellucid.padding import NO_TOKEN, targets
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor, attention_mask: Tensor | None, per_token: bool = False) -> Tensor:
@@ -16,22 +17,20 @@ def next_token_loss(logits: Tensor, tokens: Tensor, attention_mask: Tensor | Non
 
     Args:
         logits: ``[batch, pos, d_vocab]``.
-        tokens: ``[batch, pos]``.
+        tokens: ``[batch, pos]`` ids; :data:`~pellucid.padding.NO_TOKEN` at positions without one, which are no targets.
         attention_mask: ``[batch, pos]``, or ``None`` if nothing is padding.
         per_token: give ``[batch, pos - 1]`` with zeros where nothing is counted, not the mean over what is.
 
     Raises:
         InputError: no position counts.
     """
-    targets = tokens[:, 1:].to(logits.device)
-    counts = torch.ones_like(targets, dtype=torch.bool)
-    if attention_mask is not None:
-        real = attention_mask.to(logits.device).bool()
-        counts = real[:, :-1] & real[:, 1:]
+    tokens = tokens.to(logits.device)
+    counts = targets(tokens, None if attention_mask is None else attention_mask.to(logits.device))
     if counts.numel() == 0 or not bool(counts.any()):
         raise InputError("A loss needs a row with two real tokens next to each other; this batch has none.")
     wide = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
     # -log p = logsumexp - logit: nothing of [batch, pos, d_vocab] is kept for rows that do not count.
-    losses = torch.logsumexp(wide, dim=-1) - wide.gather(-1, targets[..., None])[..., 0]
+    ids = tokens[:, 1:].masked_fill(tokens[:, 1:] == NO_TOKEN, 0)
+    losses = torch.logsumexp(wide, dim=-1) - wide.gather(-1, ids[..., None])[..., 0]
     losses = torch.where(counts, losses, torch.zeros((), dtype=losses.dtype, device=losses.device))
     return losses if per_token else losses.sum() / counts.sum()

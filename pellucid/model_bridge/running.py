@@ -23,6 +23,7 @@ from pellucid.model_bridge.hook_session import HookSession
 from pellucid.model_bridge.hooked_model import HookedModel
 from pellucid.model_bridge.losses import next_token_loss
 from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, TokenRules, check_choice, check_mask
+from pellucid.padding import last_columns
 from pellucid.run_context import acts, set_fast_attention, set_span
 
 ReturnType: TypeAlias = Literal["logits", "loss", "both"] | None
@@ -312,9 +313,7 @@ class RunnableModel(HookedModel):
             return output
         if prepared.tokens is None:
             raise InputError("A loss needs tokens; this run was given a residual. Take the logits and the targets.")
-        mask = prepared.attention_mask
-        if mask is not None:
-            mask = mask[:, -prepared.tokens.shape[1] :]
+        mask = last_columns(prepared.attention_mask, prepared.tokens.shape[1])
         loss = next_token_loss(output, prepared.tokens, mask, loss_per_token)
         return loss if return_type == "loss" else (output, loss)
 

@@ -38,6 +38,7 @@ from pellucid.model_bridge.token_methods import TokenMethods
 from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, TokenRules, check_choice
 from pellucid.model_bridge.weight_state import ProcessableWeights, refuse_early
 from pellucid.names import HookSpec, NamesFilter, runs_through
+from pellucid.padding import last_columns
 from pellucid.run_context import set_fast_attention
 
 
@@ -347,9 +348,7 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
         finally:
             if clear_contexts:
                 self.clear_contexts()
-        mask = prepared.attention_mask
-        if mask is not None:
-            mask = mask[:, -prepared.given.shape[1] :]
+        mask = last_columns(prepared.attention_mask, prepared.given.shape[1])
         tokens = None if prepared.tokens is None else prepared.tokens.clone()
         cache = ActivationCache(keeper.kept, self._tree.index, tokens, mask)
         if remove_batch_dim:

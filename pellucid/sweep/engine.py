@@ -25,6 +25,7 @@ from torch import Tensor
 from pellucid.errors import InputError
 from pellucid.model_bridge.tokens import TextOrTokens, check_choice
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
+from pellucid.padding import before_first_real
 from pellucid.progress import progress_bar
 from pellucid.sweep.base_run import BaseRun, base_bytes, needed_names, run_base
 from pellucid.sweep.edits import Edit, Write, Zero, resolve
@@ -319,10 +320,9 @@ class Sweep:
         mask = self.attention_mask
         if mask is None:
             return ""
-        real = mask.bool()
-        before = real.int().cumsum(-1) == 0
+        before = before_first_real(mask).cpu()
         for scorer in scorers.values():
-            if not isinstance(scorer.metric, Metric) and bool(before.cpu().gather(1, scorer.reads.columns).any()):
+            if not isinstance(scorer.metric, Metric) and bool(before.gather(1, scorer.reads.columns).any()):
                 return f"the metric {scorer.name!r} reads padding"
         return ""
 

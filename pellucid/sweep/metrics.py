@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pellucid.errors import InputError
 from pellucid.model_bridge.losses import next_token_loss
+from pellucid.padding import last_real, targets
 
 TokenIds: TypeAlias = int | Sequence[int] | Tensor
 """One token id for all rows, or one a row."""
@@ -95,8 +96,7 @@ def read_columns(position: int | None, tokens: Tensor, attention_mask: Tensor | 
     if position is None:
         if attention_mask is None:
             return torch.full((rows, 1), length - 1)
-        mask = attention_mask.bool().cpu()
-        return (length - 1 - mask.flip(-1).int().argmax(-1))[:, None]
+        return last_real(attention_mask.cpu())[:, None]
     if not -length <= position < length:
         raise InputError(f"The metric reads position {position}; the sequence has {length}, 0 to {length - 1}.")
     column = position % length
@@ -270,7 +270,7 @@ class NextTokenLoss(Metric):
         for row, tokens in enumerate(self.tokens):
             mask = None if self.attention_mask is None else self.attention_mask[row].expand(len(logits), -1)
             each = next_token_loss(logits[:, row], tokens.expand(len(logits), -1), mask, per_token=True)
-            count = each.shape[1] if mask is None else (mask[0, :-1].bool() & mask[0, 1:].bool()).sum().to(each)
+            count = targets(tokens[None], None if mask is None else mask[:1]).sum().to(each)
             losses.append(each.sum(-1) / count)
         return torch.stack(losses, dim=1)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pellucid.errors import InputError
+from pellucid.padding import places
 
 
 def build_alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Tensor:
@@ -53,8 +54,7 @@ def build_alibi_tensor(attention_mask: Tensor, num_heads: int, dtype: torch.dtyp
     """
     if attention_mask.dim() != 2:
         raise InputError(f"attention_mask must be [batch, key_pos]; found shape {tuple(attention_mask.shape)}.")
-    mask = attention_mask.long()
-    positions = (mask.cumsum(-1) - 1) * mask
+    positions = places(attention_mask).clamp(min=0)  # padding has no place and, as in Hugging Face's, no bias
     slopes = build_alibi_slopes(num_heads, attention_mask.device)
     return (slopes[None, :, None, None] * positions[:, None, None, :]).to(dtype)
 
