@@ -1,8 +1,9 @@
 """The configuration of a bridge, made from a Hugging Face ``BloomConfig`` that is read attribute by attribute.
 
 Every attribute of the Hugging Face configuration is either *handled* (it becomes a field here or the Hugging Face model
-itself obeys it), *ignored on purpose* (it cannot change a number), or *refused* by name. A checkpoint that sets
-something we have never heard of is therefore not run as if it had not.
+itself obeys it), *ignored on purpose* (it cannot change a number), *refused* by name (code of transformers that BLOOM's
+runs through reads it, and computes something else with it), or *unread*: no code reads it, so it cannot change a number,
+and a warning names it. Fine-tuning frameworks leave many such keys.
 """
 
 from __future__ import annotations
@@ -32,13 +33,37 @@ IGNORED = frozenset(
     "bias_dropout_fusion masked_softmax_fusion offset_alibi skip_bias_add skip_bias_add_qkv unk_token_id n_embed "
     # Hugging Face's book-keeping: names, labels, what to return.
     "architectures name_or_path _name_or_path transformers_version initializer_range return_dict output_hidden_states "
-    "output_attentions chunk_size_feed_forward is_encoder_decoder id2label label2id problem_type num_labels "
+    "output_attentions chunk_size_feed_forward id2label label2id problem_type num_labels "
     "finetuning_task task_specific_params _commit_hash _attn_implementation _attn_implementation_internal "
     "_attn_implementation_autoset _experts_implementation _output_attentions auto_map sep_token_id "
     "decoder_start_token_id attn_implementation experts_implementation use_bfloat16 torchscript prefix "
-    "tokenizer_class model_parallel distributed_config".split()
+    "tokenizer_class model_parallel distributed_config gradient_checkpointing".split()
 )
 """Attributes that cannot change a number of a BLOOM forward."""
+
+_OTHER_ATTENTION = "Hugging Face's cache or mask would leave keys out that Pellucid's attention sees"
+_OTHER_SIZES = "Hugging Face would read sizes from a configuration inside this one"
+
+REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "is_causal": ((True,), "Hugging Face's mask would let a position see the ones after it"),
+    "sliding_window": ((None,), _OTHER_ATTENTION),
+    "attention_chunk_size": ((None,), _OTHER_ATTENTION),
+    "kv_sharing_modes": ((None,), "layers would share keys and values"),
+    "text_config": ((None,), _OTHER_SIZES),
+    "text_encoder": ((None,), _OTHER_SIZES),
+    "decoder": ((None,), _OTHER_SIZES),
+    "generator": ((None,), _OTHER_SIZES),
+    "per_layer_config": ((None, {}), "layers would have settings of their own"),
+    "fusion_config": ((None, {}), "Hugging Face would put fused modules in the place of BLOOM's"),
+    "transformers_weights": ((None,), "the weights would be read from another file than model.safetensors"),
+    "tie_last_hidden_states": ((None, False), "Hugging Face's last hidden state would be another tensor"),
+    "is_encoder_decoder": ((None, False), "BLOOM is a decoder only"),
+}
+"""Attributes that BLOOM has no use for, but that transformers reads on the way of a BLOOM: the values that change nothing,
+and what any other would do."""
+
+SIZES = ("hidden_size", "n_head", "n_layer", "vocab_size")
+"""Attributes that must be whole numbers from 1 on."""
 
 
 class HuggingFaceConfig(Protocol):
@@ -124,20 +149,30 @@ class TransformerBridgeConfig:
         }
 
 
+def unread_attributes(config: HuggingFaceConfig, known: frozenset[str]) -> dict[str, Any]:
+    """Attributes that no code of a BLOOM reads, and that therefore change no number: what to name in a warning.
+
+    Args:
+        config: the model's configuration.
+        known: attributes that every configuration of the installed transformers has.
+    """
+    read = HANDLED | IGNORED | REFUSED.keys() | {"layer_types"} | known
+    return {name: value for name, value in config.to_dict().items() if name not in read}
+
+
 def config_from_huggingface(
-    config: HuggingFaceConfig, known: frozenset[str], dtype: torch.dtype, device: str
+    config: HuggingFaceConfig, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> TransformerBridgeConfig:
     """Read a Hugging Face BLOOM configuration.
 
     Args:
         config: the model's configuration.
-        known: attributes that every configuration of the installed transformers has (those of a default
-            ``BloomConfig``); what is in none of the three lists is refused.
         dtype: dtype of the model's weights.
         device: where the model's inputs go.
 
     Raises:
-        UnsupportedModelError: another architecture, or attributes we do not handle, all of them listed.
+        UnsupportedModelError: another architecture, or attributes that no BLOOM has or that would change numbers, all of
+            them listed.
     """
     attributes = config.to_dict()
     if config.model_type != "bloom":
@@ -145,12 +180,12 @@ def config_from_huggingface(
             f"Pellucid opens BLOOM models; this configuration says model_type={config.model_type!r}. "
             "BLOOMZ, fine-tuned and mid-training BLOOM checkpoints all say 'bloom'."
         )
-    problems = _problems(attributes, known)
+    problems = _problems(attributes)
     if problems:
         raise UnsupportedModelError(
             "This BLOOM configuration sets what Pellucid does not handle:\n"
             + "\n".join(f"  {line}" for line in problems)
-            + "\nRemove what is not used from the configuration, or pass the value to use in hf_config_overrides."
+            + "\nTake what is not used out of the configuration, or give hf_config_overrides another value, such as None."
         )
     d_model, n_heads = int(attributes["hidden_size"]), int(attributes["n_head"])
     return TransformerBridgeConfig(
@@ -171,15 +206,31 @@ def config_from_huggingface(
     )
 
 
-def _problems(attributes: Mapping[str, Any], known: frozenset[str]) -> list[str]:
+def _problems(attributes: Mapping[str, Any]) -> list[str]:
     problems = [
-        f"{name} = {value!r}: unknown to BLOOM"
-        for name, value in attributes.items()
-        if name not in HANDLED and name not in IGNORED and name not in known
+        f"{name} = {attributes[name]!r}: {why}"
+        for name, (harmless, why) in REFUSED.items()
+        if name in attributes and attributes[name] not in harmless
     ]
-    inner, hidden = attributes.get("n_inner"), attributes["hidden_size"]
-    if inner is not None and inner != 4 * hidden:
+    problems += [
+        f"{name} = {attributes.get(name)!r}: it must be a whole number, 1 or more"
+        for name in SIZES
+        if type(attributes.get(name)) is not int or attributes[name] < 1
+    ]
+    layer_types = attributes.get("layer_types")
+    if layer_types is not None and set(layer_types) != {"full_attention"}:
+        problems.append(f"layer_types = {layer_types!r}: {_OTHER_ATTENTION}")
+    dtype = attributes.get("dtype")
+    if dtype is not None and not _is_floating(dtype):
+        problems.append(f"dtype = {dtype!r}: it must be a floating-point dtype, such as 'float32'")
+    inner, hidden = attributes.get("n_inner"), attributes.get("hidden_size")
+    if isinstance(hidden, int) and inner is not None and inner != 4 * hidden:
         problems.append(f"n_inner = {inner}: BLOOM's MLP has 4 * hidden_size = {4 * hidden} neurons")
     if attributes.get("attention_softmax_in_fp32") is False:
         problems.append("attention_softmax_in_fp32 = False: Hugging Face's BLOOM always uses float32 there")
     return problems
+
+
+def _is_floating(dtype: Any) -> bool:
+    found = vars(torch).get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    return isinstance(found, torch.dtype) and found.is_floating_point

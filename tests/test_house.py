@@ -33,6 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "model_bridge.architecture_adapter",
         "model_bridge.cache_plan",
+        "model_bridge.checkpoint",
         "model_bridge.collected",
         "model_bridge.losses",
         "model_bridge.reference_edits",
@@ -68,6 +69,7 @@ imports its own room and lower floors; rooms of one floor do not import each oth
 public names, and ``model_bridge`` that folder's."""
 
 USERS_OF_TRANSFORMERS = (
+    "model_bridge.checkpoint",
     "model_bridge.generation",
     "model_bridge.hf_source",
     "model_bridge.self_check",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import transformers
 from huggingface_hub import try_to_load_from_cache
 
 from pellucid.cli.options import Dtype, ModelChoice
-from pellucid.config import config_from_huggingface
 from pellucid.demo import MODEL_FOLDER, load_demo_bridge
 from pellucid.errors import InputError
+from pellucid.model_bridge.checkpoint import ADAPTER_CONFIG, CONFIG
+from pellucid.model_bridge.hf_source import read_config
 from pellucid.model_bridge.supported_architectures.bloom import BloomArchitectureAdapter
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.names import HookIndex
@@ -31,17 +33,12 @@ def read_hook_index(choice: ModelChoice) -> HookIndex:
     """The model's hook names, from its configuration alone.
 
     Raises:
-        InputError: no such folder.
+        InputError: no such folder, or a file in it that is damaged.
         UnsupportedModelError: not a BLOOM, or one configured in a way we do not handle.
         OSError: no such model, or no network to ask.
     """
-    folder = _folder(choice)
-    config = transformers.AutoConfig.from_pretrained(
-        folder or choice.name, revision=choice.revision, local_files_only=folder is not None
-    )
-    known = frozenset(transformers.BloomConfig().to_dict())
-    adapter = BloomArchitectureAdapter(config_from_huggingface(config, known, torch.float32, "cpu"))
-    return adapter.hook_index()
+    cfg = read_config(_folder(choice) or choice.name, choice.revision)
+    return BloomArchitectureAdapter(cfg).hook_index()
 
 
 def open_bridge(choice: ModelChoice) -> TransformerBridge:
@@ -49,7 +46,7 @@ def open_bridge(choice: ModelChoice) -> TransformerBridge:
 
     Raises:
         InputError: no such folder or device, or no safetensors weights.
-        WeightError: a weight file that is cut off or damaged.
+        WeightError: weights that are damaged, missing or of other sizes.
         UnsupportedModelError: not a BLOOM, or one configured in a way we do not handle.
         OSError: no such model, or no network to ask.
     """
@@ -76,7 +73,7 @@ def _load(choice: ModelChoice) -> TransformerBridge:
             use_safetensors=None if choice.allow_pickle else True,
         )
     except InputError as error:  # the same advice in the words of the command line
-        raise InputError(str(error).replace("pass use_safetensors=False", "add --allow-pickle")) from error
+        raise InputError(re.sub("pass use_safetensors=(False|None)", "add --allow-pickle", str(error))) from error
 
 
 def parse_device(name: str | None) -> torch.device | None:
@@ -98,8 +95,11 @@ def commit_of(choice: ModelChoice) -> str | None:
     """The commit that a hub model's files came from; ``None`` for a folder."""
     if choice.is_demo or _folder(choice) is not None:
         return None
-    found = try_to_load_from_cache(choice.name, "config.json", revision=choice.revision)
-    return Path(found).parent.name if isinstance(found, str) else None
+    for file in (ADAPTER_CONFIG, CONFIG):
+        found = try_to_load_from_cache(choice.name, file, revision=choice.revision)
+        if isinstance(found, str):
+            return Path(found).parent.name
+    return None
 
 
 def _folder(choice: ModelChoice) -> str | None:
@@ -108,8 +108,6 @@ def _folder(choice: ModelChoice) -> str | None:
         return str(MODEL_FOLDER)
     path = os.path.expanduser(choice.name)
     if os.path.isdir(path):
-        if not os.path.isfile(os.path.join(path, "config.json")):
-            raise InputError(f"The folder {path} holds no config.json: it is not a Hugging Face model.")
         return path
     if path.startswith((os.sep, ".")) or path != choice.name or path.count("/") > 1 or os.path.exists(path):
         raise InputError(

@@ -9,19 +9,41 @@ from __future__ import annotations
 
 import os
 import re
+import textwrap
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
-from pellucid.config import TransformerBridgeConfig, config_from_huggingface
+from pellucid.config import (
+    HANDLED,
+    IGNORED,
+    REFUSED,
+    TransformerBridgeConfig,
+    config_from_huggingface,
+    unread_attributes,
+)
 from pellucid.errors import InputError, PellucidWarning, UnsupportedModelError, WeightError
 from pellucid.model_bridge.architecture_adapter import ArchitectureAdapter
+from pellucid.model_bridge.checkpoint import (
+    CONFIG,
+    NO_ADAPTER,
+    Checkpoint,
+    add_adapter,
+    check_weight_files,
+    find_checkpoint,
+    has_tokenizer,
+    listed,
+    named_weights,
+    random_weights,
+    read_configuration,
+    refuse_missing,
+)
 from pellucid.model_bridge.supported_architectures.bloom import BloomArchitectureAdapter
+from pellucid.names import nearest
 
 FAMILY_TOKENIZER = "bigscience/bloom"
 """Every BLOOM and BLOOMZ checkpoint has this tokenizer; its mid-training repositories ship none that loads."""
@@ -36,6 +58,8 @@ class LoadedModel:
 
     model: nn.Module
     tokenizer: Any | None
+    missing: tuple[str, ...] = ()
+    """Weights that the checkpoint lacks and that are random."""
 
 
 def load_model(
@@ -51,13 +75,14 @@ def load_model(
     load_weights: bool = True,
     trust_remote_code: bool = False,
     use_safetensors: bool | None = True,
+    allow_missing_weights: bool = False,
     tokenizer: Any | None = None,
     inspect: Callable[[TransformerBridgeConfig], None] | None = None,
 ) -> LoadedModel:
     """Load a BLOOM checkpoint with Hugging Face.
 
     Args:
-        name_or_path: a hub name, or a folder with ``config.json``.
+        name_or_path: a hub name, or a folder with ``config.json``; or those of a PEFT adapter, which names its model.
         dtype: the weights'; by default the checkpoint's own.
         device: where to put the model, if it is not dispatched by ``device_map``.
         revision: branch, tag or commit; mid-training checkpoints are tags such as ``global_step10000``.
@@ -68,50 +93,53 @@ def load_model(
         load_weights: ``False`` builds the architecture with fresh weights.
         trust_remote_code: run code from the repository.
         use_safetensors: ``False`` allows pickle files, which can run code when loaded; ``None`` takes what is there.
+        allow_missing_weights: leave weights that the checkpoint lacks random, with a warning, instead of refusing it.
         tokenizer: to use instead of the checkpoint's.
         inspect: shown the configuration before any weight is read; may raise.
 
     Raises:
-        InputError: contradicting arguments, or no safetensors file.
-        UnsupportedModelError: not a BLOOM.
+        InputError: contradicting arguments, no such folder, a damaged configuration, or no safetensors file.
+        UnsupportedModelError: not a BLOOM, or one configured in a way we do not handle.
+        WeightError: weights that are damaged, missing or of other sizes; an index that names files which must not be
+            loaded.
     """
     import transformers
 
     if device is not None and device_map is not None:
         raise InputError("device and device_map both say where the model goes; give one.")
-    local = os.path.isdir(name_or_path)
-    if not local and (
-        os.path.isabs(name_or_path) or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1
-    ):
-        raise InputError(f"There is no folder {name_or_path!r}; a hub name has the form 'owner/name'.")
-    common = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": local}
-    config = transformers.AutoConfig.from_pretrained(name_or_path, **common)
-    if config.model_type != "bloom":
-        raise UnsupportedModelError(
-            f"Pellucid opens BLOOM models; {name_or_path} says model_type={config.model_type!r}."
-        )
-    for key, value in (hf_config_overrides or {}).items():
-        setattr(config, key, value)
-    cfg = _refuse_unhandled(config)
+    checkpoint = find_checkpoint(name_or_path, revision)
+    config = read_configuration(checkpoint, trust_remote_code)
+    _override(config, hf_config_overrides or {})
+    cfg = config_from_huggingface(config)
     if inspect is not None:
         inspect(cfg)
+    missing: list[str] = []
     if not load_weights:
         model = transformers.BloomForCausalLM._from_config(
             config, dtype=dtype if isinstance(dtype, torch.dtype) else None, attn_implementation=HUGGING_FACE_ATTENTION
         )
     else:
+        check_weight_files(checkpoint, use_safetensors)
         try:
-            model = transformers.BloomForCausalLM.from_pretrained(
-                name_or_path,
-                config=config,
-                dtype=dtype if dtype is not None else "auto",
-                device_map=device_map,
-                max_memory=None if max_memory is None else dict(max_memory),
-                offload_folder=offload_folder,
-                attn_implementation=HUGGING_FACE_ATTENTION,
-                use_safetensors=use_safetensors,
-                **common,
-            )
+            with named_weights(checkpoint.name):
+                model, found = transformers.BloomForCausalLM.from_pretrained(
+                    checkpoint.name,
+                    config=config,
+                    dtype=dtype if dtype is not None else "auto",
+                    device_map=device_map,
+                    max_memory=None if max_memory is None else dict(max_memory),
+                    offload_folder=offload_folder,
+                    attn_implementation=HUGGING_FACE_ATTENTION,
+                    use_safetensors=use_safetensors,
+                    revision=checkpoint.revision,
+                    trust_remote_code=trust_remote_code,
+                    local_files_only=checkpoint.is_local,
+                    adapter_kwargs={
+                        "subfolder": NO_ADAPTER
+                    },  # ours to load: PEFT knows kinds that Hugging Face does not
+                    ignore_mismatched_sizes=True,  # ours to refuse, with names
+                    output_loading_info=True,
+                )
         except OSError as error:
             if use_safetensors and "safetensors" in str(error):
                 where = name_or_path if revision is None else f"{name_or_path} (revision {revision})"
@@ -121,15 +149,84 @@ def load_model(
                     f"Hugging Face said: {str(error).splitlines()[0]}"
                 ) from error
             raise
-        except SafetensorError as error:
-            raise WeightError(
-                f"The weights of {name_or_path} are damaged or cut off ({error}): fetch or save them again."
-            ) from error
+        missing += _check_loaded(model, found, checkpoint.name, allow_missing_weights)
     if device is not None:
         model.to(device)
+    if checkpoint.adapter is not None:
+        model, lacking = add_adapter(model, checkpoint, use_safetensors, allow_missing_weights)
+        missing += lacking
     model.eval()
-    found = tokenizer if tokenizer is not None else load_tokenizer(name_or_path, **common)
-    return LoadedModel(model, found)
+    if tokenizer is None:
+        tokenizer = _tokenizer_of(checkpoint, trust_remote_code)
+    return LoadedModel(model, tokenizer, tuple(missing))
+
+
+def read_config(name_or_path: str, revision: str | None = None) -> TransformerBridgeConfig:
+    """The sizes of a checkpoint, or of the one that an adapter was trained on, without its weights.
+
+    Raises:
+        InputError: no such folder, or a file in it that is damaged.
+        UnsupportedModelError: not a BLOOM, or one configured in a way we do not handle.
+    """
+    return config_from_huggingface(read_configuration(find_checkpoint(name_or_path, revision)))
+
+
+def _override(config: Any, overrides: Mapping[str, Any]) -> None:
+    known = config.to_dict().keys() | HANDLED | IGNORED | REFUSED.keys() | {"layer_types"}
+    for key, value in overrides.items():
+        if key not in known:
+            raise InputError(
+                f"hf_config_overrides: BLOOM's configuration has no {key!r}, and it would have no effect. Nearest: "
+                f"{', '.join(nearest(key, sorted(known)))}."
+            )
+        try:
+            setattr(config, key, value)
+        except Exception as error:  # Hugging Face's own classes of error, one for each of its validators
+            raise InputError(f"hf_config_overrides: {key}={value!r} is refused by Hugging Face: {error}") from error
+
+
+def _check_loaded(model: Any, found: Mapping[str, Any], name: str, allow_missing: bool) -> list[str]:
+    """What Hugging Face says of the weights that it loaded: names of those that are random, if they may be.
+
+    Raises:
+        WeightError: weights of other sizes; lacking ones that may not be random.
+        UnsupportedModelError: quantised in a way that the installed transformers does not know.
+    """
+    if getattr(model.config, "quantization_config", None) is not None and getattr(model, "hf_quantizer", None) is None:
+        raise UnsupportedModelError(
+            f"{name} is quantised in a way that this release of transformers does not know, and its weights were loaded as "
+            f"if it was not: {model.config.quantization_config!r}."
+        )
+    wrong = sorted(f"{key}: {tuple(there)} there, {tuple(here)} here" for key, there, here in found["mismatched_keys"])
+    if wrong:
+        raise WeightError(
+            f"Weights of {name} have other sizes than its configuration says:\n{listed(wrong)}\nCorrect {CONFIG}, or "
+            "hf_config_overrides if you gave it."
+        )
+    missing = sorted(found["missing_keys"])
+    if missing and not allow_missing:
+        refuse_missing(name, missing)
+    if missing:
+        warnings.warn(random_weights(name, missing), PellucidWarning, stacklevel=4)
+    unused = sorted(found["unexpected_keys"])
+    if unused:
+        warnings.warn(
+            f"{name} holds {len(unused)} weights that this BLOOM has no place for. Hugging Face leaves them out, and so do "
+            f"we:\n{listed(unused)}",
+            PellucidWarning,
+            stacklevel=4,
+        )
+    return missing
+
+
+def _tokenizer_of(checkpoint: Checkpoint, trust_remote_code: bool) -> Any | None:
+    """The adapter's own tokenizer if it has one, else the model's."""
+    name, revision = checkpoint.name, checkpoint.revision
+    if checkpoint.adapter is not None and has_tokenizer(checkpoint.adapter, checkpoint.adapter_revision):
+        name, revision = checkpoint.adapter, checkpoint.adapter_revision
+    return load_tokenizer(
+        name, revision=revision, trust_remote_code=trust_remote_code, local_files_only=os.path.isdir(name)
+    )
 
 
 def load_tokenizer(name_or_path: str, **common: Any) -> Any | None:
@@ -141,8 +238,10 @@ def load_tokenizer(name_or_path: str, **common: Any) -> Any | None:
 
     try:
         return transformers.AutoTokenizer.from_pretrained(name_or_path, **common)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+    except (
+        Exception
+    ) as error:  # a damaged file ends in any class of error, the tokenizers library's in a bare Exception
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         if common.get("local_files_only"):
             warnings.warn(
                 f"{name_or_path} has no tokenizer that loads ({reason}); token ids can be run, strings cannot. Pass "
@@ -195,21 +294,32 @@ def make_adapter(bloom: nn.Module) -> ArchitectureAdapter:
             whose forwards take other arguments.
     """
     embedding = bloom.get_submodule("transformer.word_embeddings")
-    cfg = _refuse_unhandled(bloom.config, _dtype_of(bloom), str(_device_of(embedding)))
+    config: Any = bloom.config
+    cfg = config_from_huggingface(config, _dtype_of(bloom), str(_device_of(embedding)))
     adapter = BloomArchitectureAdapter(cfg)
     missing = adapter.missing_modules(bloom)
     if missing:
         raise UnsupportedModelError(f"The model lacks modules that BLOOM has: {', '.join(missing)}.")
     adapter.check_arguments(bloom)
+    warn_of_unread(config)
     if cfg.sums_weight_slices:
         _refuse_adapted_slices(bloom)
     return adapter
 
 
-def _refuse_unhandled(config: Any, dtype: torch.dtype = torch.float32, device: str = "cpu") -> TransformerBridgeConfig:
+def warn_of_unread(config: Any) -> None:
+    """Name the attributes of a configuration that change nothing, whatever their writer meant by them."""
     from transformers import BloomConfig
 
-    return config_from_huggingface(config, frozenset(BloomConfig().to_dict()), dtype, device)
+    unread = unread_attributes(config, frozenset(BloomConfig().to_dict()))
+    if unread:
+        shown = [f"{name} = {textwrap.shorten(repr(value), 60)}" for name, value in sorted(unread.items())]
+        warnings.warn(
+            "This configuration has keys that BLOOM's code in transformers never reads. They change no number, here as in "
+            f"Hugging Face:\n{listed(shown)}",
+            PellucidWarning,
+            stacklevel=2,
+        )
 
 
 def _refuse_adapted_slices(bloom: nn.Module) -> None:

@@ -22,7 +22,7 @@ from pellucid.model_bridge.generalized_components.bloom_block import not_fired
 from pellucid.model_bridge.hook_session import HookSession
 from pellucid.model_bridge.hooked_model import HookedModel
 from pellucid.model_bridge.losses import next_token_loss
-from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, TokenRules, check_choice, check_mask
+from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, TokenRules, check_choice, check_mask, check_past
 from pellucid.padding import last_columns
 from pellucid.run_context import acts, set_fast_attention, set_span
 
@@ -182,6 +182,7 @@ class RunnableModel(HookedModel):
         if not torch.compiler.is_compiling():
             self._tree.sync()  # a module may have been replaced, or an interrupt may have left something
             self._refresh()  # the Hugging Face model may have been cast or moved behind our back
+        check_past(past_key_values)
         start = self._layer("start_at_layer", start_at_layer)
         stop = self._layer("stop_at_layer", stop_at_layer)
         if start is not None and stop is not None and stop < start:

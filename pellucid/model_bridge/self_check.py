@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from pellucid.errors import InputError
 from pellucid.hook_points import HookPoint
+from pellucid.model_bridge.checkpoint import RANDOM_WEIGHTS
 from pellucid.model_bridge.mounting import ComponentTree
 from pellucid.model_bridge.reference_edits import REBUILT, reference_edit
 from pellucid.names import Flag, HookSpec
@@ -232,6 +233,8 @@ class _Checker:
             if not parameter.is_meta and not bool(torch.isfinite(parameter).all())
         ]
         yield self.line("weights are finite", float(len(bad)), 0, ", ".join(bad[:5]))
+        random = self.tree.notes.get(RANDOM_WEIGHTS, ())
+        yield self.line("weights come from the checkpoint", float(len(random)), 0, ", ".join(random[:5]))
 
     def parity(self) -> Check:
         yield self.line("logits, nothing hooked", self.bridge(self.tokens).double() - self.base.double(), self.exact)

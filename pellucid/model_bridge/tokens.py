@@ -178,6 +178,19 @@ def check_mask(mask: Any, batch: int, length: int, past: int, device: torch.devi
     return mask.to(device=device, dtype=torch.long)
 
 
+def check_past(past: Any | None) -> None:
+    """Refuse what is not one of Hugging Face's caches.
+
+    Raises:
+        InputError: such as the tuples of earlier releases, with the call that makes a cache of them.
+    """
+    if past is not None and not hasattr(past, "get_seq_length"):
+        raise InputError(
+            "past_key_values must be a Hugging Face cache, such as transformers.DynamicCache(); found a "
+            f"{type(past).__name__}. Of tuples (key, value), one a layer, DynamicCache(those) makes one."
+        )
+
+
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     """Refuse a value that is not one of ``choices``.
 

@@ -19,6 +19,7 @@ from pellucid.activation_cache import ActivationCache
 from pellucid.errors import GradientError, InputError
 from pellucid.hook_points import LensHandle
 from pellucid.model_bridge.cache_plan import Keeper, PosSlice, cache_bytes, kept_positions, refuse_large
+from pellucid.model_bridge.checkpoint import RANDOM_WEIGHTS
 from pellucid.model_bridge.collecting import CollectingModel
 from pellucid.model_bridge.generation import generate
 from pellucid.model_bridge.hf_source import find_bloom, load_model, make_adapter
@@ -35,7 +36,7 @@ from pellucid.model_bridge.running import (
 )
 from pellucid.model_bridge.self_check import CheckReport, run_checks
 from pellucid.model_bridge.token_methods import TokenMethods
-from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, TokenRules, check_choice
+from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, TokenRules, check_choice, check_past
 from pellucid.model_bridge.weight_state import ProcessableWeights, refuse_early
 from pellucid.names import HookSpec, NamesFilter, runs_through
 from pellucid.padding import last_columns
@@ -78,11 +79,13 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
         attn_implementation: AttnImplementation = "eager",
         use_safetensors: bool | None = True,
         process_weights: bool | Mapping[str, bool] = False,
+        allow_missing_weights: bool = False,
     ) -> TransformerBridge:
         """Open a checkpoint: a hub name, a local folder, or a live model.
 
         Args:
-            model_name: hub name (``"bigscience/bloom-560m"``) or folder. With ``hf_model`` it may be left out.
+            model_name: hub name (``"bigscience/bloom-560m"``) or folder, of a model or of a PEFT adapter. With
+                ``hf_model`` it may be left out.
             hf_config_overrides: configuration attributes to set before loading.
             device: where to put the model.
             dtype: of the weights; by default the checkpoint's own, as with Hugging Face.
@@ -99,10 +102,12 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
             use_safetensors: ``False`` allows pickle files, which can run code when loaded.
             process_weights: ``True``, or arguments of :meth:`process_weights`, to process the weights where they were
                 loaded; what the configuration forbids is refused before any weight is read.
+            allow_missing_weights: leave weights that the checkpoint lacks random, with a warning that names them, instead
+                of refusing it; :meth:`verify` then has a check that fails.
 
         Raises:
-            InputError: contradicting arguments.
-            WeightError: see :meth:`process_weights`.
+            InputError: contradicting arguments, no such folder, a damaged file in it, or no safetensors weights.
+            WeightError: weights that are damaged, missing or of other sizes; see :meth:`process_weights`, too.
             UnsupportedModelError: not a BLOOM, or one configured in a way we do not handle.
         """
         check_choice("attn_implementation", attn_implementation, ATTN_IMPLEMENTATIONS)
@@ -141,10 +146,12 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
             load_weights=load_weights,
             trust_remote_code=trust_remote_code,
             use_safetensors=use_safetensors,
+            allow_missing_weights=allow_missing_weights,
             tokenizer=tokenizer,
             inspect=partial(refuse_early, process_weights),
         )
         bridge = cls(loaded.model, loaded.tokenizer)._processed(process_weights)
+        bridge._tree.notes[RANDOM_WEIGHTS] = loaded.missing
         bridge.set_attn_implementation(attn_implementation)
         return bridge
 
@@ -461,6 +468,7 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
                 "generation_config would be overridden by this call's own arguments; pass its fields as keywords, or call "
                 "generate of bridge.hf_model inside `with bridge.hooks(...)`."
             )
+        check_past(hf_kwargs.get("past_key_values"))
         do_sample = do_sample and temperature != 0  # TransformerLens' way to ask for the most probable token
         side: PaddingSide = padding_side if padding_side is not None else "left"
         prepared = self._prepare(input, prepend_bos, side, attention_mask)

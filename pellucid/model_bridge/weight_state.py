@@ -16,6 +16,7 @@ from typing_extensions import Self
 from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import PellucidWarning
 from pellucid.factored_matrix import FactoredMatrix
+from pellucid.model_bridge.checkpoint import RANDOM_WEIGHTS
 from pellucid.model_bridge.hooked_model import HookedModel
 from pellucid.model_bridge.processed_weights import (
     folded_unembedding,
@@ -218,20 +219,29 @@ class ProcessableWeights(WeightViews, HookedModel):
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """Hugging Face's ``save_pretrained``; a processed model is written so that ``from_pretrained`` loses nothing.
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """Hugging Face's ``save_pretrained``, the tokenizer's included; a processed model loses nothing by it.
 
         ``lm_head.bias`` (``b_U``) would be dropped on loading without an error. It is written as the final norm's bias
         instead, with the same log-probabilities; the reloaded model's ``W_U`` and ``b_U`` are as here again after
         ``process_weights()``. Hugging Face's own ``bridge.hf_model.save_pretrained`` does not know this.
+
+        Args:
+            save_directory: the folder, made if need be.
+            args: as Hugging Face's, like the keywords.
         """
         state = kwargs.get("state_dict")
         if state is None and (portable := portable_state(self._tree)) is not None:
             kwargs["state_dict"] = portable
-        return super().save_pretrained(*args, **kwargs)
+        result = super().save_pretrained(save_directory, *args, **kwargs)
+        if self._rules.tokenizer is not None and kwargs.get("is_main_process", True):
+            shared = {name: kwargs[name] for name in ("push_to_hub", "repo_id", "token", "private") if name in kwargs}
+            self._rules.tokenizer.save_pretrained(save_directory, **shared)
+        return result
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a state dict of the Hugging Face model; what was done to the weights before is forgotten."""
         result = super().load_state_dict(state_dict, strict=strict, assign=assign)
         record_of(self._tree).clear()
+        self._tree.notes.pop(RANDOM_WEIGHTS, None)
         return result

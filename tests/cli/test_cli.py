@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import BloomForCausalLM
 from typer.testing import CliRunner
 
 import pellucid
@@ -389,6 +391,22 @@ def test_damaged_weights(copied: Path) -> None:
     done = cli("run", copied, TEXT)
     assert done.exit_code == 2
     assert "damaged or cut off" in done.stderr
+
+
+def test_a_missing_weight_fails_the_check_and_an_adapters_folder_is_a_model(copied: Path, tmp_path: Path) -> None:
+    model = BloomForCausalLM.from_pretrained(copied)
+    lora = LoraConfig(r=2, target_modules=["query_key_value"], init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
+    plain = json.loads(cli("run", copied, TEXT, "--format", "json").stdout)
+    adapted = json.loads(cli("run", tmp_path / "adapter", TEXT, "--format", "json").stdout)
+    assert adapted["tokens"] == plain["tokens"]
+    assert adapted["next_tokens"] != plain["next_tokens"]
+    weights = load_file(copied / "model.safetensors")
+    lost = "transformer.h.1.mlp.dense_h_to_4h.weight"
+    save_file({name: value for name, value in weights.items() if name != lost}, copied / "model.safetensors")
+    done = cli("check", copied)
+    assert done.exit_code == 2
+    assert lost in done.stderr
 
 
 def test_the_dtype_of_a_folder_is_the_checkpoints_own(copied: Path) -> None:

@@ -52,7 +52,8 @@ def test_a_folder_without_a_network(folder: Path) -> None:
 def test_overrides_and_fresh_weights(folder: Path) -> None:
     bridge = TransformerBridge.boot_transformers(folder, hf_config_overrides={"n_layer": 2}, load_weights=False)
     assert bridge.cfg.n_layers == 2
-    shorter = TransformerBridge.boot_transformers(folder, hf_config_overrides={"n_layer": 1})
+    with pytest.warns(PellucidWarning, match=r"no place for.*\n  transformer\.h\.1\."):
+        shorter = TransformerBridge.boot_transformers(folder, hf_config_overrides={"n_layer": 1})
     full = TransformerBridge.boot_transformers(folder)
     tokens = random_tokens(vocab=2048)
     assert torch.equal(shorter(tokens, stop_at_layer=1), full(tokens, stop_at_layer=1))
