@@ -26,7 +26,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("axes", "files", "names", "padding", "progress", "token_text"),
+    ("arguments", "axes", "files", "names", "padding", "progress", "token_text"),
     ("config", "run_context", "factored_matrix", "running_stats.*", "corpora.*", "conversion_utils.*"),
     ("hook_points", "activation_cache", "weight_processing"),
     ("model_bridge.generalized_components.*",),

@@ -132,20 +132,6 @@ class TokenRules:
             raise InputError(f"Token ids are [pos] or [batch, pos]; found shape {tuple(ids.shape)}.")
         return str(tokenizer.decode(ids.reshape(-1).tolist(), clean_up_tokenization_spaces=False))
 
-    def texts_without_padding(self, tokens: Tensor, prompt_length: int, mask: Tensor | None) -> list[str]:
-        """Texts of generated rows ``[rows, pos]`` without the padding before (by ``mask``) and after them."""
-        pad = self.need().pad_token_id
-        texts = []
-        for index, row in enumerate(tokens.tolist()):
-            prompt, added = row[:prompt_length], row[prompt_length:]
-            if mask is not None:
-                real = mask[index * mask.shape[0] // tokens.shape[0]].tolist()
-                prompt = [token for token, keep in zip(prompt, real, strict=True) if keep]
-            while added and added[-1] == pad:
-                added.pop()
-            texts.append(str(self.decode(prompt + added)))
-        return texts
-
     def single_token(self, text: str) -> int:
         """The id of a string that is one token.
 

@@ -21,7 +21,7 @@ from pellucid.hook_points import LensHandle
 from pellucid.model_bridge.cache_plan import Keeper, PosSlice, cache_bytes, kept_positions, refuse_large
 from pellucid.model_bridge.checkpoint import RANDOM_WEIGHTS
 from pellucid.model_bridge.collecting import CollectingModel
-from pellucid.model_bridge.generation import generate
+from pellucid.model_bridge.generation import check_arguments, generate, texts_of
 from pellucid.model_bridge.hf_source import find_bloom, load_model, make_adapter
 from pellucid.model_bridge.hook_session import HookSession
 from pellucid.model_bridge.hooked_model import HookRequest
@@ -410,7 +410,7 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
         input: TextOrTokens = "",
         max_new_tokens: int = 10,
         stop_at_eos: bool = True,
-        eos_token_id: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
         do_sample: bool = True,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -427,24 +427,27 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
         stop_strings: str | Sequence[str] | None = None,
         stopping_criteria: Any | None = None,
         attention_mask: Tensor | None = None,
+        skip_special_tokens: bool = True,
         **hf_kwargs: Any,
     ) -> Any:
         """Generate with Hugging Face's ``generate``, hooks firing at each step.
 
-        Signature and defaults are TransformerLens'; ``top_k=None`` and ``top_p=None`` mean no cut, whatever the
-        model's generation configuration says. A hook reads the step, absolute positions and rows from ``hook.run``.
+        Signature and defaults are TransformerLens'. Of the checkpoint's generation configuration only token ids are taken;
+        other fields on which tokens depend are left out and named in a warning. A hook reads the step, absolute positions
+        and rows from ``hook.run``.
 
         Args:
             input: a string, strings, or token ids.
             max_new_tokens: how many tokens to add at most.
             stop_at_eos: end a row at the end-of-sequence token; finished rows are filled with the padding token.
-            eos_token_id: another end-of-sequence token.
+            eos_token_id: another end-of-sequence token, or several.
             do_sample: sample; ``False`` takes the most probable token.
             top_k: sample among the ``top_k`` most probable.
             top_p: sample among those that make up ``top_p`` of the probability.
             temperature: divides the logits before sampling.
-            freq_penalty: subtracted from a token's logit for each time it has occurred.
-            repetition_penalty: Hugging Face's.
+            freq_penalty: subtracted from a token's logit for each time it has occurred, greedy or sampled.
+            repetition_penalty: Hugging Face's: divides a positive logit, and multiplies a negative one, of a token that has
+                occurred.
             use_past_kv_cache: keep keys and values between steps.
             prepend_bos: see :meth:`to_tokens`.
             padding_side: of shorter strings; generation wants ``"left"``, the default here.
@@ -453,27 +456,63 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
             output_logits: return Hugging Face's output object, with ``logits`` and ``sequences``.
             return_input_tokens: return ``(output, input tokens)``.
             stop_strings: end a row when one of these has been written.
-            stopping_criteria: Hugging Face's.
+            stopping_criteria: one of Hugging Face's, or several.
             attention_mask: ``[batch, pos]`` for token ids. Without one Hugging Face takes ids equal to the padding token
                 for padding.
+            skip_special_tokens: leave the tokenizer's special tokens out of texts, those of the prompt too. ``False``
+                keeps them, and the end-of-sequence token that ended a row; padding is left out either way.
             hf_kwargs: anything else ``generate`` of Hugging Face takes (``num_beams``, ``streamer``, ...); it refuses
                 what it does not know.
 
         Raises:
-            InputError: see :meth:`forward`; ``max_new_tokens`` below 1.
+            InputError: see :meth:`forward`; an argument out of range, or one that would have no effect beside the others.
         """
         check_choice("return_type", return_type, ("input", "str", "tokens"))
+        sampled = check_arguments(
+            self._rules,
+            max_new_tokens=max_new_tokens,
+            stop_at_eos=stop_at_eos,
+            eos_token_id=eos_token_id,
+            do_sample=do_sample,
+            top_k=top_k,
+            top_p=top_p,
+            temperature=temperature,
+            freq_penalty=freq_penalty,
+            repetition_penalty=repetition_penalty,
+            stop_strings=stop_strings,
+            hf_kwargs=hf_kwargs,
+        )
+        objects = output_logits or hf_kwargs.get("return_dict_in_generate")
+        if objects and return_type == "str":
+            raise InputError(
+                "return_type='str' would have no effect: output_logits (return_dict_in_generate) returns Hugging Face's "
+                "output object. Its texts are bridge.to_string(output.sequences)."
+            )
+        wants_text = not objects and (
+            return_type == "str" or (return_type == "input" and not isinstance(input, Tensor))
+        )
+        if not wants_text and not skip_special_tokens:
+            raise InputError(
+                "skip_special_tokens=False would have no effect: this call returns token ids, and all of them."
+            )
         if "generation_config" in hf_kwargs:
             raise InputError(
                 "generation_config would be overridden by this call's own arguments; pass its fields as keywords, or call "
                 "generate of bridge.hf_model inside `with bridge.hooks(...)`."
             )
         check_past(hf_kwargs.get("past_key_values"))
-        do_sample = do_sample and temperature != 0  # TransformerLens' way to ask for the most probable token
         side: PaddingSide = padding_side if padding_side is not None else "left"
         prepared = self._prepare(input, prepend_bos, side, attention_mask)
         tokens = prepared.tokens
         assert tokens is not None
+        if wants_text:
+            self._rules.need()
+        length = tokens.shape[1]
+        if "max_length" in hf_kwargs:
+            raise InputError(
+                f"max_length counts the prompt too, which has {length} tokens here, and max_new_tokens has a default: give "
+                f"max_new_tokens=max_length - {length} instead."
+            )
         session = HookSession(self._tree, components=self._helpers(None, None))
 
         def run() -> Any:
@@ -487,7 +526,7 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
                 max_new_tokens=max_new_tokens,
                 stop_at_eos=stop_at_eos,
                 eos_token_id=eos_token_id,
-                do_sample=do_sample,
+                do_sample=sampled,
                 top_k=top_k,
                 top_p=top_p,
                 temperature=temperature,
@@ -502,12 +541,10 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
             )
 
         with self._safely(tokens):
-            output = session.during(run)
-        if not output_logits and isinstance(output, Tensor):
-            wants_text = return_type == "str" or (return_type == "input" and not isinstance(input, Tensor))
-            if wants_text:
-                texts = self._rules.texts_without_padding(output, tokens.shape[1], prepared.attention_mask)
-                output = texts[0] if len(texts) == 1 and isinstance(input, str | Tensor) else texts
+            output, ends = session.during(run)
+        if wants_text:
+            texts = texts_of(self._rules, output, length, prepared.attention_mask, ends, skip_special_tokens)
+            output = texts[0] if len(texts) == 1 and isinstance(input, str | Tensor) else texts
         return (output, tokens) if return_input_tokens else output
 
     # -- checking ------------------------------------------------------------------------------------------------------

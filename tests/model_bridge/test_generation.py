@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pellucid import TransformerBridge
+from pellucid.errors import InputError
 from tests.models import is_pristine, make_generator, random_tokens
 
 
@@ -211,3 +212,113 @@ def test_text(demo: TransformerBridge) -> None:
     )
     assert len(several) == 2
     assert all(text.startswith(prompt) for text in several)
+
+
+def test_frequency_penalty_does_not_count_padding(pair: tuple[TransformerBridge, Any]) -> None:
+    """By hand: a left-padded row is penalised for its own tokens, as it is alone."""
+    bridge, model = pair
+    alone = random_tokens(1, 4)
+    tokens = torch.cat([torch.full((1, 3), 3), alone], dim=1)
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1]])
+    output = bridge.generate(
+        tokens, attention_mask=mask, max_new_tokens=1, do_sample=False, freq_penalty=2.0, verbose=False,
+        output_logits=True, output_scores=True,
+    )  # fmt: skip
+    with torch.no_grad():
+        logits = model(tokens, attention_mask=mask).logits[0, -1]
+    for token in alone[0].tolist():
+        logits[token] -= 2
+    assert torch.allclose(output.scores[0][0], logits, atol=1e-5)
+
+
+def test_text_ends_where_its_row_ends(demo: TransformerBridge) -> None:
+    """Without special tokens, or with those that are the text's own; never with padding."""
+    whole = "Everyone has the right to life, liberty and security of person."
+    prompts = [whole, "Everyone has"]
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "verbose": False}
+    encoded = demo.tokenizer(prompts, return_tensors="pt", padding=True)
+    native = copy.deepcopy(demo.hf_model).generate(**encoded, do_sample=False, max_new_tokens=6)
+    decoded = demo.tokenizer.batch_decode(native, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert demo.generate(prompts, **options) == decoded
+    kept = demo.generate(prompts, skip_special_tokens=False, **options)
+    assert kept == [whole + "</s>", decoded[1]]
+    assert demo.generate("Everyone</s>", skip_special_tokens=False, **options).startswith("Everyone</s>")
+    assert "</s>" not in demo.generate("Everyone</s>", **options)
+    filled = demo.generate(prompts, skip_special_tokens=False, pad_token_id=300, **options)
+    assert filled == kept  # what fills a row need not be the tokenizer's padding token
+    ids = demo.generate(whole, return_type="tokens", **options)
+    assert demo.generate(demo.to_tokens(whole), return_type="str", **options) == whole
+    assert ids[0, -1] == demo.tokenizer.eos_token_id  # ids keep everything
+
+
+def test_a_single_stopping_criterion(pair: tuple[TransformerBridge, Any]) -> None:
+    from transformers import MaxLengthCriteria
+
+    tokens = random_tokens(2, 4)
+    options: dict[str, Any] = {"max_new_tokens": 9, "do_sample": False, "verbose": False}
+    for criteria in (MaxLengthCriteria(6), [MaxLengthCriteria(6)]):
+        assert pair[0].generate(tokens, stopping_criteria=criteria, **options).shape == (2, 6)
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"max_new_tokens": 0}, "max_new_tokens must be at least 1; found 0"),
+    ({"max_new_tokens": 2.5}, "max_new_tokens is a whole number; found 2.5"),
+    ({"max_new_tokens": True}, "max_new_tokens is a whole number"),
+    ({"max_length": 9}, "max_length counts the prompt.*4 tokens here.*max_new_tokens=max_length - 4"),
+    ({"use_cache": False}, "use_cache is Hugging Face's word for use_past_kv_cache"),
+    ({"input_ids": None}, "word for input"),
+    ({"generation_config": None}, "generation_config would be overridden"),
+    ({"eos_token_id": 5, "stop_at_eos": False}, "eos_token_id=5 would have no effect: stop_at_eos=False"),
+    ({"eos_token_id": -1}, "stop_at_eos=False ends a row nowhere"),
+    ({"eos_token_id": 97}, "eos_token_id must be at most 96; found 97"),
+    ({"eos_token_id": [5, 97]}, "eos_token_id must be at most 96; found 97"),
+    ({"eos_token_id": []}, "empty list"),
+    ({"eos_token_id": "</s>"}, "eos_token_id is a whole number"),
+    ({"top_k": 0}, "top_k must be at least 1"),
+    ({"top_k": 5.0}, "top_k is a whole number"),
+    ({"top_p": 2.0}, "top_p must be at most 1; found 2.0"),
+    ({"top_p": 0.0}, "top_p must be above 0"),
+    ({"top_p": float("nan")}, "top_p must be finite; found nan"),
+    ({"temperature": -1.0}, "temperature must be at least 0"),
+    ({"temperature": float("inf")}, "temperature must be finite"),
+    ({"temperature": None}, "temperature is a number; found None"),
+    ({"freq_penalty": -0.5}, "freq_penalty must be at least 0"),
+    ({"freq_penalty": float("nan")}, "freq_penalty must be finite"),
+    ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
+    ({"top_k": 5, "do_sample": False}, "top_k=5 would have no effect: do_sample=False"),
+    ({"top_k": 5, "top_p": 0.5, "temperature": 0}, "top_k=5 and top_p=0.5 would have no effect: temperature=0"),
+    ({"temperature": 0.7, "do_sample": False}, "temperature=0.7 would have no effect: do_sample=False"),
+    ({"stop_strings": []}, "stop_strings is a string or strings, none of them empty"),
+    ({"stop_strings": ["", "a"]}, "none of them empty"),
+    ({"stop_strings": "a"}, "need a tokenizer"),
+    ({"return_type": "ids"}, "Invalid return_type"),
+    ({"return_type": "str"}, "need a tokenizer"),
+    ({"return_type": "str", "output_logits": True}, "return_type='str' would have no effect"),
+    ({"return_type": "str", "return_dict_in_generate": True}, "return_type='str' would have no effect"),
+    ({"skip_special_tokens": False}, "skip_special_tokens=False would have no effect"),
+    ({"attention_mask": torch.ones(1, 2)}, "attention_mask must have shape"),
+    ({"prepend_bos": True}, "prepend_bos is for strings"),
+]
+
+
+@pytest.mark.parametrize(("given", "words"), REFUSED, ids=lambda value: str(value)[:50])
+def test_arguments_out_of_range_or_without_effect(
+    pair: tuple[TransformerBridge, Any], given: dict[str, Any], words: str
+) -> None:
+    bridge = pair[0]
+    ran: list[int] = []
+    handle = bridge.hf_model.register_forward_pre_hook(lambda module, inputs: ran.append(1))
+    try:
+        with pytest.raises(InputError, match=words):
+            bridge.generate(random_tokens(2, 4), **given)
+    finally:
+        handle.remove()
+    assert not ran
+    assert is_pristine(bridge.hf_model)
+
+
+def test_arguments_that_say_the_same_are_taken(pair: tuple[TransformerBridge, Any]) -> None:
+    tokens = random_tokens(2, 4)
+    greedy = pair[0].generate(tokens, max_new_tokens=5, do_sample=False, verbose=False)
+    for given in ({"temperature": 0}, {"temperature": 0, "do_sample": False}, {"temperature": 1.0, "do_sample": False}):
+        assert torch.equal(pair[0].generate(tokens, max_new_tokens=5, verbose=False, **given), greedy)

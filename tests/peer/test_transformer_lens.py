@@ -200,3 +200,19 @@ def test_bitwise_who_is(trio: tuple[TransformerBridge, Any, Any]) -> None:
         native = model(TOKENS).logits
         assert torch.equal(ours.run_with_cache(TOKENS)[0], native)
         assert not torch.equal(theirs(TOKENS), native)
+
+
+def test_generated_texts() -> None:
+    """Greedy texts, ended rows and prompts with a special token among them: without special tokens in both."""
+    from transformer_lens.model_bridge import TransformerBridge as Theirs
+
+    from pellucid.demo import load_demo_bridge
+
+    ours = load_demo_bridge()
+    theirs = Theirs.boot_transformers(
+        "bloom", hf_model=copy.deepcopy(ours.hf_model), tokenizer=ours.tokenizer, device="cpu"
+    )
+    ended = "Everyone has the right to life, liberty and security of person."
+    for prompt in ("Everyone has", "Everyone has the right to</s>", ended, ["Everyone has", ended]):
+        options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "verbose": False, "return_type": "str"}
+        assert ours.generate(prompt, **options) == theirs.generate(prompt, **options)
