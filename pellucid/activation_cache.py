@@ -20,6 +20,24 @@ GRADIENT = "_grad"
 """Suffix of the entries that hold gradients."""
 
 
+def check_storage(device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+    """Refuse what tensors cannot be kept on, or as.
+
+    Raises:
+        InputError: no device, or no floating-point dtype.
+    """
+    if device is not None:
+        try:
+            torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise InputError(f"device={device!r} is none that torch knows: {str(error).splitlines()[0]}") from None
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise InputError(
+            f"dtype={dtype!r}: activations are kept as floating-point numbers. Give torch.float32, torch.bfloat16 or the "
+            "like."
+        )
+
+
 class ActivationCache(Mapping[str, Tensor]):
     """Activations of one run.
 
@@ -132,7 +150,12 @@ class ActivationCache(Mapping[str, Tensor]):
         return real_positions(self.attention_mask, batch, length, known.device)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ActivationCache:
-        """A cache with its tensors moved; ``dtype`` is applied to floating-point ones."""
+        """A cache with its tensors moved; ``dtype`` is applied to floating-point ones.
+
+        Raises:
+            InputError: no device, or no floating-point dtype.
+        """
+        check_storage(device, dtype)
         moved = {
             name: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
             for name, tensor in self.cache_dict.items()

@@ -12,15 +12,24 @@ from typing import Any
 from pellucid.errors import InputError
 
 
+def check_whole(argument: str, value: Any) -> int:
+    """A whole number, as ``int``.
+
+    Raises:
+        InputError: something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise InputError(f"{argument} is a whole number; found {value!r} ({type(value).__name__}).")
+    return int(value)
+
+
 def check_count(argument: str, value: Any, at_least: int = 1, at_most: int | None = None) -> int:
     """A whole number within bounds, as ``int``.
 
     Raises:
         InputError: not a whole number, or out of bounds.
     """
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise InputError(f"{argument} is a whole number; found {value!r} ({type(value).__name__}).")
-    count = int(value)
+    count = check_whole(argument, value)
     if count < at_least:
         raise InputError(f"{argument} must be at least {at_least}; found {value}.")
     if at_most is not None and count > at_most:

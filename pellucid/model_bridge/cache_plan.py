@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from pellucid.activation_cache import GRADIENT
+from pellucid.activation_cache import GRADIENT, check_storage
 from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import CacheTooLargeError, InputError
 from pellucid.hook_points import HookPoint
@@ -40,8 +40,15 @@ def kept_positions(pos_slice: PosSlice, length: int) -> Tensor | slice:
     if isinstance(pos_slice, slice):
         if pos_slice.step is not None and pos_slice.step < 1:
             raise InputError(f"pos_slice steps forward; found {pos_slice}. A list of positions keeps any order.")
+        if not kept_count(pos_slice, length):
+            raise InputError(f"pos_slice={pos_slice} keeps none of the run's {length} positions, 0 to {length - 1}.")
         return pos_slice
-    given = torch.as_tensor([pos_slice] if isinstance(pos_slice, int) else pos_slice)
+    try:
+        given = torch.as_tensor([pos_slice] if isinstance(pos_slice, int) else pos_slice)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"pos_slice is a position, a slice or several positions; found {pos_slice!r}.") from None
+    if not given.numel():
+        raise InputError("pos_slice is empty: it keeps no position.")
     if given.dtype == torch.bool or given.is_floating_point():
         raise InputError(
             f"pos_slice is positions (integers), not {given.dtype}; mask.nonzero()[:, 0] has those of a mask."
@@ -74,6 +81,7 @@ def cache_bytes(
 ) -> dict[str, int]:
     """Bytes that each point, and its gradient if asked for, will take in a cache, by the name of the entry."""
     pos = kept_count(kept_positions(pos_slice, size.pos), size.pos)
+    check_storage(None, dtype)
     assert cfg.d_mlp is not None
     lengths = {
         "batch": size.batch,
@@ -132,6 +140,9 @@ class Keeper:
     Attributes:
         kept: the tensors by name.
         scope: the session it belongs to, whose own run is the one to keep: not one that a hook makes inside it.
+
+    Raises:
+        InputError: no device, or no floating-point dtype.
     """
 
     def __init__(
@@ -143,6 +154,7 @@ class Keeper:
         copies: bool,
         owned: Collection[str] = (),
     ) -> None:
+        check_storage(device, dtype)
         self.kept: dict[str, Tensor] = {}
         self.scope: Scope | None = None
         self._owned = owned

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from pellucid.arguments import check_whole
 from pellucid.errors import GradientError, InputError
 from pellucid.model_bridge.cache_plan import RunSize
 from pellucid.model_bridge.generalized_components.base import StopForward
@@ -183,6 +184,11 @@ class RunnableModel(HookedModel):
             self._tree.sync()  # a module may have been replaced, or an interrupt may have left something
             self._refresh()  # the Hugging Face model may have been cast or moved behind our back
         check_past(past_key_values)
+        if padding_side is not None and isinstance(input, Tensor):
+            raise InputError(
+                f"padding_side={padding_side!r} is for strings: token ids are as they are. Say which are padding with "
+                "attention_mask=, 1 at real tokens and 0 at padding."
+            )
         start = self._layer("start_at_layer", start_at_layer)
         stop = self._layer("stop_at_layer", stop_at_layer)
         if start is not None and stop is not None and stop < start:
@@ -224,7 +230,8 @@ class RunnableModel(HookedModel):
         if layer is None:
             return None
         n_layers = self.cfg.n_layers
-        index = layer + n_layers if layer < 0 else layer
+        whole = check_whole(argument, layer)
+        index = whole + n_layers if whole < 0 else whole
         if not 0 <= index <= n_layers:
             raise InputError(f"{argument} is a block, 0 to {n_layers - 1}, or {n_layers} for the end; found {layer}.")
         return index
@@ -306,14 +313,9 @@ class RunnableModel(HookedModel):
     def _finish(self, prepared: Prepared, output: Tensor, return_type: ReturnType, loss_per_token: bool) -> Any:
         if return_type is None:
             return None
-        if prepared.stop is not None:
-            if return_type != "logits":
-                raise InputError(f"A run with stop_at_layer has no logits: return_type={return_type!r} cannot be had.")
-            return output
         if return_type == "logits":
             return output
-        if prepared.tokens is None:
-            raise InputError("A loss needs tokens; this run was given a residual. Take the logits and the targets.")
+        assert prepared.tokens is not None  # see check_output
         mask = last_columns(prepared.attention_mask, prepared.tokens.shape[1])
         loss = next_token_loss(output, prepared.tokens, mask, loss_per_token)
         return loss if return_type == "loss" else (output, loss)
@@ -321,6 +323,29 @@ class RunnableModel(HookedModel):
     def _span(self, prepared: Prepared) -> tuple[int, int]:
         start = -1 if prepared.start is None else prepared.start
         return start, self.cfg.n_layers + 1 if prepared.stop is None else prepared.stop
+
+
+def check_output(
+    return_type: ReturnType, loss_per_token: bool, start_at_layer: int | None, stop_at_layer: int | None
+) -> None:
+    """Refuse an output that the run will not have, before it runs.
+
+    Raises:
+        InputError: naming the argument.
+    """
+    if return_type == "logits" and not loss_per_token:
+        return
+    check_choice("return_type", return_type, ("logits", "loss", "both", None))
+    if return_type in ("loss", "both"):
+        if stop_at_layer is not None:
+            raise InputError(f"A run with stop_at_layer has no logits: return_type={return_type!r} cannot be had.")
+        if start_at_layer is not None:
+            raise InputError("A loss needs tokens; this run was given a residual. Take the logits and the targets.")
+    elif loss_per_token:
+        raise InputError(
+            f"loss_per_token=True would have no effect: return_type={return_type!r} gives no loss. Ask for "
+            "return_type='loss' or 'both'."
+        )
 
 
 def refuse_rows(given: Tensor) -> None:

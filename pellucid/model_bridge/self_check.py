@@ -153,6 +153,8 @@ def run_checks(
     if tokens is not None and tokens.shape[1] < 2:
         raise InputError("verify() needs rows of two tokens or more: a single one attends to nothing but itself.")
     cfg = tree.cfg
+    if isinstance(layers, int):
+        raise InputError(f"layers is several layers; found {layers!r}. Of one, give a list: layers=[{layers}].")
     chosen = sorted({0, cfg.n_layers // 2, cfg.n_layers - 1}) if layers is None else sorted(set(layers))
     if any(not 0 <= layer < cfg.n_layers for layer in chosen):
         raise InputError(f"layers are 0 to {cfg.n_layers - 1}; asked for {chosen}.")

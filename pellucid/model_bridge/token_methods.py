@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pellucid.arguments import check_count
 from pellucid.errors import InputError
 from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, TokenRules, check_choice
 
@@ -67,7 +68,14 @@ class TokenMethods:
         prepend_bos: bool | None = None,
         padding_side: PaddingSide | None = None,
     ) -> list[str] | list[list[str]]:
-        """Each token's text; a list of lists for several rows. Part of a character decodes to U+FFFD."""
+        """Each token's text; a list of lists for several rows. Part of a character decodes to U+FFFD.
+
+        Args:
+            input: a string, strings, or a tensor of ids.
+            prepend_bos: see :meth:`to_tokens`; for strings.
+            padding_side: accepted for TransformerLens' callers: each text's own tokens are given, so nothing is padded.
+        """
+        self._check_text_arguments(input, prepend_bos, padding_side)
         if isinstance(input, Tensor):
             rows = [
                 [str(self._rules.decode([token])) for token in row]
@@ -81,6 +89,13 @@ class TokenMethods:
         pieces = [[str(self._rules.decode([token])) for token in row.tolist()] for row in ids]
         return pieces[0] if isinstance(input, str) else pieces
 
+    def _check_text_arguments(
+        self, input: TextOrTokens, prepend_bos: bool | None, padding_side: PaddingSide | None
+    ) -> None:
+        check_choice("padding_side", padding_side, ("left", "right", None))
+        if prepend_bos and isinstance(input, Tensor):
+            raise InputError("prepend_bos is for strings; put the id before the token ids yourself.")
+
     def to_single_token(self, string: str) -> int:
         """The id of a string that is one token.
 
@@ -90,7 +105,11 @@ class TokenMethods:
         return self._rules.single_token(string)
 
     def to_single_str_token(self, int_token: int) -> str:
-        """The text of one token."""
+        """The text of one token.
+
+        Raises:
+            InputError: no id of the vocabulary.
+        """
         return str(self._rules.decode([int_token]))
 
     def get_token_position(
@@ -103,11 +122,22 @@ class TokenMethods:
     ) -> int:
         """Where a token stands in a prompt.
 
+        Args:
+            single_token: its text or id.
+            input: one prompt: a string, or a tensor of ids.
+            mode: its ``"first"`` or ``"last"`` place.
+            prepend_bos: see :meth:`to_tokens`; for strings.
+            padding_side: accepted for TransformerLens' callers: one prompt is not padded.
+
         Raises:
             InputError: it does not occur, several rows were given, or the mode is another.
         """
         check_choice("mode", mode, ("first", "last"))
-        token = self.to_single_token(single_token) if isinstance(single_token, str) else int(single_token)
+        self._check_text_arguments(input, prepend_bos, padding_side)
+        if isinstance(single_token, str):
+            token = self.to_single_token(single_token)
+        else:
+            token = check_count("single_token", single_token, 0, self._rules.d_vocab - 1)
         tokens = input if isinstance(input, Tensor) else self._rules.encode(input, prepend_bos, padding_side)[0]
         row = self._rules.check(tokens)
         if row.shape[0] != 1:

@@ -123,9 +123,15 @@ class TokenRules:
             raise InputError(f"Token id {wrong} is outside the vocabulary: ids go from 0 to {self.d_vocab - 1}.")
 
     def decode(self, tokens: Any) -> str | list[str]:
-        """Text of ``[pos]`` ids, or a list of texts of ``[batch, pos]`` ids; special tokens are kept."""
+        """Text of ``[pos]`` ids, or a list of texts of ``[batch, pos]`` ids; special tokens are kept.
+
+        Raises:
+            InputError: no tokenizer; no ids, or ids outside the vocabulary.
+        """
         tokenizer = self.need()
-        ids = torch.as_tensor(tokens)
+        ids = as_ids(tokens)
+        if ids.numel():
+            self.check_range(ids)
         if ids.dim() == 2:
             return [str(tokenizer.decode(row, clean_up_tokenization_spaces=False)) for row in ids.tolist()]
         if ids.dim() > 2:
@@ -138,11 +144,31 @@ class TokenRules:
         Raises:
             InputError: it is none or several.
         """
+        if not isinstance(text, str):
+            raise InputError(f"A single token is asked for by its text, a string; found {text!r}.")
         ids = self.need()(text)["input_ids"]
         if len(ids) != 1:
             pieces = [self.decode([token]) for token in ids]
             raise InputError(f"Input string: {text!r} is not a single token! It is {len(ids)}: {pieces}.")
         return int(ids[0])
+
+
+def as_ids(tokens: Any) -> Tensor:
+    """Token ids as an integer tensor, whatever their shape.
+
+    Raises:
+        InputError: they are none.
+    """
+    try:
+        ids = torch.as_tensor(tokens)
+    except (TypeError, ValueError, RuntimeError):
+        ids = None
+    if ids is not None and not ids.numel():
+        return ids.long()
+    if ids is None or ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+        found = type(tokens).__name__ if ids is None else str(ids.dtype)
+        raise InputError(f"Token ids are integers; found {found}.")
+    return ids
 
 
 def check_mask(mask: Any, batch: int, length: int, past: int, device: torch.device) -> Tensor:

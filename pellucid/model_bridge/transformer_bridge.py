@@ -31,6 +31,7 @@ from pellucid.model_bridge.running import (
     AttnImplementation,
     Prepared,
     ReturnType,
+    check_output,
     refuse_rows,
     without_batch_dim,
 )
@@ -186,9 +187,10 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
             input: a string, strings, token ids ``[pos]`` or ``[batch, pos]``, or with ``start_at_layer`` the residual
                 ``[batch, pos, d_model]`` that enters that block.
             return_type: ``"logits"``, ``"loss"``, ``"both"`` (logits and loss) or ``None``.
-            loss_per_token: losses ``[batch, pos - 1]``, zero where position or target is padding, and not their mean.
+            loss_per_token: losses ``[batch, pos - 1]``, zero where position or target is padding, and not their mean; only
+                with a loss.
             prepend_bos: put the beginning-of-sequence token before strings.
-            padding_side: of shorter strings; their mask is made with them.
+            padding_side: of shorter strings; their mask is made with them. Refused with token ids.
             attention_mask: ``[batch, pos]``, cached positions included, 1 at real tokens. Never guessed from ids.
             past_key_values: a Hugging Face cache, read and extended.
             start_at_layer: begin with the residual that enters this block.
@@ -200,7 +202,7 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
         Raises:
             InputError: an input that cannot be run, with what to give instead.
         """
-        check_choice("return_type", return_type, ("logits", "loss", "both", None))
+        check_output(return_type, loss_per_token, start_at_layer, stop_at_layer)
         prepared = self._prepare(
             input, prepend_bos, padding_side, attention_mask, past_key_values, start_at_layer, stop_at_layer
         )
@@ -241,7 +243,7 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
             HookUnreachableError: a named point that ``start_at_layer`` or ``stop_at_layer`` leaves out.
             NoEffectError: see ``assert_effect``.
         """
-        check_choice("return_type", return_type, ("logits", "loss", "both", None))
+        check_output(return_type, loss_per_token, start_at_layer, stop_at_layer)
         prepared = self._prepare(
             input, prepend_bos, padding_side, attention_mask, past_key_values, start_at_layer, stop_at_layer
         )
@@ -319,7 +321,7 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
             if loss_per_token:
                 raise InputError("incl_bwd runs backward() on the mean loss; loss_per_token=True has no single number.")
             return_type = "loss"
-        check_choice("return_type", return_type, ("logits", "loss", "both", None))
+        check_output(return_type, loss_per_token, start_at_layer, stop_at_layer)
         prepared = self._prepare(
             input, prepend_bos, padding_side, attention_mask, past_key_values, start_at_layer, stop_at_layer
         )
@@ -450,7 +452,7 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
                 occurred.
             use_past_kv_cache: keep keys and values between steps.
             prepend_bos: see :meth:`to_tokens`.
-            padding_side: of shorter strings; generation wants ``"left"``, the default here.
+            padding_side: of shorter strings; generation wants ``"left"``, the default here. Refused with token ids.
             return_type: ``"tokens"``, ``"str"``, or as the input came.
             verbose: show a progress bar over steps.
             output_logits: return Hugging Face's output object, with ``logits`` and ``sequences``.
@@ -501,7 +503,7 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
                 "generate of bridge.hf_model inside `with bridge.hooks(...)`."
             )
         check_past(hf_kwargs.get("past_key_values"))
-        side: PaddingSide = padding_side if padding_side is not None else "left"
+        side = "left" if padding_side is None and not isinstance(input, Tensor) else padding_side
         prepared = self._prepare(input, prepend_bos, side, attention_mask)
         tokens = prepared.tokens
         assert tokens is not None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pellucid.model_bridge.mounting import ComponentTree
-from pellucid.model_bridge.tokens import TokenRules
+from pellucid.model_bridge.tokens import TokenRules, as_ids
 from pellucid.run_context import hooks_suppressed
 
 
@@ -108,11 +108,17 @@ class WeightViews:
         return torch.stack([block.mlp.b_out for block in self._blocks()])
 
     def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Tensor:
-        """The unembedding vectors of tokens: ``[d_model]`` for one, else ``[..., d_model]``."""
+        """The unembedding vectors of tokens: ``[d_model]`` for one, else ``[..., d_model]``.
+
+        Raises:
+            InputError: no token ids, or some outside the vocabulary; a string that is no single token.
+        """
         if isinstance(tokens, str):
             tokens = self._rules.single_token(tokens)
-        ids = torch.as_tensor(tokens, device=self.W_U.device)
-        directions = self.W_U.T[ids]
+        ids = as_ids(tokens)
+        if ids.numel():
+            self._rules.check_range(ids)
+        directions = self.W_U.T[ids.to(self.W_U.device)]
         return directions[0] if ids.dim() == 1 and ids.numel() == 1 else directions
 
     def _component(self, name: str) -> Any:

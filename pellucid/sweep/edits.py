@@ -9,13 +9,14 @@ or the few rows of it that a sweep computes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from pellucid.arguments import check_number
 from pellucid.errors import CacheKeyError, HookValueError, InputError
 from pellucid.hook_points import bits_differ
 from pellucid.names import HookSpec
@@ -49,6 +50,9 @@ class SetTo(Value):
 
     value: Tensor | float
 
+    def __post_init__(self) -> None:
+        _refuse_nan("SetTo", self.value)
+
     def new(self, current: Tensor, write: Write) -> Tensor:
         """The value, of the region's shape."""
         value = torch.as_tensor(self.value, dtype=current.dtype, device=current.device)
@@ -69,6 +73,13 @@ class FromRun(Value):
     rows: Sequence[int] | None = None
     positions: Sequence[int] | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.run, Mapping):
+            raise InputError(f"FromRun takes a cache, or a dictionary by hook name; found {type(self.run).__name__}.")
+        for argument, given in (("rows", self.rows), ("positions", self.positions)):
+            if isinstance(given, int | float):
+                raise InputError(f"FromRun: {argument} is a list, one for each; found {given!r}.")
+
     def new(self, current: Tensor, write: Write) -> Tensor:
         """The other run's values."""
         try:
@@ -81,6 +92,10 @@ class FromRun(Value):
             raise InputError(
                 f"{write.spec.name} of the other run must have axes {write.spec.axes}; found shape {tuple(source.shape)}. "
                 "Cache it with its batch axis (remove_batch_dim=False)."
+            )
+        if self.rows is not None and len(self.rows) != write.n_rows:
+            raise InputError(
+                f"FromRun: rows names {len(self.rows)} rows of the other run; the base run has {write.n_rows}."
             )
         row = (0 if source.shape[0] == 1 else write.row) if self.rows is None else self.rows[write.row]
         if not -source.shape[0] <= row < source.shape[0]:
@@ -120,6 +135,9 @@ class Scale(Value):
     factor: float
     relative = True
 
+    def __post_init__(self) -> None:
+        check_number("Scale: factor", self.factor)
+
     def new(self, current: Tensor, write: Write) -> Tensor:
         """The product."""
         return current * self.factor
@@ -131,6 +149,9 @@ class Add(Value):
 
     direction: Tensor | float
     relative = True
+
+    def __post_init__(self) -> None:
+        _refuse_nan("Add", self.direction)
 
     def new(self, current: Tensor, write: Write) -> Tensor:
         """The sum."""
@@ -145,9 +166,19 @@ class Apply(Value):
     function: Callable[[Tensor], Tensor]
     relative = True
 
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise InputError(f"Apply takes a function; found {type(self.function).__name__}.")
+
     def new(self, current: Tensor, write: Write) -> Tensor:
         """The function's answer."""
         return self.function(current)
+
+
+def _refuse_nan(what: str, value: Tensor | float) -> None:
+    """An infinite number is an edit (of a score, say); one that is none is a mistake."""
+    if not isinstance(value, Tensor) and value != value:
+        raise InputError(f"{what}: the value is NaN.")
 
 
 def _broadcast(value: Tensor, current: Tensor, write: Write, what: str) -> Tensor:
@@ -288,6 +319,11 @@ def resolve(edit: Edit, spec: HookSpec, sizes: Mapping[str, int]) -> list[Write]
     Raises:
         InputError: an index that the hook has no axis for, or that is out of range.
     """
+    if not isinstance(edit.value, Value):
+        raise InputError(
+            f"The value of the edit of {spec.name} is one of Zero, SetTo, FromRun, Scale, Add, Apply; found "
+            f"{type(edit.value).__name__}."
+        )
     given = {"positions": edit.positions, "heads": edit.heads, "neurons": edit.neurons, "keys": edit.keys}
     words = _axis_words(spec)
     for name, index in given.items():
@@ -331,7 +367,10 @@ def indices(index: Index, size: int, what: str) -> tuple[int, ...]:
     if isinstance(index, slice):
         chosen = tuple(range(size)[index])
     else:
-        given = [index] if isinstance(index, int) else list(index)
+        asked: Any = index
+        if not isinstance(asked, int | Iterable):
+            raise InputError(f"{what} are one index, a slice or several; found {asked!r}.")
+        given = [asked] if isinstance(asked, int) else list(asked)
         wrong = [i for i in given if isinstance(i, bool) or not isinstance(i, int)]
         if wrong:
             raise InputError(f"{what} are whole numbers; found {wrong[0]!r}.")

@@ -22,6 +22,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from pellucid.arguments import check_count
 from pellucid.errors import InputError
 from pellucid.model_bridge.tokens import TextOrTokens, check_choice
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
@@ -34,7 +35,7 @@ from pellucid.sweep.metrics import Metric
 from pellucid.sweep.packing import PackedModel, State
 from pellucid.sweep.plan import Batch, Costs, Limits, SweepPlan, divide, make_batches, resident, widest_rows
 from pellucid.sweep.runs import Run, make_run, needs_whole, stage_of
-from pellucid.sweep.scoring import MetricLike, Scorer, Unembedding, by_reads, make_scorer
+from pellucid.sweep.scoring import MetricLike, Scorer, Unembedding, by_reads, check_metrics, make_scorer
 
 EditSet: TypeAlias = Edit | Sequence[Edit]
 """One edit, or several that are made together in one run."""
@@ -114,8 +115,8 @@ class Sweep:
         padding_side: Literal["left", "right"] | None = None,
     ) -> None:
         _refuse_training(bridge)
-        if rows_at_once < 1:
-            raise InputError(f"rows_at_once is a number of rows, 1 or more; found {rows_at_once}.")
+        check_count("rows_at_once", rows_at_once)
+        check_count("reserved", reserved, at_least=0)
         self.bridge = bridge
         self.metrics: dict[str, MetricLike] = dict(metric) if isinstance(metric, Mapping) else {"metric": metric}
         if not self.metrics:
@@ -123,6 +124,9 @@ class Sweep:
         self._prepared_input = bridge.check_input(
             input, prepend_bos=prepend_bos, padding_side=padding_side, attention_mask=attention_mask
         )
+        check_metrics(self.metrics, self.tokens, self.attention_mask, bridge.cfg.d_vocab, logit_positions)
+        if base_cache is not None and not isinstance(base_cache, Mapping):
+            raise InputError(f"base_cache is a cache, or a dictionary by hook name; found {type(base_cache).__name__}.")
         self._base_cache = base_cache
         self._logit_positions = logit_positions
         self._memory_limit = memory_limit
@@ -164,6 +168,8 @@ class Sweep:
         sizes = self._sizes()
         writes = []
         for edit_set in edits:
+            if not isinstance(edit_set, Edit | Sequence):
+                raise InputError(f"A sweep takes Edits, or lists of them; found {type(edit_set).__name__}.")
             members = [edit_set] if isinstance(edit_set, Edit) else list(edit_set)
             for member in members:
                 if not isinstance(member, Edit):

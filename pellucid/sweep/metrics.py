@@ -10,13 +10,14 @@ who advise logit difference; the normalised form is theirs too. All are in nats,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from pellucid.arguments import check_whole
 from pellucid.errors import InputError
 from pellucid.model_bridge.losses import next_token_loss
 from pellucid.padding import last_real, targets
@@ -54,6 +55,27 @@ class Metric(ABC):
             attention_mask: ``[row, pos]``, or ``None``.
         """
 
+    def named_tokens(self) -> Mapping[str, TokenIds]:
+        """The token ids that it was given, by argument."""
+        return {}
+
+    def check(self, tokens: Tensor, attention_mask: Tensor | None, d_vocab: int) -> None:
+        """Refuse what cannot be read of a batch, before it is run.
+
+        Args:
+            tokens: ``[row, pos]``.
+            attention_mask: ``[row, pos]``, or ``None``.
+            d_vocab: size of the vocabulary.
+
+        Raises:
+            InputError: a position that the batch has not, or a token id that the vocabulary has not.
+        """
+        self.reads(tokens, attention_mask)
+        for argument, ids in self.named_tokens().items():
+            outside = [token for token in _ids(ids, tokens.shape[0], argument).tolist() if not 0 <= token < d_vocab]
+            if outside:
+                raise InputError(f"{argument}: token id {outside[0]} is outside the vocabulary, 0 to {d_vocab - 1}.")
+
     def bound(self, tokens: Tensor, attention_mask: Tensor | None) -> Metric:
         """The same metric, knowing the batch it is for."""
         return self
@@ -73,6 +95,7 @@ class Metric(ABC):
     def __call__(self, logits: Tensor) -> Tensor:
         """The mean over rows, from full logits ``[batch, pos, d_vocab]`` of unpadded rows."""
         tokens = torch.zeros(logits.shape[:2], dtype=torch.int64)
+        self.check(tokens, None, logits.shape[-1])
         reads = self.reads(tokens, None)
         return self.score(cells_of(logits, reads), reads).mean()
 
@@ -93,6 +116,8 @@ def read_columns(position: int | None, tokens: Tensor, attention_mask: Tensor | 
         InputError: the position is outside the sequence, or padding.
     """
     rows, length = tokens.shape
+    if position is not None:
+        position = check_whole("position", position)
     if position is None:
         if attention_mask is None:
             return torch.full((rows, 1), length - 1)
@@ -111,7 +136,10 @@ def read_columns(position: int | None, tokens: Tensor, attention_mask: Tensor | 
 
 
 def _ids(tokens: TokenIds, rows: int, what: str) -> Tensor:
-    ids = torch.as_tensor(tokens).cpu()
+    try:
+        ids = torch.as_tensor(tokens).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"{what} is a token id, or one a row; found {tokens!r}.") from None
     if ids.dtype not in (torch.int64, torch.int32) or ids.dim() > 1:
         raise InputError(f"{what} is a token id, or one a row; found {tokens!r}. bridge.to_single_token gives ids.")
     if ids.dim() == 1 and ids.numel() not in (1, rows):
@@ -151,6 +179,10 @@ class LogitDifference(Metric):
     foil: TokenIds
     position: int | None = None
 
+    def named_tokens(self) -> Mapping[str, TokenIds]:
+        """Both."""
+        return {"answer": self.answer, "foil": self.foil}
+
     def reads(self, tokens: Tensor, attention_mask: Tensor | None) -> Reads:
         """Two tokens at one position a row."""
         rows = tokens.shape[0]
@@ -177,6 +209,10 @@ class LogProbability(Metric):
     answer: TokenIds
     position: int | None = None
 
+    def named_tokens(self) -> Mapping[str, TokenIds]:
+        """The answer."""
+        return {"answer": self.answer}
+
     def reads(self, tokens: Tensor, attention_mask: Tensor | None) -> Reads:
         """The whole vocabulary at one position a row."""
         _ids(self.answer, tokens.shape[0], "answer")
@@ -200,6 +236,10 @@ class Probability(Metric):
     answer: TokenIds
     position: int | None = None
 
+    def named_tokens(self) -> Mapping[str, TokenIds]:
+        """The answer."""
+        return {"answer": self.answer}
+
     def reads(self, tokens: Tensor, attention_mask: Tensor | None) -> Reads:
         """The whole vocabulary at one position a row."""
         return LogProbability(self.answer, self.position).reads(tokens, attention_mask)
@@ -221,8 +261,17 @@ class KLDivergence(Metric):
     reference: Tensor
     position: int | None = None
 
+    def check(self, tokens: Tensor, attention_mask: Tensor | None, d_vocab: int) -> None:
+        """See :class:`Metric`; the reference has the batch's positions and the vocabulary's tokens."""
+        super().check(tokens, attention_mask, d_vocab)
+        wanted = (*tokens.shape, d_vocab) if self.reference.dim() == 3 else (tokens.shape[0], d_vocab)
+        if tuple(self.reference.shape) != wanted:
+            raise InputError(f"KLDivergence: reference must have shape {wanted}; found {tuple(self.reference.shape)}.")
+
     def reads(self, tokens: Tensor, attention_mask: Tensor | None) -> Reads:
         """The whole vocabulary at one position a row."""
+        if not isinstance(self.reference, Tensor):
+            raise InputError(f"KLDivergence: reference is a tensor of logits; found {type(self.reference).__name__}.")
         if self.reference.dim() not in (2, 3) or self.reference.shape[0] != tokens.shape[0]:
             raise InputError(
                 f"KLDivergence: reference is logits [row, d_vocab] or [row, pos, d_vocab] with {tokens.shape[0]} rows; "
@@ -250,6 +299,20 @@ class NextTokenLoss(Metric):
 
     tokens: Tensor | None = None
     attention_mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.attention_mask is not None and self.tokens is None:
+            raise InputError("NextTokenLoss: attention_mask would have no effect without tokens, whose mask it is.")
+
+    def check(self, tokens: Tensor, attention_mask: Tensor | None, d_vocab: int) -> None:
+        """See :class:`Metric`; targets and mask have the batch's shape."""
+        for argument, given in (("tokens", self.tokens), ("attention_mask", self.attention_mask)):
+            if given is not None and given.shape != tokens.shape:
+                raise InputError(
+                    f"NextTokenLoss: {argument} must have shape {tuple(tokens.shape)}; found {tuple(given.shape)}."
+                )
+        if self.tokens is not None and (self.tokens.is_floating_point() or self.tokens.dtype == torch.bool):
+            raise InputError(f"NextTokenLoss: tokens are integers; found {self.tokens.dtype}.")
 
     def reads(self, tokens: Tensor, attention_mask: Tensor | None) -> Reads:
         """Everything."""
@@ -294,6 +357,19 @@ class Normalized(Metric):
     metric: Metric
     zero: Tensor | float
     one: Tensor | float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.metric, Metric):
+            raise InputError(f"Normalized: metric is one of pellucid.sweep's; found {type(self.metric).__name__}.")
+
+    def check(self, tokens: Tensor, attention_mask: Tensor | None, d_vocab: int) -> None:
+        """See :class:`Metric`; bounds are one number, or one a row."""
+        self.metric.check(tokens, attention_mask, d_vocab)
+        for argument, bound in (("zero", self.zero), ("one", self.one)):
+            shape = tuple(torch.as_tensor(bound).shape)
+            if shape not in ((), (1,), (tokens.shape[0],)):
+                raise InputError(f"Normalized: {argument} is a number, or one a row; found shape {shape}.")
+        self.reads(tokens, attention_mask)
 
     def reads(self, tokens: Tensor, attention_mask: Tensor | None) -> Reads:
         """What the metric reads."""

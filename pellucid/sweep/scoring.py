@@ -107,6 +107,40 @@ def _as_tensor(value: Any, name: str) -> Tensor:
     return value.detach()
 
 
+def check_metrics(
+    metrics: Mapping[str, MetricLike],
+    tokens: Tensor,
+    attention_mask: Tensor | None,
+    d_vocab: int,
+    logit_positions: Sequence[int] | None,
+) -> None:
+    """Refuse, before the base run, what cannot be scored on it.
+
+    Args:
+        metrics: by name.
+        tokens: ``[row, pos]`` of the base run.
+        attention_mask: its mask.
+        d_vocab: size of the vocabulary.
+        logit_positions: the columns that a plain function may read.
+
+    Raises:
+        InputError: no metric; a position or token that there is not; positions for no function.
+    """
+    functions = [name for name, metric in metrics.items() if not isinstance(metric, Metric)]
+    for name, metric in metrics.items():
+        if isinstance(metric, Metric):
+            metric.check(tokens, attention_mask, d_vocab)
+        elif not callable(metric):
+            raise InputError(f"The metric {name!r} is a Metric or a function of logits; found {type(metric).__name__}.")
+    if logit_positions is not None:
+        if not functions:
+            raise InputError(
+                "logit_positions would have no effect: it is for functions of logits, and these metrics say which positions "
+                "they read."
+            )
+        _allowed(logit_positions, tokens.shape[1])
+
+
 def make_scorer(
     name: str,
     metric: MetricLike,
@@ -128,15 +162,13 @@ def make_scorer(
         logit_positions: the columns that a plain function may read; others are refused.
 
     Raises:
-        InputError: the metric reads none, or other columns than ``logit_positions``, or is no metric.
+        InputError: the metric reads none, or other columns than ``logit_positions``.
     """
     rows, length = tokens.shape
     d_vocab = bridge.cfg.d_vocab
     if isinstance(metric, Metric):
         metric = metric.bound(tokens, attention_mask)
         return Scorer(name, metric, metric.reads(tokens, attention_mask), rows, length, d_vocab)
-    if not callable(metric):
-        raise InputError(f"The metric {name!r} is a Metric or a function of logits; found {type(metric).__name__}.")
     allowed = _allowed(logit_positions, length)
 
     def logits_of(asked: Asked) -> Cells:
@@ -169,6 +201,8 @@ def make_scorer(
 def _allowed(logit_positions: Sequence[int] | None, length: int) -> frozenset[int]:
     if logit_positions is None:
         return frozenset(range(length))
+    if not isinstance(logit_positions, Sequence):
+        raise InputError(f"logit_positions is a list of positions; found {logit_positions!r}.")
     wrong = [p for p in logit_positions if isinstance(p, bool) or not isinstance(p, int) or not -length <= p < length]
     if wrong or not len(logit_positions):
         raise InputError(f"logit_positions are positions, {-length} to {length - 1}; found {list(logit_positions)!r}.")
