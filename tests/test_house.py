@@ -25,8 +25,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # --------------------------------------------------------------------------------------------------------------------
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors",),
+    ("errors", "version"),
     ("arguments", "axes", "files", "names", "padding", "progress", "token_text"),
+    ("differences",),
     ("config", "run_context", "factored_matrix", "running_stats.*", "corpora.*", "conversion_utils.*"),
     ("hook_points", "activation_cache", "weight_processing"),
     ("model_bridge.generalized_components.*",),
@@ -54,8 +55,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "model_bridge.weight_views",
         "model_bridge.weights_hash",
     ),
-    ("model_bridge.processed_weights",),
+    ("model_bridge.processed_weights", "model_bridge.function_hash"),
     ("model_bridge.weight_state", "model_bridge.running"),
+    ("model_bridge.job_identity",),
     ("model_bridge.collecting",),
     ("model_bridge.transformer_bridge",),
     ("", "model_bridge", "sweep.*"),

@@ -14,18 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pellucid.differences import differences
 from pellucid.errors import InputError, OtherJobError, StoreError
-from pellucid.scale.shard_files import (
-    FileRecord,
-    Json,
-    hash_file,
-    json_errors,
-    remove_abandoned_parts,
-    sync_folder,
-    to_json,
-    write_new,
-    write_whole,
-)
+from pellucid.files import FileRecord, Json, remove_abandoned_parts, sync_folder, write_new, write_whole
+from pellucid.scale.shard_files import hash_file, json_errors, to_json
 
 JOB_FILE, MANIFEST_FILE = "job.json", "manifest.json"
 
@@ -119,34 +111,6 @@ def _exact_json(file: Path) -> Any:
 
 def _is_ours(name: str) -> bool:
     return bool(re.fullmatch(r"\..*\.part|\d{5,}\..*", name)) or name in (JOB_FILE, MANIFEST_FILE)
-
-
-def differences(found: Json, asked: Json) -> list[str]:
-    """What differs between two jobs, each thing with both values: ``run.threads 1 (asked for: 2)``."""
-    before, after = _flat("", found), _flat("", asked)
-    missing = "nothing"
-    return [
-        f"{key.removeprefix('settings.')} {_short(before.get(key, missing))} (asked for: {_short(after.get(key, missing))})"
-        for key in dict.fromkeys([*before, *after])
-        if before.get(key, missing) != after.get(key, missing)
-    ]
-
-
-def _flat(prefix: str, value: Json) -> dict[str, Json]:
-    if isinstance(value, Mapping):
-        return {
-            inner: leaf
-            for key, entry in value.items()
-            for inner, leaf in _flat(f"{prefix}.{key}" if prefix else str(key), entry).items()
-        }
-    return {prefix: value}
-
-
-def _short(value: Json) -> str:
-    if isinstance(value, list) and all(isinstance(entry, Mapping) and "name" in entry for entry in value):
-        value = [f"{entry['name']} ({entry.get('dtype')})" for entry in value]
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 200 else text[:197] + "..."
 
 
 # -- the folder --------------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pellucid.errors import InputError, MissingExtraError
+from pellucid.files import whole_folder
 from pellucid.progress import progress_bar
 from pellucid.scale.shard_files import DTYPES
 from pellucid.scale.stored_activations import StoredActivations
@@ -85,9 +85,7 @@ def export_to_saelens(
     )
     row_bytes = context * sum(hook.width * 4 for hook in stored.values())
     target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(f".{target.name}.{os.getpid()}.part")
-    draft.mkdir()
-    try:
+    with whole_folder(target) as draft:
         _save_description(features, draft)
         files: list[str] = []
         total, in_file, writer = 0, 0, None
@@ -110,11 +108,6 @@ def export_to_saelens(
         state = json.loads(state_file.read_text("utf-8"))
         state["_data_files"] = [{"filename": name} for name in files]
         state_file.write_text(json.dumps(state, indent=2, sort_keys=True), "utf-8")
-        if target.exists():
-            target.rmdir()
-        os.replace(draft, target)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return total
 
 

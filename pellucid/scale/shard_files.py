@@ -1,38 +1,32 @@
-"""Files that are whole or not there: safetensors whose bytes are a function of what they hold, and JSON.
+"""Safetensors files whose bytes are a function of what they hold, and JSON, in one form only.
 
-A file is written under a temporary name, synced, and renamed; its SHA-256 is taken from the bytes on their way to the disk.
-The safetensors header is written here and not by the library for two reasons: data go from the array to the file without
-a copy, through the checksum; and the bytes are fixed. (The library keeps metadata in a hash map: several keys come in
-another order in another process. Ours is one key, a JSON object with its keys sorted.) Any safetensors reader reads them.
+:mod:`pellucid.files` writes them, and takes their SHA-256 from the bytes on their way to the disk. The safetensors header
+is written here and not by the library for two reasons: data go from the array to the file without a copy, through the
+checksum; and the bytes are fixed. (The library keeps metadata in a hash map: several keys come in another order in another
+process. Ours is one key, a JSON object with its keys sorted.) Any safetensors reader reads them.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import secrets
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pellucid.errors import StorageFullError, StoreError
-
-if sys.platform != "win32":
-    import fcntl
+from pellucid.errors import StoreError
+from pellucid.files import FileRecord, Json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-Json: TypeAlias = "str | int | float | bool | Sequence[Json] | Mapping[str, Json] | None"
 
 METADATA_KEY = "pellucid"
 """The one metadata key of our safetensors files, a JSON object."""
@@ -51,27 +45,11 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _VIEWS: Mapping[str, str] = {"F64": "<f8", "F32": "<f4", "BF16": "<u2", "F16": "<f2", "I64": "<i8", "I32": "<i4"}
 """As what numpy maps them; it has no bfloat16, which is looked at as 16 bits."""
 
-PART = ".part"
 CHUNK = 8 * 2**20
 """Bytes that are hashed and written at a time."""
 
 MAX_HEADER = 2**20
 """Ours are below 4 KiB; a damaged length must not make us read the whole file as JSON."""
-
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """What a file has to be.
-
-    Attributes:
-        bytes: its length.
-        sha256: of all its bytes, header included, in hexadecimal.
-    """
-
-    bytes: int
-    sha256: str
 
 
 def to_json(value: Json) -> str:
@@ -84,7 +62,7 @@ def sha256_of_json(value: Json) -> str:
     return hashlib.sha256(to_json(value).encode()).hexdigest()
 
 
-# -- writing -----------------------------------------------------------------------------------------------------------
+# -- bytes -------------------------------------------------------------------------------------------------------------
 
 
 def safetensors_chunks(tensors: Mapping[str, Tensor], about: Mapping[str, Json]) -> Iterator[bytes | memoryview]:
@@ -115,125 +93,6 @@ def safetensors_chunks(tensors: Mapping[str, Tensor], about: Mapping[str, Json])
         flat = tensors[name].detach().reshape(-1).view(torch.uint8).numpy().data
         for place in range(0, len(flat), CHUNK):
             yield flat[place : place + CHUNK]
-
-
-def write_whole(path: Path, chunks: Iterable[bytes | memoryview], *, what: str, size: int) -> FileRecord:
-    """Write a file so that it is there with all its bytes, on the disk, or not at all.
-
-    Whoever writes the same file at the same time writes the same bytes, and the last rename stands. The folder has to be
-    synced afterwards (:func:`sync_folder`) for the name to outlive a power failure.
-
-    Args:
-        path: the file; one of that name is replaced.
-        chunks: what it holds.
-        what: what it is, for an error.
-        size: how many bytes are coming, for an error.
-
-    Raises:
-        StorageFullError: no space is left, with what is needed.
-        OSError: the folder cannot be written.
-    """
-    kept = list(chunks)  # references, not copies
-    for attempt in (1, 2, 3):
-        try:
-            return _write_once(path, kept)
-        except FileNotFoundError:
-            # Someone who cleared abandoned parts met ours in the instant before it was locked.
-            if attempt == 3 or not path.parent.is_dir():
-                raise
-        except OSError as error:
-            if error.errno in _FULL:
-                raise StorageFullError(
-                    f"No space for {what}: {path.name} needs {size:,} bytes ({error.strerror}). What was written before is "
-                    "whole and stays. Make room and give the same command again; it goes on from there."
-                ) from error
-            raise
-    raise AssertionError
-
-
-def _write_once(path: Path, chunks: Iterable[bytes | memoryview]) -> FileRecord:
-    draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}{PART}")
-    digest, written = hashlib.sha256(), 0
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        with open(descriptor, "wb", buffering=0) as file:
-            _lock(descriptor)
-            for chunk in chunks:
-                digest.update(chunk)
-                rest = memoryview(chunk)
-                while rest:
-                    rest = rest[file.write(rest) :]
-                written += len(chunk)
-            os.fsync(descriptor)
-            os.replace(draft, path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
-    return FileRecord(written, digest.hexdigest())
-
-
-def write_new(path: Path, text: str) -> bool:
-    """Write a small file unless one of that name is there; whether we did. Of several who try, one does."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}{PART}")
-    write_whole(draft, [text.encode()], what=path.name, size=len(text.encode()))
-    try:
-        os.link(draft, path)  # unlike a rename, this does not replace
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without hard links
-        if path.exists():
-            return False
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
-    sync_folder(path.parent)
-    return True
-
-
-def sync_folder(folder: Path) -> None:
-    """See that the names in a folder are on the disk."""
-    if sys.platform == "win32":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def remove_abandoned_parts(folder: Path) -> int:
-    """Remove what killed writers left; how many files that were.
-
-    A writer holds a lock on its part, which the kernel takes away with the process: a part that can be locked has no
-    writer. Nothing else is decided by these locks, so none can be in the way.
-    """
-    removed = 0
-    if sys.platform == "win32":
-        return removed
-    for part in folder.glob(f".*{PART}"):
-        try:
-            descriptor = os.open(part, os.O_RDONLY)
-        except FileNotFoundError:
-            continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # being written, or a file system without locks
-            continue
-        else:
-            part.unlink(missing_ok=True)
-            removed += 1
-        finally:
-            os.close(descriptor)
-    return removed
-
-
-def _lock(descriptor: int) -> None:
-    if sys.platform == "win32":
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # a file system without locks: parts are cleared away by hand there
-        return
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------

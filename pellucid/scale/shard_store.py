@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from pellucid.errors import InputError, StoreError
+from pellucid.files import Json, sync_folder, write_whole
 from pellucid.names import nearest
 from pellucid.scale.job_folder import (
     JOB_FILE,
@@ -39,16 +40,7 @@ from pellucid.scale.job_folder import (
     read_document,
     shards_of,
 )
-from pellucid.scale.shard_files import (
-    DTYPES,
-    Json,
-    json_errors,
-    safetensors_chunks,
-    sha256_of_json,
-    sync_folder,
-    to_json,
-    write_whole,
-)
+from pellucid.scale.shard_files import DTYPES, json_errors, safetensors_chunks, sha256_of_json, to_json
 
 FORMAT = "pellucid activations"
 FORMAT_VERSION = 1

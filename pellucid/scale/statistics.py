@@ -16,13 +16,14 @@ from typing import Literal
 
 from pellucid.corpora import Corpus
 from pellucid.errors import CorpusError, InputError, StoreError
+from pellucid.files import Json, write_whole
 from pellucid.model_bridge.collected import Collected, describe_request
 from pellucid.model_bridge.collecting import Requests
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.progress import progress_bar
 from pellucid.scale.job_folder import JobFolder, Shard, ShardRecord, open_job, read_document, shards_of
 from pellucid.scale.job_settings import refuse_writers, settings_of
-from pellucid.scale.shard_files import Json, json_errors, sha256_of_json, write_whole
+from pellucid.scale.shard_files import json_errors, sha256_of_json
 from pellucid.scale.workers import Worker, fixed_threads
 
 FORMAT = "pellucid statistics"

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from pellucid.errors import InputError, StoreError
+from pellucid.files import Json
 from pellucid.names import nearest
 from pellucid.scale.job_folder import JOB_FILE, MANIFEST_FILE, ShardRecord, record_of_json
-from pellucid.scale.shard_files import DTYPES, Json, TensorPlace, as_tensor, json_errors, map_tensor, read_header
+from pellucid.scale.shard_files import DTYPES, TensorPlace, as_tensor, json_errors, map_tensor, read_header
 from pellucid.scale.shard_store import (
     COLUMNS,
     ROWS,

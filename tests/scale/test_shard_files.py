@@ -19,16 +19,14 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from pellucid.errors import StorageFullError, StoreError
+from pellucid.files import remove_abandoned_parts, write_new, write_whole
 from pellucid.scale.shard_files import (
     METADATA_KEY,
     as_tensor,
     hash_file,
     map_tensor,
     read_header,
-    remove_abandoned_parts,
     safetensors_chunks,
-    write_new,
-    write_whole,
 )
 
 TENSORS = {
@@ -166,7 +164,7 @@ def test_a_part_that_was_cleared_away_is_written_again(tmp_path: Path, monkeypat
             Path(source).unlink()
         replace(source, target)
 
-    monkeypatch.setattr("pellucid.scale.shard_files.os.replace", vanish_once)
+    monkeypatch.setattr("pellucid.files.os.replace", vanish_once)
     write_whole(tmp_path / "x", [b"data"], what="it", size=4)
     assert (tmp_path / "x").read_bytes() == b"data"
     assert len(calls) == 2
