@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -323,3 +324,33 @@ def test_a_file_that_is_none_of_ours_is_refused(tmp_path: Path) -> None:
     save_file({"a": Tensor([1.0])}, tmp_path / "y")
     with pytest.raises(InputError, match="no statistics"):
         load_statistics(tmp_path / "y")
+
+
+def test_no_flipped_bit_gives_another_number(tmp_path: Path) -> None:
+    one = CountPositive()
+    one.update(torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0)))
+    path = tmp_path / "s"
+    save_statistics(path, {"x": one}, {"job": {"threads": 1}})
+    whole = path.read_bytes()
+    refused = 0
+    for bit in range(8 * len(whole)):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        try:
+            loaded, extra = load_statistics(path)
+        except InputError:
+            refused += 1
+            continue
+        assert same_state(loaded["x"], one), bit  # a space of the header, say
+        assert extra == {"job": {"threads": 1}}, bit
+    assert refused > 0.9 * 8 * len(whole)
+
+
+def test_a_file_without_a_checksum_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    text = json.dumps({"statistics": {"x": {"kind": "count_positive", "settings": {"threshold": 0.0}}}, "extra": {}})
+    save_file({"x|n": torch.tensor(3)}, tmp_path / "old", metadata={"pellucid": text})
+    with pytest.raises(InputError, match="no checksum: it was written by an older version"):
+        load_statistics(tmp_path / "old")

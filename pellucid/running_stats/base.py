@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -242,10 +242,21 @@ def _leaves(kind: type[Statistic]) -> list[type[Statistic]]:
 METADATA = "pellucid"
 
 
+def _checksum(held: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over JSON and tensors, as they are read back: a flipped bit of a count is as legal as the count."""
+    digest = hashlib.sha256(json.dumps(held, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        if tensor.numel():
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def save_statistics(path: Path, statistics: Mapping[str, Statistic], extra: Mapping[str, Any]) -> None:
     """Write statistics by name, and ``extra`` (JSON), into one safetensors file: equal states, equal bytes.
 
-    Written beside it, synced and put in its place, so that a file is whole or as it was before.
+    Written beside it, synced and put in its place, so that a file is whole or as it was before. It has a checksum over all
+    that is read back.
     """
     from safetensors.torch import save_file
 
@@ -255,11 +266,10 @@ def save_statistics(path: Path, statistics: Mapping[str, Statistic], extra: Mapp
         for name, tensor in statistic.state_dict().items():
             tensors[f"{key}|{name}"] = tensor.detach().cpu().contiguous()
     # One key: several are written in an order that differs between processes.
-    text = json.dumps({"statistics": described, "extra": extra}, sort_keys=True)
+    held = json.loads(json.dumps({"statistics": described, "extra": extra}))  # as it is read back
+    text = json.dumps({**held, "sha256": _checksum(held, tensors)}, sort_keys=True)
     with whole_file(path) as draft:
         save_file(tensors, draft, metadata={METADATA: text})
-        with draft.open("rb+") as file:
-            os.fsync(file.fileno())
 
 
 def load_statistics(path: Path) -> tuple[dict[str, Statistic], dict[str, Any]]:
@@ -274,8 +284,16 @@ def load_statistics(path: Path) -> tuple[dict[str, Statistic], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             described = json.loads((file.metadata() or {})[METADATA])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        held = {"statistics": described["statistics"], "extra": described["extra"]}
+        found = described.get("sha256")
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path} holds no statistics, or is damaged: {error}") from None
+    if found is None:
+        raise InputError(
+            f"{path} has no checksum: it was written by an older version of Pellucid, or is damaged. Collect again."
+        )
+    if found != _checksum(held, tensors):
+        raise InputError(f"{path} is damaged: it does not have the checksum that it was written with. Collect again.")
     kinds = _kinds()
     statistics: dict[str, Statistic] = {}
     states: dict[str, dict[str, Tensor]] = {}
