@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -50,15 +52,30 @@ def open_bridge(choice: ModelChoice) -> TransformerBridge:
         UnsupportedModelError: not a BLOOM, or one configured in a way we do not handle.
         OSError: no such model, or no network to ask.
     """
-    bridge = _load(choice)
+    if choice.is_demo or not sys.stderr.isatty():
+        with _without_bars_of_loading():
+            bridge = _load(choice)
+    else:
+        bridge = _load(choice)
     bridge.set_attn_implementation(choice.attention.value)
     return bridge
 
 
+@contextmanager
+def _without_bars_of_loading() -> Iterator[None]:
+    """Without transformers' bars, for this long only: its switch also turns off huggingface_hub's, and ours with them."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    if shown:
+        transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
+
+
 def _load(choice: ModelChoice) -> TransformerBridge:
     device, dtype = parse_device(choice.device), DTYPES.get(choice.dtype)
-    if choice.is_demo or not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
     if choice.is_demo:
         torch.set_num_threads(1)  # as fast when the machine is idle, many times faster when it is not
         if choice.revision is not None:
