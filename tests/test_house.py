@@ -25,7 +25,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # --------------------------------------------------------------------------------------------------------------------
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "version"),
+    ("errors", "tables", "version"),
     ("arguments", "axes", "files", "names", "padding", "progress", "token_text"),
     ("differences",),
     ("config", "run_context", "factored_matrix", "running_stats.*", "corpora.*", "conversion_utils.*"),
@@ -83,6 +83,7 @@ WITHOUT_TORCH = (
     "errors",
     "names",
     "progress",
+    "tables",
     "token_text",
     "cli.app",
     "cli.options",

@@ -25,6 +25,7 @@ from pellucid.names import Flag, HookSpec, get_act_name, nearest
 from pellucid.padding import counts, real_positions
 from pellucid.sweep import Edit, Value
 from pellucid.sweep.edits import Index, indices
+from pellucid.tables import BriefFields
 from pellucid.token_text import token_labels
 
 NeuronGroups: TypeAlias = Mapping[str, Mapping[int, Sequence[int]]]
@@ -43,8 +44,8 @@ _WORD_OF_AXIS: Mapping[str, str] = {"pos": "pos", "n_heads": "head", "key_pos": 
 _WORDS = ("layer", "pos", "head", "key_pos", "neuron", "group")
 
 
-@dataclass(frozen=True, eq=False)
-class Site:
+@dataclass(frozen=True, eq=False, repr=False)
+class Site(BriefFields):
     """An activation of every block, or one outside them.
 
     Attributes:
@@ -75,8 +76,8 @@ class Site:
         return (*layer, *(word for word in _WORDS if word in own))
 
 
-@dataclass(frozen=True, eq=False)
-class Prompts:
+@dataclass(frozen=True, eq=False, repr=False)
+class Prompts(BriefFields):
     """The checked input of a run.
 
     Attributes:

@@ -46,6 +46,7 @@ from pellucid.sweep import (
     Sweep,
     SweepPlan,
 )
+from pellucid.tables import BriefFields
 
 Rows: TypeAlias = Literal["mean", "each"]
 Kind: TypeAlias = Literal["normalized", "change", "metric"]
@@ -54,8 +55,8 @@ Attribute: TypeAlias = "str | int | float | list[str] | list[int] | list[float]"
 NO_UNIT = "1"
 
 
-@dataclass(frozen=True, eq=False)
-class Grid:
+@dataclass(frozen=True, eq=False, repr=False)
+class Grid(BriefFields):
     """What the cells of a sweep are.
 
     Attributes:
@@ -73,8 +74,8 @@ class Grid:
     columns: Sequence[tuple[int, ...]]
 
 
-@dataclass(frozen=True, eq=False)
-class Reference:
+@dataclass(frozen=True, eq=False, repr=False)
+class Reference(BriefFields):
     """Two values of each metric, ``[row]`` or a single one: what becomes 0, and what becomes 1."""
 
     kind: Kind
@@ -82,8 +83,8 @@ class Reference:
     one: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, eq=False)
-class LabelledSweep:
+@dataclass(frozen=True, eq=False, repr=False)
+class LabelledSweep(BriefFields):
     """A sweep ready to be run, see :meth:`plan` and :meth:`run`.
 
     Attributes:

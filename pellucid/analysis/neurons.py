@@ -22,6 +22,7 @@ from pellucid.errors import InputError, NoEffectError
 from pellucid.hook_points import HookPoint
 from pellucid.model_bridge.hooked_model import HookedModel, HookRequest
 from pellucid.names import HookSpec
+from pellucid.tables import BriefFields
 
 Neuron: TypeAlias = tuple[int, int]
 """``(layer, index)``, both from 0."""
@@ -64,8 +65,8 @@ def unit_shape(bridge: HookedModel, spec: HookSpec) -> tuple[int, ...]:
     return tuple(sizes[axis] for axis in spec.axes[2:])
 
 
-@dataclass(frozen=True)
-class NeuronChange:
+@dataclass(frozen=True, repr=False)
+class NeuronChange(BriefFields):
     """A change of listed neurons at every position of every run it is attached to.
 
     Made by :func:`zero`, :func:`force`, :func:`scale` or :func:`add`.
@@ -147,8 +148,8 @@ class NeuronChange:
         return edits
 
 
-@dataclass
-class NeuronEdit:
+@dataclass(repr=False)
+class NeuronEdit(BriefFields):
     """The change at one hook point, as a hook function; notes whether it changed anything."""
 
     name: str

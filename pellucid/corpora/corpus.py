@@ -31,6 +31,7 @@ from pellucid.errors import CorpusError, InputError
 from pellucid.names import nearest
 from pellucid.padding import has_padding
 from pellucid.progress import progress_bar
+from pellucid.tables import BriefFields
 from pellucid.token_text import tokens_to_text
 
 Separator: TypeAlias = int | Literal["eos", "none"] | None
@@ -40,8 +41,8 @@ FORMAT = 1
 """Part of every content hash: counted up when the same settings would give other rows."""
 
 
-@dataclass(frozen=True)
-class CorpusBatch:
+@dataclass(frozen=True, repr=False)
+class CorpusBatch(BriefFields):
     """Rows of one label.
 
     Attributes:

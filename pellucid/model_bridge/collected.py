@@ -17,13 +17,14 @@ from pellucid.corpora import Corpus, TokenContext
 from pellucid.errors import InputError
 from pellucid.names import HookSpec, nearest
 from pellucid.running_stats import AveragePrecision, Statistic, TopK, Workspace, load_statistics, save_statistics
+from pellucid.tables import BriefFields
 
 DIMENSIONS: Mapping[str, str] = {"d_mlp": "neuron", "n_heads": "head"}
 """Words of analyses for feature axes; other axes keep theirs (``d_model``, ``d_head``)."""
 
 
-@dataclass(frozen=True)
-class Hook:
+@dataclass(frozen=True, repr=False)
+class Hook(BriefFields):
     """A hook point and the statistics asked for there."""
 
     spec: HookSpec

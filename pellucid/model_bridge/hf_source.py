@@ -44,6 +44,7 @@ from pellucid.model_bridge.checkpoint import (
 )
 from pellucid.model_bridge.supported_architectures.bloom import BloomArchitectureAdapter
 from pellucid.names import nearest
+from pellucid.tables import BriefFields
 
 FAMILY_TOKENIZER = "bigscience/bloom"
 """Every BLOOM and BLOOMZ checkpoint has this tokenizer; its mid-training repositories ship none that loads."""
@@ -52,8 +53,8 @@ HUGGING_FACE_ATTENTION = "eager"
 """The only one that Hugging Face has for BLOOM; the fast one is the bridge's own."""
 
 
-@dataclass(frozen=True)
-class LoadedModel:
+@dataclass(frozen=True, repr=False)
+class LoadedModel(BriefFields):
     """A model ready to be bridged."""
 
     model: nn.Module

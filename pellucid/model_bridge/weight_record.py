@@ -20,6 +20,7 @@ from pellucid.errors import WeightError
 from pellucid.model_bridge.generalized_components import GeneralizedComponent
 from pellucid.model_bridge.generalized_components.base import all_finite, readable_parameter
 from pellucid.model_bridge.mounting import ComponentTree
+from pellucid.tables import BriefFields
 from pellucid.weight_processing import BLOCK_STEPS, STEPS, Step
 
 Unit: TypeAlias = str
@@ -51,8 +52,8 @@ class WeightsRecord:
         self.originals, self.was_tied = None, False
 
 
-@dataclass(frozen=True)
-class WeightsState:
+@dataclass(frozen=True, repr=False)
+class WeightsState(BriefFields):
     """How far a model's weights are processed; ``bridge.weights_state``.
 
     Attributes:

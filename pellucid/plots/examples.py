@@ -16,6 +16,7 @@ import numpy as np
 from pellucid.errors import InputError
 from pellucid.plots.panels import FAINT_INK, FONTS, INK
 from pellucid.plots.text import visible
+from pellucid.tables import BriefFields
 
 _ABOVE, _BELOW = (196, 101, 72), (11, 102, 189)
 _STYLE = f"""
@@ -33,8 +34,8 @@ ol {{ padding-left: 2.2rem; }} li {{ margin: .3rem 0; }}
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
-@dataclass(frozen=True)
-class TokenExample:
+@dataclass(frozen=True, repr=False)
+class TokenExample(BriefFields):
     """One text.
 
     Attributes:

@@ -40,7 +40,17 @@ from pellucid.scale.job_folder import (
     read_document,
     shards_of,
 )
-from pellucid.scale.shard_files import DTYPES, json_errors, safetensors_chunks, sha256_of_json, to_json
+from pellucid.scale.shard_files import (
+    DTYPES,
+    Json,
+    json_errors,
+    safetensors_chunks,
+    sha256_of_json,
+    sync_folder,
+    to_json,
+    write_whole,
+)
+from pellucid.tables import BriefFields
 
 FORMAT = "pellucid activations"
 FORMAT_VERSION = 1
@@ -94,8 +104,8 @@ class StoredHook:
         return self.width * DTYPES[self.dtype].itemsize
 
 
-@dataclass(frozen=True)
-class StoreJob:
+@dataclass(frozen=True, repr=False)
+class StoreJob(BriefFields):
     """Everything that decides the bytes of a store.
 
     Attributes:

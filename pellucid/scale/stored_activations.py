@@ -32,6 +32,7 @@ from pellucid.scale.shard_store import (
     job_of_json,
     read_job,
 )
+from pellucid.tables import BriefFields
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -40,8 +41,8 @@ MOST_MAPS = 4096
 """Tensors that are mapped at a time: a process may have some 65,000 mappings on Linux."""
 
 
-@dataclass(frozen=True)
-class RowBatch:
+@dataclass(frozen=True, repr=False)
+class RowBatch(BriefFields):
     """Rows of a store.
 
     Attributes:

@@ -17,10 +17,11 @@ from pellucid.activation_cache import ActivationCache
 from pellucid.errors import CacheKeyError, InputError
 from pellucid.model_bridge.running import Prepared
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
+from pellucid.tables import BriefFields
 
 
-@dataclass(eq=False)
-class BaseRun:
+@dataclass(eq=False, repr=False)
+class BaseRun(BriefFields):
     """Activations of the unedited run.
 
     Attributes:

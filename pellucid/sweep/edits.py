@@ -20,6 +20,7 @@ from pellucid.arguments import check_number
 from pellucid.errors import CacheKeyError, HookValueError, InputError
 from pellucid.hook_points import bits_differ
 from pellucid.names import HookSpec
+from pellucid.tables import BriefFields
 
 Index: TypeAlias = int | slice | Sequence[int] | None
 """One index, a slice, several indices, or ``None`` for all; negative ones count from the end."""
@@ -44,8 +45,8 @@ class Value(ABC):
         """
 
 
-@dataclass(frozen=True, eq=False)
-class SetTo(Value):
+@dataclass(frozen=True, eq=False, repr=False)
+class SetTo(BriefFields, Value):
     """A given value: a number, or a tensor that broadcasts to ``[row, *region]``."""
 
     value: Tensor | float
@@ -59,8 +60,8 @@ class SetTo(Value):
         return _broadcast(value, current, write, "SetTo")
 
 
-@dataclass(frozen=True, eq=False)
-class FromRun(Value):
+@dataclass(frozen=True, eq=False, repr=False)
+class FromRun(BriefFields, Value):
     """What another run has in the same place, or of other rows and positions of it.
 
     Attributes:
@@ -143,8 +144,8 @@ class Scale(Value):
         return current * self.factor
 
 
-@dataclass(frozen=True, eq=False)
-class Add(Value):
+@dataclass(frozen=True, eq=False, repr=False)
+class Add(BriefFields, Value):
     """What is there, plus a tensor that broadcasts to ``[row, *region]``: a direction, say."""
 
     direction: Tensor | float
@@ -200,8 +201,8 @@ def _broadcast(value: Tensor, current: Tensor, write: Write, what: str) -> Tenso
     return whole.index_select(write.pos_axis, torch.tensor(write.kept, device=whole.device))
 
 
-@dataclass(frozen=True, eq=False)
-class Edit:
+@dataclass(frozen=True, eq=False, repr=False)
+class Edit(BriefFields):
     """A change of one region of one activation.
 
     Attributes:
@@ -223,8 +224,8 @@ class Edit:
     rows: Index = None
 
 
-@dataclass(frozen=True, eq=False)
-class Write:
+@dataclass(frozen=True, eq=False, repr=False)
+class Write(BriefFields):
     """An edit of one row, ready to be made.
 
     Attributes:

@@ -21,13 +21,14 @@ from pellucid.arguments import check_whole
 from pellucid.errors import InputError
 from pellucid.model_bridge.losses import next_token_loss
 from pellucid.padding import last_real, targets
+from pellucid.tables import BriefFields
 
 TokenIds: TypeAlias = int | Sequence[int] | Tensor
 """One token id for all rows, or one a row."""
 
 
-@dataclass(frozen=True, eq=False)
-class Reads:
+@dataclass(frozen=True, eq=False, repr=False)
+class Reads(BriefFields):
     """What a metric reads of the logits.
 
     Attributes:
@@ -165,8 +166,8 @@ def _pick(logits_erv: Tensor, ids_r: Tensor) -> Tensor:
     return logits_erv.gather(-1, index)[..., 0]
 
 
-@dataclass(frozen=True, eq=False)
-class LogitDifference(Metric):
+@dataclass(frozen=True, eq=False, repr=False)
+class LogitDifference(BriefFields, Metric):
     """``logit[answer] - logit[foil]``.
 
     Attributes:
@@ -197,8 +198,8 @@ class LogitDifference(Metric):
         return _pick(wide, answer) - _pick(wide, foil)
 
 
-@dataclass(frozen=True, eq=False)
-class LogProbability(Metric):
+@dataclass(frozen=True, eq=False, repr=False)
+class LogProbability(BriefFields, Metric):
     """``log p(answer)``, natural.
 
     Attributes:
@@ -224,8 +225,8 @@ class LogProbability(Metric):
         return _pick(wide, _ids(self.answer, logits.shape[1], "answer")) - torch.logsumexp(wide, dim=-1)
 
 
-@dataclass(frozen=True, eq=False)
-class Probability(Metric):
+@dataclass(frozen=True, eq=False, repr=False)
+class Probability(BriefFields, Metric):
     """``p(answer)``: hides what makes an unlikely answer less likely still; prefer a logit difference.
 
     Attributes:
@@ -249,8 +250,8 @@ class Probability(Metric):
         return LogProbability(self.answer, self.position).score(logits, reads).exp()
 
 
-@dataclass(frozen=True, eq=False)
-class KLDivergence(Metric):
+@dataclass(frozen=True, eq=False, repr=False)
+class KLDivergence(BriefFields, Metric):
     """``KL(reference || run)`` of the next-token distributions, in nats.
 
     Attributes:
@@ -288,8 +289,8 @@ class KLDivergence(Metric):
         return log_q.neg_().add_(log_p).mul_(log_p.exp()).sum(-1)
 
 
-@dataclass(frozen=True, eq=False)
-class NextTokenLoss(Metric):
+@dataclass(frozen=True, eq=False, repr=False)
+class NextTokenLoss(BriefFields, Metric):
     """Mean cross-entropy of each row's tokens given those before them, padding left out, in nats.
 
     Attributes:
@@ -342,8 +343,8 @@ class NextTokenLoss(Metric):
         return self.score(logits[None], self.reads(torch.zeros(logits.shape[:2]), None)).mean()
 
 
-@dataclass(frozen=True, eq=False)
-class Normalized(Metric):
+@dataclass(frozen=True, eq=False, repr=False)
+class Normalized(BriefFields, Metric):
     """``(metric - zero) / (one - zero)``: 0 where the metric is ``zero``, 1 where it is ``one``.
 
     For activation patching ``zero`` is the metric of the corrupted run and ``one`` that of the clean run.

@@ -18,6 +18,7 @@ from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import InputError
 from pellucid.sweep.packing import SCORES_AT_ONCE
 from pellucid.sweep.runs import Run
+from pellucid.tables import BriefFields
 
 BATCH_CHUNKS = 8
 """A batch's states hold this many chunks: enough to keep chunks full, few enough to be interrupted between batches."""
@@ -45,8 +46,8 @@ GELU_TENSORS = 5
 """Tensors of ``[row, d_mlp]`` that Hugging Face's GELU has alive at once."""
 
 
-@dataclass(frozen=True)
-class Batch:
+@dataclass(frozen=True, repr=False)
+class Batch(BriefFields):
     """Edits that are run together.
 
     Attributes:
@@ -64,7 +65,7 @@ class Batch:
     flops: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SweepPlan:
     """What a sweep is going to do.
 
@@ -92,6 +93,9 @@ class SweepPlan:
     base_bytes: int
     peak_bytes: int
     memory_limit: int
+
+    def __repr__(self) -> str:
+        return f"SweepPlan: {self}"
 
     def __str__(self) -> str:
         lines = [
