@@ -15,6 +15,7 @@ from torch import Tensor
 from pellucid.errors import CacheKeyError, InputError
 from pellucid.names import HookIndex, get_act_name, nearest
 from pellucid.padding import real_positions
+from pellucid.tables import NamesView, Table, merge_layers
 
 GRADIENT = "_grad"
 """Suffix of the entries that hold gradients."""
@@ -90,8 +91,23 @@ class ActivationCache(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.cache_dict)
 
+    def keys(self) -> NamesView:
+        """The canonical names of what was kept; a notebook shows them as a table."""
+        return NamesView(self)
+
+    def _table(self) -> Table:
+        rows = [
+            (name, " × ".join(map(str, tensor.shape)), str(tensor.dtype).removeprefix("torch."))
+            for name, tensor in self.cache_dict.items()
+        ]
+        heading = f"ActivationCache with {len(self)} entries, {self.nbytes:,} bytes"
+        return Table(heading, ("name", "layers", "shape", "dtype"), merge_layers(rows))
+
     def __repr__(self) -> str:
-        return f"ActivationCache with {len(self)} entries, {self.nbytes:,} bytes"
+        return str(self._table())
+
+    def _repr_html_(self) -> str:
+        return self._table().html()
 
     def _canonical(self, key: str | tuple[Any, ...]) -> str:
         if isinstance(key, tuple):

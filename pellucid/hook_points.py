@@ -198,6 +198,9 @@ class NamedHook:
         self._point = point
         self.name = name
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r})"
+
     @property
     def ctx(self) -> dict[Any, Any]:
         """A dictionary that lives on the point, shared by its functions, emptied by ``clear_contexts``."""

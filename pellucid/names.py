@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from pellucid.errors import HookDisabledError, HookNameError
+from pellucid.tables import NamesView, Table, merge_layers
 
 NamesFilter: TypeAlias = str | Sequence[str] | Callable[[str], bool] | None
 """A name, a glob (``blocks.*.mlp.hook_post``), a list of those, a predicate on names, or ``None`` for every point."""
@@ -142,6 +143,16 @@ class HookIndex(Mapping[str, HookSpec]):
     def __contains__(self, name: object) -> bool:
         return name in self._specs or name in self._canonical
 
+    def keys(self) -> NamesView:
+        """Canonical names in firing order; a notebook shows them as a table."""
+        return NamesView(self)
+
+    def __repr__(self) -> str:
+        return str(table_of_points("HookIndex", self._specs.values()))
+
+    def _repr_html_(self) -> str:
+        return table_of_points("HookIndex", self._specs.values()).html()
+
     def all_names(self) -> Iterator[str]:
         """Canonical names and aliases."""
         yield from self._specs
@@ -221,6 +232,12 @@ class HookIndex(Mapping[str, HookSpec]):
                 if asked is not None:
                     chosen.append((spec, asked))
         return chosen
+
+
+def table_of_points(what: str, specs: Iterable[HookSpec]) -> Table:
+    """Hook points as a table with one line for all layers."""
+    rows = [(spec.name, ", ".join(spec.axes), spec.flag or "") for spec in specs]
+    return Table(f"{what}: {len(rows)} hook points", ("name", "layers", "axes", "opt-in"), merge_layers(rows))
 
 
 def _is_on(spec: HookSpec, flags: Mapping[Flag, bool]) -> bool:

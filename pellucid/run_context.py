@@ -55,6 +55,11 @@ class RunContext:
         self.fired: set[nn.Module] = set()
         self.step = None if generation is None else generation.step
 
+    def __repr__(self) -> str:
+        end = self.past_length + self.length - 1
+        step = "" if self.step is None else f", generation step {self.step}"
+        return f"RunContext({self.batch} rows, columns {self.past_length} to {end}{step})"
+
     def last(self, length: int) -> RunContext:
         """The same run seen from its last ``length`` positions: ``generate`` unembeds no more than it needs."""
         if length == self.length:

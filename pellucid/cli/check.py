@@ -17,10 +17,8 @@ from pellucid.cli.options import Format, ModelChoice
 from pellucid.cli.output import Json, results, table, to_json, write_json
 from pellucid.errors import InputError
 from pellucid.files import whole_file
-from pellucid.model_bridge.self_check import CheckReport, CheckResult
-
-MOVES = "moves the logits"
-"""The check of a hook whose number is better large: an edit there must not be lost."""
+from pellucid.model_bridge.self_check import MOVES, CheckReport, CheckResult
+from pellucid.tables import ranges
 
 _LAYER = re.compile(r"\b(blocks\.|layer )(\d+)")
 
@@ -151,10 +149,3 @@ def _kinds(title: str, kinds: Sequence[Kind]) -> Table:
         cells = [kind.name, ranges(kind.layers), str(kind.count), f"{kind.difference:.2g}", f"{kind.bound:.2g}"]
         made.add_row(*cells, *([f"{kind.moved:.2g}"] if kind.moved is not None else []))
     return made
-
-
-def ranges(numbers: set[int]) -> str:
-    """``0-3, 7`` for 0, 1, 2, 3, 7."""
-    starts = [number for number in sorted(numbers) if number - 1 not in numbers]
-    ends = [number for number in sorted(numbers) if number + 1 not in numbers]
-    return ", ".join(f"{start}" if start == end else f"{start}-{end}" for start, end in zip(starts, ends, strict=True))

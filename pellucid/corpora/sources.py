@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pellucid.errors import CorpusError, InputError, MissingExtraError
 from pellucid.names import nearest
+from pellucid.tables import brief
 
 Document: TypeAlias = str | np.ndarray[Any, np.dtype[np.int64]]
 """The text of a document, or its token ids ``[pos]``."""
@@ -45,6 +46,9 @@ class Source(ABC):
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """What kind of source it is and its settings, for people; its content is hashed, not described."""
+
+    def __repr__(self) -> str:
+        return brief(type(self).__name__, self.describe())
 
     def stamp(self) -> list[list[int]]:
         """Size and time of change (nanoseconds) of each file; empty where there are none."""

@@ -24,10 +24,12 @@ from pellucid.hook_points import (
     attach_for_good,
 )
 from pellucid.model_bridge.generalized_components import GeneralizedComponent
+from pellucid.model_bridge.generalized_components.block import Blocks
 from pellucid.model_bridge.hook_session import HookSession
 from pellucid.model_bridge.mounting import ComponentTree
-from pellucid.names import Flag, HookSpec, NamesFilter, runs_through
+from pellucid.names import Flag, HookSpec, NamesFilter, runs_through, table_of_points
 from pellucid.run_context import acts
+from pellucid.tables import NamesView, Table
 
 HookRequest: TypeAlias = tuple[NamesFilter, HookFunction]
 """``(name, glob, list or predicate, function)``."""
@@ -58,6 +60,20 @@ class HookDict(Mapping[str, HookPoint]):
         spec = self._tree.index[str(name)]
         return spec.flag is None or self._tree.cfg.flags[spec.flag]
 
+    def keys(self) -> NamesView:
+        """Canonical names in firing order; a notebook shows them as a table."""
+        return NamesView(self)
+
+    def _table(self) -> Table:
+        specs = [spec for spec, _ in self._tree.index.select(None, self._tree.cfg.flags)]
+        return table_of_points("HookDict (bridge.explain(name) says what one holds)", specs)
+
+    def __repr__(self) -> str:
+        return str(self._table())
+
+    def _repr_html_(self) -> str:
+        return self._table().html()
+
 
 class HookedModel(NoTorchHooks):
     """A Hugging Face model and the hook points on it.
@@ -73,6 +89,16 @@ class HookedModel(NoTorchHooks):
         super().__init__()
         self.original_model = model
         self._tree = tree
+
+    def __repr__(self) -> str:
+        cfg, model = self.cfg, type(self.original_model).__name__
+        hooked = sum(1 for _ in self._tree.handles())
+        return (
+            f"{type(self).__name__} around {model}: {cfg.n_layers} layers, {cfg.n_heads} heads, d_model {cfg.d_model}, "
+            f"d_vocab {cfg.d_vocab}, {str(cfg.dtype).removeprefix('torch.')} on {cfg.device}; "
+            f"{hooked or 'no'} function{'' if hooked == 1 else 's'} attached\n"
+            "  bridge.hook_dict lists the hook points, bridge.hf_model the modules, bridge.cfg the sizes"
+        )
 
     # -- the model -----------------------------------------------------------------------------------------------------
 
@@ -94,7 +120,7 @@ class HookedModel(NoTorchHooks):
     @property
     def blocks(self) -> list[GeneralizedComponent]:
         """The blocks, each with ``ln1``, ``attn``, ``ln2`` and ``mlp``."""
-        return self._tree.blocks
+        return Blocks(self._tree.blocks)
 
     @property
     def embed(self) -> GeneralizedComponent:

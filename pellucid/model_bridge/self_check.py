@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
@@ -30,6 +31,7 @@ from pellucid.model_bridge.mounting import ComponentTree
 from pellucid.model_bridge.reference_edits import REBUILT, reference_edit
 from pellucid.names import Flag, HookSpec
 from pellucid.progress import progress_bar
+from pellucid.tables import Table
 
 
 class CheckedBridge(Protocol):
@@ -66,6 +68,10 @@ class CheckedBridge(Protocol):
         ...
 
 
+MOVES = "moves the logits"
+"""The check of a hook whose number is better large: an edit there must not be lost."""
+
+
 @dataclass(frozen=True)
 class CheckResult:
     """One check: what was held against what, and what came out.
@@ -89,7 +95,7 @@ class CheckResult:
     aspect: str = ""
 
 
-@dataclass
+@dataclass(repr=False)
 class CheckReport:
     """All checks of one model."""
 
@@ -115,6 +121,27 @@ class CheckReport:
         head = {"model": self.model, "dtype": self.dtype, "ok": self.ok}
         return json.dumps(head | {"results": results}, indent=1, allow_nan=False)
 
+    def _table(self) -> Table:
+        """What does not hold, line by line; else a line for each kind of check."""
+        name, total = self.model or "this model", len(self.results)
+        if self.failed:
+            rows = [(each.name, f"{each.measured:.3g}", f"{each.bound:.3g}", each.detail) for each in self.failed]
+            heading = f"{len(self.failed)} of {total} checks do not hold for {name} ({self.dtype}):"
+            return Table(heading, ("what does not hold", "measured", "bound", "detail"), rows)
+        kinds: dict[str, list[CheckResult]] = {}
+        for result in self.results:
+            kind = f"hooks: {result.aspect}" if result.hook else re.sub(r"\b(blocks\.|layer )\d+", r"\1*", result.name)
+            kinds.setdefault(kind, []).append(result)
+        rows = [(kind, str(len(held)), *_worst(held)) for kind, held in kinds.items()]
+        heading = f"All {total} checks hold for {name} ({self.dtype}); print(report) shows each."
+        return Table(heading, ("what holds", "checks", "measured", "bound"), rows)
+
+    def __repr__(self) -> str:
+        return str(self._table())
+
+    def _repr_html_(self) -> str:
+        return self._table().html()
+
     def __str__(self) -> str:
         width = max((len(result.name) for result in self.results), default=0)
         lines = [
@@ -124,6 +151,15 @@ class CheckReport:
         ]
         held = sum(result.held for result in self.results)
         return "\n".join([*lines, f"{held} of {len(self.results)} checks hold"])
+
+
+def _worst(held: Sequence[CheckResult]) -> tuple[str, str]:
+    """Measured and bound of the check that is nearest to its bound."""
+    if held[0].aspect == MOVES:
+        least = min(held, key=lambda result: result.measured)
+        return f"{least.measured:.3g} at least", f"> {least.bound:.3g}"
+    most = max(held, key=lambda result: result.measured)
+    return f"{most.measured:.3g} at most", f"{most.bound:.3g}"
 
 
 Check = Iterator[CheckResult]
@@ -404,7 +440,7 @@ class _Checker:
         bound = max(self.exact, self.bound if spec.site in REBUILT else 0.0)
         yield self.of_hook(spec, "as by Hugging Face", returned.double() - reference.double(), bound)
         moved = float((returned.double() - self.base.double()).abs().max())
-        aspect = "moves the logits"
+        aspect = MOVES
         yield CheckResult(f"{spec.name}: {aspect}", moved > 0, moved, 0.0, "an edit had no effect", spec.name, aspect)
 
     def edited(self, spec: HookSpec, function: Callable[[Tensor, HookPoint], Tensor | None]) -> Tensor:

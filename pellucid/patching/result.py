@@ -13,6 +13,7 @@ from torch import Tensor
 from pellucid.errors import InputError, ResultKeyError
 from pellucid.names import nearest
 from pellucid.patching.statistics import bootstrap_interval, generator_for, sign_flip_pvalue, standard_error
+from pellucid.tables import Table
 
 
 def make_df_from_ranges(column_max_ranges: Sequence[int], column_names: Sequence[str]) -> pd.DataFrame:
@@ -29,7 +30,7 @@ def make_df_from_ranges(column_max_ranges: Sequence[int], column_names: Sequence
     return pd.DataFrame(list(rows), columns=list(column_names))
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class PatchingResult:
     """Metrics of a patching sweep, with statistics over examples.
 
@@ -75,6 +76,36 @@ class PatchingResult:
             baseline=None if self.baseline is None else self.baseline[place],
             patch_type_names=self.patch_type_names,
         )
+
+    def _table(self) -> Table:
+        """Of each metric the least and the largest mean over examples, and where."""
+        means = self.mean().detach().double().cpu().reshape(len(self.metric_names), -1)
+        baselines = [""] * len(means)
+        if self.baseline is not None:
+            per_metric = self.baseline.detach().double().cpu().reshape(len(means), -1)
+            baselines = [f"{float(values.mean()):.4g}" for values in per_metric]
+        rows = [
+            (name, baseline, self._extreme(values, False), self._extreme(values, True))
+            for name, baseline, values in zip(self.metric_names, baselines, means, strict=True)
+        ]
+        axes = " × ".join(self.axis_names or ["row of index_df"])
+        examples = "mean over examples" if self.reduced else f"{self.values.shape[-1]} examples"
+        heading = f"PatchingResult: {axes}, {len(self.index_df)} cells, {examples}"
+        return Table(heading, ("metric", "baseline", "least", "largest"), rows)
+
+    def _extreme(self, values: Tensor, largest: bool) -> str:
+        known = values.isfinite()
+        if not known.any():
+            return "none is finite"
+        cell = int(values.where(known, -torch.inf).argmax() if largest else values.where(known, torch.inf).argmin())
+        place = ", ".join(f"{name} {value}" for name, value in self.index_df.iloc[cell].items())
+        return f"{float(values[cell]):.4g} at {place}"
+
+    def __repr__(self) -> str:
+        return str(self._table())
+
+    def _repr_html_(self) -> str:
+        return self._table().html()
 
     def _needs_examples(self, what: str) -> None:
         if self.reduced:

@@ -17,6 +17,7 @@ from typing_extensions import Self
 
 from pellucid.errors import InputError
 from pellucid.running_stats.base import Places, Statistic, real_tokens
+from pellucid.tables import brief
 
 
 class Moments(NamedTuple):
@@ -25,6 +26,9 @@ class Moments(NamedTuple):
     mean: Tensor
     variance: Tensor
 
+    def __repr__(self) -> str:
+        return brief(type(self).__name__, self._asdict())
+
 
 class Extrema(NamedTuple):
     """``minimum`` and ``maximum`` ``[*features]``, in the dtype of the values."""
@@ -32,12 +36,18 @@ class Extrema(NamedTuple):
     minimum: Tensor
     maximum: Tensor
 
+    def __repr__(self) -> str:
+        return brief(type(self).__name__, self._asdict())
+
 
 class CovarianceResult(NamedTuple):
     """``mean`` ``[*features]`` and ``covariance`` ``[feature, feature]``, float64."""
 
     mean: Tensor
     covariance: Tensor
+
+    def __repr__(self) -> str:
+        return brief(type(self).__name__, self._asdict())
 
 
 class MeanVariance(Statistic):

@@ -12,6 +12,7 @@ from typing_extensions import Self
 
 from pellucid.errors import InputError
 from pellucid.running_stats.base import Places, Statistic
+from pellucid.tables import brief
 
 _LATEST = 2**63 - 1
 
@@ -28,6 +29,9 @@ class TopExamples(NamedTuple):
     values: Tensor
     documents: Tensor
     positions: Tensor
+
+    def __repr__(self) -> str:
+        return brief(type(self).__name__, self._asdict())
 
 
 class TopK(Statistic):

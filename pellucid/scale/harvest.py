@@ -140,6 +140,10 @@ class Harvester:
         )
         self.folder = StoreFolder.begin(Path(out), self.job)
 
+    def __repr__(self) -> str:
+        hooks = ", ".join(hook.name for hook in self.job.hooks[:4]) + (", ..." if len(self.job.hooks) > 4 else "")
+        return f"Harvester({hooks} of {self._corpus!r} into {self.folder.path}, {self.folder.n_shards} shards)"
+
     # -- the work ------------------------------------------------------------------------------------------------------
 
     def run(self, worker: Worker | None = None, progress: bool | None = None) -> HarvestReport:

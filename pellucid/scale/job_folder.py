@@ -165,6 +165,9 @@ class JobFolder:
     def __init__(self, path: Path, sha256: str, n_shards: int, names: Sequence[str]) -> None:
         self.path, self.sha256, self.n_shards, self.names = path, sha256, n_shards, tuple(names)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.path)!r}, {self.n_shards} shards)"
+
     def file(self, shard: int, name: str) -> Path:
         """One file of a shard."""
         return self.path / f"{shard:05d}.{name}.safetensors"

@@ -40,16 +40,7 @@ from pellucid.scale.job_folder import (
     read_document,
     shards_of,
 )
-from pellucid.scale.shard_files import (
-    DTYPES,
-    Json,
-    json_errors,
-    safetensors_chunks,
-    sha256_of_json,
-    sync_folder,
-    to_json,
-    write_whole,
-)
+from pellucid.scale.shard_files import DTYPES, json_errors, safetensors_chunks, sha256_of_json, to_json
 from pellucid.tables import BriefFields
 
 FORMAT = "pellucid activations"

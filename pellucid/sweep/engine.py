@@ -36,6 +36,7 @@ from pellucid.sweep.packing import PackedModel, State
 from pellucid.sweep.plan import Batch, Costs, Limits, SweepPlan, divide, make_batches, resident, widest_rows
 from pellucid.sweep.runs import Run, make_run, needs_whole, stage_of
 from pellucid.sweep.scoring import MetricLike, Scorer, Unembedding, by_reads, check_metrics, make_scorer
+from pellucid.tables import Table
 
 EditSet: TypeAlias = Edit | Sequence[Edit]
 """One edit, or several that are made together in one run."""
@@ -44,7 +45,7 @@ ROWS_AT_ONCE = 512
 """Packed rows that go through a block together: enough for quick matrix products, few enough for a processor's cache."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SweepResult:
     """What a sweep found.
 
@@ -59,6 +60,32 @@ class SweepResult:
     base: Mapping[str, Tensor]
     done: Tensor
     plan: SweepPlan
+
+    def _table(self) -> Table:
+        """Of each metric the base run's score, and the least and the largest of an edit."""
+        rows = [
+            (name, f"{float(self.base[name].double().mean()):.4g}", _extreme(values, False), _extreme(values, True))
+            for name, values in self.values.items()
+        ]
+        done = int(self.done.sum())
+        heading = f"SweepResult: {done} of {len(self.done)} edits done; mean over rows"
+        return Table(heading, ("metric", "base run", "least", "largest"), rows)
+
+    def __repr__(self) -> str:
+        return str(self._table())
+
+    def _repr_html_(self) -> str:
+        return self._table().html()
+
+
+def _extreme(values: Tensor, largest: bool) -> str:
+    """``0.25 at edit 3``."""
+    means = values.detach().double().cpu().reshape(len(values), -1).mean(-1) if values.numel() else values.new_empty(0)
+    known = means.isfinite()
+    if not known.any():
+        return "no edit has one"
+    edit = int(means.where(known, -torch.inf).argmax() if largest else means.where(known, torch.inf).argmin())
+    return f"{float(means[edit]):.4g} at edit {edit}"
 
 
 @dataclass(eq=False)
@@ -135,6 +162,10 @@ class Sweep:
         self._base: BaseRun | None = None
         self._base_marks: tuple[object, ...] = ()
         self._base_first = 0
+
+    def __repr__(self) -> str:
+        rows, columns = self.tokens.shape
+        return f"Sweep({rows} rows of {columns} tokens; metrics {', '.join(self.metrics)})"
 
     @property
     def tokens(self) -> Tensor:

@@ -17,6 +17,9 @@ class ChainTensorConversion(BaseTensorConversion):
         super().__init__()
         self.conversions = tuple(conversions)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({list(self.conversions)!r})"
+
     def handle_conversion(self, input_value: Tensor, *full_context: Any) -> Tensor:
         """First to last."""
         for conversion in self.conversions:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
 from pellucid.errors import HookNameError, NotSetUpError, UnsupportedModelError, WeightError
 from pellucid.hook_points import HookPoint, LensHandle, NoTorchHooks, PointOwner
+from pellucid.tables import Table
 
 
 class Site:
@@ -298,6 +299,25 @@ class GeneralizedComponent(NoTorchHooks):
     def handles(self) -> list[LensHandle]:
         """Every function attached to a point of this component."""
         return [handle for point in self.live_points() for handle in point.handles()]
+
+    def _table(self) -> Table:
+        """Its hook points and its children's: names, and what they hold."""
+        rows: list[tuple[str, str]] = []
+        for component in self.modules():
+            if isinstance(component, GeneralizedComponent) and (component._names is not None or component is self):
+                names = component._names or {site: site for site in component.sites()}
+                for site, name in names.items():
+                    holds = getattr(type(component), site).doc.replace("``", "")
+                    rows.append((name, holds.replace("the module", component.path)))
+        module = self.original_component
+        stands_for = "no module yet" if module is None else type(module).__name__
+        return Table(f"{type(self).__name__} at {self.path} ({stands_for})", ("hook point", "what it holds"), rows)
+
+    def __repr__(self) -> str:
+        return str(self._table())
+
+    def _repr_html_(self) -> str:
+        return self._table().html()
 
     # -- weights -------------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,18 @@ from __future__ import annotations
 
 from pellucid.hook_points import HookPoint
 from pellucid.model_bridge.generalized_components.base import GeneralizedComponent, Site
+from pellucid.tables import ranges
+
+
+class Blocks(list[GeneralizedComponent]):
+    """The blocks of a model, shown as one: they have the same hook points."""
+
+    def __repr__(self) -> str:
+        first = f"; the first:\n{self[0]!r}" if self else ""
+        return f"{len(self)} blocks, {ranges(set(range(len(self))))}{first}"
+
+    def _repr_html_(self) -> str:
+        return f"<div>{len(self)} blocks; the first:</div>" + (self[0]._repr_html_() if self else "")
 
 
 class BlockBridge(GeneralizedComponent):
