@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pellucid.dtypes import cast, check_dtype
 from pellucid.errors import CacheKeyError, InputError
 from pellucid.names import HookIndex, get_act_name, nearest
 from pellucid.padding import real_positions
@@ -32,11 +33,7 @@ def check_storage(device: torch.device | str | None, dtype: torch.dtype | None) 
             torch.device(device)
         except (RuntimeError, TypeError) as error:
             raise InputError(f"device={device!r} is none that torch knows: {str(error).splitlines()[0]}") from None
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise InputError(
-            f"dtype={dtype!r}: activations are kept as floating-point numbers. Give torch.float32, torch.bfloat16 or the "
-            "like."
-        )
+    check_dtype(dtype)
 
 
 class ActivationCache(Mapping[str, Tensor]):
@@ -169,13 +166,10 @@ class ActivationCache(Mapping[str, Tensor]):
         """A cache with its tensors moved; ``dtype`` is applied to floating-point ones.
 
         Raises:
-            InputError: no device, or no floating-point dtype.
+            InputError: no device; a value that ``dtype`` cannot hold, with its hook point; a dtype that is not floating point.
         """
         check_storage(device, dtype)
-        moved = {
-            name: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
-            for name, tensor in self.cache_dict.items()
-        }
+        moved = {name: cast(tensor, dtype, name, device) for name, tensor in self.cache_dict.items()}
         return self._like(moved, self.has_batch_dim)
 
     def remove_batch_dim(self) -> ActivationCache:

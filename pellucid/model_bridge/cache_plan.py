@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pellucid.activation_cache import GRADIENT, check_storage
 from pellucid.config import TransformerBridgeConfig
+from pellucid.dtypes import cast
 from pellucid.errors import CacheTooLargeError, InputError
 from pellucid.hook_points import HookPoint
 from pellucid.names import HookSpec
@@ -79,9 +80,13 @@ def cache_bytes(
     dtype: torch.dtype | None = None,
     incl_bwd: bool = False,
 ) -> dict[str, int]:
-    """Bytes that each point, and its gradient if asked for, will take in a cache, by the name of the entry."""
-    pos = kept_count(kept_positions(pos_slice, size.pos), size.pos)
+    """Bytes that each point, and its gradient if asked for, will take in a cache, by the name of the entry.
+
+    Raises:
+        InputError: a position outside the run; a dtype that is not floating point.
+    """
     check_storage(None, dtype)
+    pos = kept_count(kept_positions(pos_slice, size.pos), size.pos)
     assert cfg.d_mlp is not None
     lengths = {
         "batch": size.batch,
@@ -142,7 +147,7 @@ class Keeper:
         scope: the session it belongs to, whose own run is the one to keep: not one that a hook makes inside it.
 
     Raises:
-        InputError: no device, or no floating-point dtype.
+        InputError: no device; a dtype that is not floating point; when a tensor is kept, a value that ``dtype`` cannot hold.
     """
 
     def __init__(
@@ -179,7 +184,7 @@ class Keeper:
         kept = tensor.detach()
         if not self._as_is:
             kept = take_positions(kept, self._pos_axes[name], self._positions)
-            kept = kept.to(device=self._device, dtype=self._dtype if kept.is_floating_point() else None)
+            kept = cast(kept, self._dtype, name + suffix, self._device)
         if self._copies:
             if kept.data_ptr() == tensor.data_ptr():
                 kept = kept.clone(memory_format=torch.contiguous_format)
