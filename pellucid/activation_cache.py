@@ -166,7 +166,8 @@ class ActivationCache(Mapping[str, Tensor]):
         """A cache with its tensors moved; ``dtype`` is applied to floating-point ones.
 
         Raises:
-            InputError: no device; a value that ``dtype`` cannot hold, with its hook point; a dtype that is not floating point.
+            InputError: no device; a value that ``dtype`` cannot hold, with its hook point; a dtype that is not floating
+                point.
         """
         check_storage(device, dtype)
         moved = {name: cast(tensor, dtype, name, device) for name, tensor in self.cache_dict.items()}

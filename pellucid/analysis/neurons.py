@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pellucid.dtypes import cast
 from pellucid.errors import InputError, NoEffectError
 from pellucid.hook_points import HookPoint
 from pellucid.model_bridge.hooked_model import HookedModel, HookRequest
@@ -179,7 +180,7 @@ class NeuronEdit(BriefFields):
             units = (axis.to(activation.device) for axis in self.where)
             ready = self._ready = (
                 (slice(None), slice(None), *units),
-                self.values.to(activation.device, activation.dtype),
+                cast(self.values, activation.dtype, f"A value for the neurons of {self.name}", activation.device),
             )
         return ready
 

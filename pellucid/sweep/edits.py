@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pellucid.arguments import check_number
+from pellucid.dtypes import cast
 from pellucid.errors import CacheKeyError, HookValueError, InputError
 from pellucid.hook_points import bits_differ
 from pellucid.names import HookSpec
@@ -56,7 +57,7 @@ class SetTo(BriefFields, Value):
 
     def new(self, current: Tensor, write: Write) -> Tensor:
         """The value, of the region's shape."""
-        value = torch.as_tensor(self.value, dtype=current.dtype, device=current.device)
+        value = _like(self.value, current, write, "SetTo")
         return _broadcast(value, current, write, "SetTo")
 
 
@@ -117,7 +118,7 @@ class FromRun(BriefFields, Value):
                 f"FromRun: the region of {write.spec.name} has shape {tuple(current.shape)} here and "
                 f"{tuple(taken.shape)} in the other run. The two prompts must have the same number of tokens."
             )
-        return taken.to(current)
+        return _like(taken, current, write, "FromRun")
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ class Add(BriefFields, Value):
 
     def new(self, current: Tensor, write: Write) -> Tensor:
         """The sum."""
-        direction = torch.as_tensor(self.direction, dtype=current.dtype, device=current.device)
+        direction = _like(self.direction, current, write, "Add")
         return current + _broadcast(direction, current, write, "Add")
 
 
@@ -180,6 +181,19 @@ def _refuse_nan(what: str, value: Tensor | float) -> None:
     """An infinite number is an edit (of a score, say); one that is none is a mistake."""
     if not isinstance(value, Tensor) and value != value:
         raise InputError(f"{what}: the value is NaN.")
+
+
+def _like(value: Tensor | float, current: Tensor, write: Write, what: str) -> Tensor:
+    """``value`` in the dtype and on the device of the activation.
+
+    Raises:
+        InputError: a number that the activation's dtype cannot hold.
+    """
+    given = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
+    if not current.is_floating_point():
+        return given.to(current)  # token ids
+    given = given if given.is_floating_point() else given.double()
+    return cast(given, current.dtype, f"{what}: the value for {write.spec.name}", current.device)
 
 
 def _broadcast(value: Tensor, current: Tensor, write: Write, what: str) -> Tensor:
