@@ -311,6 +311,7 @@ class _Data:
         place = places(self.real)
         n_places = int(place.max()) + 1 if by_position else 1
         sums: dict[str, Tensor] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
         counts = torch.zeros(n_places, dtype=torch.float64, device=self.real.device)
         n_rows = self.real.shape[0]
         starts = range(0, n_rows, n_rows if self.kept is not None else ROWS_OF_DATA)
@@ -324,6 +325,7 @@ class _Data:
             )
             counts.index_add_(0, at, torch.ones_like(at, dtype=torch.float64))
             for name, tensor in self._chunk(chunk).items():
+                self._dtypes[name] = tensor.dtype  # a scale is float32 in a model of half precision
                 found = tensor.movedim(self.site.first.pos_axis, 1)[real].double()
                 total = sums.setdefault(
                     name, torch.zeros(n_places, *found.shape[1:], dtype=torch.float64, device=found.device)
@@ -350,7 +352,7 @@ class _Data:
         """The mean over all real tokens, seen as a run of one row, ``[1, pos, ...]``."""
         sums, counts = self._sums(by_position=False)
         means = {
-            name: (total / counts.view(-1, *[1] * (total.dim() - 1))).to(self.bridge.dtype)
+            name: (total / counts.view(-1, *[1] * (total.dim() - 1))).to(self._dtypes[name])
             for name, total in sums.items()
         }
         return {name: mean.expand(self.prompts.length, *mean.shape[1:])[None] for name, mean in means.items()}
@@ -366,7 +368,7 @@ class _Data:
             )
         at = places(self.prompts.real).clamp(min=0)  # padding is edited too, and reaches no real position
         return {
-            name: (total / counts.view(-1, *[1] * (total.dim() - 1))).to(self.bridge.dtype)[at]
+            name: (total / counts.view(-1, *[1] * (total.dim() - 1))).to(self._dtypes[name])[at]
             for name, total in sums.items()
         }
 

@@ -30,6 +30,7 @@ import xarray as xr
 from torch import Tensor
 
 import pellucid
+from pellucid.dtypes import widened
 from pellucid.errors import InputError
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.names import Flag
@@ -125,19 +126,19 @@ class LabelledSweep(BriefFields):
                 self.sweep.plan(self.grid.edits)  # makes the base run, which the next line scores
                 check_scores(self.sweep.run([]).base, self.sweep.tokens.shape[0], self.rows)
             found = self.sweep.run(self.grid.edits, progress=progress, on_interrupt=on_interrupt)
+        base = in_float32(found.base)
         zero, one = dict(self.reference.zero), self.reference.one
         if self.reference.kind == "change" and not zero:
-            zero = dict(found.base)
+            zero = base
         arrays = [
-            self._array(values, zero.get(name), one.get(name), found.base[name])
-            for name, values in found.values.items()
+            self._array(values, zero.get(name), one.get(name)) for name, values in in_float32(found.values).items()
         ]
         done = int(found.done.sum())
         about = dict(self.about) | {"cells": len(self.grid.edits), "done": done}
-        about["base"] = [float(base.double().mean()) for base in found.base.values()]
+        about["base"] = [float(score.double().mean()) for score in base.values()]
         return self._joined(arrays).assign_attrs(about)
 
-    def _array(self, values: Tensor, zero: Tensor | None, one: Tensor | None, base: Tensor) -> xr.DataArray:
+    def _array(self, values: Tensor, zero: Tensor | None, one: Tensor | None) -> xr.DataArray:
         """``[*dims]``, or ``[*dims, row]``."""
         n_rows = self.sweep.tokens.shape[0]
         by_row = values.reshape(values.shape[0], -1)
@@ -200,6 +201,14 @@ def about_metrics(metric: MetricLike | Mapping[str, MetricLike], kind: Kind) -> 
     if not isinstance(metric, Mapping):
         named = {"metric": next(iter(many)), "units": units[0]}
     return named | {"value": kind}
+
+
+def in_float32(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Scores in float32 at least: a function of bfloat16 logits may give bfloat16, which numpy does not have.
+
+    Differences and means of scores are then taken there, not in half precision.
+    """
+    return {name: widened(score) for name, score in scores.items()}
 
 
 def check_scores(scores: Mapping[str, Tensor], n_rows: int, rows: Rows) -> None:

@@ -33,6 +33,7 @@ from pellucid.analysis.labelled import (
     about_metrics,
     between,
     check_scores,
+    in_float32,
     switched,
 )
 from pellucid.errors import InputError
@@ -259,7 +260,7 @@ def score_of(
     rows_at_once: int,
     memory_limit: int | None,
 ) -> dict[str, Tensor]:
-    """Each metric of an unedited run."""
+    """Each metric of an unedited run, in float32 at least."""
     run = Sweep(
         bridge,
         prompts.tokens,
@@ -269,7 +270,7 @@ def score_of(
         memory_limit=memory_limit,
         rows_at_once=rows_at_once,
     )
-    scores = dict(run.run([]).base)
+    scores = in_float32(run.run([]).base)
     check_scores(scores, prompts.n_rows, rows)
     return scores
 
