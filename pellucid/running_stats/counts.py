@@ -58,6 +58,7 @@ class CountPositive(Statistic):
         # time of summing booleans.
         weights = torch.ones(len(values), device=values.device) if mask is None else mask.float()
         block = max(1, BLOCK // self._width)
+        threshold = not_above(self.threshold, values.dtype)
         above = self.workspace.take((min(block, len(values)), self._width), torch.float32, values.device)
         for first in range(0, len(values), EXACT_IN_FLOAT32):
             last = min(first + EXACT_IN_FLOAT32, len(values))
@@ -65,7 +66,7 @@ class CountPositive(Statistic):
             for begin in range(first, last, block):
                 end = min(begin + block, last)
                 ones = above[: end - begin]
-                torch.gt(values[begin:end], self.threshold, out=ones)
+                torch.gt(values[begin:end], threshold, out=ones)
                 found.addmv_(ones.T, weights[begin:end])
             self._counts += found.long()
 
@@ -139,6 +140,18 @@ class Histogram(Statistic):
 
     def _restore(self, tensors: Mapping[str, Tensor]) -> None:
         self._counts = tensors["counts"]
+
+
+def not_above(threshold: float, dtype: torch.dtype) -> float:
+    """The largest number of ``dtype`` that is not above ``threshold``.
+
+    A comparison rounds a threshold to the dtype of the values. In bfloat16 0.1 becomes 0.10009765625, and values that are
+    equal to that, though above 0.1, would not count.
+    """
+    rounded = torch.tensor(threshold, dtype=torch.float64).to(dtype)
+    if float(rounded) > threshold:
+        rounded = torch.nextafter(rounded, torch.tensor(-math.inf, dtype=dtype))
+    return float(rounded)
 
 
 def count_bins(bins: Tensor, counts: Tensor) -> None:
