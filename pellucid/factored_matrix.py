@@ -16,6 +16,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from pellucid.dtypes import widened
 from pellucid.errors import InputError
 
 
@@ -121,8 +122,8 @@ class FactoredMatrix:
     @cached_property
     def _svd(self) -> tuple[Tensor, Tensor, Tensor]:
         # Orthogonal parts first (QR of each factor); what is left is [mdim, mdim] and cheap. LAPACK has no 16-bit kernels.
-        q_left, r_left = torch.linalg.qr(_wide(self.A))
-        q_right, r_right = torch.linalg.qr(_wide(self.B).transpose(-2, -1))
+        q_left, r_left = torch.linalg.qr(widened(self.A))
+        q_right, r_right = torch.linalg.qr(widened(self.B).transpose(-2, -1))
         u, s, vh = torch.linalg.svd(r_left @ r_right.transpose(-2, -1), full_matrices=False)
         return q_left @ u, s, q_right @ vh.transpose(-2, -1)
 
@@ -157,8 +158,9 @@ class FactoredMatrix:
 
     @property
     def eigenvalues(self) -> Tensor:
-        """Eigenvalues ``[..., mdim]``, complex. Those of ``BA``; further ones of ``AB`` are zero."""
-        values: Tensor = torch.linalg.eigvals(_wide(self.BA))
+        """Eigenvalues ``[..., mdim]``, complex. Those of ``BA``; further ones of ``AB`` are zero. From float32 at least."""
+        # The factors are widened, not their product: float16 may not hold it, and rounding it moves the eigenvalues.
+        values: Tensor = torch.linalg.eigvals(FactoredMatrix(widened(self.A), widened(self.B)).BA)
         return values
 
     def norm(self) -> Tensor:
@@ -248,10 +250,6 @@ class FactoredMatrix:
                 f"The {side} factor {tuple(shape)} does not fit a factored matrix {tuple(self.shape)}: inner sizes are "
                 f"{found} and {wanted}."
             )
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _axes_of(item: Any) -> int:

@@ -91,7 +91,13 @@ def examples_page(
 
 
 def _checked(example: TokenExample, heading: str) -> np.ndarray:
-    values = np.asarray(example.values, dtype=np.float64)
+    try:
+        # One by one: numpy does not read a tensor in bfloat16.
+        values = np.array([float(value) for value in example.values])
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"An example has a number for each of its tokens; one of {heading!r} has values of another kind: {error}."
+        ) from None
     if not len(example.tokens) or values.shape != (len(example.tokens),):
         raise InputError(
             f"An example has a number for each of its tokens; one of {heading!r} has {len(example.tokens)} tokens and "
