@@ -30,6 +30,11 @@ that code which catches ``KeyError`` or ``ValueError`` goes on working::
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
+import warnings
+
 
 class PellucidError(Exception):
     """Base of every error raised on purpose by Pellucid."""
@@ -117,3 +122,19 @@ class NotSetUpError(PellucidError, RuntimeError):
 
 class PellucidWarning(UserWarning):
     """Something the user should know: a fallback that was taken, or a surprise that was left as it was found."""
+
+
+_LIBRARIES = tuple(os.path.join("site-packages", name, "") for name in ("torch", "transformers", "accelerate", "peft"))
+_OWN = (os.path.join(os.path.dirname(os.path.abspath(__file__)), ""), contextlib.__file__)
+
+
+def warn(message: str) -> None:
+    """Give a :class:`PellucidWarning` that points at the user's line, however many calls of libraries lie between."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and _is_passed_over(frame.f_code.co_filename):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, PellucidWarning, stacklevel=level)
+
+
+def _is_passed_over(file: str) -> bool:
+    return file.startswith(_OWN) or any(library in file for library in _LIBRARIES)

@@ -78,6 +78,9 @@ USERS_OF_TRANSFORMERS = (
 )
 """Who imports transformers, and only inside functions: it takes seconds to load."""
 
+USERS_OF_PEFT = ("model_bridge.checkpoint",)
+"""Who imports PEFT (extra ``adapters``), and only inside functions: to open an adapter's folder."""
+
 WITHOUT_TORCH = (
     "",
     "errors",
@@ -161,6 +164,8 @@ def violations(module: str, source: str, known: frozenset[str], is_package: bool
         chosen = room == "cli.*" and module not in WITHOUT_TORCH
         if outermost == "transformers" and not late and not chosen:
             yield f"{module}:{found.line} imports transformers"
+        if outermost == "peft" and module in USERS_OF_PEFT and not found.at_top:
+            continue
         if outermost in ("peft", "transformer_lens", "nnsight"):
             yield f"{module}:{found.line} imports {outermost}, which only tests and benchmarks install"
         if outermost != "pellucid":

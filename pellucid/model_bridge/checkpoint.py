@@ -329,7 +329,9 @@ def _need_peft(path: str) -> None:
     try:
         import peft  # noqa: F401
     except ImportError as error:
-        raise MissingExtraError(f"{path} is a PEFT adapter: install PEFT to open it (pip install peft).") from error
+        raise MissingExtraError(
+            f"{path} is a PEFT adapter: install PEFT to open it (pip install 'pellucid[adapters]')."
+        ) from error
 
 
 def _refuse_no_model(folder: str) -> None:

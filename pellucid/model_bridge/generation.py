@@ -7,7 +7,6 @@ other field that the checkpoint sets is set back, and those on which tokens depe
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pellucid.arguments import check_count, check_number
-from pellucid.errors import InputError, PellucidWarning
+from pellucid.errors import InputError, warn
 from pellucid.model_bridge.mounting import ComponentTree
 from pellucid.model_bridge.tokens import TokenRules
 from pellucid.run_context import set_generation
@@ -234,11 +233,9 @@ def _set_back(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
     told = {name: value for name, value in found.items() if name not in OURS and name not in TOKENS_DO_NOT_DEPEND_ON}
     if told:
         fields = ", ".join(f"{name}={value!r}" for name, value in told.items())
-        warnings.warn(
+        warn(
             f"The checkpoint's generation configuration sets {fields}. bridge.generate leaves that out: tokens are chosen "
             f"as its arguments say. To have it, pass it: generate(..., {fields}).",
-            PellucidWarning,
-            stacklevel=4,
         )
     return {name: NEUTRAL.get(name) for name in found}
 

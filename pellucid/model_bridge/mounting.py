@@ -19,7 +19,6 @@ fails without it:
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +28,7 @@ import torch
 from torch import nn
 
 from pellucid.config import TransformerBridgeConfig
-from pellucid.errors import PellucidWarning
+from pellucid.errors import warn
 from pellucid.hook_points import HOOKS_LOCK, HookPoint, LensHandle
 from pellucid.model_bridge.architecture_adapter import ArchitectureAdapter
 from pellucid.model_bridge.generalized_components import BackboneBridge, GeneralizedComponent, LinearBridge
@@ -234,12 +233,10 @@ class ComponentTree:
                 elsewhere = handle.scope
         if elsewhere is not None and not open_scopes() and not elsewhere.was_reported:
             elsewhere.was_reported = True
-            warnings.warn(
+            warn(
                 "This model runs in a thread in which the open block `with bridge.hooks(...)` does not act: a block belongs "
                 "to the thread that opened it, and this run is not hooked. To hook it, start the thread with "
                 "`Thread(target=contextvars.copy_context().run, args=(function, ...))`, or open the block in the thread.",
-                PellucidWarning,
-                stacklevel=2,
             )
         return acting
 
@@ -307,12 +304,10 @@ class ComponentTree:
         slot = "_old_forward" if "_old_forward" in vars(module) else "forward"
         previous = vars(module).get(slot)
         if not component.runs_original and _is_foreign(previous, type(module).forward):
-            warnings.warn(
+            warn(
                 f"{component.path} has a forward that is not Hugging Face's, and Pellucid computes in its place, as Hugging "
                 "Face does, while points of it are in use: the numbers of such a run are not those of a run without "
                 "hooks. Change the model with hooks, or hook points outside that module.",
-                PellucidWarning,
-                stacklevel=4,
             )
         # In this order: what is noted but not yet in place, the next sync puts in place or forgets.
         component.mounted = stand_in = StandIn(component, module, slot, previous)
@@ -326,11 +321,9 @@ class ComponentTree:
             mounted.take_off()
         component.mounted = None
         if replaced:
-            warnings.warn(
+            warn(
                 f"The forward of {component.path} was replaced while Pellucid had hooks on it; it is left as found. Remove "
                 "hooks before wrapping a module, and wrap it before hooking.",
-                PellucidWarning,
-                stacklevel=4,
             )
 
     def has_torch_hooks(self) -> bool:

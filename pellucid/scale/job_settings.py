@@ -9,8 +9,8 @@ import torch
 import pellucid
 from pellucid.corpora import Corpus
 from pellucid.errors import InputError
+from pellucid.files import Json
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
-from pellucid.scale.shard_files import Json
 
 
 def settings_of(

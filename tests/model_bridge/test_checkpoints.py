@@ -326,7 +326,7 @@ def test_what_an_adapters_folder_may_lack(folder: Path, tmp_path: Path, monkeypa
         boot(adapter)
     settings.write_text(json.dumps(kind))
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(MissingExtraError, match="pip install peft"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'pellucid\[adapters\]'"):
         boot(adapter)
 
 
