@@ -256,16 +256,22 @@ def _disabled(spec: HookSpec, asked: str) -> HookDisabledError:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+FROM_TOKENS, FROM_EMBEDDINGS = -2, -1
+"""Where a run begins that is not given the residual of a block."""
+
+
 def runs_through(spec: HookSpec, start: int, stop: int, n_layers: int) -> bool:
     """Whether a run that is given the residual entering block ``start`` and ends before block ``stop`` fires a point.
 
-    ``start`` is -1 for a run from the tokens, ``stop`` is ``n_layers + 1`` for one to the logits.
+    ``start`` is :data:`FROM_TOKENS` or :data:`FROM_EMBEDDINGS` for a run from there, ``stop`` is ``n_layers + 1`` for one to
+    the logits.
     """
     if spec.layer is not None:
         enters = spec.site == "hook_in" and spec.component == f"blocks.{stop}"
         return start <= spec.layer < stop or enters
-    before = spec.component in ("embed", "embed_ln")
-    return start < 0 if before else stop > n_layers
+    if spec.component == "embed":
+        return start == FROM_TOKENS
+    return start < 0 if spec.component == "embed_ln" else stop > n_layers
 
 
 _IN_ATTENTION = frozenset("q k v z attn_scores pattern result".split())

@@ -46,6 +46,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "model_bridge.supported_architectures.*",
         "model_bridge.token_methods",
     ),
+    ("model_bridge.run_positions",),
     (
         "model_bridge.generation",
         "model_bridge.hf_source",

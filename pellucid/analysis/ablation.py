@@ -11,6 +11,7 @@ takes the heads away; zeroing ``attn_out`` takes the bias too.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal, TypeAlias
 
 import torch
@@ -193,11 +194,12 @@ def prepare_ablation(
         return Zero() if how == "zero" else FromRun(values, rows=drawn or None)
 
     grid = make_grid(bridge, prompts, found, words, value, positions=positions, heads=heads, neurons=neurons)
+    tokens, mask = prompts.input()
     sweep = Sweep(
         bridge,
-        prompts.tokens,
+        tokens,
         metric,
-        attention_mask=prompts.attention_mask,
+        attention_mask=mask,
         logit_positions=logit_positions,
         memory_limit=left_of(memory_limit, values),
         rows_at_once=rows_at_once,
@@ -345,7 +347,12 @@ class _Data:
         if self.kept is not None:
             return {name: self.kept[name] for name in self.names}
         mask = self.rows.attention_mask
-        rows = Prompts(self.rows.tokens[chunk], None if mask is None else mask[chunk], self.rows.labels[chunk])
+        rows = replace(
+            self.rows,
+            tokens=self.rows.tokens[chunk],
+            attention_mask=None if mask is None else mask[chunk],
+            labels=self.rows.labels[chunk],
+        )
         return keep(self.bridge, rows, self.names, self.site.flags)
 
     def mean(self) -> dict[str, Tensor]:

@@ -81,14 +81,21 @@ class Prompts(BriefFields):
     """The checked input of a run.
 
     Attributes:
-        tokens: ``[row, pos]``.
+        tokens: ``[row, pos]``, ``NO_TOKEN`` at virtual positions, which a wrapper of the model puts first.
         attention_mask: ``[row, pos]``, ``None`` if nothing is padding.
         labels: of each row, its tokens as a person should see them; ids without a tokenizer.
+        virtual: how many of the positions are virtual.
     """
 
     tokens: Tensor
     attention_mask: Tensor | None
     labels: tuple[tuple[str, ...], ...]
+    virtual: int = 0
+
+    def input(self) -> tuple[Tensor, Tensor | None]:
+        """Token ids and mask as a run of the bridge takes them, without virtual positions."""
+        mask = self.attention_mask
+        return self.tokens[:, self.virtual :], None if mask is None else mask[:, self.virtual :]
 
     @property
     def n_rows(self) -> int:
@@ -138,6 +145,8 @@ def read_prompts(
         input, prepend_bos=prepend_bos, padding_side=padding_side, attention_mask=attention_mask
     )
     assert prepared.tokens is not None
+    run = bridge.positions_of(prepared)
+    assert run.tokens is not None
     rows: list[list[int]] = prepared.tokens.tolist()
     tokenizer = bridge.tokenizer
     labels = (
@@ -145,7 +154,8 @@ def read_prompts(
         if tokenizer is None
         else [token_labels(tokenizer, row) for row in rows]
     )
-    return Prompts(prepared.tokens, prepared.attention_mask, tuple(map(tuple, labels)))
+    before = tuple(f"<virtual {place}>" for place in range(run.virtual))
+    return Prompts(run.tokens, run.attention_mask, tuple((*before, *row) for row in labels), run.virtual)
 
 
 def refuse_different_lengths(first: Prompts, second: Prompts, names: tuple[str, str]) -> None:

@@ -175,11 +175,12 @@ def prepare_activation_patching(
         bridge, base, found, words, lambda spec: FromRun(cache), positions=positions, heads=heads, neurons=neurons
     )
     limit = left_of(memory_limit, cache)
+    tokens, mask = base.input()
     sweep = Sweep(
         bridge,
-        base.tokens,
+        tokens,
         metric,
-        attention_mask=base.attention_mask,
+        attention_mask=mask,
         logit_positions=logit_positions,
         memory_limit=limit,
         rows_at_once=rows_at_once,
@@ -223,10 +224,11 @@ def keep(
         raise InputError(
             "The model is in training mode, where dropout makes every run another. Call bridge.eval() first."
         )
+    tokens, mask = prompts.input()
     with torch.no_grad(), switched(bridge, flags):
         _, cache = bridge.run_with_cache(
-            prompts.tokens,
-            attention_mask=prompts.attention_mask,
+            tokens,
+            attention_mask=mask,
             names_filter=list(names),
             return_type=None,
             return_cache_object=False,
@@ -261,11 +263,12 @@ def score_of(
     memory_limit: int | None,
 ) -> dict[str, Tensor]:
     """Each metric of an unedited run, in float32 at least."""
+    tokens, mask = prompts.input()
     run = Sweep(
         bridge,
-        prompts.tokens,
+        tokens,
         metrics,
-        attention_mask=prompts.attention_mask,
+        attention_mask=mask,
         logit_positions=logit_positions,
         memory_limit=memory_limit,
         rows_at_once=rows_at_once,

@@ -209,11 +209,12 @@ def prepare_path_patching(
     ]
     grid = _grid(first, sending, hearing if each_receiver else None, columns if each_position else None, edits)
     limit = left_of(memory_limit, paths.kept())
+    tokens, mask = first.input()
     sweep = Sweep(
         bridge,
-        first.tokens,
+        tokens,
         metric,
-        attention_mask=first.attention_mask,
+        attention_mask=mask,
         logit_positions=logit_positions,
         memory_limit=limit,
         rows_at_once=rows_at_once,

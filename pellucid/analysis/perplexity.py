@@ -19,7 +19,7 @@ from torch import Tensor
 from pellucid.analysis.neurons import Neuron, NeuronChange, NeuronEdit, refuse_no_effect, zero
 from pellucid.errors import InputError, NoEffectError
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
-from pellucid.padding import has_padding, predicted
+from pellucid.padding import has_padding, targets
 from pellucid.progress import progress_bar
 from pellucid.token_text import tokens_to_text
 
@@ -323,11 +323,13 @@ def _measure(
     with progress_bar(desc="perplexity", unit=" tokens", show=progress) as bar:
         for batch in text.batches(batch_size):
             mask = batch.attention_mask
-            counted = predicted(mask)
+            padded = mask if has_padding(mask) else None
+            run = bridge.positions_of(bridge.check_input(batch.tokens, attention_mask=padded))
+            assert run.tokens is not None
+            counted = targets(run.tokens, run.attention_mask)
             totals = sums.setdefault(batch.label, [_Sum() for _ in runs])
             if not bool(counted.any()):
                 continue
-            padded = mask if has_padding(mask) else None
             for edits, total in zip(runs, totals, strict=True):
                 with bridge.hooks(fwd_hooks=[(edit.name, edit) for edit in edits]):
                     losses = bridge(batch.tokens, return_type="loss", loss_per_token=True, attention_mask=padded)

@@ -150,12 +150,12 @@ def patch_model(choice: ModelChoice, request: PatchRequest, format: Format) -> b
     pair = [read_prompts(bridge, text, prepend_bos=request.prepend_bos) for text in prompts]
     refuse_different_lengths(pair[0], pair[1], ("--clean", "--corrupted"))
     with torch.no_grad():
-        logits = [bridge(prompt.tokens)[:, -1] for prompt in pair]
+        logits = [bridge(prompt.input()[0])[:, -1] for prompt in pair]
     metric, named = _metric(bridge, choice, request, logits)
     prepared = prepare_activation_patching(
         bridge,
-        pair[0].tokens,
-        pair[1].tokens,
+        pair[0].input()[0],
+        pair[1].input()[0],
         metric,
         request.site,
         by,

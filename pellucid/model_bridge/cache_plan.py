@@ -21,13 +21,18 @@ PosSlice: TypeAlias = int | slice | Sequence[int] | Tensor | None
 """Positions to keep: one (its axis stays), a slice, a list of indices, or all."""
 
 
+EMBEDDING = "embed"
+"""The component that sees the positions of the input only, not those that a wrapper of the model puts before them."""
+
+
 @dataclass(frozen=True)
 class RunSize:
-    """Sizes of a run: rows, positions, and keys (cached ones included)."""
+    """Sizes of a run: rows, positions, keys (cached ones included), and positions that the token embedding does not see."""
 
     batch: int
     pos: int
     key_pos: int
+    virtual: int = 0
 
 
 def kept_positions(pos_slice: PosSlice, length: int) -> Tensor | slice:
@@ -58,6 +63,20 @@ def kept_positions(pos_slice: PosSlice, length: int) -> Tensor | slice:
     if wanted.dim() != 1 or bool(((wanted < -length) | (wanted >= length)).any()):
         raise InputError(f"pos_slice asks for positions {wanted.tolist()}; the run has {length}, 0 to {length - 1}.")
     return wanted % length
+
+
+def refuse_unseen(positions: Tensor, virtual: int, name: str) -> None:
+    """Refuse positions that a point never sees.
+
+    Raises:
+        InputError: one of the first ``virtual`` positions.
+    """
+    if bool((positions < virtual).any()):
+        raise InputError(
+            f"{name} has the tokens only, and pos_slice asks for position {int(positions.min())}, one of the {virtual} "
+            f"virtual positions that the model's wrapper puts before them. Leave {name} out (names_filter), or take "
+            f"positions from {virtual} on."
+        )
 
 
 def kept_count(positions: Tensor | slice, length: int) -> int:
@@ -109,6 +128,8 @@ def cache_bytes(
         count = 1
         for axis in spec.axes:
             count *= lengths[axis]
+        if spec.component == EMBEDDING and pos_slice is None:
+            count = count // size.pos * (size.pos - size.virtual)
         plan[spec.name] = count * dtypes[spec.kind].itemsize
         if incl_bwd and spec.kind != "int":
             plan[spec.name + GRADIENT] = plan[spec.name]
@@ -141,6 +162,7 @@ class Keeper:
         dtype: as what to keep floating-point ones, by default as they are.
         copies: whether anything else may write to the tensors, so that they have to be copied.
         owned: points whose tensor the caller has too, before or after the run.
+        shifts: by point, how many of the run's first positions it does not see.
 
     Attributes:
         kept: the tensors by name.
@@ -158,8 +180,10 @@ class Keeper:
         dtype: torch.dtype | None,
         copies: bool,
         owned: Collection[str] = (),
+        shifts: Mapping[str, int] | None = None,
     ) -> None:
         check_storage(device, dtype)
+        self._shifts = shifts or {}
         self.kept: dict[str, Tensor] = {}
         self.scope: Scope | None = None
         self._owned = owned
@@ -183,7 +207,10 @@ class Keeper:
         """Keep ``tensor`` under ``name + suffix``."""
         kept = tensor.detach()
         if not self._as_is:
-            kept = take_positions(kept, self._pos_axes[name], self._positions)
+            positions, shift = self._positions, self._shifts.get(name, 0)
+            if shift and isinstance(positions, Tensor):
+                positions = positions - shift
+            kept = take_positions(kept, self._pos_axes[name], positions)
             kept = cast(kept, self._dtype, name + suffix, self._device)
         if self._copies:
             if kept.data_ptr() == tensor.data_ptr():

@@ -24,6 +24,7 @@ from pellucid.errors import HookValueError, InputError, OtherJobError
 from pellucid.hook_points import HookPoint, LensHandle, describe_function
 from pellucid.model_bridge.collected import Collected, Hook, describe_request, read_collected, write_collected
 from pellucid.model_bridge.hook_session import HookSession
+from pellucid.model_bridge.run_positions import RunPositions
 from pellucid.model_bridge.running import Prepared, RunnableModel
 from pellucid.model_bridge.weights_hash import weights_hash
 from pellucid.names import HookSpec, NamesFilter
@@ -44,6 +45,7 @@ class _Tap:
         self.spec = spec
         self.calls = 0
         self.tokens: Tensor | None = None
+        self.positions: RunPositions | None = None
         self.mask: Tensor | None = None
         self.places: Places | None = None
         self.statistics: Sequence[Statistic] = ()
@@ -53,8 +55,9 @@ class _Tap:
         if run is None or run.tokens is not self.tokens:
             return  # a hook of the user's runs the model inside this run
         self.calls += 1
+        shown = tensor if self.positions is None else self.positions.of_input(tensor)
         for statistic in self.statistics:
-            statistic.update(tensor, self.mask, self.places)
+            statistic.update(shown, self.mask, self.places)
 
 
 class CollectingModel(RunnableModel):
@@ -158,8 +161,12 @@ class CollectingModel(RunnableModel):
                 prepared = self._batch_input(batch, stop)
                 places = Places(batch.documents.to(self.device), batch.positions.to(self.device))
                 mask = batch.attention_mask.to(self.device) if batch.is_padded else None
+                positions = self.positions_of(prepared)
+                # A wrapper that embeds the tokens itself hides them from the run.
+                tokens = prepared.tokens if positions.embeddings is None else None
                 for hook, tap in zip(state.hooks, taps, strict=True):
-                    tap.tokens, tap.mask, tap.places, tap.calls = prepared.tokens, mask, places, 0
+                    tap.tokens, tap.mask, tap.places, tap.calls = tokens, mask, places, 0
+                    tap.positions = positions
                     tap.statistics = state.of(hook.spec.name, batch.label)
                 self._run_to(prepared, stop)
                 for tap in taps:
@@ -184,7 +191,9 @@ class CollectingModel(RunnableModel):
 
     def _run_to(self, prepared: Prepared, stop: int | None) -> None:
         """Run, to the end of the blocks, of the final norm, or of the model."""
-        if stop is None or stop <= self.cfg.n_layers:
+        positions = self.positions_of(prepared)
+        inside = positions.embeddings is None and not positions.cache_is_wrappers  # a wrapper adds nothing to the input
+        if stop is None or stop <= self.cfg.n_layers or not inside:
             self._run(prepared)
             return
         backbone: Any = self._tree.backbone.module

@@ -75,7 +75,7 @@ def generate(
     model: nn.Module,
     tree: ComponentTree,
     rules: TokenRules,
-    tokens: Tensor,
+    given: Mapping[str, Tensor],
     attention_mask: Tensor | None,
     *,
     max_new_tokens: int,
@@ -95,6 +95,8 @@ def generate(
     hf_kwargs: Mapping[str, Any],
 ) -> tuple[Any, EndTokens]:
     """Run ``model.generate``, in a context of its own; arguments as :meth:`TransformerBridge.generate`.
+
+    ``given`` is the input by Hugging Face's name.
 
     Returns:
         What Hugging Face gives, and how its rows end.
@@ -132,13 +134,14 @@ def generate(
         penalty = FrequencyPenalty(freq_penalty, attention_mask)
         arguments["logits_processor"] = [*arguments.get("logits_processor", ()), penalty]
     criteria = _as_list(stopping_criteria)
+    (rows,) = {tensor.shape[0] for tensor in given.values()}
     bar = _Bar(max_new_tokens) if verbose else None
     if bar is not None:
         criteria.append(bar)
     try:
         with torch.no_grad():
-            set_generation(tokens.shape[0])
-            output = model.generate(input_ids=tokens, stopping_criteria=_criteria_list(criteria), **arguments)  # type: ignore[operator]
+            set_generation(rows)
+            output = model.generate(**given, stopping_criteria=_criteria_list(criteria), **arguments)  # type: ignore[operator]
             return output, ends
     finally:
         if bar is not None:

@@ -27,7 +27,7 @@ from pellucid.model_bridge.generalized_components import GeneralizedComponent
 from pellucid.model_bridge.generalized_components.block import Blocks
 from pellucid.model_bridge.hook_session import HookSession
 from pellucid.model_bridge.mounting import ComponentTree
-from pellucid.names import Flag, HookSpec, NamesFilter, runs_through, table_of_points
+from pellucid.names import FROM_EMBEDDINGS, Flag, HookSpec, NamesFilter, runs_through, table_of_points
 from pellucid.run_context import acts
 from pellucid.tables import NamesView, Table
 
@@ -363,6 +363,7 @@ class HookedModel(NoTorchHooks):
             met = self._tree.index.select(entry, self.cfg.flags)
             if not any(spec.name in names for spec, _ in met):
                 limits = [f"start_at_layer={start}"] if start >= 0 else []
+                limits += ["inputs_embeds"] if start == FROM_EMBEDDINGS else []
                 limits += [f"stop_at_layer={stop}"] if stop <= self.cfg.n_layers else []
                 what = repr(entry) if isinstance(entry, str) else "What the predicate matches"
                 raise HookUnreachableError(

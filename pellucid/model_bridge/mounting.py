@@ -33,7 +33,7 @@ from pellucid.hook_points import HOOKS_LOCK, HookPoint, LensHandle
 from pellucid.model_bridge.architecture_adapter import ArchitectureAdapter
 from pellucid.model_bridge.generalized_components import BackboneBridge, GeneralizedComponent, LinearBridge
 from pellucid.model_bridge.generalized_components.base import Mounted
-from pellucid.names import HookSpec, runs_through
+from pellucid.names import FROM_EMBEDDINGS, FROM_TOKENS, HookSpec, runs_through
 from pellucid.run_context import Scope, acts, current_span, is_quiet, open_scopes
 
 
@@ -219,15 +219,14 @@ class ComponentTree:
             has_tokens: whether the forward is given token ids, so that the embedding runs.
         """
         span = current_span()
-        start = -1 if span.start is None else span.start
+        start = (FROM_TOKENS if has_tokens else FROM_EMBEDDINGS) if span.start is None else span.start
         stop = self.cfg.n_layers + 1 if span.stop is None else span.stop
         acting: list[LensHandle] = []
         elsewhere: Scope | None = None
         for handle in self.handles():
             if acts(handle.scope):
                 spec = self.index[str(handle.point.name)]
-                inside = spec.component != "unembed" and (has_tokens or spec.component != "embed")
-                if inside and runs_through(spec, start, stop, self.cfg.n_layers):
+                if spec.component != "unembed" and runs_through(spec, start, stop, self.cfg.n_layers):
                     acting.append(handle)
             elif handle.scope.is_block and not (handle.scope.closed or handle.scope.everywhere):
                 elsewhere = handle.scope

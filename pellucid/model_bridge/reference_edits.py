@@ -132,7 +132,7 @@ def _install(model: Any, spec: HookSpec, edit: Edit) -> list[Any]:
     backbone = model.transformer
     outer = {
         "embed.hook_in": lambda: _on_input(backbone.word_embeddings, edit),
-        "embed.hook_out": lambda: _on_output(backbone.word_embeddings, edit),
+        "embed.hook_out": lambda: _on_input(backbone.word_embeddings_layernorm, edit),
         "hook_embed": lambda: _on_output(backbone.word_embeddings_layernorm, edit),
         "ln_final.hook_out": lambda: _on_output(backbone.ln_f, edit),
         "hook_unembed": lambda: _on_output(model.lm_head, edit),

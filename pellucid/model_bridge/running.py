@@ -23,8 +23,9 @@ from pellucid.model_bridge.generalized_components.bloom_block import not_fired
 from pellucid.model_bridge.hook_session import HookSession
 from pellucid.model_bridge.hooked_model import HookedModel
 from pellucid.model_bridge.losses import next_token_loss
+from pellucid.model_bridge.run_positions import RunPositions, positions_of_input, positions_of_wrapped
 from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, TokenRules, check_choice, check_mask, check_past
-from pellucid.padding import last_columns
+from pellucid.names import FROM_EMBEDDINGS, FROM_TOKENS
 from pellucid.run_context import acts, set_fast_attention, set_span
 
 ReturnType: TypeAlias = Literal["logits", "loss", "both"] | None
@@ -42,10 +43,14 @@ class Prepared:
     past_key_values: Any | None
     start: int | None
     stop: int | None
+    positions: RunPositions | None = None
+    """Once :meth:`RunnableModel.positions_of` has found them."""
+    behind_wrapper: bool = False
+    """The Hugging Face model is called, not the wrapper around it."""
 
     @property
     def given(self) -> Tensor:
-        """The tokens, or the residual."""
+        """The tokens, or the embeddings or residual."""
         given = self.tokens if self.tokens is not None else self.residual
         assert given is not None
         return given
@@ -53,14 +58,6 @@ class Prepared:
     def past_length(self) -> int:
         """Positions already in the key/value cache."""
         return 0 if self.past_key_values is None else int(self.past_key_values.get_seq_length())
-
-    def size(self) -> RunSize:
-        """Sizes of the run, for estimating a cache."""
-        batch, pos = self.given.shape[:2]
-        past = self.past_key_values
-        # A static cache attends over its whole capacity.
-        key_pos = pos if past is None else int(past.get_mask_sizes(pos, 0)[0])
-        return RunSize(batch, pos, key_pos)
 
 
 class RunnableModel(HookedModel):
@@ -130,9 +127,9 @@ class RunnableModel(HookedModel):
 
     # -- a run ---------------------------------------------------------------------------------------------------------
 
-    def _logits(self, arguments: dict[str, Any]) -> Tensor:
+    def _logits(self, arguments: dict[str, Any], behind_wrapper: bool = False) -> Tensor:
         """Hugging Face's logits."""
-        model: Any = self.original_model
+        model: Any = self._tree.root if behind_wrapper else self.original_model
         head = [handle for handle in self._tree.components["unembed"].handles() if acts(handle.scope)]
         calls = [handle.calls for handle in head]
         try:
@@ -172,13 +169,14 @@ class RunnableModel(HookedModel):
 
     def _prepare(
         self,
-        input: TextOrTokens,
+        input: TextOrTokens | None,
         prepend_bos: bool | None = None,
         padding_side: PaddingSide | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Any | None = None,
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
+        inputs_embeds: Tensor | None = None,
     ) -> Prepared:
         if not torch.compiler.is_compiling():
             self._tree.sync()  # a module may have been replaced, or an interrupt may have left something
@@ -196,8 +194,18 @@ class RunnableModel(HookedModel):
                 f"A run from block {start} up to block {stop} has nothing to run: stop_at_layer comes after."
             )
         tokens = residual = None
-        if start is not None:
-            residual = self._check_residual(input)
+        if inputs_embeds is not None:
+            if input is not None or start is not None or prepend_bos or padding_side is not None:
+                raise InputError(
+                    "inputs_embeds takes the place of input and of what belongs to it (prepend_bos, padding_side, "
+                    "start_at_layer): give the one or the other."
+                )
+            # A copy: an edit in place at the first point must not write to the caller's tensor.
+            residual = self._check_residual(inputs_embeds, "inputs_embeds", "embeddings").to(self.device).clone()
+        elif input is None:
+            raise InputError("There is nothing to run: give input (text or token ids), or inputs_embeds=.")
+        elif start is not None:
+            residual = self._check_residual(input, "start_at_layer", "residual")
             if past_key_values is not None:
                 raise InputError("start_at_layer with past_key_values: earlier layers would be missing from the cache.")
         elif isinstance(input, Tensor):
@@ -222,6 +230,8 @@ class RunnableModel(HookedModel):
         if attention_mask is not None:
             batch, length = prepared.given.shape[:2]
             prepared.attention_mask = check_mask(attention_mask, batch, length, prepared.past_length(), device)
+        if past_key_values is not None and self._is_wrapped():
+            self._refuse_cache(prepared)
         if stop is not None and past_key_values is not None:
             raise InputError("stop_at_layer with past_key_values: later layers would be missing from the cache.")
         return prepared
@@ -236,21 +246,71 @@ class RunnableModel(HookedModel):
             raise InputError(f"{argument} is a block, 0 to {n_layers - 1}, or {n_layers} for the end; found {layer}.")
         return index
 
-    def _check_residual(self, residual: Any) -> Tensor:
+    def _check_residual(self, residual: Any, argument: str, what: str) -> Tensor:
         d_model = self.cfg.d_model
         if not isinstance(residual, Tensor) or not residual.is_floating_point():
             found = f"integers ({residual.dtype})" if isinstance(residual, Tensor) else type(residual).__name__
-            raise InputError(f"start_at_layer takes the residual [batch, pos, {d_model}]; found {found}.")
+            raise InputError(f"{argument} takes the {what} [batch, pos, {d_model}]; found {found}.")
         if residual.dim() != 3 or residual.shape[-1] != d_model or residual.numel() == 0:
             raise InputError(
-                f"start_at_layer takes the residual [batch, pos, {d_model}]; found shape {tuple(residual.shape)}."
+                f"{argument} takes the {what} [batch, pos, {d_model}]; found shape {tuple(residual.shape)}."
             )
         if residual.dtype != self.cfg.dtype:
-            raise InputError(f"The residual must have the model's dtype {self.cfg.dtype}; found {residual.dtype}.")
+            raise InputError(f"The {what} must have the model's dtype {self.cfg.dtype}; found {residual.dtype}.")
         return residual
 
-    def _run(self, prepared: Prepared) -> Tensor:
-        """Logits, or the residual at which the run stops."""
+    # -- the positions of a run ----------------------------------------------------------------------------------------
+
+    def _is_wrapped(self) -> bool:
+        """Whether another module (PEFT's, say) stands between the bridge and the Hugging Face model."""
+        return self._modules["original_model"] is not self._tree.root
+
+    def positions_of(self, prepared: Prepared) -> RunPositions:
+        """The positions of a run, found before it: a wrapper of the model may add some to those of the input.
+
+        Raises:
+            InputError: the wrapper changes the input in a way that does not say which positions hold the tokens.
+        """
+        if prepared.positions is None:
+            given, tokens = prepared.given, prepared.tokens
+            of_input = positions_of_input(given, tokens, prepared.attention_mask, prepared.past_length())
+            prepared.positions = of_input
+            if self._is_wrapped():
+                found = positions_of_wrapped(self.hf_model, self._tree, self._arguments(prepared), tokens, given)
+                # A residual has virtual positions already: its run begins behind the wrapper.
+                prepared.behind_wrapper = prepared.start is not None and found.virtual > 0
+                prepared.positions = of_input if prepared.behind_wrapper else found
+        return prepared.positions
+
+    def _refuse_cache(self, prepared: Prepared) -> None:
+        positions = self.positions_of(prepared)
+        if positions.virtual or positions.cache_is_wrappers:
+            raise InputError(
+                f"past_key_values cannot be continued: the model's wrapper ({type(self.hf_model).__name__}) puts positions "
+                "of its own before whatever it is given. Give all tokens at once, or call generate, which the wrapper knows."
+            )
+
+    def _size(self, prepared: Prepared) -> RunSize:
+        """Sizes of the run, for estimating a cache."""
+        positions, past = self.positions_of(prepared), prepared.past_key_values
+        pos = positions.length
+        # A static cache attends over its whole capacity.
+        key_pos = positions.past + pos if past is None else int(past.get_mask_sizes(pos, 0)[0])
+        return RunSize(positions.batch, pos, key_pos, positions.virtual)
+
+    def _check_return(self, prepared: Prepared, return_type: ReturnType) -> None:
+        """Refuse, before the work, a loss that this run cannot have; see also :func:`check_output`."""
+        if return_type not in ("loss", "both"):
+            return
+        if prepared.tokens is None:
+            raise InputError(
+                "A loss needs tokens; this run was given embeddings or a residual. Take the logits, and the loss of the "
+                "tokens that you know: pellucid.model_bridge.losses.next_token_loss(logits, tokens, attention_mask)."
+            )
+        self.positions_of(prepared)
+
+    def _arguments(self, prepared: Prepared) -> dict[str, Any]:
+        """Hugging Face's names for a prepared input."""
         arguments: dict[str, Any] = {"use_cache": prepared.past_key_values is not None}
         if prepared.tokens is not None:
             arguments["input_ids"] = prepared.tokens
@@ -260,11 +320,18 @@ class RunnableModel(HookedModel):
             arguments["attention_mask"] = prepared.attention_mask
         if prepared.past_key_values is not None:
             arguments[self._tree.adapter.cache_name] = prepared.past_key_values
+        return arguments
+
+    def _run(self, prepared: Prepared) -> Tensor:
+        """Logits, or the residual at which the run stops."""
+        arguments = self._arguments(prepared)
+        if prepared.start is not None:
+            self.positions_of(prepared)  # says whether the residual is the wrapper's to see
         helpers = self._helpers(prepared.start, prepared.stop)
         if self._tree.is_float64():
             self._refuse_checkpointing()
         if not helpers:
-            return self._logits(arguments)
+            return self._logits(arguments, prepared.behind_wrapper)
         return HookSession(self._tree, components=helpers).during(partial(self._run_part, prepared, arguments))
 
     def _run_part(self, prepared: Prepared, arguments: dict[str, Any]) -> Tensor:
@@ -272,7 +339,7 @@ class RunnableModel(HookedModel):
         set_span(prepared.start, prepared.stop)
         set_fast_attention(self._fast_root())
         try:
-            return self._logits(arguments)
+            return self._logits(arguments, prepared.behind_wrapper)
         except StopForward as stopped:
             self._tree.restore_offloaded()
             return stopped.residual
@@ -315,14 +382,20 @@ class RunnableModel(HookedModel):
             return None
         if return_type == "logits":
             return output
-        assert prepared.tokens is not None  # see check_output
-        mask = last_columns(prepared.attention_mask, prepared.tokens.shape[1])
-        loss = next_token_loss(output, prepared.tokens, mask, loss_per_token)
+        positions = self.positions_of(prepared)
+        assert positions.tokens is not None  # see _check_return
+        loss = next_token_loss(output, positions.tokens, positions.attention_mask, loss_per_token)
         return loss if return_type == "loss" else (output, loss)
 
-    def _span(self, prepared: Prepared) -> tuple[int, int]:
-        start = -1 if prepared.start is None else prepared.start
-        return start, self.cfg.n_layers + 1 if prepared.stop is None else prepared.stop
+    def _span(self, prepared: Prepared) -> tuple[int, int] | None:
+        """Where a run begins and ends, as ``runs_through`` takes it; ``None`` if it is whole."""
+        if prepared.tokens is not None and prepared.stop is None:
+            return None
+        start = FROM_TOKENS if prepared.tokens is not None else FROM_EMBEDDINGS
+        return (
+            start if prepared.start is None else prepared.start,
+            self.cfg.n_layers + 1 if prepared.stop is None else prepared.stop,
+        )
 
 
 def check_output(

@@ -29,6 +29,7 @@ from pellucid.hook_points import HookPoint
 from pellucid.model_bridge.checkpoint import RANDOM_WEIGHTS
 from pellucid.model_bridge.mounting import ComponentTree
 from pellucid.model_bridge.reference_edits import REBUILT, reference_edit
+from pellucid.model_bridge.run_positions import RunPositions
 from pellucid.names import Flag, HookSpec
 from pellucid.progress import progress_bar
 from pellucid.tables import Table
@@ -49,6 +50,14 @@ class CheckedBridge(Protocol):
 
     def set_attn_implementation(self, attn_implementation: Literal["eager", "sdpa"]) -> None:
         """Choose how it computes attention."""
+        ...
+
+    def check_input(self, input: Tensor) -> Any:
+        """A checked input."""
+        ...
+
+    def positions_of(self, prepared: Any) -> RunPositions:
+        """The positions of its run."""
         ...
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -223,6 +232,7 @@ class _Checker:
         if tokens is None:
             tokens = torch.randint(0, self.cfg.d_vocab, (2, 12), generator=generator)
         self.tokens = tokens.to(self.cfg.device or "cpu")
+        self.run = bridge.positions_of(bridge.check_input(self.tokens))
         self.base: Tensor = self.native(self.tokens)
         eps = torch.finfo(self.cfg.dtype).eps
         if self.tree.is_float64():
@@ -310,13 +320,15 @@ class _Checker:
             mask[0, :2] = 0
         _, cache = self.bridge.run_with_cache(self.tokens, names_filter="*.hook_pattern", attention_mask=mask)
         eps = torch.finfo(self.cfg.dtype).eps
-        future = torch.triu(torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=mask.device), 1)
-        real = mask.bool()
+        run = self.run
+        keys = nn.functional.pad(mask, (run.past + run.virtual, 0), value=1).bool()
+        real = keys[:, run.past :]
+        future = torch.ones(run.length, keys.shape[1], dtype=torch.bool, device=mask.device).triu(run.past + 1)
         for layer in self.layers:
             pattern = cache["pattern", layer].double()
             rows = (pattern.sum(-1) - 1) * real[:, None, :]
-            yield self.line(f"layer {layer}: pattern rows sum to 1", rows, eps * mask.shape[1])
-            unseen = (future[None] | ~real[:, None, :]) & real[:, :, None]
+            yield self.line(f"layer {layer}: pattern rows sum to 1", rows, eps * keys.shape[1])
+            unseen = (future[None] | ~keys[:, None, :]) & real[:, :, None]
             yield self.line(f"layer {layer}: nothing attends to the future or padding", pattern * unseen[:, None], 0)
 
     def padding(self, side: str) -> Check:
@@ -330,12 +342,15 @@ class _Checker:
         if not self.tree.is_float64():
             native = self.native(tokens, attention_mask=mask)
             yield self.line(f"padding {side}: logits", logits.double() - native.double(), 0)
-        real = logits[:, pads:] if side == "left" else logits[:, : self.tokens.shape[1]]
-        yield self.line(f"padding {side}: rows as without it", real.double() - self.base.double(), self.bound)
+        first = self.run.virtual + (pads if side == "left" else 0)
+        real = logits.narrow(1, first, self.run.given).double()
+        yield self.line(f"padding {side}: rows as without it", real - self.run.of_input(self.base).double(), self.bound)
 
     def cache(self) -> Check:
         from transformers import DynamicCache
 
+        if self.run.virtual or self.run.cache_is_wrappers:
+            return  # the model's wrapper cannot continue a cache, and the bridge refuses to
         cut = max(1, self.tokens.shape[1] // 2)
         ours, theirs = DynamicCache(), DynamicCache()
         for chunk in (self.tokens[:, :cut], self.tokens[:, cut:]):

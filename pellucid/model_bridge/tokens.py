@@ -101,7 +101,8 @@ class TokenRules:
         """
         if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
             raise InputError(
-                f"Token ids are integers; found {tokens.dtype}. A residual stream goes in with start_at_layer=."
+                f"Token ids are integers; found {tokens.dtype}. Embeddings go in with inputs_embeds=, a residual stream "
+                "with start_at_layer=."
             )
         if tokens.dim() == 1:
             tokens = tokens[None]

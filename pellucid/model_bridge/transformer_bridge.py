@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from pellucid.activation_cache import ActivationCache
 from pellucid.errors import GradientError, InputError
 from pellucid.hook_points import LensHandle
-from pellucid.model_bridge.cache_plan import Keeper, PosSlice, cache_bytes, kept_positions, refuse_large
+from pellucid.model_bridge.cache_plan import (
+    EMBEDDING,
+    Keeper,
+    PosSlice,
+    cache_bytes,
+    kept_positions,
+    refuse_large,
+    refuse_unseen,
+)
 from pellucid.model_bridge.checkpoint import RANDOM_WEIGHTS
 from pellucid.model_bridge.collecting import CollectingModel
 from pellucid.model_bridge.generation import check_arguments, generate, texts_of
@@ -40,7 +48,6 @@ from pellucid.model_bridge.token_methods import TokenMethods
 from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, TokenRules, check_choice, check_past
 from pellucid.model_bridge.weight_state import ProcessableWeights, refuse_early
 from pellucid.names import HookSpec, NamesFilter, runs_through
-from pellucid.padding import last_columns
 from pellucid.run_context import set_fast_attention
 
 
@@ -171,7 +178,7 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
 
     def forward(
         self,
-        input: TextOrTokens,
+        input: TextOrTokens | None = None,
         return_type: ReturnType = "logits",
         loss_per_token: bool = False,
         prepend_bos: bool | None = None,
@@ -180,6 +187,7 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
         past_key_values: Any | None = None,
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
+        inputs_embeds: Tensor | None = None,
     ) -> Any:
         """Run the model.
 
@@ -195,22 +203,33 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
             past_key_values: a Hugging Face cache, read and extended.
             start_at_layer: begin with the residual that enters this block.
             stop_at_layer: return the residual that enters this block, and run nothing after; negative counts from the end.
+            inputs_embeds: ``[batch, pos, d_model]`` of the model's dtype, in the place of ``input``: what the token
+                embedding would give. A run of embeddings has no tokens, so no loss.
 
         Returns:
-            Logits ``[batch, pos, d_vocab]``, loss, both, ``None``, or the residual with ``stop_at_layer``.
+            Logits ``[batch, pos, d_vocab]``, loss, both, ``None``, or the residual with ``stop_at_layer``. ``pos`` are the
+            positions of the run: those of the input, after the virtual ones that a wrapper (prompt tuning) puts before.
 
         Raises:
             InputError: an input that cannot be run, with what to give instead.
         """
         check_output(return_type, loss_per_token, start_at_layer, stop_at_layer)
         prepared = self._prepare(
-            input, prepend_bos, padding_side, attention_mask, past_key_values, start_at_layer, stop_at_layer
+            input,
+            prepend_bos,
+            padding_side,
+            attention_mask,
+            past_key_values,
+            start_at_layer,
+            stop_at_layer,
+            inputs_embeds,
         )
+        self._check_return(prepared, return_type)
         return self._finish(prepared, self._run(prepared), return_type, loss_per_token)
 
     def run_with_hooks(
         self,
-        input: TextOrTokens,
+        input: TextOrTokens | None = None,
         fwd_hooks: Sequence[HookRequest] = (),
         bwd_hooks: Sequence[HookRequest] = (),
         reset_hooks_end: bool = True,
@@ -225,6 +244,7 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
         stop_at_layer: int | None = None,
         remove_batch_dim: bool = False,
         assert_effect: bool = False,
+        inputs_embeds: Tensor | None = None,
     ) -> Any:
         """Run the model with functions attached for this run.
 
@@ -234,7 +254,7 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
             bwd_hooks: the same for gradients; they fire in ``backward()``, also after this call.
             reset_hooks_end: ``False`` leaves the functions on.
             clear_contexts: empty every point's ``ctx`` afterwards.
-            return_type: see :meth:`forward`, as for the arguments below.
+            return_type: see :meth:`forward`, as for the arguments below and ``inputs_embeds``.
             remove_batch_dim: give the output of a single row without its batch axis; hooks see it with it.
             assert_effect: raise if a forward function never ran or left its tensor unchanged to the bit.
 
@@ -245,11 +265,19 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
         """
         check_output(return_type, loss_per_token, start_at_layer, stop_at_layer)
         prepared = self._prepare(
-            input, prepend_bos, padding_side, attention_mask, past_key_values, start_at_layer, stop_at_layer
+            input,
+            prepend_bos,
+            padding_side,
+            attention_mask,
+            past_key_values,
+            start_at_layer,
+            stop_at_layer,
+            inputs_embeds,
         )
+        self._check_return(prepared, return_type)
         if remove_batch_dim:
             refuse_rows(prepared.given)
-        span = None if prepared.start is None and prepared.stop is None else self._span(prepared)
+        span = self._span(prepared)
         forward = self._requests(fwd_hooks, "fwd", span)
         backward = self._requests(bwd_hooks, "bwd", span)
         for handle in forward:
@@ -267,7 +295,7 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
 
     def run_with_cache(
         self,
-        input: TextOrTokens,
+        input: TextOrTokens | None = None,
         return_cache_object: bool = True,
         remove_batch_dim: bool = False,
         names_filter: NamesFilter = None,
@@ -286,6 +314,7 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
         padding_side: PaddingSide | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Any | None = None,
+        inputs_embeds: Tensor | None = None,
     ) -> tuple[Any, Any]:
         """Run the model and keep activations.
 
@@ -296,14 +325,15 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
             names_filter: which points to keep; ``None`` keeps all, the logits among them.
             stop_at_layer: see :meth:`forward`.
             start_at_layer: see :meth:`forward`.
-            pos_slice: which positions to keep: one, a slice or a list; other positions are never stored.
+            pos_slice: which positions of the run to keep: one, a slice or a list; other positions are never stored. Virtual
+                positions of a wrapper (prompt tuning) are counted.
             incl_bwd: run ``backward()`` on the loss and keep gradients too, under ``name + "_grad"``.
             reset_hooks_end: ``False`` leaves the caching functions on.
             clear_contexts: empty every point's ``ctx`` afterwards.
             device: where to keep tensors.
             dtype: as what to keep floating-point ones.
             max_cache_bytes: refuse before running if the cache would take more.
-            return_type: see :meth:`forward`, as for the arguments below.
+            return_type: see :meth:`forward`, as for the arguments below and ``inputs_embeds``.
 
         Returns:
             ``(output, cache)``. Tensors of the cache do not change afterwards, with one sharing to know of: the entry
@@ -323,18 +353,31 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
             return_type = "loss"
         check_output(return_type, loss_per_token, start_at_layer, stop_at_layer)
         prepared = self._prepare(
-            input, prepend_bos, padding_side, attention_mask, past_key_values, start_at_layer, stop_at_layer
+            input,
+            prepend_bos,
+            padding_side,
+            attention_mask,
+            past_key_values,
+            start_at_layer,
+            stop_at_layer,
+            inputs_embeds,
         )
+        self._check_return(prepared, return_type)
+        run = self.positions_of(prepared)
         if remove_batch_dim:
             refuse_rows(prepared.given)
-        if (names_filter is None or isinstance(names_filter, str)) and prepared.start is None and prepared.stop is None:
+        if (names_filter is None or isinstance(names_filter, str)) and self._span(prepared) is None:
             group = self._tree.group_named(names_filter)
         else:
             group = self._tree.group(self._cached_specs(prepared, names_filter))
         if max_cache_bytes is not None:
-            plan = cache_bytes(group.specs, self.cfg, prepared.size(), pos_slice, dtype, incl_bwd)
+            plan = cache_bytes(group.specs, self.cfg, self._size(prepared), pos_slice, dtype, incl_bwd)
             refuse_large(plan, max_cache_bytes)
-        positions = kept_positions(pos_slice, prepared.given.shape[1])
+        positions = kept_positions(pos_slice, run.length)
+        shifts = {spec.name: run.virtual for spec in group.specs if run.virtual and spec.component == EMBEDDING}
+        if shifts and pos_slice is not None:
+            positions = torch.arange(run.length)[positions]
+            refuse_unseen(positions, run.virtual, next(iter(shifts)))
         if pos_slice is not None:
             reshaped = [point.name for point in group.points if point.hook_conversion is not None]
             if reshaped:
@@ -342,7 +385,13 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
                     f"pos_slice cannot find the positions of {reshaped[0]}, which is shown in another shape."
                 )
         keeper = Keeper(
-            group.pos_axes, positions, device, dtype, copies=self._others_may_write(), owned=_owned_by_caller(prepared)
+            group.pos_axes,
+            positions,
+            device,
+            dtype,
+            copies=self._others_may_write(),
+            owned=_owned_by_caller(prepared),
+            shifts=shifts,
         )
         handles = [LensHandle(point, keeper, "fwd", point.name, reads_only=True) for point in group.points]
         if incl_bwd:
@@ -357,9 +406,8 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
         finally:
             if clear_contexts:
                 self.clear_contexts()
-        mask = last_columns(prepared.attention_mask, prepared.given.shape[1])
-        tokens = None if prepared.tokens is None else prepared.tokens.clone()
-        cache = ActivationCache(keeper.kept, self._tree.index, tokens, mask)
+        tokens = None if run.tokens is None else run.tokens.clone()
+        cache = ActivationCache(keeper.kept, self._tree.index, tokens, run.attention_mask)
         if remove_batch_dim:
             cache = cache.remove_batch_dim()
         return output, cache if return_cache_object else cache.cache_dict
@@ -374,12 +422,11 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
 
     def _cached_specs(self, prepared: Prepared, names_filter: NamesFilter) -> list[HookSpec]:
         chosen = self._tree.index.select(names_filter, self.cfg.flags)
-        if prepared.start is not None or prepared.stop is not None:
-            start, stop = self._span(prepared)
-            if names_filter is None:
-                chosen = [pair for pair in chosen if runs_through(pair[0], start, stop, self.cfg.n_layers)]
-            else:
-                chosen = self._reachable(chosen, names_filter, (start, stop))
+        span = self._span(prepared)
+        if span is not None and names_filter is None:
+            chosen = [pair for pair in chosen if runs_through(pair[0], *span, self.cfg.n_layers)]
+        elif span is not None:
+            chosen = self._reachable(chosen, names_filter, span)
         return [spec for spec, _ in chosen]
 
     def _others_may_write(self) -> bool:
@@ -403,13 +450,13 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
         if prepared.tokens is not None:
             self._rules.check_range(prepared.tokens)  # nothing runs that would refuse them
         specs = self._cached_specs(prepared, names_filter)
-        return cache_bytes(specs, self.cfg, prepared.size(), pos_slice, dtype, incl_bwd)
+        return cache_bytes(specs, self.cfg, self._size(prepared), pos_slice, dtype, incl_bwd)
 
     # -- generating ----------------------------------------------------------------------------------------------------
 
     def generate(
         self,
-        input: TextOrTokens = "",
+        input: TextOrTokens | None = None,
         max_new_tokens: int = 10,
         stop_at_eos: bool = True,
         eos_token_id: int | Sequence[int] | None = None,
@@ -430,6 +477,7 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
         stopping_criteria: Any | None = None,
         attention_mask: Tensor | None = None,
         skip_special_tokens: bool = True,
+        inputs_embeds: Tensor | None = None,
         **hf_kwargs: Any,
     ) -> Any:
         """Generate with Hugging Face's ``generate``, hooks firing at each step.
@@ -439,7 +487,7 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
         and rows from ``hook.run``.
 
         Args:
-            input: a string, strings, or token ids.
+            input: a string, strings, or token ids; leave it out with ``inputs_embeds``.
             max_new_tokens: how many tokens to add at most.
             stop_at_eos: end a row at the end-of-sequence token; finished rows are filled with the padding token.
             eos_token_id: another end-of-sequence token, or several.
@@ -463,6 +511,7 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
                 for padding.
             skip_special_tokens: leave the tokenizer's special tokens out of texts, those of the prompt too. ``False``
                 keeps them, and the end-of-sequence token that ended a row; padding is left out either way.
+            inputs_embeds: see :meth:`forward`. What comes back are the new tokens alone: there are no others.
             hf_kwargs: anything else ``generate`` of Hugging Face takes (``num_beams``, ``streamer``, ...); it refuses
                 what it does not know.
 
@@ -491,7 +540,7 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
                 "output object. Its texts are bridge.to_string(output.sequences)."
             )
         wants_text = not objects and (
-            return_type == "str" or (return_type == "input" and not isinstance(input, Tensor))
+            return_type == "str" or (return_type == "input" and isinstance(input, str | list | tuple))
         )
         if not wants_text and not skip_special_tokens:
             raise InputError(
@@ -503,18 +552,23 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
                 "generate of bridge.hf_model inside `with bridge.hooks(...)`."
             )
         check_past(hf_kwargs.get("past_key_values"))
-        side = "left" if padding_side is None and not isinstance(input, Tensor) else padding_side
-        prepared = self._prepare(input, prepend_bos, side, attention_mask)
-        tokens = prepared.tokens
-        assert tokens is not None
+        if inputs_embeds is not None:
+            prepared = self._prepare(None, None, padding_side, attention_mask, inputs_embeds=inputs_embeds)
+            self._refuse_generating(prepared, return_input_tokens)
+        else:
+            side = "left" if padding_side is None and not isinstance(input, Tensor) else padding_side
+            prepared = self._prepare(input, prepend_bos, side, attention_mask)
         if wants_text:
             self._rules.need()
-        length = tokens.shape[1]
+        # Of embeddings, Hugging Face returns the new tokens alone.
+        length, mask = (0, None) if prepared.tokens is None else (prepared.tokens.shape[1], prepared.attention_mask)
         if "max_length" in hf_kwargs:
+            count = prepared.given.shape[1]
             raise InputError(
-                f"max_length counts the prompt too, which has {length} tokens here, and max_new_tokens has a default: give "
-                f"max_new_tokens=max_length - {length} instead."
+                f"max_length counts the prompt too, which has {count} tokens here, and max_new_tokens has a default: give "
+                f"max_new_tokens=max_length - {count} instead."
             )
+        given = {"inputs_embeds": prepared.given} if prepared.tokens is None else {"input_ids": prepared.tokens}
         session = HookSession(self._tree, components=self._helpers(None, None))
 
         def run() -> Any:
@@ -523,7 +577,7 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
                 self.original_model,
                 self._tree,
                 self._rules,
-                tokens,
+                given,
                 prepared.attention_mask,
                 max_new_tokens=max_new_tokens,
                 stop_at_eos=stop_at_eos,
@@ -542,12 +596,22 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
                 hf_kwargs=hf_kwargs,
             )
 
-        with self._safely(tokens):
+        with self._safely(prepared.given):
             output, ends = session.during(run)
         if wants_text:
-            texts = texts_of(self._rules, output, length, prepared.attention_mask, ends, skip_special_tokens)
-            output = texts[0] if len(texts) == 1 and isinstance(input, str | Tensor) else texts
-        return (output, tokens) if return_input_tokens else output
+            texts = texts_of(self._rules, output, length, mask, ends, skip_special_tokens)
+            output = texts if isinstance(input, list | tuple) or len(texts) > 1 else texts[0]
+        return (output, prepared.tokens) if return_input_tokens else output
+
+    def _refuse_generating(self, prepared: Prepared, return_input_tokens: bool) -> None:
+        if return_input_tokens:
+            raise InputError("return_input_tokens: a run of inputs_embeds has no input tokens.")
+        run = self.positions_of(prepared)
+        if run.virtual or run.cache_is_wrappers:
+            raise InputError(
+                f"The model's wrapper ({type(self.hf_model).__name__}) generates from token ids only: it embeds them itself "
+                "and puts positions of its own before them. Give ids, or generate with the model inside."
+            )
 
     # -- checking ------------------------------------------------------------------------------------------------------
 

@@ -158,7 +158,7 @@ def run_cells(
         By metric ``[cell, *score]``, and the unpatched run's own score.
     """
     clean = {name: clean_activation(clean_cache, name) for name in dict.fromkeys(cell.hook for cell in cells)}
-    sizes = run.model.estimate_cache(run.sweep().tokens, names_filter=list(clean)) if clean else {}
+    sizes = run.model.estimate_cache(run.tokens, names_filter=list(clean)) if clean else {}
     limit = run.memory_limit if run.memory_limit is not None else int(psutil.virtual_memory().available) // 2
     share = min(limit // VALUES, len(cells) * max(sizes.values(), default=0))
     results = [

@@ -22,7 +22,7 @@ from torch import Tensor
 from pellucid.corpora import Corpus, CorpusBatch
 from pellucid.errors import CorpusError, InputError, StorageFullError
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
-from pellucid.names import HookIndex, HookSpec, NamesFilter, runs_through
+from pellucid.names import FROM_TOKENS, HookIndex, HookSpec, NamesFilter, runs_through
 from pellucid.progress import progress_bar
 from pellucid.scale.job_folder import Shard, ShardRecord
 from pellucid.scale.job_settings import refuse_writers, settings_of
@@ -232,11 +232,12 @@ class Harvester:
             )
         else:
             output, kept = self._bridge(batch.tokens, stop_at_layer=self._stop, attention_mask=mask), {}
+        run = self._bridge.positions_of(self._bridge.check_input(batch.tokens, attention_mask=mask))
         places = None if mask is None else mask.flatten().nonzero().squeeze(1)
         first = buffers.rows
         stop = first + (batch.tokens.numel() if places is None else len(places))
         for name, buffer in buffers.tensors.items():
-            values = output if name == at_stop else kept[name]
+            values = run.of_input(output if name == at_stop else kept[name])
             _take(values.reshape(batch.tokens.numel(), -1), places, buffer[first:stop])
         rows = torch.arange(batch.first_row, batch.first_row + len(batch.tokens))[:, None].expand_as(batch.tokens)
         columns = {
@@ -362,7 +363,7 @@ def _last_layer(specs: Iterable[HookSpec], n_layers: int) -> int | None:
     """The earliest block before which a run may stop and still pass through every point; ``None``: it may not stop."""
     chosen = list(specs)
     for stop in range(n_layers + 1):
-        if all(runs_through(spec, -1, stop, n_layers) for spec in chosen):
+        if all(runs_through(spec, FROM_TOKENS, stop, n_layers) for spec in chosen):
             return stop
     return None
 

@@ -25,7 +25,8 @@ class BaseRun(BriefFields):
     """Activations of the unedited run.
 
     Attributes:
-        tokens: ``[row, pos]``.
+        tokens: ``[row, pos]``, ``NO_TOKEN`` at virtual positions.
+        embeddings: ``[row, pos, d_model]``, if those entered the model and not the tokens.
         attention_mask: ``[row, pos]``, or ``None``.
         residual: by layer, ``[row, pos, d_model]``: what enters it; under ``n_layers`` what leaves the last.
         keys: by layer, ``[row, n_heads, key_pos, d_head]``.
@@ -43,6 +44,7 @@ class BaseRun(BriefFields):
     alibi: Tensor
     mask: Tensor | None
     sites: Mapping[str, Tensor]
+    embeddings: Tensor | None = None
 
     @property
     def n_rows(self) -> int:
@@ -95,7 +97,8 @@ def run_base(
         CacheKeyError: ``given`` did not keep what is needed.
         InputError: ``given`` is of a run of another size or of other tokens.
     """
-    tokens = prepared.tokens
+    positions = bridge.positions_of(prepared)
+    tokens = positions.tokens
     assert tokens is not None
     names = needed_names(bridge.cfg.n_layers, first_layer, sites)
     arguments = _block_arguments(bridge, prepared)
@@ -120,13 +123,14 @@ def run_base(
     values = {layer: _by_head(cache.pop(f"blocks.{layer}.attn.hook_v")) for layer in layers}
     return BaseRun(
         tokens=tokens,
-        attention_mask=prepared.attention_mask,
+        attention_mask=positions.attention_mask,
         residual=residual,
         keys=keys,
         values=values,
         alibi=alibi.view(tokens.shape[0], -1, *alibi.shape[-2:]),
         mask=arguments["attention_mask"],
         sites=edited,
+        embeddings=positions.embeddings,
     )
 
 

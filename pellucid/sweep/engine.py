@@ -24,6 +24,7 @@ from torch import Tensor
 
 from pellucid.arguments import check_count
 from pellucid.errors import InputError
+from pellucid.model_bridge.cache_plan import EMBEDDING
 from pellucid.model_bridge.tokens import TextOrTokens, check_choice
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.padding import before_first_real
@@ -154,6 +155,7 @@ class Sweep:
         check_metrics(self.metrics, self.tokens, self.attention_mask, bridge.cfg.d_vocab, logit_positions)
         if base_cache is not None and not isinstance(base_cache, Mapping):
             raise InputError(f"base_cache is a cache, or a dictionary by hook name; found {type(base_cache).__name__}.")
+        self._positions = bridge.positions_of(self._prepared_input)
         self._base_cache = base_cache
         self._logit_positions = logit_positions
         self._memory_limit = memory_limit
@@ -169,15 +171,15 @@ class Sweep:
 
     @property
     def tokens(self) -> Tensor:
-        """``[row, pos]``, the base run's token ids."""
-        tokens = self._prepared_input.tokens
+        """``[row, pos]``, the token ids of the base run's positions; ``NO_TOKEN`` at virtual ones."""
+        tokens = self._positions.tokens
         assert tokens is not None
         return tokens
 
     @property
     def attention_mask(self) -> Tensor | None:
-        """``[row, pos]`` of the base run, ``None`` if nothing is padding."""
-        return self._prepared_input.attention_mask
+        """``[row, pos]`` of the base run's positions, ``None`` if nothing is padding."""
+        return self._positions.attention_mask
 
     # -- what is asked for ---------------------------------------------------------------------------------------------
 
@@ -205,10 +207,18 @@ class Sweep:
             for member in members:
                 if not isinstance(member, Edit):
                     raise InputError(f"A sweep takes Edits, or lists of them; found {type(member).__name__}.")
+                self._refuse_tokens_of_wrapped(member)
             writes.append(
                 [write for member in members for write in resolve(member, self.bridge.hook_spec(member.hook), sizes)]
             )
         return writes
+
+    def _refuse_tokens_of_wrapped(self, edit: Edit) -> None:
+        if self._positions.virtual and self.bridge.hook_spec(edit.hook).component == EMBEDDING:
+            raise InputError(
+                f"{edit.hook} has the tokens only, not the {self._positions.virtual} virtual positions that the model's "
+                "wrapper puts before them, so its positions are not the run's. Edit embed.hook_out, or give other tokens."
+            )
 
     def needed_names(self, edits: Iterable[EditSet]) -> list[str]:
         """The hooks that a ``base_cache`` must hold for these edits."""
@@ -273,7 +283,7 @@ class Sweep:
         unembed = Unembedding(bridge, whole=True) if on_logits else plain_unembed
         blocked = self._why_everything_whole()
         if blocked:
-            logits = bridge(self.tokens, attention_mask=self.attention_mask)
+            logits = bridge(**self._input())
             base_logits = partial(_cells_of_whole, logits)
         else:
             base_logits = partial(self._base_cells, base, plain_unembed)
@@ -343,8 +353,14 @@ class Sweep:
             return int(torch.cuda.mem_get_info(self.bridge.device)[0]) // 2
         return int(psutil.virtual_memory().available) // 2
 
+    def _input(self) -> dict[str, Any]:
+        """The base run's input as a run of the bridge takes it."""
+        return {"input": self._prepared_input.tokens, "attention_mask": self._prepared_input.attention_mask}
+
     def _why_everything_whole(self) -> str:
         """Why edits can only be made by whole forwards, if so."""
+        if self._positions.past:
+            return "the model's wrapper gives it a key/value cache"
         names = sorted({str(handle.name) for handle in self.bridge.live_hooks()})
         if names:
             return f"hooks are on {', '.join(names[:3])}{' and others' if len(names) > 3 else ''}"
@@ -514,7 +530,7 @@ class Sweep:
         for write in prepared.writes[edit]:
             by_name.setdefault(write.spec.name, []).append(write)
         hooks = [(name, partial(_make_whole, tuple(writes))) for name, writes in by_name.items()]
-        logits = self.bridge.run_with_hooks(self.tokens, fwd_hooks=hooks, attention_mask=self.attention_mask)
+        logits = self.bridge.run_with_hooks(**self._input(), fwd_hooks=hooks)
         for name, scorer in prepared.scorers.items():
             _put(values, name, edit, scorer.score_whole(logits))
 

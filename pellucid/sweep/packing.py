@@ -160,9 +160,13 @@ class PackedModel:
         states = []
         for columns, runs in _grouped(entering, lambda run: run.columns).items():
             rows = torch.tensor([run.row for run in runs])
-            tokens = self.base.tokens[rows[:, None], torch.tensor(columns)].flatten()[None]
+            at = rows[:, None], torch.tensor(columns)
             self._locate([(runs, columns, None)], EMBEDDING)
-            embedded = self.bridge.embed_ln.module(self.bridge.embed.module(tokens))
+            if self.base.embeddings is None:
+                embeds = self.bridge.embed.module(self.base.tokens[at].flatten()[None])
+            else:
+                embeds = self.base.embeddings[at].flatten(end_dim=1)[None].clone()  # edits are made in place
+            embedded = self.bridge.embed_ln.module(embeds)
             states.append(State(runs, columns, embedded[0].unflatten(0, (len(runs), -1))))
         return states
 
