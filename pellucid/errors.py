@@ -53,7 +53,7 @@ class HookDisabledError(PellucidError, ValueError):
 
 
 class HookUnreachableError(PellucidError, ValueError):
-    """A hook was put on a point that this run does not pass through (``start_at_layer``, ``stop_at_layer``)."""
+    """A hook was put on a point that this run does not pass (``start_at_layer``, ``stop_at_layer``, ``inputs_embeds``)."""
 
 
 class HookNotFiredError(PellucidError, RuntimeError):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pellucid.analysis.neurons import Neuron, NeuronChange, NeuronEdit, refuse_no_effect, zero
 from pellucid.errors import InputError, NoEffectError
+from pellucid.model_bridge.tokens import ids_as_given
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.padding import has_padding, targets
 from pellucid.progress import progress_bar
@@ -272,6 +273,7 @@ def continuations(
 def _continued(bridge: TransformerBridge, prompt: Tensor, length: int, do_sample: bool, temperature: float) -> str:
     written = bridge.generate(
         prompt,
+        attention_mask=torch.ones_like(prompt),
         max_new_tokens=length,
         do_sample=do_sample,
         temperature=temperature,
@@ -320,7 +322,7 @@ def _measure(
     if average not in ("tokens", "rows"):
         raise InputError(f"average is 'tokens' or 'rows'; found {average!r}.")
     sums: dict[str, list[_Sum]] = {}
-    with progress_bar(desc="perplexity", unit=" tokens", show=progress) as bar:
+    with progress_bar(desc="perplexity", unit=" tokens", show=progress) as bar, ids_as_given():
         for batch in text.batches(batch_size):
             mask = batch.attention_mask
             padded = mask if has_padding(mask) else None

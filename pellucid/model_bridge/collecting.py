@@ -26,6 +26,7 @@ from pellucid.model_bridge.collected import Collected, Hook, describe_request, r
 from pellucid.model_bridge.hook_session import HookSession
 from pellucid.model_bridge.run_positions import RunPositions
 from pellucid.model_bridge.running import Prepared, RunnableModel
+from pellucid.model_bridge.tokens import ids_as_given
 from pellucid.model_bridge.weights_hash import weights_hash
 from pellucid.names import HookSpec, NamesFilter
 from pellucid.progress import progress_bar
@@ -181,7 +182,7 @@ class CollectingModel(RunnableModel):
                     store.write(state)
                     interrupted.raise_if_set(store.path)
 
-        with torch.no_grad():
+        with torch.no_grad(), ids_as_given():
             HookSession(self._tree, handles).during(run_all)
 
     def _batch_input(self, batch: CorpusBatch, stop: int | None) -> Prepared:

@@ -177,6 +177,7 @@ class RunnableModel(HookedModel):
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
         inputs_embeds: Tensor | None = None,
+        generates: bool = False,
     ) -> Prepared:
         if not torch.compiler.is_compiling():
             self._tree.sync()  # a module may have been replaced, or an interrupt may have left something
@@ -212,6 +213,8 @@ class RunnableModel(HookedModel):
             tokens = self._rules.check(input)
             if prepend_bos:
                 raise InputError("prepend_bos is for strings; put the id before the token ids yourself.")
+            if attention_mask is None:
+                self._warn_of_padding(tokens, generates)
         elif isinstance(input, str | list | tuple):
             tokens, inferred = self._rules.encode(input, prepend_bos, padding_side)
             if attention_mask is None:
@@ -235,6 +238,12 @@ class RunnableModel(HookedModel):
         if stop is not None and past_key_values is not None:
             raise InputError("stop_at_layer with past_key_values: later layers would be missing from the cache.")
         return prepared
+
+    def _warn_of_padding(self, tokens: Tensor, generates: bool = False) -> None:
+        """Ids without a mask: see :meth:`TokenRules.warn_of_padding`. Hugging Face's ``generate`` guesses from every id."""
+        root: Any = self._tree.root
+        sources = [self._rules.tokenizer, root.config] + ([root.generation_config] if generates else [])
+        self._rules.warn_of_padding(tokens, [getattr(source, "pad_token_id", None) for source in sources], generates)
 
     def _layer(self, argument: str, layer: int | None) -> int | None:
         if layer is None:

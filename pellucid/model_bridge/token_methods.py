@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class TokenMethods:
     def tokenizer(self, tokenizer: Any) -> None:
         self._rules.tokenizer = tokenizer
 
+    @overload
     def to_tokens(
         self,
         input: str | Sequence[str],
@@ -40,7 +41,30 @@ class TokenMethods:
         padding_side: PaddingSide | None = None,
         move_to_device: bool = True,
         truncate: Literal[False] = False,
-    ) -> Tensor:
+        return_mask: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def to_tokens(
+        self,
+        input: str | Sequence[str],
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide | None = None,
+        move_to_device: bool = True,
+        truncate: Literal[False] = False,
+        *,
+        return_mask: Literal[True],
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def to_tokens(
+        self,
+        input: str | Sequence[str],
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide | None = None,
+        move_to_device: bool = True,
+        truncate: Literal[False] = False,
+        return_mask: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Token ids ``[batch, pos]`` of a string or strings, exactly as ``tokenizer(text)`` gives them.
 
         Args:
@@ -49,14 +73,20 @@ class TokenMethods:
             padding_side: of shorter rows; by default the tokenizer's.
             move_to_device: put them where the model is.
             truncate: only ``False``: nothing is cut off. BLOOM has no longest input.
+            return_mask: give ``(tokens, mask)``, the mask ``[batch, pos]`` int64 with 1 at tokens and 0 at padding. Strings
+                of different lengths are padded, and ids alone do not say where: a run takes it as ``attention_mask=``.
 
         Raises:
             InputError: no tokenizer, empty text, ``truncate=True``.
         """
         if truncate:
             raise InputError("Nothing is cut off: shorten the tokens yourself, to_tokens(text)[:, :n].")
-        tokens, _ = self._rules.encode(input, prepend_bos, padding_side)
-        return tokens.to(self.device) if move_to_device else tokens
+        tokens, mask = self._rules.encode(input, prepend_bos, padding_side)
+        device = self.device if move_to_device else tokens.device
+        tokens = tokens.to(device)
+        if not return_mask:
+            return tokens
+        return tokens, torch.ones_like(tokens) if mask is None else mask.to(device)
 
     def to_string(self, tokens: Tensor | Sequence[int] | int) -> str | list[str]:
         """Text of ``[pos]`` ids, or a list of texts of ``[batch, pos]`` ids."""

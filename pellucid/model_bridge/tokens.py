@@ -7,17 +7,32 @@ strings always brings its mask.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from pellucid.errors import InputError
+from pellucid.errors import InputError, warn
 from pellucid.names import nearest
 
 TextOrTokens: TypeAlias = str | Sequence[str] | Tensor
 PaddingSide = Literal["left", "right"]
+
+
+_AS_GIVEN: ContextVar[bool] = ContextVar("pellucid_ids_as_given", default=False)
+
+
+@contextmanager
+def ids_as_given() -> Iterator[None]:
+    """Ids that are run meanwhile come from where masks are known (a corpus), or pad nothing: see ``warn_of_padding``."""
+    token = _AS_GIVEN.set(True)
+    try:
+        yield
+    finally:
+        _AS_GIVEN.reset(token)
 
 
 class TokenRules:
@@ -111,6 +126,31 @@ class TokenRules:
         if tokens.numel() == 0:
             raise InputError(f"There are no tokens: the batch has shape {tuple(tokens.shape)}.")
         return tokens.long()
+
+    def warn_of_padding(self, tokens: Tensor, pad_ids: Iterable[int | None], everywhere: bool = False) -> None:
+        """Warn of ids that look padded where no mask says what they are.
+
+        Args:
+            tokens: ``[batch, pos]``, given without a mask.
+            pad_ids: ids that padding may have; ``None`` is left out.
+            everywhere: ask about each id of any number of rows, and not about the ends of several rows only.
+        """
+        if torch.compiler.is_compiling() or not (everywhere or tokens.shape[0] > 1) or _AS_GIVEN.get():
+            return
+        asked = tokens if everywhere else tokens[:, :: max(1, tokens.shape[1] - 1)]
+        for pad in dict.fromkeys(pad for pad in pad_ids if pad is not None):
+            padded = (asked == pad).any(-1)
+            if bool(padded.any()):
+                row = int(padded.int().argmax())
+                where = "has" if everywhere else "begins" if int(tokens[row, 0]) == pad else "ends"
+                warn(
+                    f"Row {row} of the token ids {where}{'' if everywhere else ' with'} the padding token (id {pad}) and no "
+                    "attention_mask says what it is: a run takes it for a token like any other, and Hugging Face's generate "
+                    "guesses. If it is padding, `tokens, mask = bridge.to_tokens(texts, return_mask=True)` makes the mask; "
+                    "pass attention_mask=mask, or give the texts themselves. If it is a token, pass "
+                    "attention_mask=torch.ones_like(tokens)."
+                )
+                return
 
     def check_range(self, tokens: Tensor) -> None:
         """Refuse ids outside the vocabulary.

@@ -45,7 +45,7 @@ from pellucid.model_bridge.running import (
 )
 from pellucid.model_bridge.self_check import CheckReport, run_checks
 from pellucid.model_bridge.token_methods import TokenMethods
-from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, TokenRules, check_choice, check_past
+from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, TokenRules, check_choice, check_past, ids_as_given
 from pellucid.model_bridge.weight_state import ProcessableWeights, refuse_early
 from pellucid.names import HookSpec, NamesFilter, runs_through
 from pellucid.run_context import set_fast_attention
@@ -199,7 +199,8 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
                 with a loss.
             prepend_bos: put the beginning-of-sequence token before strings.
             padding_side: of shorter strings; their mask is made with them. Refused with token ids.
-            attention_mask: ``[batch, pos]``, cached positions included, 1 at real tokens. Never guessed from ids.
+            attention_mask: ``[batch, pos]``, cached positions included, 1 at real tokens. Never guessed from ids: rows
+                that begin or end with the padding token are run as they are, and a ``PellucidWarning`` says so.
             past_key_values: a Hugging Face cache, read and extended.
             start_at_layer: begin with the residual that enters this block.
             stop_at_layer: return the residual that enters this block, and run nothing after; negative counts from the end.
@@ -446,7 +447,8 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
         incl_bwd: bool = False,
     ) -> dict[str, int]:
         """Bytes that :meth:`run_with_cache` would keep, by canonical name, without running anything."""
-        prepared = self._prepare(input, prepend_bos, stop_at_layer=stop_at_layer)
+        with ids_as_given():  # nothing runs that a mask could change
+            prepared = self._prepare(input, prepend_bos, stop_at_layer=stop_at_layer)
         if prepared.tokens is not None:
             self._rules.check_range(prepared.tokens)  # nothing runs that would refuse them
         specs = self._cached_specs(prepared, names_filter)
@@ -508,7 +510,7 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
             stop_strings: end a row when one of these has been written.
             stopping_criteria: one of Hugging Face's, or several.
             attention_mask: ``[batch, pos]`` for token ids. Without one Hugging Face takes ids equal to the padding token
-                for padding.
+                for padding, and a ``PellucidWarning`` says so where there are any.
             skip_special_tokens: leave the tokenizer's special tokens out of texts, those of the prompt too. ``False``
                 keeps them, and the end-of-sequence token that ended a row; padding is left out either way.
             inputs_embeds: see :meth:`forward`. What comes back are the new tokens alone: there are no others.
@@ -557,7 +559,10 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
             self._refuse_generating(prepared, return_input_tokens)
         else:
             side = "left" if padding_side is None and not isinstance(input, Tensor) else padding_side
-            prepared = self._prepare(input, prepend_bos, side, attention_mask)
+            prepared = self._prepare(input, prepend_bos, side, attention_mask, generates=True)
+            if prepared.attention_mask is None and not isinstance(input, Tensor):
+                # Text without padding, and Hugging Face guesses: it would take a "<pad>" written in the text for some.
+                prepared.attention_mask = torch.ones_like(prepared.given)
         if wants_text:
             self._rules.need()
         # Of embeddings, Hugging Face returns the new tokens alone.
@@ -628,8 +633,9 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
             layers: which layers' hooks to try, by default the first, a middle one and the last.
             progress: show a bar; by default when it takes a while and a person is watching.
         """
-        tokens = None if input is None else self._prepare(input).tokens
-        return run_checks(self, self._tree, tokens, layers, progress)
+        with ids_as_given():  # each check compares like with like, and has masks of its own
+            tokens = None if input is None else self._prepare(input).tokens
+            return run_checks(self, self._tree, tokens, layers, progress)
 
 
 def _owned_by_caller(prepared: Prepared) -> frozenset[str]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pellucid.corpora import Corpus, CorpusBatch
 from pellucid.errors import CorpusError, InputError, StorageFullError
+from pellucid.model_bridge.tokens import ids_as_given
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.names import FROM_TOKENS, HookIndex, HookSpec, NamesFilter, runs_through
 from pellucid.progress import progress_bar
@@ -202,7 +203,7 @@ class Harvester:
             stop_row=shard.stop,
             padding_side=self._side,
         )
-        with fixed_threads(self._threads), torch.no_grad():
+        with fixed_threads(self._threads), torch.no_grad(), ids_as_given():
             for batch in batches:
                 sequences += len(batch.tokens)
                 if sequences > shard.stop - shard.first:

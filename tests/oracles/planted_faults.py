@@ -28,7 +28,44 @@ class Fault:
     tests: str
 
 
+POSITIONS = "pellucid/model_bridge/run_positions.py"
+
 FAULTS = (
+    Fault(
+        "virtual positions are counted as tokens",
+        POSITIONS,
+        "value=NO_TOKEN)",
+        "value=0)",
+        "tests/model_bridge/test_run_positions.py -k loss",
+    ),
+    Fault(
+        "positions are counted in the tokens",
+        POSITIONS,
+        "virtual = whole.shape[1] - length\n",
+        "virtual = 0\n",
+        "tests/model_bridge/test_run_positions.py -k cache_keeps",
+    ),
+    Fault(
+        "a residual goes through the wrapper again",
+        "pellucid/model_bridge/running.py",
+        "prepared.behind_wrapper = prepared.start is not None and found.virtual > 0",
+        "prepared.behind_wrapper = False",
+        "tests/model_bridge/test_run_positions.py -k residual",
+    ),
+    Fault(
+        "looking for positions draws random numbers",
+        POSITIONS,
+        ', torch.random.fork_rng([device] if device.type == "cuda" else [])',
+        "",
+        "tests/model_bridge/test_run_positions.py -k random_number",
+    ),
+    Fault(
+        "ids that look padded are run without a word",
+        "pellucid/model_bridge/tokens.py",
+        "            if bool(padded.any()):\n",
+        "            if False:\n",
+        "tests/model_bridge/test_padded_ids.py",
+    ),
     Fault(
         "queries, keys and values taken as three stacked blocks",
         "pellucid/conversion_utils/fused_qkv.py",
@@ -108,9 +145,9 @@ FAULTS = (
     ),
     Fault(
         "the loss counts targets after padding",
-        "pellucid/model_bridge/losses.py",
-        "counts = real[:, :-1] & real[:, 1:]",
-        "counts = real[:, 1:]",
+        "pellucid/padding.py",
+        "return real[:, :-1] & real[:, 1:]",
+        "return real[:, 1:]",
         "tests/model_bridge/test_running.py",
     ),
     Fault(
@@ -123,8 +160,8 @@ FAULTS = (
     Fault(
         "positions ignore padding",
         "pellucid/run_context.py",
-        "before = (mask.long().cumsum(-1) - 1)",
-        "before = (torch.ones_like(mask.long()).cumsum(-1) - 1)",
+        "return places(mask)[:, self._own]",
+        "return places(torch.ones_like(mask))[:, self._own]",
         "tests/model_bridge/test_generation.py",
     ),
     Fault(
@@ -179,7 +216,7 @@ FAULTS = (
     Fault(
         "the estimate of a cache forgets cached keys",
         "pellucid/model_bridge/running.py",
-        "key_pos = pos if past is None else int(past.get_mask_sizes(pos, 0)[0])",
+        "key_pos = positions.past + pos if past is None else int(past.get_mask_sizes(pos, 0)[0])",
         "key_pos = pos",
         "tests/model_bridge/test_running.py",
     ),
@@ -417,15 +454,15 @@ FAULTS = (
     Fault(
         "means count padding",
         "pellucid/analysis/ablation.py",
-        "mask = self.rows.attention_mask\n            self.real",
-        "mask = None\n            self.real",
+        "            self.real = self.rows.real",
+        "            self.real = torch.ones_like(self.rows.real)",
         "tests/analysis/test_ablation.py",
     ),
     Fault(
         "position means are by column",
         "pellucid/analysis/ablation.py",
-        "places = self.real.long().cumsum(-1) - 1",
-        "places = torch.arange(self.real.shape[1]).expand_as(self.real)",
+        "place = places(self.real)",
+        "place = torch.arange(self.real.shape[1]).expand_as(self.real)",
         "tests/analysis/test_ablation.py",
     ),
     Fault(
