@@ -11,21 +11,66 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import ParamSpec
 
+from pellucid.errors import InputError
 from pellucid.padding import places, real_positions
 
 
 @dataclass(eq=False)
 class GenerationRun:
-    """One call of ``generate``: how many prompts it serves and which step it is at (0 is the prompt itself)."""
+    """One call of Hugging Face's ``generate``, and where its forwards are in the sequence.
 
+    The forwards of one call are not one a token: a long prompt may come in chunks, assisted decoding reads several tokens
+    at once, and guidance (``guidance_scale``) runs a second sequence beside the first. The sequence that is generated is
+    the one of the first forward, with the key/value cache that it was given.
+
+    Attributes:
+        root: the model whose ``generate`` it is; forwards of another model are no part of it.
+        n_prompts: rows that ``generate`` was given.
+        prompt_length: positions of the prompt that it was given, those of a continued cache among them.
+        continues: whether it was given a cache.
+        guided: whether guidance runs a second sequence.
+    """
+
+    root: nn.Module
     n_prompts: int
-    step: int = -1
+    prompt_length: int
+    continues: bool
+    guided: bool
+    prompt_end: int | None = None
+    step: int = 0
+    _cache: Any = None
+    _was_own: bool = False
+
+    def prompt_end_of(self, cache: Any | None, past: int, length: int, embedded: bool) -> int:
+        """The column at which the prompt of this forward's sequence ends.
+
+        Args:
+            cache: its key/value cache.
+            past: positions in it.
+            length: new positions.
+            embedded: whether embeddings are given, not ids: the prompt as a whole, soft positions among it.
+        """
+        end = past + length
+        if self.prompt_end is None:
+            own, self._cache = True, cache
+            # What a cache holds that ``generate`` was not given was put before the prompt (PEFT's prefixes).
+            before = 0 if self.continues else past
+            self.prompt_end = end if embedded else self.prompt_length + before
+        elif self._cache is not None:
+            own = cache is self._cache
+        else:
+            own = cache is None and not (self.guided and self._was_own)
+        self._was_own = own
+        if not own:
+            return end - self.step  # guidance is at the step of the forward that it guides
+        self.step = max(0, end - self.prompt_end)
+        return self.prompt_end
 
 
 class RunContext:
@@ -34,7 +79,11 @@ class RunContext:
     Attributes:
         tokens: ``[batch, pos]`` ids given to this forward, or ``None`` if it was given embeddings.
         past_length: number of positions already in the key/value cache.
-        step: the generation step (0 the prompt, then one a token), ``None`` outside ``generate``.
+        step: in ``generate``, how many tokens after the prompt this forward has read with its last position: 0 while the
+            prompt or a part of it is read, then 1 for the first new token. So a forward's last position decides new token
+            number ``step``, counted from 0, with a cache and without. In assisted decoding, which reads several tokens at
+            once, drafted tokens count too (:attr:`steps` has each position's); with guidance, the second sequence has the
+            step of the first. ``None`` outside ``generate``.
         fired: the hook points that this forward has passed so far.
     """
 
@@ -45,33 +94,49 @@ class RunContext:
         tokens: Tensor | None,
         attention_mask: Tensor | None,
         generation: GenerationRun | None,
+        prompt_end: int = 0,
     ) -> None:
         self._given = given
         self.past_length = past_length
         self.tokens = tokens
         self._attention_mask = attention_mask
         self._generation = generation
+        self._prompt_end = prompt_end
         self._whole: RunContext | None = None
         self.fired: set[nn.Module] = set()
-        self.step = None if generation is None else generation.step
+        self._kept: Tensor | None = None
+        self.step = None if generation is None else max(0, past_length + given.shape[1] - prompt_end)
 
     def __repr__(self) -> str:
         end = self.past_length + self.length - 1
         step = "" if self.step is None else f", generation step {self.step}"
         return f"RunContext({self.batch} rows, columns {self.past_length} to {end}{step})"
 
-    def last(self, length: int) -> RunContext:
-        """The same run seen from its last ``length`` positions: ``generate`` unembeds no more than it needs."""
-        if length == self.length:
+    def at(self, kept: int | Tensor) -> RunContext:
+        """The same run seen from the positions that are unembedded.
+
+        Args:
+            kept: Hugging Face's ``logits_to_keep``: the last so many (0 for all), or a tensor of positions, ``[pos]`` or
+                ``[batch, pos]``.
+        """
+        if isinstance(kept, int) and (kept == 0 or kept >= self.length):
             return self
-        tokens = None if self.tokens is None else self.tokens[:, -length:]
-        past = self.past_length + self.length - length
-        seen = RunContext(self._given[:, -length:], past, tokens, self._attention_mask, self._generation)
-        seen._whole, seen.fired = self, self.fired
+        here = torch.arange(self.length, device=self.device)
+        kept = here[-kept:] if isinstance(kept, int) else kept.to(self.device)
+        if kept.dim() == 1:
+            kept = here[kept]  # from the end, or a mask
+        seen = RunContext(
+            self._given, self.past_length, self.tokens, self._attention_mask, self._generation, self._prompt_end
+        )
+        if self.tokens is not None:
+            seen.tokens = torch.take_along_dim(self.tokens, kept.expand(self.batch, -1), 1)
+        seen._kept, seen._whole, seen.fired = kept, self, self.fired
+        if kept.numel() and self.step is not None:
+            seen.step = max(0, self.past_length + int(kept.max()) + 1 - self._prompt_end)
         return seen
 
     def is_part_of(self, other: RunContext | None) -> bool:
-        """Whether this is ``other``, or ``other`` seen from its last positions."""
+        """Whether this is ``other``, or ``other`` seen from some of its positions."""
         return other is not None and (self is other or self._whole is other)
 
     @property
@@ -82,7 +147,7 @@ class RunContext:
     @property
     def length(self) -> int:
         """New positions."""
-        return self._given.shape[1]
+        return self._given.shape[1] if self._kept is None else self._kept.shape[-1]
 
     @property
     def device(self) -> torch.device:
@@ -96,14 +161,28 @@ class RunContext:
 
     @property
     def columns(self) -> Tensor:
-        """``[pos]``: index of each position in the padded sequence, cached positions counted."""
+        """``[pos]``: index of each position in the padded sequence, cached positions counted.
+
+        ``[batch, pos]`` at the unembedding of a forward whose ``logits_to_keep`` names other positions in each row.
+        """
+        if self._kept is not None:
+            return self._kept + self.past_length
         return torch.arange(self.past_length, self.past_length + self.length, device=self.device)
+
+    @property
+    def steps(self) -> Tensor | None:
+        """As :attr:`columns`: the step of each position, 0 in the prompt; ``None`` outside ``generate``."""
+        return None if self._generation is None else (self.columns + 1 - self._prompt_end).clamp(min=0)
+
+    def _of_columns(self, values: Tensor) -> Tensor:
+        """``[batch, columns of the whole sequence]`` to ``[batch, pos]``."""
+        return torch.take_along_dim(values.to(self.device), self.columns.expand(self.batch, -1), 1)
 
     @property
     def real(self) -> Tensor:
         """``[batch, pos]`` bool: which positions hold real tokens, not padding."""
         mask = self._attention_mask
-        own = None if mask is None or mask.dim() != 2 else mask[:, self._own]
+        own = None if mask is None or mask.dim() != 2 else self._of_columns(mask)
         return real_positions(own, self.batch, self.length, self.device)
 
     @property
@@ -112,13 +191,15 @@ class RunContext:
         mask = self._attention_mask
         if mask is None or mask.dim() != 2:
             return self.columns.expand(self.batch, self.length)
-        return places(mask)[:, self._own].to(self.device)
+        return self._of_columns(places(mask))
 
     @property
     def rows(self) -> Tensor:
-        """``[batch]``: the prompt each row belongs to; under beam search several rows share one."""
+        """``[batch]``: the prompt each row belongs to; with beams or several sequences a prompt, rows share one."""
         n_prompts = self.batch if self._generation is None else self._generation.n_prompts
-        return torch.arange(self.batch, device=self.device) // max(1, self.batch // n_prompts)
+        if self.batch % n_prompts:
+            n_prompts = self.batch
+        return torch.arange(self.batch, device=self.device) // (self.batch // n_prompts)
 
 
 @dataclass(frozen=True)
@@ -197,6 +278,7 @@ _SCOPES: ContextVar[tuple[Scope, ...]] = ContextVar("pellucid_scopes", default=(
 _QUIET: ContextVar[bool] = ContextVar("pellucid_quiet", default=False)
 _RUN: ContextVar[RunContext | None] = ContextVar("pellucid_run", default=None)
 _FINISHED: ContextVar[RunContext | None] = ContextVar("pellucid_finished", default=None)
+_KEPT: ContextVar[int | Tensor | None] = ContextVar("pellucid_kept", default=None)
 _SPAN: ContextVar[LayerSpan] = ContextVar("pellucid_span", default=WHOLE)
 _FAST: ContextVar[FastAttention | None] = ContextVar("pellucid_fast_attention", default=None)
 
@@ -242,10 +324,15 @@ def set_span(start: int | None, stop: int | None) -> None:
     _SPAN.set(LayerSpan(start, stop, _SPAN.get().generation))
 
 
-def set_generation(n_prompts: int) -> None:
-    """Say that the forwards of this context are steps of one ``generate``."""
+def set_generation(run: GenerationRun) -> None:
+    """Say that the forwards of this context are those of one ``generate``."""
     span = _SPAN.get()
-    _SPAN.set(LayerSpan(span.start, span.stop, GenerationRun(n_prompts)))
+    _SPAN.set(LayerSpan(span.start, span.stop, run))
+
+
+def set_kept(kept: int | Tensor) -> None:
+    """Say which positions of the forward of this context go to the unembedding: Hugging Face's ``logits_to_keep``."""
+    _KEPT.set(kept)
 
 
 def set_fast_attention(root: nn.Module | None) -> None:
@@ -267,10 +354,21 @@ def keep_finished(run: RunContext | None) -> None:
 
 
 def take_finished() -> RunContext | None:
-    """The run that :func:`keep_finished` remembered, once."""
-    run = _FINISHED.get()
+    """The run that has just left the blocks, once, seen from the positions that are unembedded.
+
+    Raises:
+        InputError: they are chosen by a mask ``[batch, pos]``, for which Hugging Face joins batch and positions.
+    """
+    run, kept = _FINISHED.get(), _KEPT.get()
     _FINISHED.set(None)
-    return run
+    if run is None or kept is None:
+        return run
+    if isinstance(kept, Tensor) and kept.dim() == 2 and kept.dtype == torch.bool:
+        raise InputError(
+            "logits_to_keep is a mask of rows and positions: Hugging Face joins both axes, and hooks at hook_unembed see "
+            "[batch, pos, d_vocab]. Give positions as integers, [pos] or [batch, pos], or hook ln_final.hook_out."
+        )
+    return run.at(kept)
 
 
 def hooks_suppressed(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

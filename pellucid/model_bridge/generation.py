@@ -18,7 +18,6 @@ from pellucid.arguments import check_count, check_number
 from pellucid.errors import InputError, warn
 from pellucid.model_bridge.mounting import ComponentTree
 from pellucid.model_bridge.tokens import TokenRules
-from pellucid.run_context import set_generation
 
 KEPT = frozenset({"bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id", "transformers_version"})
 """Fields of a checkpoint's generation configuration that are facts, about its vocabulary and about who wrote it."""
@@ -134,13 +133,11 @@ def generate(
         penalty = FrequencyPenalty(freq_penalty, attention_mask)
         arguments["logits_processor"] = [*arguments.get("logits_processor", ()), penalty]
     criteria = _as_list(stopping_criteria)
-    (rows,) = {tensor.shape[0] for tensor in given.values()}
     bar = _Bar(max_new_tokens) if verbose else None
     if bar is not None:
         criteria.append(bar)
     try:
         with torch.no_grad():
-            set_generation(rows)
             output = model.generate(**given, stopping_criteria=_criteria_list(criteria), **arguments)  # type: ignore[operator]
             return output, ends
     finally:

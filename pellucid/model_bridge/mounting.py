@@ -31,7 +31,13 @@ from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import warn
 from pellucid.hook_points import HOOKS_LOCK, HookPoint, LensHandle
 from pellucid.model_bridge.architecture_adapter import ArchitectureAdapter
-from pellucid.model_bridge.generalized_components import BackboneBridge, GeneralizedComponent, LinearBridge
+from pellucid.model_bridge.generalized_components import (
+    BackboneBridge,
+    CausalLMBridge,
+    GeneralizedComponent,
+    GenerateBridge,
+    LinearBridge,
+)
 from pellucid.model_bridge.generalized_components.base import Mounted
 from pellucid.names import FROM_EMBEDDINGS, FROM_TOKENS, HookSpec, runs_through
 from pellucid.run_context import Scope, acts, current_span, is_quiet, open_scopes
@@ -43,7 +49,8 @@ class StandIn(Mounted):
     Args:
         component: the mounted component.
         module: the module whose forward it is.
-        slot: the attribute of the module that it is (``"forward"``, or ``"_old_forward"`` inside accelerate's own).
+        slot: the attribute of the module that it is (``"forward"``, ``"_old_forward"`` inside accelerate's own, or
+            ``"generate"``).
         previous: the instance forward that was there, ``None`` if it was the class's own.
     """
 
@@ -55,7 +62,13 @@ class StandIn(Mounted):
     @property
     def original(self) -> Callable[..., Any]:
         """The forward that was there before."""
-        return type(self.module).forward.__get__(self.module) if self.previous is None else self.previous
+        return self._native() if self.previous is None else self.previous
+
+    def _native(self, module: nn.Module | None = None) -> Callable[..., Any]:
+        """The class' own method, of the module or of a copy of it."""
+        module = self.module if module is None else module
+        method: Callable[..., Any] = getattr(type(module), self.component.slot).__get__(module)
+        return method
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's arguments to the module's output, with hooks firing."""
@@ -92,6 +105,11 @@ class StandIn(Mounted):
         else:
             vars(self.module)[self.slot] = self.previous
 
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """What ``inspect.signature`` asks: Hugging Face's ``generate`` looks for arguments in the forward's signature."""
+        return self._native()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         root = self.component.root
         if root is None or id(root) in memo:
@@ -101,7 +119,7 @@ class StandIn(Mounted):
         # One module is copied, not the model: no bridge knows the copy, so it gets the forward that was there.
         if self.previous is not None:
             return copy.deepcopy(self.previous, memo)
-        return type(self.module).forward.__get__(memo[id(self.module)])
+        return self._native(memo[id(self.module)])
 
 
 @dataclass(frozen=True)
@@ -132,6 +150,7 @@ class ComponentTree:
         self.backbone = BackboneBridge(adapter.backbone_path, cfg)
         self.backbone.expected_handles = self.expected_handles
         self.components["backbone"] = self.backbone
+        self.components |= {"model": CausalLMBridge("", cfg), "generate": GenerateBridge("", cfg)}  # the root, twice
         for layer, block in enumerate(self.blocks):
             self.components[f"blocks.{layer}"] = block
             for name, child in block.submodules.items():
@@ -283,8 +302,10 @@ class ComponentTree:
                     spec = self.index[str(point.name)]
                     if spec.flag in ("use_attn_in", "use_split_qkv_input"):
                         needed.add(f"blocks.{spec.layer}")  # it knows the residual before the norm
+        if "unembed" in needed:
+            needed.add("model")  # it is told which positions are unembedded
         if needed:
-            needed.add("backbone")
+            needed |= {"backbone", "generate"}
         return needed
 
     def is_mounted(self) -> bool:
@@ -300,7 +321,9 @@ class ComponentTree:
         module = component.original_component
         assert module is not None
         # accelerate: module.forward is a wrapper around module._old_forward; ours goes inside the wrapper.
-        slot = "_old_forward" if "_old_forward" in vars(module) else "forward"
+        slot = component.slot
+        if slot == "forward" and "_old_forward" in vars(module):
+            slot = "_old_forward"
         previous = vars(module).get(slot)
         if not component.runs_original and _is_foreign(previous, type(module).forward):
             warn(

@@ -244,10 +244,12 @@ class _Checker:
         """Hugging Face's logits."""
         return self.bridge.hf_model(input_ids=tokens, use_cache=False, **kwargs).logits  # type: ignore[no-any-return]
 
-    def native_cached(self, tokens: Tensor, cache: Any, attention_mask: Tensor | None = None) -> Tensor:
+    def native_cached(
+        self, model: nn.Module, tokens: Tensor, cache: Any, attention_mask: Tensor | None = None
+    ) -> Tensor:
         """Hugging Face's logits of tokens that come after those in ``cache``, which is extended."""
         past = {self.tree.adapter.cache_name: cache}
-        output = self.bridge.hf_model(input_ids=tokens, attention_mask=attention_mask, use_cache=True, **past)
+        output = model(input_ids=tokens, attention_mask=attention_mask, use_cache=True, **past)
         return output.logits  # type: ignore[no-any-return]
 
     def steps(self) -> list[Callable[[], Check]]:
@@ -355,7 +357,7 @@ class _Checker:
         ours, theirs = DynamicCache(), DynamicCache()
         for chunk in (self.tokens[:, :cut], self.tokens[:, cut:]):
             logits = self.bridge(chunk, past_key_values=ours)
-            native = self.native_cached(chunk, theirs)
+            native = self.native_cached(self.bridge.hf_model, chunk, theirs)
         yield self.line("key/value cache: logits", logits.double() - native.double(), self.exact)
         yield self.line("key/value cache: as without it", logits.double() - self.base[:, cut:].double(), self.bound)
 
@@ -382,7 +384,7 @@ class _Checker:
         try:
             with self.bridge.hooks([("hook_embed", note)]):
                 for start, stop in [(0, cut), *((at, at + 1) for at in range(cut, self.tokens.shape[1]))]:
-                    self.native_cached(self.tokens[:, start:stop], cache, attention_mask=mask[:, :stop])
+                    self.native_cached(self.tree.root, self.tokens[:, start:stop], cache, mask[:, :stop])
                     past, positions, real = said[-1]
                     # Head 0 adds slope * position to its scores.
                     alibi = native[-1].view(mask.shape[0], self.cfg.n_heads, -1)[:, 0, start:stop]

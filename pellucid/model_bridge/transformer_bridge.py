@@ -574,7 +574,7 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
                 f"max_new_tokens=max_length - {count} instead."
             )
         given = {"inputs_embeds": prepared.given} if prepared.tokens is None else {"input_ids": prepared.tokens}
-        session = HookSession(self._tree, components=self._helpers(None, None))
+        session = HookSession(self._tree, components=[*self._helpers(None, None), "generate"])
 
         def run() -> Any:
             set_fast_attention(self._fast_root())

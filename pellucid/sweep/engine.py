@@ -152,10 +152,10 @@ class Sweep:
         self._prepared_input = bridge.check_input(
             input, prepend_bos=prepend_bos, padding_side=padding_side, attention_mask=attention_mask
         )
+        self._positions = bridge.positions_of(self._prepared_input)
         check_metrics(self.metrics, self.tokens, self.attention_mask, bridge.cfg.d_vocab, logit_positions)
         if base_cache is not None and not isinstance(base_cache, Mapping):
             raise InputError(f"base_cache is a cache, or a dictionary by hook name; found {type(base_cache).__name__}.")
-        self._positions = bridge.positions_of(self._prepared_input)
         self._base_cache = base_cache
         self._logit_positions = logit_positions
         self._memory_limit = memory_limit

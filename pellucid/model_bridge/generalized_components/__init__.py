@@ -7,6 +7,7 @@ from pellucid.model_bridge.generalized_components.block import BlockBridge
 from pellucid.model_bridge.generalized_components.bloom_attention import BloomAttentionBridge
 from pellucid.model_bridge.generalized_components.bloom_block import BackboneBridge, BloomBlockBridge
 from pellucid.model_bridge.generalized_components.bloom_mlp import BloomMLPBridge
+from pellucid.model_bridge.generalized_components.causal_lm import CausalLMBridge, GenerateBridge
 from pellucid.model_bridge.generalized_components.embedding import EmbeddingBridge
 from pellucid.model_bridge.generalized_components.joint_qkv_attention import JointQKVAttentionBridge
 from pellucid.model_bridge.generalized_components.linear import LinearBridge
@@ -21,8 +22,10 @@ __all__ = [
     "BloomAttentionBridge",
     "BloomBlockBridge",
     "BloomMLPBridge",
+    "CausalLMBridge",
     "EmbeddingBridge",
     "GeneralizedComponent",
+    "GenerateBridge",
     "JointQKVAttentionBridge",
     "LinearBridge",
     "MLPBridge",

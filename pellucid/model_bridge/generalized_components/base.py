@@ -98,6 +98,9 @@ class GeneralizedComponent(NoTorchHooks):
     hook_in = Site("what the module is given")
     hook_out = Site("what the module gives")
 
+    slot: ClassVar[str] = "forward"
+    """The method of the module that the component stands in for."""
+
     runs_original: ClassVar[bool] = True
     """Whether the forward that was there runs inside this component's. Attention and MLP compute step by step instead."""
 
@@ -152,7 +155,7 @@ class GeneralizedComponent(NoTorchHooks):
             owner: the bridge, which mounts what fires a point.
         """
         # In a tuple, so that torch does not take the model for a child of the component.
-        self._place, self._names, self._owner = (root, tuple(path.split("."))), dict(names), owner
+        self._place, self._names, self._owner = (root, tuple(filter(None, path.split(".")))), dict(names), owner
 
     @property
     def path(self) -> str:
@@ -216,7 +219,7 @@ class GeneralizedComponent(NoTorchHooks):
             return mounted.original
         module = self.module
         # Alone, the module is called as torch calls it. In a model, torch has called it already and its hooks have fired.
-        called: Callable[..., Any] = module if self._place is None else module.forward
+        called: Callable[..., Any] = module if self._place is None else getattr(module, self.slot)
         return called
 
     def call_original(self, *args: Any, **kwargs: Any) -> Any:

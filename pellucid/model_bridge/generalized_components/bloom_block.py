@@ -103,7 +103,7 @@ class BloomBlockBridge(BlockBridge):
 class BackboneBridge(GeneralizedComponent):
     """Stands for a Hugging Face ``BloomModel`` while anything in it is hooked: it has no points of its own.
 
-    It tells hooks of a forward where in the sequence they are (``hook.run``), and counts the steps of ``generate``.
+    It tells hooks of a forward where in the sequence they are (``hook.run``).
 
     Attributes:
         expected_handles: ``(has_tokens)`` to the functions that act now and have to be called in a forward that begins; the
@@ -133,9 +133,11 @@ class BackboneBridge(GeneralizedComponent):
             return None  # Hugging Face refuses it
         cache, generation = given_cache(arguments), current_span().generation
         past = 0 if cache is None else int(cache.get_seq_length())
-        if generation is not None:
-            generation.step += 1
-        return RunContext(given, past, tokens, arguments.get("attention_mask"), generation)
+        mask = arguments.get("attention_mask")
+        if generation is None or generation.root is not self.root:
+            return RunContext(given, past, tokens, mask, None)
+        end = generation.prompt_end_of(cache, past, given.shape[1], tokens is None)
+        return RunContext(given, past, tokens, mask, generation, end)
 
     def _run(self, run: RunContext, call: Callable[[], Any]) -> Any:
         set_run(run)

@@ -42,6 +42,5 @@ class UnembeddingBridge(GeneralizedComponent):
         return in_own_context(self._run, hidden_states)
 
     def _run(self, hidden_states: Tensor) -> Tensor:
-        run = take_finished()
-        set_run(None if run is None else run.last(hidden_states.shape[1]))
+        set_run(take_finished())
         return super().forward(hidden_states)  # type: ignore[no-any-return]

@@ -1,0 +1,59 @@
+"""The whole model: which ``generate`` a forward belongs to, and which positions its unembedding is given.
+
+Neither component has hook points. One stands for ``generate``, so that hooks know prompts and steps whoever calls it; the
+other for the forward, which alone is told ``logits_to_keep``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from pellucid.model_bridge.generalized_components.base import GeneralizedComponent
+from pellucid.model_bridge.generalized_components.hf_arguments import by_name, given_cache
+from pellucid.run_context import GenerationRun, in_own_context, set_generation, set_kept
+
+
+class CausalLMBridge(GeneralizedComponent):
+    """Stands for the forward of a ``BloomForCausalLM`` while its unembedding is hooked."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Hugging Face's arguments to Hugging Face's output."""
+        kept = by_name(self.module, args, kwargs).get("logits_to_keep", 0)
+        return in_own_context(self._run, kept, partial(self.original(), *args, **kwargs))
+
+    def _run(self, kept: int | Tensor, call: Callable[[], Any]) -> Any:
+        set_kept(kept)
+        return call()
+
+
+class GenerateBridge(GeneralizedComponent):
+    """Stands for the ``generate`` of a ``BloomForCausalLM`` while anything in it is hooked."""
+
+    slot: ClassVar[str] = "generate"
+
+    def forward(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Hugging Face's arguments to Hugging Face's output."""
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+        given: Tensor | None = embeds if embeds is not None else ids
+        # A mask covers the positions of a cache that is continued, which the ids may leave out.
+        covers = mask if mask is not None and mask.dim() == 2 else given
+        config = args[0] if args else kwargs.get("generation_config")
+        scales = [kwargs.get("guidance_scale")]
+        scales += [each.guidance_scale for each in (config, self.module.generation_config) if each is not None]
+        run = GenerationRun(
+            root=self.module,
+            n_prompts=1 if given is None else given.shape[0],  # without a prompt Hugging Face makes one of one token
+            prompt_length=1 if covers is None else covers.shape[1],
+            continues=given_cache(kwargs) is not None,
+            guided=next((scale for scale in scales if scale is not None), 1) != 1,
+        )
+        return in_own_context(self._run, run, partial(self.original(), inputs, *args, **kwargs))
+
+    def _run(self, run: GenerationRun, call: Callable[[], Any]) -> Any:
+        set_generation(run)
+        return call()
