@@ -9,7 +9,7 @@ runs blocks again during the backward pass, runs them with the hooks that they h
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextvars import Context, copy_context
+from contextvars import Context, ContextVar, copy_context
 from functools import partial
 from typing import Any
 
@@ -49,6 +49,14 @@ SHARED_TENSORS: tuple[tuple[str, str, str, str], ...] = (
 """Sites where two components of a block meet at one tensor."""
 
 
+_RETURNED_INPUTS: ContextVar[dict[int, Tensor] | None] = ContextVar("_RETURNED_INPUTS", default=None)
+"""By layer, residuals that a hook returned in the place of what Hugging Face collects for ``output_hidden_states``.
+
+``None`` where nothing is collected. Hugging Face keeps a block's input before it calls the block, so that an edit in place
+was among its hidden states and a returned one was not.
+"""
+
+
 class BloomBlockBridge(BlockBridge):
     """Stands for a Hugging Face ``BloomBlock``.
 
@@ -86,6 +94,10 @@ class BloomBlockBridge(BlockBridge):
         residual = self.fire("hook_in", hidden_states, private=span.start is not None)
         if self.layer_index is not None and self.layer_index == span.stop:
             raise StopForward(residual)
+        if residual is not hidden_states:
+            returned = _RETURNED_INPUTS.get()
+            if returned is not None and self.layer_index is not None:
+                returned[self.layer_index] = residual
         outputs: tuple[Any, ...]
         cfg = self.config
         if cfg is not None and (cfg.use_attn_in or cfg.use_split_qkv_input):
@@ -103,7 +115,8 @@ class BloomBlockBridge(BlockBridge):
 class BackboneBridge(GeneralizedComponent):
     """Stands for a Hugging Face ``BloomModel`` while anything in it is hooked: it has no points of its own.
 
-    It tells hooks of a forward where in the sequence they are (``hook.run``).
+    It tells hooks of a forward where in the sequence they are (``hook.run``), and puts the block inputs that hooks returned
+    among the hidden states that Hugging Face collected.
 
     Attributes:
         expected_handles: ``(has_tokens)`` to the functions that act now and have to be called in a forward that begins; the
@@ -119,10 +132,14 @@ class BackboneBridge(GeneralizedComponent):
             HookNotFiredError: a point that was hooked did not fire.
         """
         call = partial(self.original(), *args, **kwargs)
-        run = self._run_of(by_name(self.module, args, kwargs))
+        arguments = by_name(self.module, args, kwargs)
+        run = self._run_of(arguments)
         if run is None:
             return call()
-        output = in_own_context(self._run, run, call)
+        collects = arguments.get("output_hidden_states")
+        if collects is None:
+            collects = self.module.config.output_hidden_states
+        output = in_own_context(self._run, run, call, {} if collects else None)
         keep_finished(run)
         return output
 
@@ -139,8 +156,9 @@ class BackboneBridge(GeneralizedComponent):
         end = generation.prompt_end_of(cache, past, given.shape[1], tokens is None)
         return RunContext(given, past, tokens, mask, generation, end)
 
-    def _run(self, run: RunContext, call: Callable[[], Any]) -> Any:
+    def _run(self, run: RunContext, call: Callable[[], Any], returned: dict[int, Tensor] | None) -> Any:
         set_run(run)
+        _RETURNED_INPUTS.set(returned)
         expected = self.expected_handles(run.tokens is not None)
         backbone = self.module
         if backbone.gradient_checkpointing and backbone.training and torch.is_grad_enabled():
@@ -148,7 +166,26 @@ class BackboneBridge(GeneralizedComponent):
         else:
             output = call()
         refuse_unfired(expected, run)
-        return output
+        return _with_returned_inputs(output, returned) if returned else output
+
+
+def _with_returned_inputs(output: Any, returned: Mapping[int, Tensor]) -> Any:
+    """Hugging Face's output with its hidden states those that the blocks were given.
+
+    Args:
+        output: an output object, or a tuple where ``return_dict`` is off.
+        returned: the residual that a hook returned, by layer.
+    """
+    if isinstance(output, tuple):
+        # Nothing before the hidden states is a tuple: the last residual, and a cache if there is one.
+        place = next(place for place, part in enumerate(output) if isinstance(part, tuple))
+        return (*output[:place], _replaced(output[place], returned), *output[place + 1 :])
+    output.hidden_states = _replaced(output.hidden_states, returned)
+    return output
+
+
+def _replaced(hidden_states: tuple[Tensor, ...], returned: Mapping[int, Tensor]) -> tuple[Tensor, ...]:
+    return tuple(returned.get(layer, residual) for layer, residual in enumerate(hidden_states))
 
 
 def refuse_unfired(expected: Sequence[LensHandle], run: RunContext) -> None:
