@@ -233,12 +233,25 @@ class _Checker:
             tokens = torch.randint(0, self.cfg.d_vocab, (2, 12), generator=generator)
         self.tokens = tokens.to(self.cfg.device or "cpu")
         self.run = bridge.positions_of(bridge.check_input(self.tokens))
-        self.base: Tensor = self.native(self.tokens)
-        eps = torch.finfo(self.cfg.dtype).eps
+        self.base, computing = self._computed()
+        # Under autocast (accelerate's, too) float32 weights compute in half precision, and round as it does.
+        self.eps = max(torch.finfo(dtype).eps for dtype in (self.cfg.dtype, computing))
+        eps = self.eps
         if self.tree.is_float64():
             eps = torch.finfo(torch.float32).eps  # Hugging Face's softmax is float32 even there
         self.bound = float(64 * self.cfg.n_layers * eps * self.base.abs().max())
         self.exact = self.bound if self.tree.is_float64() else 0.0
+
+    def _computed(self) -> tuple[Tensor, torch.dtype]:
+        """Hugging Face's logits, and the dtype in which its linear layers give what they compute."""
+        seen: list[torch.dtype] = []
+        linear = self.tree.components["blocks.0.attn"].module.query_key_value
+        handle = linear.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+        try:
+            base = self.native(self.tokens)
+            return base, seen[0]
+        finally:
+            handle.remove()
 
     def native(self, tokens: Tensor, **kwargs: Any) -> Tensor:
         """Hugging Face's logits."""
@@ -321,7 +334,6 @@ class _Checker:
         if mask.shape[1] > 2:
             mask[0, :2] = 0
         _, cache = self.bridge.run_with_cache(self.tokens, names_filter="*.hook_pattern", attention_mask=mask)
-        eps = torch.finfo(self.cfg.dtype).eps
         run = self.run
         keys = nn.functional.pad(mask, (run.past + run.virtual, 0), value=1).bool()
         real = keys[:, run.past :]
@@ -329,7 +341,7 @@ class _Checker:
         for layer in self.layers:
             pattern = cache["pattern", layer].double()
             rows = (pattern.sum(-1) - 1) * real[:, None, :]
-            yield self.line(f"layer {layer}: pattern rows sum to 1", rows, eps * keys.shape[1])
+            yield self.line(f"layer {layer}: pattern rows sum to 1", rows, self.eps * keys.shape[1])
             unseen = (future[None] | ~keys[:, None, :]) & real[:, :, None]
             yield self.line(f"layer {layer}: nothing attends to the future or padding", pattern * unseen[:, None], 0)
 
@@ -409,7 +421,7 @@ class _Checker:
         length = self.tokens.shape[1]
         mask = torch.ones_like(self.tokens)
         mask[0, : length // 2] = 0
-        bound = (64 + 2 * length) * self.cfg.n_layers * torch.finfo(self.cfg.dtype).eps * float(self.base.abs().max())
+        bound = (64 + 2 * length) * self.cfg.n_layers * self.eps * float(self.base.abs().max())
         for what, given in (("logits", None), ("logits, padded left", mask)):
             exact = self.bridge(self.tokens, attention_mask=given)
             with _Fast(self.bridge):
@@ -433,7 +445,7 @@ class _Checker:
                 start_at_layer=layer,
                 stop_at_layer=layer + 1,
             )
-        eps = torch.finfo(self.cfg.dtype).eps
+        eps = self.eps
         wide = torch.finfo(torch.promote_types(self.cfg.dtype, torch.float32)).eps
         unmasked = cache[scores].double().abs()
         unmasked = unmasked[unmasked < 1e4]

@@ -22,11 +22,19 @@ from pellucid.model_bridge.generalized_components.linear import LinearBridge
 from pellucid.model_bridge.generalized_components.mlp import MLPBridge
 
 
-def sum_of_slices(x: Tensor, linear: nn.Linear, count: int) -> Tensor:
-    """``x @ weight.T`` summed over ``count`` slices of the input features, without the bias, in Hugging Face's order."""
+def sum_of_slices(x: Tensor, linear: nn.Linear, count: int, dtype: torch.dtype | None = None) -> Tensor:
+    """``x @ weight.T`` summed over ``count`` slices of the input features, without the bias, in Hugging Face's order.
+
+    Args:
+        x: ``[batch, pos, feature]``.
+        linear: the layer.
+        count: how many slices.
+        dtype: of the sum, by default that of ``x``. Under autocast the products are in half precision and the sum of an MLP
+            is in its residual's dtype.
+    """
     # One accumulator, started at zero: the order in which the slices are added fixes the bits.
     with align_module_device(linear):
-        output = torch.zeros(*x.shape[:-1], linear.weight.shape[0], dtype=x.dtype, device=x.device)
+        output = torch.zeros(*x.shape[:-1], linear.weight.shape[0], dtype=dtype or x.dtype, device=x.device)
         width = x.shape[-1] / count
         for index in range(count):
             part = slice(int(index * width), int((index + 1) * width))
@@ -78,7 +86,7 @@ class BloomMLPBridge(MLPBridge):
         pre = self.fire("hook_pre", mlp.dense_h_to_4h(hidden_states))
         post = self.fire("hook_post", mlp.gelu_impl(pre))
         if mlp.pretraining_tp > 1 and mlp.slow_but_exact:
-            contribution = sum_of_slices(post, mlp.dense_4h_to_h, mlp.pretraining_tp)
+            contribution = sum_of_slices(post, mlp.dense_4h_to_h, mlp.pretraining_tp, residual.dtype)
         else:
             contribution = mlp.dense_4h_to_h(post)
         contribution = self.fire("hook_mlp_out", contribution)
