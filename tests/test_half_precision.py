@@ -647,3 +647,21 @@ def test_a_threshold_is_not_rounded_to_the_values(threshold: float, dtype: torch
     statistic = CountPositive(threshold)
     statistic.update(values)
     assert statistic.result().tolist() == [sum(float(value) > threshold for value in values.flatten())]
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_units_without_finite_responses_are_named(value: float) -> None:
+    """One number beyond float16 in one document: which hook, and which of its units."""
+    bridge = pair(torch.float16).half
+
+    def overflow(tensor: Tensor, hook: Any) -> None:
+        tensor[0, 0, [7, 90]] = value
+
+    asked = {"blocks.*.mlp.hook_post": [AveragePrecision()]}
+    with bridge.hooks(fwd_hooks=[("blocks.1.mlp.hook_post", overflow)]):
+        got = bridge.collect(corpus(), asked, progress=False)
+    said = r"2 of 128 features of blocks\.1\.mlp\.hook_post have a NaN or an infinite one: 7, 90\."
+    for call in (lambda: expertise(got), lambda: got.average_precision("blocks.1.mlp.hook_post", "a")):
+        with pytest.raises(InputError, match=said):
+            call()
+    assert got.average_precision("blocks.0.mlp.hook_post", "a").shape == (128,)

@@ -250,7 +250,7 @@ def expertise(
         for label in chosen:
             positive = torch.tensor([other == label for other in which], device=everything.device)
             on = flat[label].double().cpu().numpy()
-            measured["ap"].append(average_precision(everything, positive).cpu().numpy())
+            measured["ap"].append(average_precision(everything, positive, what=name).cpu().numpy())
             measured["on_p50"].append(np.quantile(on, 0.5, axis=0))
             measured["on_p90"].append(np.quantile(on, 0.9, axis=0))
             measured["off_mean"].append(everything[~positive].double().mean(0).cpu().numpy())

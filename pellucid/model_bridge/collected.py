@@ -185,7 +185,7 @@ class Collected:
             if len(pooled) < len(found):
                 raise InputError(f"{statistic} is no average precision: collect AveragePrecision().")
             others = [one for label, one in pooled.items() if label != positive]
-            layers.append(self._as_numpy(pooled[positive].against(others)))
+            layers.append(self._as_numpy(pooled[positive].against(others, each.spec.name)))
         dims = feature_dims(chosen[0].spec)
         attributes = {"hook": hook, "statistic": statistic, "positive": positive}
         if several:

@@ -61,11 +61,15 @@ class AveragePrecision(Statistic):
         self._seen()
         return self._joined()[0]
 
-    def against(self, negatives: Sequence[AveragePrecision]) -> Tensor:
+    def against(self, negatives: Sequence[AveragePrecision], what: str = "the scores") -> Tensor:
         """``[*features]`` float64: average precision with these documents as positive and those of ``negatives`` as not.
 
+        Args:
+            negatives: those of the other documents.
+            what: whose values these are, such as a hook point, for the error.
+
         Raises:
-            InputError: none to compare with, other features or another pooling.
+            InputError: none to compare with, other features or another pooling, values that are not finite.
         """
         features = self._seen()
         for other in negatives:
@@ -75,7 +79,7 @@ class AveragePrecision(Statistic):
         scores = torch.cat([own, *(other.result().to(own.device) for other in negatives)])
         positive = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
         positive[: len(own)] = True
-        return average_precision(scores, positive)
+        return average_precision(scores, positive, what=what)
 
     def _begin(self, device: torch.device) -> None:
         self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -130,7 +134,7 @@ class AveragePrecision(Statistic):
         self._parts = [(tensors["documents"], tensors["lengths"], tensors["pooled"])]
 
 
-def average_precision(scores: Tensor, positive: Tensor, chunk: int = 4096) -> Tensor:
+def average_precision(scores: Tensor, positive: Tensor, chunk: int = 4096, what: str = "the scores") -> Tensor:
     """Average precision of each feature's scores, as scikit-learn's ``average_precision_score`` has it, ties included.
 
     ``sum over thresholds of (R_i - R_{i-1}) P_i``: documents of equal score pass one threshold together.
@@ -139,12 +143,13 @@ def average_precision(scores: Tensor, positive: Tensor, chunk: int = 4096) -> Te
         scores: ``[document, *features]``, finite.
         positive: ``[document]`` bool: which documents are positive.
         chunk: features at a time, which bounds the memory.
+        what: whose scores these are, such as a hook point, for the error.
 
     Returns:
         ``[*features]`` float64.
 
     Raises:
-        InputError: no positive or no negative document, scores that are not finite, shapes that do not fit.
+        InputError: no positive or no negative document, scores that are not finite (naming the features), other shapes.
     """
     if positive.dtype != torch.bool or positive.dim() != 1 or scores.dim() < 1 or len(scores) != len(positive):
         raise InputError(
@@ -156,8 +161,14 @@ def average_precision(scores: Tensor, positive: Tensor, chunk: int = 4096) -> Te
         what = "positive" if n_positive == 0 else "negative"
         raise InputError(f"Average precision needs positive and negative documents; there is no {what} one.")
     flat = scores.reshape(len(scores), -1)
-    if not bool(flat.isfinite().all()):
-        raise InputError("Average precision needs finite scores; found a NaN or an infinite one.")
+    wrong = (~flat.isfinite()).any(0).nonzero().flatten().tolist()
+    if wrong:
+        listed = ", ".join(map(str, wrong[:8])) + (", ..." if len(wrong) > 8 else "")
+        raise InputError(
+            f"Average precision needs finite scores; {len(wrong)} of {flat.shape[1]} features of {what} have a NaN or an "
+            f"infinite one: {listed}. Leave them out (expertise takes responses by hook and label), or run the model in a "
+            "dtype of a wider range (bfloat16 or float32)."
+        )
     found = torch.empty(flat.shape[1], dtype=torch.float64, device=flat.device)
     for begin in range(0, flat.shape[1], chunk):
         found[begin : begin + chunk] = _average_precision(flat[:, begin : begin + chunk], positive, n_positive)
