@@ -31,6 +31,7 @@ from pellucid.cli.options import (
     Revision,
     StoreDtype,
     Tail,
+    example,
     layer_list,
     number_list,
 )
@@ -39,6 +40,8 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: the boxes of rich break words in the middle at 80 columns
+    epilog=example("pellucid demo"),
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -61,7 +64,7 @@ def _pellucid(
     """
 
 
-@app.command()
+@app.command(short_help="A tour of the embedded model, offline.", epilog=example("pellucid demo --out story"))
 def demo(
     out: Annotated[
         Path | None, typer.Option(help="A folder for demo.json, demo.safetensors (the arrays) and induction.svg.")
@@ -80,7 +83,10 @@ def demo(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(
+    short_help="Same numbers as Hugging Face, each hook alive?",
+    epilog=example("pellucid check bigscience/bloom-560m --layers 0,12,23 --out report.json"),
+)
 def check(
     model: Model,
     layers: Annotated[
@@ -110,7 +116,13 @@ def check(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(
+    short_help="Run a text; keep activations in a file.",
+    epilog=example(
+        "pellucid run demo 'Everyone has the right' \\",
+        "  --hooks 'blocks.*.attn.hook_pattern' --out patterns.safetensors",
+    ),
+)
 def run(
     model: Model,
     text: Annotated[
@@ -150,7 +162,10 @@ def run(
         run_text(ModelChoice(model, revision, device, dtype, allow_pickle, attn_implementation), request, format)
 
 
-@app.command()
+@app.command(
+    short_help="Find and silence the neurons of languages.",
+    epilog=example("pellucid neurons demo --out study --prompt 'Everyone has'"),
+)
 def neurons(
     model: Model,
     text: Annotated[
@@ -238,7 +253,10 @@ def neurons(
         find_neurons(ModelChoice(model, revision, device, dtype, allow_pickle), request, format)
 
 
-@app.command()
+@app.command(
+    short_help="Activation patching between two prompts.",
+    epilog=example("pellucid patch --site z --by layer,head --picture heads.html"),
+)
 def patch(
     model: Model = DEMO,
     clean: Annotated[
@@ -333,7 +351,13 @@ def patch(
         raise typer.Exit(130)
 
 
-@app.command()
+@app.command(
+    short_help="Store the activations of a corpus.",
+    epilog=example(
+        "pellucid harvest demo --corpus en=english.txt \\",
+        "  --hooks 'blocks.2.hook_resid_post' --out store",
+    ),
+)
 def harvest(
     model: Model,
     out: Annotated[Path, typer.Option(help="The folder; one where the same job was begun is gone on with.")],

@@ -129,6 +129,11 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite files that exist
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
+def example(*lines: str) -> str:
+    """The last lines of a command's help: an example as it is typed, its lines not joined or broken (click's mark)."""
+    return "\b\n" + "\n".join(["Example:", *(f"  {line}" for line in lines)])
+
+
 def layer_list(text: str | None) -> list[int] | None:
     """``0,5,11`` as numbers.
 

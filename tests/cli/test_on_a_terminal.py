@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from pellucid.cli.app import app
 
 pty = pytest.importorskip("pty", reason="pseudo-terminals are POSIX")
 fcntl = pytest.importorskip("fcntl")
@@ -61,3 +68,47 @@ def test_a_bar_shows_on_the_embedded_model(command: str) -> None:
 
 def test_the_hubs_switch_turns_the_bars_off() -> None:
     assert on_a_terminal("check", "demo", "--layers", "0", HF_HUB_DISABLE_PROGRESS_BARS="1") == ""
+
+
+# -- help --------------------------------------------------------------------------------------------------------------
+
+COMMANDS = (None, *sorted(get_command(app).commands))  # type: ignore[attr-defined]
+
+
+def helped(command: str | None) -> str:
+    done = CliRunner().invoke(
+        app, [*([command] if command else []), "--help"], env={"COLUMNS": "80"}, terminal_width=80
+    )
+    assert done.exit_code == 0
+    return done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_breaks_no_word_at_80_columns(command: str | None) -> None:
+    group: Any = get_command(app)
+    found = group if command is None else group.commands[command]
+    text = helped(command)
+    assert max(map(len, text.splitlines())) <= 80
+    words = set(text.split())
+    for parameter in found.params:
+        for word in (parameter.help or "").split():
+            assert word in words, f"{parameter.name}: {word!r} is broken"
+    assert not [values for values in re.findall(r"<[^>]*>", text) if "\n" in values], "choices are broken"
+    for word in " ".join((found.help or "").split("\b")).split():
+        assert word in words, f"{word!r} is broken"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_ends_with_an_example_that_can_be_typed(command: str | None) -> None:
+    text = helped(command)
+    assert text.count("  Example:\n") == 1
+    typed = shlex.split(text.split("  Example:\n")[1].replace("\\\n", " "))
+    assert typed[:2] == ["pellucid", command or "demo"]
+    group: Any = get_command(app)
+    found = group.commands[typed[1]]
+    found.make_context(typed[1], typed[2:])  # parses, with every option and every value of it
+
+
+def test_the_list_of_commands_cuts_no_sentence() -> None:
+    listed = helped(None).split("Commands:")[1]
+    assert "..." not in listed
