@@ -90,6 +90,7 @@ WITHOUT_TORCH = (
     "tables",
     "token_text",
     "cli.app",
+    "cli.files",
     "cli.options",
     "cli.prompt",
     "cli.mistakes",

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 import pellucid
-from pellucid.cli.mistakes import told_to_a_person
+from pellucid.cli.files import (
+    DEMO_FILES,
+    PATCH_FILES,
+    STUDY_FILES,
+    kept_of_store,
+    kept_of_study,
+    labelled_files,
+    language_files,
+    refuse_activations,
+    refuse_file,
+    refuse_folder,
+    refuse_model,
+    refuse_out,
+    refuse_picture,
+    refuse_used_folder,
+)
+from pellucid.cli.mistakes import INTERRUPTED, told_to_a_person
 from pellucid.cli.options import (
     DEMO,
     Attention,
@@ -76,9 +93,11 @@ def demo(
 ) -> None:
     """A tour on the embedded model: what its heads do, shown by changing them. Offline, within a minute."""
     with told_to_a_person(debug):
+        if out is not None:
+            refuse_folder(out, DEMO_FILES, force)
         from pellucid.cli.demo import show_demo
 
-        holds = show_demo(out, seed, format, force)
+        holds = show_demo(out, seed, format)
     if not holds:
         raise typer.Exit(1)
 
@@ -108,10 +127,14 @@ def check(
 ) -> None:
     """Hold Pellucid against Hugging Face on MODEL: same numbers, and every hook alive. Exit code 1 if not."""
     with told_to_a_person(debug):
+        choice = ModelChoice(model, revision, device, dtype, allow_pickle, attn_implementation)
+        refuse_model(choice)
+        chosen = layer_list(layers)
+        if out is not None:
+            refuse_out(out, force)
         from pellucid.cli.check import check_model
 
-        choice = ModelChoice(model, revision, device, dtype, allow_pickle, attn_implementation)
-        holds = check_model(choice, layer_list(layers), format, verbose, out, force)
+        holds = check_model(choice, chosen, format, verbose, out)
     if not holds:
         raise typer.Exit(1)
 
@@ -155,11 +178,15 @@ def run(
     """Run MODEL on a text: the next token it expects, and the activations you name, in a file."""
     with told_to_a_person(debug):
         from pellucid.cli.prompt import read_prompt
+
+        choice = ModelChoice(model, revision, device, dtype, allow_pickle, attn_implementation)
+        refuse_model(choice)
+        if out is not None:
+            refuse_activations(out, hooks, force)
+        prompt = read_prompt(text, prompt_file)
         from pellucid.cli.run import RunRequest, run_text
 
-        prompt = read_prompt(text, prompt_file)
-        request = RunRequest(prompt, tuple(hooks or ()), out, force, top_k, prepend_bos)
-        run_text(ModelChoice(model, revision, device, dtype, allow_pickle, attn_implementation), request, format)
+        run_text(choice, RunRequest(prompt, tuple(hooks or ()), out, top_k, prepend_bos), format)
 
 
 @app.command(
@@ -225,14 +252,19 @@ def neurons(
     debug: Debug = False,
 ) -> None:
     """Find the neurons of languages in MODEL (LAPE), silence them, and measure what that does to each language."""
-    with told_to_a_person(debug):
+    with told_to_a_person(debug, partial(kept_of_study, out)):
+        choice = ModelChoice(model, revision, device, dtype, allow_pickle)
+        refuse_model(choice)
+        language_files(text or (), "--text")
+        language_files(held_out or (), "--held-out")
+        if out is not None:
+            refuse_folder(out, STUDY_FILES, force)
         from pellucid.cli.neurons import NeuronRequest, find_neurons
 
         request = NeuronRequest(
             text=tuple(text or ()),
             held_out=tuple(held_out or ()),
             out=out,
-            force=force,
             document=document.value,
             context=context,
             batch_size=batch_size,
@@ -250,7 +282,7 @@ def neurons(
             expert_documents=expert_documents,
             prompts=tuple(prompt or ()),
         )
-        find_neurons(ModelChoice(model, revision, device, dtype, allow_pickle), request, format)
+        find_neurons(choice, request, format)
 
 
 @app.command(
@@ -321,6 +353,12 @@ def patch(
 ) -> None:
     """Patch one run's activations into another, place by place: where does MODEL keep what makes the difference?"""
     with told_to_a_person(debug):
+        choice = ModelChoice(model, revision, device, dtype, allow_pickle, attn_implementation)
+        refuse_model(choice)
+        if out is not None:
+            refuse_folder(out, PATCH_FILES, force)
+        if picture is not None:
+            refuse_picture(picture, force)
         from pellucid.cli.patch import PatchRequest, patch_model
 
         request = PatchRequest(
@@ -345,10 +383,9 @@ def patch(
             plan=plan,
             memory_limit=None if memory_limit is None else memory_limit * 2**20,
         )
-        choice = ModelChoice(model, revision, device, dtype, allow_pickle, attn_implementation)
         whole = patch_model(choice, request, format)
     if not whole:
-        raise typer.Exit(130)
+        raise typer.Exit(INTERRUPTED)
 
 
 @app.command(
@@ -411,7 +448,13 @@ def harvest(
     debug: Debug = False,
 ) -> None:
     """Store the activations of a corpus in a folder. Given again, it goes on where it was interrupted."""
-    with told_to_a_person(debug):
+    with told_to_a_person(debug, partial(kept_of_store, out)):
+        choice = ModelChoice(model, revision, device, dtype, allow_pickle)
+        refuse_model(choice)
+        labelled_files(corpus or ())
+        refuse_file(out)
+        if saelens is not None:
+            refuse_used_folder(saelens)
         from pellucid.cli.corpus import CorpusRequest
         from pellucid.cli.harvest import HarvestRequest, harvest_corpus
 
@@ -419,4 +462,4 @@ def harvest(
         request = HarvestRequest(
             text, tuple(hooks or ()), out, batch_size, batches_per_shard, store_dtype, threads, worker, ray, saelens
         )
-        harvest_corpus(ModelChoice(model, revision, device, dtype, allow_pickle), request, format)
+        harvest_corpus(choice, request, format)

@@ -11,7 +11,6 @@ from rich.table import Table
 from rich.text import Text
 
 import pellucid
-from pellucid.cli.files import refuse_out
 from pellucid.cli.models import commit_of, open_bridge, read_hook_index
 from pellucid.cli.options import Format, ModelChoice
 from pellucid.cli.output import Json, results, table, to_json, write_json
@@ -23,20 +22,16 @@ from pellucid.tables import ranges
 _LAYER = re.compile(r"\b(blocks\.|layer )(\d+)")
 
 
-def check_model(
-    choice: ModelChoice, layers: list[int] | None, format: Format, verbose: bool, out: Path | None, force: bool
-) -> bool:
+def check_model(choice: ModelChoice, layers: list[int] | None, format: Format, verbose: bool, out: Path | None) -> bool:
     """Check a model and print the report.
 
     Returns:
         Whether everything holds.
 
     Raises:
-        InputError: a layer that does not exist, or a file that cannot be written.
+        InputError: a layer that does not exist.
         PellucidError: the model cannot be opened.
     """
-    if out is not None:
-        refuse_out(out, force)
     n_layers = read_hook_index(choice).n_layers
     wrong = [layer for layer in layers or () if not 0 <= layer < n_layers]
     if wrong:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pellucid.cli.files import labelled_files
 from pellucid.corpora import Corpus
 from pellucid.errors import InputError
 
@@ -40,7 +40,7 @@ def open_corpus(request: CorpusRequest, tokenizer: Any) -> Corpus:
         InputError: no file, files of several kinds, or of an unknown one.
         CorpusError: a file that does not exist or is empty.
     """
-    files = _by_label(request.files)
+    files = labelled_files(request.files)
     kinds = {_kind(path) for paths in files.values() for path in paths}
     if len(kinds) > 1:
         raise InputError(f"--corpus takes files of one kind; found {' and '.join(sorted(kinds))}.")
@@ -58,18 +58,6 @@ def open_corpus(request: CorpusRequest, tokenizer: Any) -> Corpus:
         case _:
             document: Any = request.document
             return Corpus.from_text(files, tokenizer, **common, document=document)
-
-
-def _by_label(given: tuple[str, ...]) -> dict[str, list[Path]]:
-    if not given:
-        raise InputError("Say what to run: --corpus LABEL=FILE, such as --corpus en=english.txt; it may be repeated.")
-    files: dict[str, list[Path]] = {}
-    for entry in given:
-        label, found, path = entry.partition("=")
-        if not found or os.sep in label or not label:
-            label, path = Path(entry).stem, entry
-        files.setdefault(label, []).append(Path(path).expanduser())
-    return files
 
 
 def _kind(path: Path) -> str:

@@ -14,7 +14,7 @@ from rich.text import Text
 from safetensors.torch import save_file
 
 import pellucid
-from pellucid.cli.files import METADATA_KEY, refuse_out
+from pellucid.cli.files import DEMO_FILES, METADATA_KEY
 from pellucid.cli.models import open_bridge
 from pellucid.cli.options import DEMO, Format, ModelChoice
 from pellucid.cli.output import results, table, to_json, write_json
@@ -23,24 +23,17 @@ from pellucid.demo.prompts import LANGUAGES
 from pellucid.demo.story import LENGTH, ROWS, Grid, Head, Story, tell_story
 from pellucid.files import whole_file
 
-JSON_FILE, ARRAYS_FILE, PICTURE_FILE = "demo.json", "demo.safetensors", "induction.svg"
+JSON_FILE, ARRAYS_FILE, PICTURE_FILE = DEMO_FILES
 TEXT_WIDTH = 96
 INDENT = "   "
 
 
-def show_demo(out: Path | None, seed: int, format: Format, force: bool) -> bool:
+def show_demo(out: Path | None, seed: int, format: Format) -> bool:
     """Compute the story, write its files, print it.
 
     Returns:
         Whether the self-check holds.
-
-    Raises:
-        InputError: a file is in the way.
     """
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        for name in (JSON_FILE, ARRAYS_FILE, PICTURE_FILE):
-            refuse_out(out / name, force)
     story = tell_story(open_bridge(ModelChoice(DEMO)), seed)
     if out is not None:
         write_files(story, out)

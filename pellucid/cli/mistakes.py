@@ -10,7 +10,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -18,19 +18,32 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from pellucid.cli.files import kept_of_nothing
 from pellucid.errors import PellucidError
 
 READER_GONE = 141
 """The exit code of a program that a closed pipe ends, so that ``| head`` is not taken for a check that failed."""
 
 
+INTERRUPTED = 130
+"""The exit code of a program that Ctrl-C ends."""
+
+
 @contextmanager
-def told_to_a_person(debug: bool) -> Iterator[None]:
-    """Print errors and warnings raised inside as messages; with ``debug``, errors after their traceback."""
+def told_to_a_person(debug: bool, kept: Callable[[], str] = kept_of_nothing) -> Iterator[None]:
+    """Print errors and warnings raised inside as messages; with ``debug``, errors after their traceback.
+
+    Args:
+        debug: show tracebacks.
+        kept: says, after an interrupt, what of the work was kept and how to go on.
+    """
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
             yield
+        except KeyboardInterrupt:
+            _say("interrupted", "bold red", kept())
+            raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
             raise typer.Exit(READER_GONE) from None

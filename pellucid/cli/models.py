@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
 
+from pellucid.cli.files import model_folder
 from pellucid.cli.options import Dtype, ModelChoice
 from pellucid.demo import MODEL_FOLDER, load_demo_bridge
 from pellucid.errors import InputError
@@ -123,11 +123,4 @@ def _folder(choice: ModelChoice) -> str | None:
     """The folder that MODEL names, ``None`` for a hub name."""
     if choice.is_demo:
         return str(MODEL_FOLDER)
-    path = os.path.expanduser(choice.name)
-    if os.path.isdir(path):
-        return path
-    if path.startswith((os.sep, ".")) or path != choice.name or path.count("/") > 1 or os.path.exists(path):
-        raise InputError(
-            f"There is no folder {path}. MODEL is a folder, a hub name such as bigscience/bloom-560m, or demo."
-        )
-    return None
+    return model_folder(choice.name)

@@ -21,8 +21,9 @@ from pellucid.analysis.expert_neurons import PUBLISHED_PLACES, ExpertNeurons, ex
 from pellucid.analysis.language_neurons import LanguageNeurons, lape
 from pellucid.analysis.neurons import Neuron, RandomMatch
 from pellucid.analysis.perplexity import continuations, perplexity_change
+from pellucid.cli.files import COUNTING_FOLDER, language_files
 from pellucid.cli.models import open_bridge
-from pellucid.cli.neurons_output import Examples, Study, present, refuse_files, write_study
+from pellucid.cli.neurons_output import Examples, Study, present, write_study
 from pellucid.cli.options import Format, ModelChoice
 from pellucid.corpora import Corpus, CorpusBatch
 from pellucid.corpora.sources import DocumentRule
@@ -34,7 +35,6 @@ from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.running_stats import AveragePrecision, CountPositive, TopK
 
 POST = "blocks.*.mlp.hook_post"
-STATE_FOLDER = "counting"
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,6 @@ class NeuronRequest:
     text: tuple[str, ...]
     held_out: tuple[str, ...]
     out: Path | None
-    force: bool = False
     document: DocumentRule = "line"
     context: int | None = None
     batch_size: int = 8
@@ -96,15 +95,16 @@ def find_neurons(choice: ModelChoice, request: NeuronRequest, format: Format) ->
     """Count, select, silence, write, print.
 
     Raises:
-        InputError: arguments that contradict each other, a file in the way, no neurons.
+        InputError: arguments that contradict each other, no neurons.
         CorpusError: text that cannot be read.
         OtherJobError: the folder holds the counts of another model or text.
         PellucidError: the model cannot be opened.
     """
     _refuse_arguments(choice, request)
-    if request.out is not None:
-        refuse_files(request.out, request.force)
-    counted_files, measured_files = read_pairs(request.text, "--text"), read_pairs(request.held_out, "--held-out")
+    counted_files, measured_files = (
+        language_files(request.text, "--text"),
+        language_files(request.held_out, "--held-out"),
+    )
     if measured_files and set(measured_files) != set(counted_files):
         raise InputError(
             f"--text has the languages {', '.join(counted_files)} and --held-out {', '.join(measured_files)}: give both for "
@@ -173,28 +173,6 @@ def _measured_on(choice: ModelChoice, request: NeuronRequest) -> str:
     return f"the last {request.held_out_share:.0%} of each language's rows"
 
 
-def read_pairs(pairs: Sequence[str], option: str) -> dict[str, list[Path]]:
-    """``LANGUAGE=FILE`` options as files by language; a language given several times has several files.
-
-    Raises:
-        InputError: another form, a file that does not exist, or a single language.
-    """
-    found: dict[str, list[Path]] = {}
-    for pair in pairs:
-        language, equals, path = pair.partition("=")
-        if not (equals and language and path):
-            raise InputError(f"{option} takes LANGUAGE=FILE, such as en=english.txt; found {pair!r}.")
-        file = Path(path).expanduser()
-        if not file.is_file():
-            raise InputError(f"{option} {pair}: there is no file {file}.")
-        found.setdefault(language, []).append(file)
-    if len(found) == 1:
-        raise InputError(
-            f"{option} has one language, {next(iter(found))}: neurons of a language are told from others'."
-        )
-    return found
-
-
 # -- text --------------------------------------------------------------------------------------------------------------
 
 
@@ -256,7 +234,7 @@ def count(bridge: TransformerBridge, texts: Texts, request: NeuronRequest) -> di
     statistics = {POST: [CountPositive(), *([TopK(request.examples)] if request.examples else [])]}
     found = {}
     for place, label in enumerate(texts.counted.labels):
-        folder = None if request.out is None else request.out / STATE_FOLDER / str(place)
+        folder = None if request.out is None else request.out / COUNTING_FOLDER / str(place)
         found[label] = bridge.collect(
             texts.counted,
             statistics,

@@ -16,21 +16,17 @@ import pellucid
 from pellucid.analysis.expert_neurons import ExpertNeurons
 from pellucid.analysis.language_neurons import LanguageNeurons
 from pellucid.analysis.perplexity import own_and_others
-from pellucid.cli.files import refuse_out
+from pellucid.cli.files import STUDY_FILES, STUDY_PICTURES
 from pellucid.cli.mistakes import say_note
 from pellucid.cli.options import Format
 from pellucid.cli.output import Json, results, table, to_json, write_json
-from pellucid.errors import InputError, MissingExtraError
+from pellucid.errors import MissingExtraError
 from pellucid.files import whole_file
 
 Examples: TypeAlias = dict[tuple[str, int, int], list[tuple[float, str, str, str]]]
 """By language, layer and neuron: activation, text before, token, text after; largest first."""
 
-JSON_FILE, NEURONS_FILE, COUNTS_FILE = "neurons.json", "neurons.csv", "counts.safetensors"
-CHANGE_FILE, OVERLAP_FILE, LAYERS_FILE, EXAMPLES_FILE = "change.csv", "overlap.csv", "layers.csv", "examples.csv"
-EXPERTS_FILE, WRITTEN_FILE = "experts.csv", "continuations.csv"
-PICTURES = ("layers.html", "overlap.html", "change.html", "examples.html")
-FILES = (
+(
     JSON_FILE,
     NEURONS_FILE,
     COUNTS_FILE,
@@ -40,8 +36,7 @@ FILES = (
     EXAMPLES_FILE,
     EXPERTS_FILE,
     WRITTEN_FILE,
-    *PICTURES,
-)
+) = STUDY_FILES[: -len(STUDY_PICTURES)]
 
 
 @dataclass(frozen=True)
@@ -117,26 +112,13 @@ def summary(change: xr.Dataset) -> list[dict[str, Json]]:
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def refuse_files(out: Path, force: bool) -> None:
-    """Make the folder, and see that nothing is in the way.
-
-    Raises:
-        InputError: a result is there and ``force`` is off, or the folder cannot be written.
-    """
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file: give a folder.")
-    out.mkdir(parents=True, exist_ok=True)
-    for name in FILES:
-        refuse_out(out / name, force)
-
-
 def write_study(study: Study, out: Path) -> list[str]:
     """Write every table, and pictures where Plotly is installed. What an earlier run left and this one has not is removed.
 
     Returns:
         names of the pictures.
     """
-    for name in FILES:
+    for name in STUDY_FILES:
         (out / name).unlink(missing_ok=True)
     with whole_file(out / COUNTS_FILE) as draft:
         study.found.save(draft)
@@ -164,7 +146,7 @@ def _draw(study: Study, out: Path) -> list[str]:
     except MissingExtraError as error:
         say_note(f"no pictures: {error}")
         return []
-    layers, overlap, change, examples = PICTURES
+    layers, overlap, change, examples = STUDY_PICTURES
     about = f"{study.model}; top_rate {study.found.top_rate:g}; {sum(study.counted.values()):,} tokens counted"
     made: dict[str, Any] = {
         layers: layers_picture(study.found.by_layer(), about),
@@ -287,7 +269,7 @@ def present(study: Study, format: Format, out: Path | None, pictures: Sequence[s
         console.print(_continuations(study.written))
     if out is not None:
         console.print()
-        names = [name for name in FILES if (out / name).exists()]
+        names = [name for name in STUDY_FILES if (out / name).exists()]
         console.print(Text(f"Written to {out}: {', '.join(names)}", "bold"))
 
 

@@ -26,7 +26,7 @@ import pellucid
 from pellucid.analysis.cells import check_by, find_site, read_prompts, refuse_different_lengths
 from pellucid.analysis.labelled import LabelledSweep, to_document
 from pellucid.analysis.patching import default_by, prepare_activation_patching
-from pellucid.cli.files import refuse_out
+from pellucid.cli.files import PATCH_FILES
 from pellucid.cli.models import commit_of, open_bridge
 from pellucid.cli.options import Direction, Format, MetricName, ModelChoice
 from pellucid.cli.output import Json, results, table, to_json, write_json
@@ -43,7 +43,7 @@ from pellucid.token_text import token_label
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-JSON_FILE, CSV_FILE = "patch.json", "patch.csv"
+JSON_FILE, CSV_FILE = PATCH_FILES
 WIDEST_GRID = 34
 """Columns of numbers that a table may have."""
 
@@ -135,13 +135,12 @@ def patch_model(choice: ModelChoice, request: PatchRequest, format: Format) -> b
 
     Raises:
         InputError: arguments that are missing or contradict each other, prompts of different token counts, an answer that
-            is not one token, a file in the way.
+            is not one token.
         HookNameError: no such site.
         MissingExtraError: a picture is asked for and the extra ``plots`` is not installed.
         PellucidError: the model cannot be opened.
     """
     prompts = _prompts(choice, request)
-    _refuse_files(request)
     bridge = open_bridge(choice)
     site = find_site(bridge, request.site)
     by = check_by(site, default_by(site) if request.by is None else request.by)
@@ -220,20 +219,6 @@ def _prompts(choice: ModelChoice, request: PatchRequest) -> tuple[str, str]:
         for option, text in (("--clean", clean), ("--corrupted", corrupted))
     ]
     return typed[0], typed[1]
-
-
-def _refuse_files(request: PatchRequest) -> None:
-    if request.out is not None:
-        request.out.mkdir(parents=True, exist_ok=True)
-        for name in (JSON_FILE, CSV_FILE):
-            refuse_out(request.out / name, request.force)
-    if request.picture is not None:
-        from pellucid.plots import check_picture_path
-
-        try:
-            check_picture_path(request.picture, overwrite=request.force)
-        except InputError as error:  # the same advice in the words of the command line
-            raise InputError(str(error).replace("overwrite=True", "--force")) from error
 
 
 def _metric(
@@ -368,7 +353,12 @@ def _print(found: Found, request: PatchRequest, written: Sequence[Path], format:
         Text.assemble((f"{into} put into the {attrs['base_run']} run. ", "bold"), f"{attrs['metric']}; {scale}.")
     )
     if not found.whole:
-        console.print(Text(f"Interrupted: {attrs['done']} of {attrs['cells']} cells are done.", "bold red"))
+        console.print(
+            Text(
+                f"Interrupted: {attrs['done']} of {attrs['cells']} cells are done; the same command does all.",
+                "bold red",
+            )
+        )
     grid = _grid(found)
     if grid is not None:
         console.print()

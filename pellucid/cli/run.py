@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import pellucid
-from pellucid.cli.files import METADATA_KEY, refuse_out
+from pellucid.cli.files import METADATA_KEY
 from pellucid.cli.models import commit_of, open_bridge, read_hook_index
 from pellucid.cli.options import Format, ModelChoice
 from pellucid.cli.output import Json, results, table, write_json
@@ -47,7 +47,6 @@ class RunRequest:
     text: str
     hooks: tuple[str, ...] = ()
     out: Path | None = None
-    force: bool = False
     top_k: int = 10
     prepend_bos: bool = False
 
@@ -67,12 +66,10 @@ def run_text(choice: ModelChoice, request: RunRequest, format: Format) -> None:
     """Run, write the file, print.
 
     Raises:
-        InputError: arguments that contradict each other, a file in the way, text without tokens.
+        InputError: hooks that exclude each other, text without tokens.
         HookNameError: a hook that matches nothing.
         PellucidError: the model cannot be opened.
     """
-    if request.out is not None:
-        _refuse_file(request, request.out)
     index = read_hook_index(choice)
     names, flags = choose_hooks(index, request.hooks)
     bridge = open_bridge(choice)
@@ -130,14 +127,6 @@ def choose_hooks(index: HookIndex, asked: Sequence[str]) -> tuple[list[str], lis
             "hook_attn_in and hook_q_input, hook_k_input, hook_v_input exclude each other: run them apart."
         )
     return list(chosen), flags
-
-
-def _refuse_file(request: RunRequest, out: Path) -> None:
-    if not request.hooks:
-        raise InputError("--out needs --hooks: say what to keep, such as --hooks 'blocks.*.attn.hook_pattern'.")
-    if out.suffix != ".safetensors":
-        raise InputError(f"--out is a safetensors file: give it that ending, {out.with_suffix('.safetensors')}.")
-    refuse_out(out, request.force)
 
 
 def switch_on(bridge: TransformerBridge, flag: Flag) -> None:
