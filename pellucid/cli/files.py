@@ -56,8 +56,10 @@ def model_folder(name: str) -> str | None:
     """
     path = os.path.expanduser(name)
     if os.path.isdir(path):
-        if not os.path.isfile(os.path.join(path, "config.json")):
-            raise InputError(f"The folder {path} holds no config.json: it is not a Hugging Face model.")
+        if not any(os.path.isfile(os.path.join(path, name)) for name in ("config.json", "adapter_config.json")):
+            raise InputError(
+                f"The folder {path} holds no config.json and no adapter_config.json: it is not a Hugging Face model."
+            )
         return path
     if path.startswith((os.sep, ".")) or path != name or path.count("/") > 1 or os.path.exists(path):
         raise InputError(

@@ -11,6 +11,7 @@ from plotly.graph_objects import Bar, Figure
 
 from pellucid.errors import InputError
 from pellucid.plots.axis import Axis, Labels, axis_of, check_labels
+from pellucid.plots.figures import NotebookFigure
 from pellucid.plots.panels import Panels, ValueAxis, axis_key, check_panels, layout
 from pellucid.plots.text import escaped, lines, visible, width
 
@@ -79,7 +80,7 @@ def bars(
     )
     settings |= {"barmode": "group", "bargap": 0.2, "showlegend": keyed}
     settings["legend"] = {"x": 1, "xanchor": "left", "y": 1, "yanchor": "top"}
-    figure = Figure()
+    figure = NotebookFigure()
     for number, heading in enumerate(headings):
         for colour, (name, grid) in zip(COLOURS, heights.items(), strict=False):
             figure.add_trace(_trace(grid[number], x_axis, (heading, name), unit, number, colour, keyed))

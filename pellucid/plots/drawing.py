@@ -6,6 +6,7 @@ by name and never left out: other kinds of traces, shapes, arrows.
 
 from __future__ import annotations
 
+import base64
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -59,7 +60,7 @@ def draw(figure: Figure, path: Path, kind: str, scale: float) -> None:
     import matplotlib
     from matplotlib.style import context
 
-    traces, layout = [trace.to_plotly_json() for trace in figure.data], figure.layout.to_plotly_json()
+    traces, layout = [_plain_arrays(trace.to_plotly_json()) for trace in figure.data], figure.layout.to_plotly_json()
     _check(traces, layout)
     if layout["width"] * layout["height"] * scale**2 > _MOST_PIXELS:
         raise InputError(
@@ -76,6 +77,16 @@ def draw(figure: Figure, path: Path, kind: str, scale: float) -> None:
         canvas.figure.savefig(
             path, format=kind, dpi=_DPI * scale, metadata={"Date": None} if kind == "svg" else None, bbox_inches="tight"
         )
+
+
+def _plain_arrays(trace: dict[str, Any]) -> dict[str, Any]:
+    """A trace whose numbers are arrays: in a copied figure Plotly has them as ``{"dtype", "bdata", "shape"}``, base64."""
+    made = dict(trace)
+    for key, value in trace.items():
+        if isinstance(value, dict) and "bdata" in value:
+            flat = np.frombuffer(base64.b64decode(value["bdata"]), dtype=value["dtype"])
+            made[key] = flat.reshape([int(size) for size in str(value.get("shape", flat.size)).split(",")])
+    return made
 
 
 _STYLE = {"text.parse_math": False, "svg.hashsalt": "pellucid", "savefig.pad_inches": 0.1}

@@ -18,6 +18,7 @@ from plotly.graph_objects import Figure, Heatmap
 
 from pellucid.errors import InputError
 from pellucid.plots.axis import Axis, Labels, axis_of, check_labels
+from pellucid.plots.figures import NotebookFigure
 from pellucid.plots.panels import Panels, axis_key, best_columns, check_panels, layout
 from pellucid.plots.text import escaped, lines, visible, wrapped
 
@@ -217,7 +218,7 @@ def _draw(
     bar = max(140.0, min(panels.total[1], 420.0))
     settings = layout(panels, x_axis, y_axis, title=title, subtitle=notes, right=_BAR_ROOM, tall=bar)
     settings["coloraxis"] = colours.settings(unit, bar)
-    figure = Figure()
+    figure = NotebookFigure()
     for number, (heading, grid) in enumerate(zip(results, grids, strict=True)):
         if not np.isfinite(grid).all():
             settings.update(plot_bgcolor=GAP_COLOUR)
