@@ -13,47 +13,20 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.pages import FENCE, as_printed, blocks_of, command_lines
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
-FENCE = re.compile(r"^```(?P<info>[^\n]*)\n(?P<body>.*?)^```$", re.M | re.S)
-
-
-@dataclass(frozen=True)
-class Block:
-    """A fenced block: what is written after the fence, its text, its first line in the page, and what stands before it."""
-
-    info: str
-    body: str
-    line: int
-    follows: str
-
-
-def blocks_of(text: str) -> Iterator[Block]:
-    end = 0
-    for match in FENCE.finditer(text):
-        yield Block(
-            match["info"].strip(),
-            match["body"],
-            text.count("\n", 0, match.start()) + 2,
-            text[end : match.start()].strip(),
-        )
-        end = match.end()
 
 
 def name_of(page: Path) -> str:
     return str(page.relative_to(ROOT))
-
-
-def as_printed(expected: str) -> re.Pattern[str]:
-    """A pattern for expected output, in which ``...`` stands for anything."""
-    return re.compile(".*".join(map(re.escape, expected.rstrip().split("..."))), re.S)
 
 
 def run_page(page: Path, namespace: dict[str, Any]) -> int:
@@ -139,9 +112,9 @@ def commands() -> Iterator[tuple[str, list[str]]]:
     for page in PAGES:
         for block in blocks_of(page.read_text("utf-8")):
             if block.info == "bash":
-                for line in block.body.replace("\\\n", " ").splitlines():
+                for line in command_lines(block.body):
                     words = shlex.split(line, comments=True)
-                    if words and words[0] in ("pellucid", "scripts/demo"):
+                    if words[0] in ("pellucid", "scripts/demo"):
                         yield name_of(page), ["demo", *words[1:]] if words[0] == "scripts/demo" else words[1:]
 
 
@@ -164,3 +137,19 @@ def test_the_scripts_can_be_run(script: str) -> None:
     path = ROOT / script
     assert path.stat().st_mode & 0o111
     assert subprocess.run(["bash", "-n", str(path)]).returncode == 0
+
+
+def test_every_line_of_the_readme_is_tried_or_skipped_by_name() -> None:
+    """``scripts/check readme`` runs them; what it would run and skip is asked for here."""
+    listed = subprocess.run(
+        [sys.executable, "scripts/try_readme.py", "--list"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    for block in blocks_of((ROOT / "README.md").read_text("utf-8")):
+        if block.info == "bash":
+            for line in command_lines(block.body):
+                assert line in listed.splitlines() or f"skipped  {line.split()[0]}: " in listed, line
+        elif block.info == "python":
+            assert block.body in listed
+        elif block.info != "text":
+            assert f"skipped  README.md:{block.line} ({block.info}): " in listed
+    assert listed.count("skipped  ") == 2
