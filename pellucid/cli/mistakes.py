@@ -7,6 +7,7 @@ disk full). Anything else is a fault of ours and keeps its traceback.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -20,6 +21,9 @@ from rich.text import Text
 
 from pellucid.cli.files import kept_of_nothing
 from pellucid.errors import PellucidError
+
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""Terminal sequences begin with these (C0, DEL, C1); the last two ranges turn the direction of what follows."""
 
 READER_GONE = 141
 """The exit code of a program that a closed pipe ends, so that ``| head`` is not taken for a check that failed."""
@@ -61,7 +65,15 @@ def note(message: str) -> None:
 
 def _say(word: str, style: str, message: str) -> None:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print(Text.assemble((f"{word}: ", style), message))
+    console.print(Text.assemble((f"{word}: ", style), visible(message)))
+
+
+def visible(message: str) -> str:
+    """Control characters as their escapes, line breaks and tabs apart: a message may quote what it was given.
+
+    A file name or an argument with terminal sequences in it would otherwise colour, move or erase what the person reads.
+    """
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), message)
 
 
 def _show_warning(

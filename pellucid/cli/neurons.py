@@ -8,6 +8,7 @@ each language.
 from __future__ import annotations
 
 import math
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,12 +30,15 @@ from pellucid.corpora import Corpus, CorpusBatch
 from pellucid.corpora.sources import DocumentRule
 from pellucid.demo.prompts import PROMPTS
 from pellucid.demo.texts import held_out_halves, written_text
-from pellucid.errors import InputError, PellucidWarning
+from pellucid.errors import InputError, PellucidWarning, StorageFullError
 from pellucid.model_bridge.collected import Collected
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.running_stats import AveragePrecision, CountPositive, TopK
 
 POST = "blocks.*.mlp.hook_post"
+STATE_FOLDER = "counting"
+TABLES_BYTES = 32 * 2**20
+"""What tables and pictures take at most: a page holds Plotly (5 MB), and there are four."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,8 @@ def find_neurons(choice: ModelChoice, request: NeuronRequest, format: Format) ->
             "each."
         )
     bridge = open_bridge(choice)
+    if request.out is not None:
+        _refuse_full_disk(bridge, request, len(counted_files) or len(PROMPTS))
     context = request.context or (128 if choice.is_demo else 512)
     top_rate = request.top_rate if request.top_rate is not None else (0.05 if choice.is_demo else 0.01)
     if 0 < request.measured_tokens < context:
@@ -147,8 +153,44 @@ def find_neurons(choice: ModelChoice, request: NeuronRequest, format: Format) ->
         written=_written(bridge, request, silenced, choice),
         experts_shown=request.experts,
     )
-    pictures = write_study(study, request.out) if request.out is not None else []
+    pictures = _write(study, request.out) if request.out is not None else []
     present(study, format, request.out, pictures)
+
+
+def _refuse_full_disk(bridge: TransformerBridge, request: NeuronRequest, n_languages: int) -> None:
+    """Refuse before counting what will not fit: counts and examples of every language, tables and pictures.
+
+    Raises:
+        StorageFullError: there is too little space, with what is needed.
+    """
+    assert request.out is not None
+    cfg = bridge.cfg
+    neurons = cfg.n_layers * (cfg.d_mlp or 4 * cfg.d_model)
+    state = neurons * (8 + 24 * request.examples)  # a count; a value, a document and a position for each example
+    kept = sum(file.stat().st_size for file in (request.out / STATE_FOLDER).rglob("*") if file.is_file())
+    needed = max(0, state * (n_languages + 1) - kept) + TABLES_BYTES
+    free = shutil.disk_usage(request.out).free
+    if needed > free:
+        raise StorageFullError(
+            f"Counts, tables and pictures need about {needed:,} bytes and {request.out} has {free:,} left. Make room, give "
+            "another --out, or fewer --examples; nothing was counted."
+        )
+
+
+def _write(study: Study, out: Path) -> list[str]:
+    """Write the study; where that fails, say that the counts are kept.
+
+    Raises:
+        StorageFullError: no space is left.
+        OSError: something else is in the way.
+    """
+    try:
+        return write_study(study, out)
+    except OSError as error:
+        kind = StorageFullError if isinstance(error, StorageFullError) else OSError
+        raise kind(
+            f"{error} What was counted is kept in {out / STATE_FOLDER}: the same command goes on from there."
+        ) from error
 
 
 def _refuse_arguments(choice: ModelChoice, request: NeuronRequest) -> None:

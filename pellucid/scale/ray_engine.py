@@ -6,8 +6,11 @@ the disk, which every worker has to see. A worker process opens the model and th
 
 from __future__ import annotations
 
+import os
 import secrets
+import stat
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from pellucid.errors import InputError, MissingExtraError
@@ -34,6 +37,7 @@ def harvest_on_ray(
 
     A Ray that is initialised is used; otherwise one is started on this machine, and ended. It listens on every network
     interface, as Ray does, and lets in only who knows the token in ``~/.ray``, unless ``RAY_AUTH_MODE=disabled`` is set.
+    The token is made readable to this user alone.
 
     Args:
         open_job: see :data:`OpenJob`.
@@ -56,8 +60,10 @@ def harvest_on_ray(
         raise MissingExtraError("This engine needs Ray: pip install 'pellucid[distributed]'.") from None
     started = not ray.is_initialized()
     if started:
+        _keep_token_private()
         # Its scheduler counts itself: with exactly as many CPUs as tasks, some would wait.
         ray.init(num_cpus=max(2, round(tasks * num_cpus) + 1), include_dashboard=False, log_to_driver=False)
+        _keep_token_private()
     try:
         return _hand_out(ray, open_job, tasks, num_cpus, num_gpus, max_retries, progress)
     except ray.exceptions.RayTaskError as error:
@@ -65,6 +71,17 @@ def harvest_on_ray(
     finally:
         if started:
             ray.shutdown()
+
+
+def _keep_token_private() -> None:
+    """See that nobody else can read Ray's token, which Ray writes as the umask has it: who knows it can run code.
+
+    Called before Ray starts, so that the folder is closed when the token is written, and after.
+    """
+    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    token.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if token.is_file() and stat.S_IMODE(token.stat().st_mode) & 0o077:
+        token.chmod(0o600)
 
 
 def _hand_out(

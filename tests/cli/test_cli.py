@@ -279,6 +279,26 @@ def test_a_file_is_overwritten_only_with_force(tmp_path: Path) -> None:
     assert "tokens" in load_file(out)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("run", "no\x1b[31msuch\x9b0m", TEXT),
+        ("run", "demo", TEXT, "--hooks", "blocks.0.\x1b]0;title\x07"),
+        ("run", "demo", TEXT, "--hooks", PATTERNS, "--out", "no\x1b[2Jfolder/x.safetensors"),
+        ("neurons", "demo", "--text", "en=no\x1b[8mfile\u202e"),
+        ("harvest", "demo", "--corpus", "en=no\x1b[8mfile.txt", "--hooks", "hook_embed", "--out", "x"),
+        ("run", "demo", "--prompt-file", "no\x1b[8mfile"),
+    ],
+)
+def test_no_message_sends_the_terminal_what_an_argument_held(given: tuple[str, ...], tmp_path: Path) -> None:
+    done = cli(*given)
+    assert done.exit_code == 2
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", done.stderr.replace("\x1b[1;31merror: \x1b[0m", "")), (
+        done.stderr
+    )
+    assert "\\x1b" in done.stderr
+
+
 def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
     def write() -> None:
         with whole_file(tmp_path / "x") as draft:

@@ -16,12 +16,14 @@ from typer.testing import CliRunner
 from pellucid import TransformerBridge
 from pellucid.analysis.language_neurons import LanguageNeurons, lape
 from pellucid.analysis.perplexity import perplexity_change
+from pellucid.cli import neurons as neurons_module
 from pellucid.cli.app import app
 from pellucid.cli.neurons_output import ratio
 from pellucid.corpora import Corpus
 from pellucid.demo.texts import held_out_halves, written_text
 from pellucid.model_bridge.collecting import CollectingModel
 from pellucid.running_stats import CountPositive
+from tests.scale.test_shard_files import largest_file
 
 QUICK = ("--context", "32", "--measured-tokens", "96", "--random-sets", "1", "--examples", "2", "--shown-neurons", "1")
 FILES = {"neurons.json", "neurons.csv", "counts.safetensors", "change.csv", "overlap.csv", "layers.csv", "examples.csv"}
@@ -248,3 +250,40 @@ def test_bad_text_is_told_with_its_place(files: dict[str, Path], tmp_path: Path)
 def test_ratio() -> None:
     assert ratio(1.0, 0.1) == "10.0"
     assert ratio(1.0, 0.0) == ratio(1.0, -0.1) == ratio(1.0, None) == "-"
+
+
+def test_what_cannot_fit_is_refused_before_counting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = neurons_module.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(neurons_module.shutil, "disk_usage", lambda path: usage._replace(free=10_000))
+    monkeypatch.setattr(neurons_module, "count", None)
+    done = cli("demo", "--out", tmp_path / "study", *QUICK)
+    assert done.exit_code == 2
+    assert re.search(r"need about [\d,]+ bytes and .*study has 10,000 left", done.stderr.replace("\n", " "))
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_disk_that_fills_after_the_counting_keeps_what_was_counted(
+    full: bool, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Either the kernel refuses to let a file grow, or the folder is gone: a sentence, no traceback, and nothing is lost."""
+    out, write = tmp_path / "study", neurons_module.write_study
+
+    def fails(study: Any, folder: Path) -> list[str]:
+        if not full:
+            raise PermissionError("may not be written")
+        with largest_file(500):
+            return write(study, folder)
+
+    command = (*given(files), "--out", out, *QUICK, "--measured-tokens", "0")
+    with monkeypatch.context() as patch:
+        patch.setattr(neurons_module, "write_study", fails)
+        done = cli("demo", *command)
+    assert done.exit_code == 2
+    assert done.exception is None or isinstance(done.exception, SystemExit)
+    said = " ".join(done.stderr.split())
+    assert ("No space for" if full else "may not be written") in said
+    assert "What was counted is kept in" in said
+    with monkeypatch.context() as patch:
+        patch.setattr(CollectingModel, "_run_to", None)  # nothing is counted again
+        assert cli("demo", *command).exit_code == 0
+    assert FILES - {"change.csv"} <= {path.name for path in out.iterdir()}
