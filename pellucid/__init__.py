@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from pellucid.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from pellucid.activation_cache import ActivationCache as ActivationCache
     from pellucid.config import TransformerBridgeConfig as TransformerBridgeConfig
@@ -32,7 +34,6 @@ _HOMES = {
 }
 """Where each public name lives."""
 
-__version__ = "0.1.0"
 __all__ = [
     "ActivationCache",
     "CheckReport",

@@ -174,6 +174,11 @@ class NeuronEdit(BriefFields):
         self.changed = self.changed or not torch.equal(before, after)
         activation[where] = after
 
+    def job_identity(self) -> dict[str, Any]:
+        """All that its numbers depend on, as JSON: not what it notes (see :mod:`pellucid.model_bridge.job_identity`)."""
+        where = [axis.tolist() for axis in self.where]
+        return {"change": self.change, "where": where, "values": self.values.tolist(), "dtype": str(self.values.dtype)}
+
     def _prepared(self, activation: Tensor) -> tuple[tuple[slice | Tensor, ...], Tensor]:
         ready = self._ready
         if ready is None or ready[1].device != activation.device or ready[1].dtype != activation.dtype:

@@ -20,10 +20,13 @@ import torch
 from torch import Tensor
 
 from pellucid.corpora import Corpus, CorpusBatch, LabelCount
+from pellucid.differences import differences
 from pellucid.errors import HookValueError, InputError, OtherJobError
-from pellucid.hook_points import HookPoint, LensHandle, describe_function
+from pellucid.files import remove_abandoned_parts
+from pellucid.hook_points import HookPoint, LensHandle
 from pellucid.model_bridge.collected import Collected, Hook, describe_request, read_collected, write_collected
 from pellucid.model_bridge.hook_session import HookSession
+from pellucid.model_bridge.job_identity import Watched, hooks_on, job_identity
 from pellucid.model_bridge.run_positions import RunPositions
 from pellucid.model_bridge.running import Prepared, RunnableModel
 from pellucid.model_bridge.tokens import ids_as_given
@@ -113,7 +116,11 @@ class CollectingModel(RunnableModel):
             HookNameError: a name that matches nothing.
             InputError: a point without features (attention scores and patterns, token ids), a statistic asked for twice.
             CorpusError: a corpus that cannot be read.
-            OtherJobError: the folder holds a state of other weights, another corpus or other settings.
+            OtherJobError: the folder holds a state of other weights, another corpus or other settings, or one whose hooks
+                computed something else when it was written.
+            InputError: with ``checkpoint``, torch hooks on the model, a hook that cannot be compared with one of a later
+                call, or a model that changes during the pass: a later call could not tell what its numbers are.
+            StorageFullError: no space is left for the state; the one before stays.
         """
         hooks = self._hooks_of(statistics)
         chosen = corpus.chosen(labels)
@@ -132,7 +139,13 @@ class CollectingModel(RunnableModel):
                 "stop_row": stop_row,
                 "padding_side": padding_side,
             }
-            store = _Store(Path(checkpoint), self._job(corpus, hooks, settings), every)
+            job = {
+                "statistics": describe_request(hooks),
+                "corpus": corpus.content_hash,
+                **settings,
+                **job_identity(self),
+            }
+            store = _Store(self, Path(checkpoint), job, every)
             state = store.open(state)
             batches = self._remaining(corpus, state, batch_size, chosen, start_row, stop_row, padding_side)
         with (
@@ -225,23 +238,6 @@ class CollectingModel(RunnableModel):
                 raise InputError(f"The statistic {twice} is asked for twice at {name}.")
         return [Hook(self._tree.index[name], tuple(found[name])) for name in self._tree.index if name in found]
 
-    def _job(self, corpus: Corpus, hooks: Sequence[Hook], settings: Mapping[str, Any]) -> dict[str, Any]:
-        """What a state belongs to, each part with a word for it."""
-        own = [
-            f"{handle.name}: {describe_function(handle.user_hook).partition(' ')[0]}" for handle in self._tree.handles()
-        ]
-        return {
-            "model weights": self.weights_hash(),
-            "corpus": corpus.content_hash,
-            "hooks and statistics": describe_request(hooks),
-            "hooks on the bridge": own,
-            "dtype": str(self.dtype),
-            "device": self.device.type,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            **settings,
-        }
-
     def _remaining(
         self,
         corpus: Corpus,
@@ -259,11 +255,16 @@ class CollectingModel(RunnableModel):
 
 
 class _Store:
-    """A folder that holds the state of one job."""
+    """A folder that holds the state of one job.
 
-    def __init__(self, folder: Path, job: dict[str, Any], every: float) -> None:
+    Hooks are part of the job as they are when a state is written, not as they were when it was begun: one that counts its
+    calls goes on with equal bits only from the count at which it stood then.
+    """
+
+    def __init__(self, model: CollectingModel, folder: Path, job: dict[str, Any], every: float) -> None:
         self.path = folder / STATE_FILE
-        self._job, self._every = job, every
+        self._model, self._job, self._every = model, job, every
+        self._watched = Watched(model, "the collection")
         self._written = time.monotonic()
 
     def open(self, empty: Collected) -> Collected:
@@ -272,6 +273,7 @@ class _Store:
         Raises:
             OtherJobError: it holds another job's.
         """
+        remove_abandoned_parts(self.path.parent)
         if not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             return empty
@@ -279,17 +281,12 @@ class _Store:
         found = extra.get("job")
         if not isinstance(found, dict):
             raise OtherJobError(f"{self.path} was saved by hand, not by an unfinished collect: give another folder.")
-        other = [word for word in {*found, *self._job} if found.get(word) != self._job.get(word)]
-        if other:
-            lines = [
-                f"  {word}: {_short(found.get(word))} there, {_short(self._job.get(word))} now"
-                for word in sorted(other)
-            ]
+        different = differences(found, self._job)
+        if different:
             raise OtherJobError(
-                f"{self.path.parent} holds the state of another job:\n"
-                + "\n".join(lines)
-                + "\nGive another folder, or "
-                "remove this one."
+                f"{self.path.parent} holds the state of another job. It has:\n"
+                + "\n".join(f"  {each}" for each in different)
+                + "\nGive the settings it was begun with, or another folder."
             )
         return held
 
@@ -298,14 +295,16 @@ class _Store:
         return time.monotonic() - self._written >= self._every
 
     def write(self, state: Collected) -> None:
-        """Write the state in place of the last one."""
+        """Write the state in place of the last one.
+
+        Raises:
+            InputError: the model is no longer the one that the pass began with; the last state stays.
+            StorageFullError: no space is left; the last state stays.
+        """
+        self._watched.refuse_change()
+        self._job["hooks"] = hooks_on(self._model)
         write_collected(self.path, state, {"job": self._job})
         self._written = time.monotonic()
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 class _Flag:

@@ -25,12 +25,13 @@ def weights_hash(model: nn.Module) -> str:
             raise WeightError(f"{name} is not in memory (offloaded), so the model's weights cannot be hashed.")
         key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
         if key not in known:  # tied weights are read once
-            known[key] = _digest(tensor.detach())
+            known[key] = tensor_hash(tensor.detach())
         whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {known[key]}\n".encode())
     return whole.hexdigest()
 
 
-def _digest(tensor: Tensor) -> str:
+def tensor_hash(tensor: Tensor) -> str:
+    """SHA-256 over the bytes of a tensor that needs no gradient."""
     digest = hashlib.sha256()
     data = tensor.contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
     for part in data.split(CHUNK):

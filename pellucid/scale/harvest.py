@@ -21,6 +21,8 @@ from torch import Tensor
 
 from pellucid.corpora import Corpus, CorpusBatch
 from pellucid.errors import CorpusError, InputError, StorageFullError
+from pellucid.model_bridge.hooked_model import runs_through
+from pellucid.model_bridge.job_identity import Watched
 from pellucid.model_bridge.tokens import ids_as_given
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.names import FROM_TOKENS, HookIndex, HookSpec, NamesFilter, runs_through
@@ -140,6 +142,7 @@ class Harvester:
             {"model": {"name": model_name, "revision": revision}, "corpus": corpus.describe()},
         )
         self.folder = StoreFolder.begin(Path(out), self.job)
+        self._watched = Watched(bridge, "the harvest", threads=threads)
 
     def __repr__(self) -> str:
         hooks = ", ".join(hook.name for hook in self.job.hooks[:4]) + (", ..." if len(self.job.hooks) > 4 else "")
@@ -157,6 +160,7 @@ class Harvester:
         Raises:
             StorageFullError: no space is left, with the shard and what it needs; what was written stays.
             CorpusError: the corpus has changed since it was read.
+            InputError: the model has changed since this was made, with what differs.
         """
         mine = (worker or Worker()).share(self.job.shards)
         self._refuse_full_disk()
@@ -182,7 +186,7 @@ class Harvester:
 
         Raises:
             InputError: no such shard.
-            StorageFullError, CorpusError: see :meth:`run`.
+            StorageFullError, CorpusError, InputError: see :meth:`run`.
         """
         if not 0 <= index < len(self.job.shards):
             raise InputError(f"The job has shards 0 to {len(self.job.shards) - 1}; found {index}.")
@@ -195,6 +199,7 @@ class Harvester:
         return self.folder.read_record(index)
 
     def _compute(self, shard: Shard, buffers: ShardBuffers, bar: object | None = None) -> None:
+        self._watched.refuse_change()
         sequences = 0
         batches = self._corpus.batches(
             self._batch_size,

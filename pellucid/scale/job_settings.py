@@ -1,74 +1,51 @@
-"""What a number can depend on, beside the job's own sizes: weights, corpus, batches, threads, versions, machine."""
+"""What decides a job's numbers, beside its own sizes: the identity of the forward, the corpus, how it is cut in batches."""
 
 from __future__ import annotations
 
-from importlib.metadata import version
-
-import torch
-
-import pellucid
 from pellucid.corpora import Corpus
 from pellucid.errors import InputError
 from pellucid.files import Json
+from pellucid.model_bridge.job_identity import job_identity, refuse_torch_hooks
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 
 
 def settings_of(
     bridge: TransformerBridge, corpus: Corpus, batch_size: int, threads: int, padding_side: str
 ) -> dict[str, Json]:
-    """Everything that the bits of a forward depend on, as JSON; two that differ anywhere are two jobs.
-
-    The threads are part of it because matrix products of few rows are divided by them, and round by how they are divided;
-    the build of torch and what the processor can do because they choose the code.
+    """Everything that the bits of a shard depend on, as JSON; two that differ anywhere are two jobs.
 
     Raises:
+        InputError: training mode, or a function hooked on the model.
         WeightError: weights that cannot be read where they are.
         CorpusError: a corpus that cannot be read.
     """
-    cfg, device = bridge.cfg, bridge.device
+    refuse_writers(bridge)
+    identity = job_identity(bridge, threads=threads)
+    run = identity["run"]
+    assert isinstance(run, dict)
     return {
-        "model": {
-            "weights_sha256": bridge.weights_hash(),
-            "dtype": str(bridge.dtype).removeprefix("torch."),
-            "n_layers": cfg.n_layers,
-            "n_heads": cfg.n_heads,
-            "d_model": cfg.d_model,
-            "d_vocab": cfg.d_vocab,
-            "eps": cfg.eps,
-            "apply_residual_connection_post_layernorm": cfg.apply_residual_connection_post_layernorm,
-            "pretraining_tp": cfg.pretraining_tp,
-            "slow_but_exact": cfg.slow_but_exact,
-        },
+        **identity,
         "corpus": {"sha256": corpus.content_hash},
-        "run": {
-            "batch_size": batch_size,
-            "padding_side": padding_side,
-            "threads": threads,
-            "attention": "Pellucid's, float64" if bridge.dtype is torch.float64 else "Hugging Face's, eager",
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "torch_build": f"{torch.__version__} {torch.version.git_version}",
-            "matmul_precision": torch.get_float32_matmul_precision(),
-            "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
-        },
-        "versions": {"pellucid": pellucid.__version__, "transformers": version("transformers")},
+        "run": {"batch_size": batch_size, "padding_side": padding_side, **run},
     }
 
 
 def refuse_writers(bridge: TransformerBridge) -> None:
-    """Refuse a model whose numbers are not its weights' alone.
+    """Refuse a model whose numbers are not its weights' alone: shards of one job are made by many processes.
 
     Raises:
-        InputError: training mode, or a function hooked on it.
+        InputError: training mode, a function hooked on it, or a point that is shown in another shape.
     """
     if bridge.training or bridge.hf_model.training:
         raise InputError("The model is in training mode, where dropout is random: call bridge.eval() first.")
-    hooked = [str(point.name) for point in bridge.hook_points() if point.has_hooks()]
-    hooked += [
-        name for name, module in bridge.hf_model.named_modules() if module._forward_hooks or module._forward_pre_hooks
-    ]
+    refuse_torch_hooks(bridge)
+    points = bridge.hook_points()
+    hooked = [str(point.name) for point in points if point.has_hooks()]
     if hooked:
         raise InputError(
             f"A function is hooked on {hooked[0]}: what it does is not part of a job, so a resumed one could store other "
             "numbers. Take it off (bridge.reset_hooks(including_permanent=True)) first."
         )
+    reshaped = [str(point.name) for point in points if point.hook_conversion is not None]
+    if reshaped:
+        raise InputError(f"{reshaped[0]} is shown in another shape (enable_reshape): a job keeps the model's own.")

@@ -305,38 +305,45 @@ def test_a_job_that_broke_down_goes_on_after_its_last_state(tmp_path: Path) -> N
     bridge, _ = make_pair()
     corpus = documents_corpus()
     request = {POST: every_statistic()}
-    broken = [5, 8]
 
-    def breaks(tensor: Tensor, hook: Any) -> None:
-        nonlocal seen
-        seen += 1
-        if seen in broken:  # in the middle of a forward: statistics of block 0 have seen the batch, others have not
-            broken.remove(seen)
-            raise RuntimeError("the machine is gone")
+    class Breaks:
+        """Raises in the middle of a forward: statistics of block 0 have seen the batch, others have not."""
 
-    seen = 0
+        def __init__(self) -> None:
+            self.at, self.seen = [5, 8], 0
+
+        def job_identity(self) -> str:
+            return "changes no number"  # without it, a function that has counted on since the last state is another one
+
+        def __call__(self, tensor: Tensor, hook: Any) -> None:
+            self.seen += 1
+            if self.seen in self.at:
+                self.at.remove(self.seen)
+                raise RuntimeError("the machine is gone")
+
+    breaks = Breaks()
     handle = bridge.add_hook("blocks.1.mlp.hook_pre", breaks)[0]
     for _ in range(2):
         with pytest.raises(RuntimeError, match="the machine is gone"):
             bridge.collect(corpus, request, checkpoint=tmp_path, every=0)
-    ran = seen
+    ran = breaks.seen
     found = bridge.collect(corpus, request, checkpoint=tmp_path, every=0)
     expected = bridge.collect(corpus, request)
     handle.remove()
     batches = len(list(corpus.batches(4)))
-    assert seen - ran == (batches - 6) + batches  # two forwards were lost, each batch before them was kept
+    assert breaks.seen - ran == (batches - 6) + batches  # two forwards were lost, each batch before them was kept
     for key, state in everything(expected).items():
         assert_same(everything(found)[key], state)
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_finished_job_is_not_run_again(tmp_path: Path) -> None:
+def test_a_finished_job_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bridge, _ = make_pair()
     corpus = packed_corpus()
     first = bridge.collect(corpus, {POST: [CountPositive()]}, checkpoint=tmp_path)
-    ran = modules_run(bridge.hf_model, lambda: bridge.collect(corpus, {POST: [CountPositive()]}, checkpoint=tmp_path))
-    assert not ran
-    again = bridge.collect(corpus, {POST: [CountPositive()]}, checkpoint=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformerBridge, "_run_to", None)
+        again = bridge.collect(corpus, {POST: [CountPositive()]}, checkpoint=tmp_path)
     assert again.array(POST, "count_positive").equals(first.array(POST, "count_positive"))
 
 
@@ -346,18 +353,18 @@ def test_another_job_on_the_folder_is_refused_by_name(tmp_path: Path) -> None:
     bridge.collect(corpus, {POST: [CountPositive()]}, checkpoint=tmp_path)
     before = (tmp_path / "collected.safetensors").read_bytes()
     other_corpus = Corpus.from_tokens({"en": ragged(1, 60), "fr": ragged(3, 40)}, context=9)
-    with pytest.raises(OtherJobError, match="corpus:"):
+    with pytest.raises(OtherJobError, match='corpus "'):
         bridge.collect(other_corpus, {POST: [CountPositive()]}, checkpoint=tmp_path)
-    with pytest.raises(OtherJobError, match="hooks and statistics:"):
+    with pytest.raises(OtherJobError, match=r"statistics\.blocks\.0\.mlp\.hook_post"):
         bridge.collect(corpus, {POST: [CountPositive(0.5)]}, checkpoint=tmp_path)
-    with pytest.raises(OtherJobError, match="batch_size: 4 there, 5 now"):
+    with pytest.raises(OtherJobError, match=r"batch_size 4 \(asked for: 5\)"):
         bridge.collect(corpus, {POST: [CountPositive()]}, batch_size=5, checkpoint=tmp_path)
     with bridge.hooks([("hook_embed", lambda tensor, hook: None)]):
-        with pytest.raises(OtherJobError, match="hooks on the bridge:"):
+        with pytest.raises(OtherJobError, match=r"hooks \[\] \(asked for: .*hook_embed: <lambda>"):
             bridge.collect(corpus, {POST: [CountPositive()]}, checkpoint=tmp_path)
     with torch.no_grad():
         bridge.hf_model.transformer.h[0].mlp.dense_4h_to_h.bias[0] += 1e-3
-    with pytest.raises(OtherJobError, match="model weights:"):
+    with pytest.raises(OtherJobError, match=r"model\.weights_sha256"):
         bridge.collect(corpus, {POST: [CountPositive()]}, checkpoint=tmp_path)
     assert (tmp_path / "collected.safetensors").read_bytes() == before
 
