@@ -19,6 +19,7 @@ from torch import Tensor
 from pellucid.analysis.neurons import Neuron, NeuronChange, NeuronEdit, refuse_no_effect, zero
 from pellucid.errors import InputError, NoEffectError
 from pellucid.model_bridge.tokens import ids_as_given
+from pellucid.model_bridge.job_identity import Watched
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.padding import has_padding, targets
 from pellucid.progress import progress_bar
@@ -102,7 +103,8 @@ def log_perplexity(
         progress: show a bar; ``None`` shows it on a terminal only.
 
     Raises:
-        InputError: another average; a label without a token that has one before it.
+        InputError: another average; a label without a token that has one before it; a model in training mode, or one that
+            changes during the measurement.
     """
     sums = _measure(bridge, text, [[]], batch_size, average, progress)
     means = [entry[0].mean(average) for entry in sums.values()]
@@ -321,7 +323,10 @@ def _measure(
     """By label, the losses under each of the edits, batch by batch so that the text is read once."""
     if average not in ("tokens", "rows"):
         raise InputError(f"average is 'tokens' or 'rows'; found {average!r}.")
+    if bridge.training or bridge.hf_model.training:
+        raise InputError("The model is in training mode, where dropout is random: call bridge.eval() first.")
     sums: dict[str, list[_Sum]] = {}
+    watched = Watched(bridge, "the measurement")
     with progress_bar(desc="perplexity", unit=" tokens", show=progress) as bar, ids_as_given():
         for batch in text.batches(batch_size):
             mask = batch.attention_mask
@@ -337,6 +342,7 @@ def _measure(
                     losses = bridge(batch.tokens, return_type="loss", loss_per_token=True, attention_mask=padded)
                 total.add(losses.cpu(), counted.cpu())
                 bar.update(int(counted.sum()))
+    watched.refuse_change()
     for label, totals in sums.items():
         if totals[0].tokens == 0:
             raise InputError(

@@ -95,18 +95,18 @@ def run_base(
 
     Raises:
         CacheKeyError: ``given`` did not keep what is needed.
-        InputError: ``given`` is of a run of another size or of other tokens.
+        InputError: ``given`` is of a run of another size, of other tokens, or with another mask.
     """
     positions = bridge.positions_of(prepared)
     tokens = positions.tokens
     assert tokens is not None
     names = needed_names(bridge.cfg.n_layers, first_layer, sites)
-    arguments = _block_arguments(bridge, prepared)
+    arguments, entering = _block_arguments(bridge, prepared)
     cache: dict[str, Tensor]
     if given is None:
         cache = _run(bridge, prepared, names)
     else:
-        _check_given(given, names, tokens)
+        _check_given(given, names, prepared, entering)
         cache = {name: given[name] for name in names}
     n_layers = bridge.cfg.n_layers
     residual = {
@@ -159,8 +159,8 @@ def _by_head(kv_bknh: Tensor) -> Tensor:
     return kv_bknh.transpose(1, 2).contiguous()
 
 
-def _block_arguments(bridge: TransformerBridge, prepared: Prepared) -> dict[str, Any]:
-    """ALiBi and mask as Hugging Face hands them to its blocks: made by a run that stops at the first."""
+def _block_arguments(bridge: TransformerBridge, prepared: Prepared) -> tuple[dict[str, Any], Tensor]:
+    """ALiBi and mask as Hugging Face hands them to its blocks, and what enters the first: by a run that stops there."""
     seen: dict[str, Any] = {}
 
     def look(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -168,24 +168,59 @@ def _block_arguments(bridge: TransformerBridge, prepared: Prepared) -> dict[str,
 
     handle = bridge.blocks[0].module.register_forward_pre_hook(look, with_kwargs=True)
     try:
-        bridge(prepared.tokens, attention_mask=prepared.attention_mask, stop_at_layer=0)
+        entering = bridge(prepared.tokens, attention_mask=prepared.attention_mask, stop_at_layer=0)
     finally:
         handle.remove()
-    return seen
+    return seen, entering
 
 
-def _check_given(given: Mapping[str, Tensor], names: list[str], tokens: Tensor) -> None:
+def _check_given(given: Mapping[str, Tensor], names: list[str], prepared: Prepared, entering: Tensor) -> None:
+    """See that a cache is of the base run: by its tokens, positions and mask, and by the residual that enters the blocks.
+
+    Args:
+        given: the cache.
+        names: what is taken from it.
+        prepared: the base run's input.
+        entering: ``[row, pos, d_model]``: what enters block 0 in the base run.
+
+    Raises:
+        CacheKeyError: an activation is missing.
+        InputError: the cache is of another run, with what differs.
+    """
+    tokens = prepared.tokens
+    assert tokens is not None
     missing = [name for name in names if name not in given]
     if missing:
         raise CacheKeyError(
             f"The base cache lacks {len(missing)} of the {len(names)} activations that these edits need, {missing[0]} "
             "first. Cache with names_filter=sweep.needed_names(edits), or leave base_cache out."
         )
-    wrong = [name for name in names if tuple(given[name].shape[: given[name].dim() - 2][:1]) != (tokens.shape[0],)]
+    shape = tuple(tokens.shape)
+    wrong = [name for name in names if tuple(given[name].shape[:2]) != shape or given[name].dim() < 3]
     if wrong:
         raise InputError(
-            f"The base cache's {wrong[0]} has shape {tuple(given[wrong[0]].shape)}; the base run has {tokens.shape[0]} rows "
-            f"of {tokens.shape[1]} positions."
+            f"The base cache's {wrong[0]} has shape {tuple(given[wrong[0]].shape)}; the base run has {shape[0]} rows of "
+            f"{shape[1]} positions. Cache all positions, and keep the batch axis."
         )
-    if isinstance(given, ActivationCache) and given.tokens is not None and not torch.equal(given.tokens, tokens):
-        raise InputError("The base cache was made from other tokens than the base run's.")
+    kind = (entering.dtype, entering.device)
+    other = [name for name in names if ".hook_resid_" in name and (given[name].dtype, given[name].device) != kind]
+    if other:
+        found = given[other[0]]
+        raise InputError(
+            f"The base cache's {other[0]} is {found.dtype} on {found.device}; the base run has {kind[0]} on {kind[1]}."
+        )
+    if isinstance(given, ActivationCache):
+        if given.tokens is not None and not torch.equal(given.tokens.to(tokens.device), tokens):
+            raise InputError("The base cache was made from other tokens than the base run's.")
+        masks = [
+            torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.to(tokens.device).bool()
+            for mask in (given.attention_mask, prepared.attention_mask)
+        ]
+        if not torch.equal(*masks):
+            raise InputError("The base cache was made with another attention mask than the base run's.")
+    first = given.get("blocks.0.hook_resid_pre")
+    if first is not None and not (first.shape == entering.shape and torch.equal(first.to(entering), entering)):
+        raise InputError(
+            "The base cache is of another run: blocks.0.hook_resid_pre holds other numbers than the base run's tokens give "
+            "in this model now. Leave base_cache out, or cache this run anew."
+        )

@@ -25,6 +25,7 @@ from torch import Tensor
 from pellucid.arguments import check_count
 from pellucid.errors import InputError
 from pellucid.model_bridge.cache_plan import EMBEDDING
+from pellucid.model_bridge.job_identity import marks
 from pellucid.model_bridge.tokens import TextOrTokens, check_choice
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.padding import before_first_real
@@ -256,12 +257,8 @@ class Sweep:
             return self._run_base(self._resolve(Edit(name, Zero()) for name in hooks)).sites
 
     def _marks(self) -> tuple[object, ...]:
-        """What the base run depends on and may change between two calls: hooks, weights written to, attention."""
-        weights = tuple(
-            (parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version)
-            for parameter in self.bridge.parameters()
-        )
-        return (*self.bridge.live_hooks(), self.bridge.has_torch_hooks(), self.bridge.attn_implementation, weights)
+        """What the base run depends on and may change between two calls."""
+        return marks(self.bridge)
 
     def forget(self) -> None:
         """Let go of the base run and its memory; the next call makes it anew."""

@@ -316,6 +316,42 @@ def test_the_base_run_from_a_cache() -> None:
         Sweep(bridge, random_tokens(2, 7, seed=9), metric, base_cache=cache).run(edits)
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_base_cache_of_another_run_is_refused_by_name(first: int) -> None:
+    """Tokens, positions, mask, rows, dtype; a plain dictionary too, as far as what it holds tells."""
+    bridge = make_bridge()
+    tokens = random_tokens(2, 7)
+    mask = torch.ones_like(tokens)
+    mask[1, :3] = 0
+    edits = [Edit(f"blocks.{first}.attn.hook_z", Zero(), heads=1)]
+    metric = LogitDifference(ANSWER, FOIL)
+    names = Sweep(bridge, tokens, metric).needed_names(edits)
+
+    def cache_of(*given: Any, **settings: Any) -> Any:
+        return bridge.run_with_cache(*given, names_filter=names, **settings)[1]
+
+    def refused(cache: Any, words: str, **settings: Any) -> None:
+        with pytest.raises(InputError, match=words):
+            Sweep(bridge, tokens, metric, base_cache=cache, **settings).run(edits)
+
+    own = cache_of(tokens)
+    refused(cache_of(tokens.flip(0)), "other tokens")
+    refused(cache_of(tokens, attention_mask=mask), "another attention mask")
+    refused(own, "another attention mask", attention_mask=mask)
+    refused(cache_of(tokens[:1]), "2 rows of 7 positions")
+    refused(cache_of(random_tokens(2, 8)), "2 rows of 7 positions")
+    refused(cache_of(tokens, pos_slice=-1), "2 rows of 7 positions")
+    refused(own.to(dtype=torch.float32), "is torch.float32 on cpu")
+    refused({name: own[name][:, :6] for name in names}, "2 rows of 7 positions")
+    if first == 0:
+        refused({name: own[name].flip(0) for name in names}, r"blocks\.0\.hook_resid_pre holds other numbers")
+        other = make_bridge(scale=0.2)
+        refused(other.run_with_cache(tokens, names_filter=names)[1], r"blocks\.0\.hook_resid_pre holds other numbers")
+    whole = Sweep(bridge, tokens, metric).run(edits).values["metric"]
+    for cache in (own, dict(own), cache_of(tokens, attention_mask=torch.ones_like(tokens))):
+        assert torch.equal(Sweep(bridge, tokens, metric, base_cache=cache).run(edits).values["metric"], whole)
+
+
 def test_the_base_run_is_made_anew_when_edits_need_more_of_it() -> None:
     bridge = make_bridge()
     tokens = random_tokens(1, 7)
