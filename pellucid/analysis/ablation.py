@@ -31,6 +31,7 @@ from pellucid.analysis.cells import (
 )
 from pellucid.analysis.labelled import LabelledSweep, Reference, Rows, about_metrics
 from pellucid.analysis.patching import keep, left_of
+from pellucid.arguments import check_whole
 from pellucid.errors import CacheKeyError, InputError
 from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, check_choice
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
@@ -116,6 +117,7 @@ def ablation(
         CacheKeyError: the given activations lack a hook of the site.
         HookNameError: no such site.
     """
+    check_choice("on_interrupt", on_interrupt, ("raise", "return"))
     return prepare_ablation(
         bridge,
         input,
@@ -386,13 +388,14 @@ class _Data:
             InputError: there is none of as many tokens, or a given one that does not fit.
         """
         n_rows, n_data = self.prompts.n_rows, self.real.shape[0]
+        check_whole("seed", seed)
         if permutation is None:
             generator = torch.Generator().manual_seed(seed)
             if self.own:
                 permutation = _cycle(n_rows, generator)
             else:
                 permutation = torch.randint(n_data, (n_rows,), generator=generator).tolist()
-        chosen = tuple(int(row) for row in permutation)
+        chosen = tuple(check_whole("A row of permutation", row) for row in permutation)
         if len(chosen) != n_rows or not all(0 <= row < n_data for row in chosen):
             raise InputError(
                 f"permutation has one row of the data, 0 to {n_data - 1}, for each of the {n_rows} rows of the input; found "

@@ -9,6 +9,7 @@ are 0 at the corrupted run's metric and 1 at the clean run's, in both directions
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Literal, TypeAlias
 
 import torch
@@ -110,6 +111,7 @@ def activation_patching(
             which the metric does not differ, a model in training mode.
         HookNameError: no such site.
     """
+    check_choice("on_interrupt", on_interrupt, ("raise", "return"))
     return prepare_activation_patching(
         bridge,
         clean,
@@ -170,21 +172,24 @@ def prepare_activation_patching(
     refuse_different_lengths(pair["clean"], pair["corrupted"], ("clean", "corrupted"))
     base_name, source_name = ("corrupted", "clean") if direction == "denoising" else ("clean", "corrupted")
     base, source = pair[base_name], pair[source_name]
-    cache = keep(bridge, source, [spec.name for spec in found.specs.values()], found.flags)
+    cache: dict[str, Tensor] = {}
     grid = make_grid(
         bridge, base, found, words, lambda spec: FromRun(cache), positions=positions, heads=heads, neurons=neurons
     )
-    limit = left_of(memory_limit, cache)
     tokens, mask = base.input()
-    sweep = Sweep(
+    make_sweep = partial(
+        Sweep,
         bridge,
         tokens,
         metric,
         attention_mask=mask,
         logit_positions=logit_positions,
-        memory_limit=limit,
         rows_at_once=rows_at_once,
     )
+    make_sweep()  # refuses what it cannot do, before the source is run
+    cache |= keep(bridge, source, [spec.name for spec in found.specs.values()], found.flags)
+    limit = left_of(memory_limit, cache)
+    sweep = make_sweep(memory_limit=limit)
     reference = Reference("metric")
     scores: dict[str, list[float]] = {}
     if normalize:

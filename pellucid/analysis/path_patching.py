@@ -126,6 +126,7 @@ def path_patching(
         UnsupportedModelError: the residual stream is not a sum of what parts add to it
             (``apply_residual_connection_post_layernorm``).
     """
+    check_choice("on_interrupt", on_interrupt, ("raise", "return"))
     return prepare_path_patching(
         bridge,
         original,

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from pellucid.analysis.neurons import Neuron, NeuronChange, NeuronEdit, refuse_no_effect, zero
 from pellucid.errors import InputError, NoEffectError
-from pellucid.model_bridge.tokens import ids_as_given
 from pellucid.model_bridge.job_identity import Watched
+from pellucid.model_bridge.tokens import ids_as_given
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.padding import has_padding, targets
 from pellucid.progress import progress_bar

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from pellucid.arguments import check_count, check_whole
 from pellucid.corpora.packing import Checkpoint, Encoder, Packing, Row, Rules, Tally, chunks, rows
 from pellucid.corpora.sources import (
     LONGEST_DOCUMENT,
@@ -146,7 +147,7 @@ class Corpus:
         for label in sources:
             if not isinstance(label, str) or not label:
                 raise InputError(f"Labels are strings that are not empty; found {label!r}.")
-        if not isinstance(context, int) or context < 1:
+        if not isinstance(context, int) or isinstance(context, bool) or context < 1:
             raise InputError(f"context is a number of tokens, 1 or more; found {context!r}.")
         _check_choice("packing", packing, ("packed", "documents"))
         _check_choice("tail", tail, ("drop", "keep"))
@@ -154,7 +155,7 @@ class Corpus:
         self._sources = dict(sources)
         self.labels: tuple[str, ...] = tuple(sources)
         self.tokenizer = tokenizer
-        self.pad_id = _pad_id(tokenizer) if pad_id is None else pad_id
+        self.pad_id = _pad_id(tokenizer) if pad_id is None else check_count("pad_id", pad_id, at_least=0)
         self.rules = Rules(
             packing,
             context,
@@ -324,8 +325,11 @@ class Corpus:
             CorpusError: at the place where the source cannot be read; a label without a row.
         """
         chosen = self.chosen(labels)
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
             raise InputError(f"batch_size is a number of rows, 1 or more; found {batch_size!r}.")
+        check_whole("start_row", start_row)
+        if stop_row is not None:
+            check_whole("stop_row", stop_row)
         if start_row < 0 or (stop_row is not None and stop_row < start_row):
             raise InputError(f"Rows go from start_row=0 on to stop_row; found {start_row} to {stop_row}.")
         _check_choice("padding_side", padding_side, ("left", "right"))
@@ -541,7 +545,7 @@ class Corpus:
             InputError: a number that the label does not have.
         """
         self._need_label(label)
-        wanted = sorted(set(numbers))
+        wanted = sorted({check_whole("The number of a document", number) for number in numbers})
         found: dict[int, Document] = {}
         marks = [(0, self._sources[label].start)]
         marks += [(mark.document, mark.cursor) for mark in self._checkpoints.get(label, ())]
@@ -587,6 +591,8 @@ class Corpus:
             InputError: a place that does not exist; no tokenizer.
         """
         tokenizer = _need(self.tokenizer)
+        check_count("before", before, at_least=0)
+        check_count("after", after, at_least=0)
         found = self.documents(label, [document for document, _ in places])
         encoded = dict(zip(found, Encoder(label, tokenizer)(list(found.values())), strict=True))
         contexts = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 import xarray
 from torch import Tensor
 
+from pellucid.arguments import check_count
 from pellucid.corpora import Corpus, TokenContext
 from pellucid.errors import InputError
 from pellucid.names import HookSpec, nearest
@@ -256,8 +257,9 @@ class Collected:
             statistic: ``"top_20"``; ``None`` takes the only one there is.
 
         Raises:
-            InputError: no top examples were collected there.
+            InputError: no top examples were collected there; no such feature.
         """
+        self._need("label", label, self.labels)
         tops = [one for one in self.of(self._hook(hook).spec.name, label) if isinstance(one, TopK)]
         wanted = [one for one in tops if statistic in (None, one.name)]
         if len(wanted) != 1:
@@ -265,7 +267,12 @@ class Collected:
                 f"{hook} has {len(wanted)} statistics of that kind; collect TopK(k) and name it, as in 'top_20'."
             )
         found = wanted[0].result()
-        index = (feature,) if isinstance(feature, int) else tuple(feature)
+        index = tuple(feature) if isinstance(feature, Iterable) else (feature,)
+        axes = found[0].shape[:-1]
+        if len(index) != len(axes):
+            raise InputError(f"{hook} has features {tuple(axes)}: feature is {len(axes)} indices; found {feature!r}.")
+        for place, size in zip(index, axes, strict=True):
+            check_count("feature", place, 0, size - 1)
         values, documents, positions = (part[index].tolist() for part in found)
         held = [entry for entry in zip(values, documents, positions, strict=True) if entry[1] >= 0]
         contexts = corpus.contexts(label, [(document, position) for _, document, position in held])

@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from pellucid.arguments import check_number
 from pellucid.corpora import Corpus, CorpusBatch, LabelCount
 from pellucid.differences import differences
 from pellucid.errors import HookValueError, InputError, OtherJobError
@@ -122,6 +123,7 @@ class CollectingModel(RunnableModel):
                 call, or a model that changes during the pass: a later call could not tell what its numbers are.
             StorageFullError: no space is left for the state; the one before stays.
         """
+        check_number("every", every, at_least=0)
         hooks = self._hooks_of(statistics)
         chosen = corpus.chosen(labels)
         batches = corpus.batches(  # refuses what it cannot do before anything is read

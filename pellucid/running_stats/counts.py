@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from pellucid.arguments import check_number
 from pellucid.errors import InputError
 from pellucid.running_stats.base import Places, Statistic, real_tokens
 
@@ -34,7 +35,7 @@ class CountPositive(Statistic):
 
     def __init__(self, threshold: float = 0.0) -> None:
         super().__init__()
-        self.threshold = float(threshold)
+        self.threshold = check_number("threshold", threshold)
 
     @property
     def name(self) -> str:
@@ -194,7 +195,8 @@ class Quantiles(Statistic):
     ) -> None:
         super().__init__()
         self.quantiles = [float(quantile) for quantile in quantiles]
-        self.relative_error, self.smallest, self.largest = float(relative_error), float(smallest), float(largest)
+        self.relative_error, self.smallest = float(relative_error), float(smallest)
+        self.largest = check_number("largest", largest)
         if not self.quantiles or any(not 0 <= quantile <= 1 for quantile in self.quantiles):
             raise InputError(f"Quantiles are numbers from 0 to 1; found {self.quantiles}.")
         if not 1e-3 <= self.relative_error < 1 or not 0 < self.smallest < self.largest:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from pellucid.arguments import check_count
 from pellucid.errors import InputError
 from pellucid.running_stats.base import Places, Statistic
 
@@ -156,6 +157,7 @@ def average_precision(scores: Tensor, positive: Tensor, chunk: int = 4096, what:
             "Average precision takes scores [document, *features] and positive [document] bool; found "
             f"{tuple(scores.shape)} and {tuple(positive.shape)} {positive.dtype}."
         )
+    check_count("chunk", chunk)
     n_positive = int(positive.sum())
     if n_positive in (0, len(positive)):
         what = "positive" if n_positive == 0 else "negative"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from pellucid.arguments import check_count
 from pellucid.errors import InputError
 from pellucid.running_stats.base import Places, Statistic, real_tokens
 from pellucid.tables import brief
@@ -61,7 +62,7 @@ class MeanVariance(Statistic):
 
     def __init__(self, correction: int = 0) -> None:
         super().__init__()
-        self.correction = int(correction)
+        self.correction = check_count("correction", correction, at_least=0)
 
     @property
     def name(self) -> str:
@@ -120,7 +121,8 @@ class Covariance(Statistic):
 
     def __init__(self, correction: int = 0, most_features: int = 8192) -> None:
         super().__init__()
-        self.correction, self.most_features = int(correction), int(most_features)
+        self.correction = check_count("correction", correction, at_least=0)
+        self.most_features = check_count("most_features", most_features)
 
     @property
     def name(self) -> str:

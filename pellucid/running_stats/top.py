@@ -48,7 +48,7 @@ class TopK(Statistic):
 
     def __init__(self, k: int) -> None:
         super().__init__()
-        if not isinstance(k, int) or k < 1:
+        if not isinstance(k, int) or isinstance(k, bool) or k < 1:
             raise InputError(f"TopK keeps 1 or more examples; found {k!r}.")
         self.k = k
 

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from pellucid.corpora import Corpus, CorpusBatch
 from pellucid.errors import CorpusError, InputError, StorageFullError
-from pellucid.model_bridge.hooked_model import runs_through
 from pellucid.model_bridge.job_identity import Watched
 from pellucid.model_bridge.tokens import ids_as_given
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
