@@ -7,7 +7,7 @@ something else could have written to them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -36,6 +36,14 @@ def check_storage(device: torch.device | str | None, dtype: torch.dtype | None) 
     check_dtype(dtype)
 
 
+class HasHookPoints(Protocol):
+    """A bridge, as a cache sees it."""
+
+    @property
+    def hook_index(self) -> HookIndex:
+        """Every hook point of the model."""
+
+
 class ActivationCache(Mapping[str, Tensor]):
     """Activations of one run.
 
@@ -44,23 +52,34 @@ class ActivationCache(Mapping[str, Tensor]):
     an entry is under its name with ``_grad`` appended.
 
     Args:
-        activations: tensors by canonical name.
-        index: every hook point of the model.
+        activations: tensors by canonical name; with a bridge, by any of a point's names.
+        index: every hook point of the model, or a bridge, which has them.
         tokens: ``[batch, pos]`` ids that were run, ``None`` if a residual was.
         attention_mask: ``[batch, pos]`` mask of the run, ``None`` if nothing was padding.
         has_batch_dim: whether tensors have their batch axis.
+
+    Raises:
+        InputError: ``tokens`` is no tensor.
     """
 
     def __init__(
         self,
         activations: Mapping[str, Tensor],
-        index: HookIndex,
+        index: HookIndex | HasHookPoints,
         tokens: Tensor | None = None,
         attention_mask: Tensor | None = None,
         has_batch_dim: bool = True,
     ) -> None:
+        if tokens is not None and not isinstance(tokens, Tensor):
+            raise InputError(
+                f"tokens is a tensor of ids; found {tokens!r}. TransformerLens' third argument is has_batch_dim=."
+            )
         self.cache_dict: dict[str, Tensor] = dict(activations)
-        self.index = index
+        if isinstance(index, HookIndex):
+            self.index = index
+        else:  # a dictionary of the user's own, whose names may be any of a point's
+            self.index = index.hook_index
+            self.cache_dict = {self._canonical(name): tensor for name, tensor in activations.items()}
         self.tokens = tokens
         self.attention_mask = attention_mask
         self.has_batch_dim = has_batch_dim

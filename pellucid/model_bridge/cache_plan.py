@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pellucid.activation_cache import GRADIENT, check_storage
+from pellucid.arguments import check_count
 from pellucid.config import TransformerBridgeConfig
 from pellucid.dtypes import cast
 from pellucid.errors import CacheTooLargeError, InputError
@@ -91,6 +92,36 @@ def take_positions(tensor: Tensor, axis: int, positions: Tensor | slice) -> Tens
     return tensor[(slice(None),) * axis + (positions,)]
 
 
+class CacheEstimate(dict[str, int]):
+    """Bytes that a cache would take, by the name of the entry; printed, a total and the largest points."""
+
+    @property
+    def total(self) -> int:
+        """Bytes of all entries."""
+        return sum(self.values())
+
+    def largest(self, count: int = 5) -> list[tuple[str, int]]:
+        """The entries that take most, as ``(name, bytes)``, largest first."""
+        check_count("count", count)
+        return sorted(self.items(), key=lambda entry: entry[1], reverse=True)[:count]
+
+    def __repr__(self) -> str:
+        lines = [f"{readable_bytes(self.total)} in {len(self)} entries"]
+        lines += [f"  {readable_bytes(size):>10}  {name}" for name, size in self.largest()]
+        left = len(self) - len(lines) + 1
+        return "\n".join(lines + ([f"  and {left} more"] if left else []))
+
+
+def readable_bytes(count: int) -> str:
+    """A number of bytes with three digits and a unit: ``"1.44 MiB"``."""
+    size, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size < 1000 or unit == "TiB":
+            break
+        size /= 1024
+    return f"{count} B" if unit == "B" else f"{size:.3g} {unit}"
+
+
 def cache_bytes(
     specs: Sequence[HookSpec],
     cfg: TransformerBridgeConfig,
@@ -98,7 +129,7 @@ def cache_bytes(
     pos_slice: PosSlice = None,
     dtype: torch.dtype | None = None,
     incl_bwd: bool = False,
-) -> dict[str, int]:
+) -> CacheEstimate:
     """Bytes that each point, and its gradient if asked for, will take in a cache, by the name of the entry.
 
     Raises:
@@ -123,7 +154,7 @@ def cache_bytes(
         "wide": dtype or torch.promote_types(cfg.dtype, torch.float32),
         "int": torch.int64,
     }
-    plan = {}
+    plan = CacheEstimate()
     for spec in specs:
         count = 1
         for axis in spec.axes:

@@ -27,7 +27,7 @@ from pellucid.model_bridge.generalized_components import GeneralizedComponent
 from pellucid.model_bridge.generalized_components.block import Blocks
 from pellucid.model_bridge.hook_session import HookSession
 from pellucid.model_bridge.mounting import ComponentTree
-from pellucid.names import FROM_EMBEDDINGS, Flag, HookSpec, NamesFilter, runs_through, table_of_points
+from pellucid.names import FROM_EMBEDDINGS, Flag, HookIndex, HookSpec, NamesFilter, runs_through, table_of_points
 from pellucid.run_context import acts
 from pellucid.tables import NamesView, Table
 
@@ -240,6 +240,11 @@ class HookedModel(NoTorchHooks):
         """Every hook point by name, see :class:`HookDict`."""
         return HookDict(self._tree)
 
+    @property
+    def hook_index(self) -> HookIndex:
+        """The hook table: every point of the model, switched on or not."""
+        return self._tree.index
+
     def hook_points(self) -> list[HookPoint]:
         """Every hook point, in firing order."""
         return list(self.hook_dict.values())
@@ -342,11 +347,19 @@ class HookedModel(NoTorchHooks):
     ) -> list[tuple[HookSpec, str]]:
         if direction not in ("fwd", "bwd"):
             raise InputError(f"dir is 'fwd' or 'bwd'; found {direction!r}.")
+        everything: Any = names_filter
+        if everything is True:
+            names_filter = None
         chosen = self._tree.index.select(names_filter, self.cfg.flags, argument=argument)
         if direction == "bwd":
-            integers = [spec.name for spec, _ in chosen if spec.kind == "int"]
-            if integers:
-                raise GradientError(f"{integers[0]} holds token ids, which have no gradient.")
+            named = [names_filter] if isinstance(names_filter, str) else [] if callable(names_filter) else names_filter
+            exact = set(named or ()) & {name for spec, _ in chosen for name in (spec.name, *spec.aliases)}
+            integers = [(spec, asked) for spec, asked in chosen if spec.kind == "int"]
+            if any(asked in exact for _, asked in integers) or len(integers) == len(chosen):
+                raise GradientError(f"{integers[0][0].name} holds token ids, which have no gradient.")
+            chosen = [
+                pair for pair in chosen if pair not in integers
+            ]  # a glob or a predicate means those that have one
         return chosen if span is None else self._reachable(chosen, names_filter, span)
 
     def _reachable(

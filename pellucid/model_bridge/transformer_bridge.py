@@ -20,6 +20,7 @@ from pellucid.errors import GradientError, InputError
 from pellucid.hook_points import LensHandle
 from pellucid.model_bridge.cache_plan import (
     EMBEDDING,
+    CacheEstimate,
     Keeper,
     PosSlice,
     cache_bytes,
@@ -445,8 +446,12 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
         prepend_bos: bool | None = None,
         stop_at_layer: int | None = None,
         incl_bwd: bool = False,
-    ) -> dict[str, int]:
-        """Bytes that :meth:`run_with_cache` would keep, by canonical name, without running anything."""
+    ) -> CacheEstimate:
+        """Bytes that :meth:`run_with_cache` would keep, without running anything.
+
+        Returns:
+            A dictionary of bytes by canonical name, with ``total`` and ``largest(count)``; printed, it is a short table.
+        """
         with ids_as_given():  # nothing runs that a mask could change
             prepared = self._prepare(input, prepend_bos, stop_at_layer=stop_at_layer)
         if prepared.tokens is not None:
