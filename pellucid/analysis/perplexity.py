@@ -256,6 +256,8 @@ def continuations(
     """
     if not prompts:
         raise InputError("There are no prompts to continue.")
+    if isinstance(prompts, str):  # a sequence too: each of its characters would be a prompt
+        raise InputError("prompts is a list of prompts; of one, give [prompt].")
     contexts: dict[str, AbstractContextManager[Any]] = {UNCHANGED: nullcontext()}
     for language, own in neurons.items():
         if str(language) in contexts:

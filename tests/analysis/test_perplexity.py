@@ -153,5 +153,7 @@ def test_continuations_that_cannot_be(demo: TransformerBridge) -> None:
         continuations(demo, ["No one"], nothing, change=lambda listed: scale(listed, 1.0), max_new_tokens=2)
     with pytest.raises(InputError, match="no prompts"):
         continuations(demo, [], nothing)
+    with pytest.raises(InputError, match="a list of prompts"):
+        continuations(demo, "No one", nothing)
     with pytest.raises(InputError, match="unmodified model"):
         continuations(demo, ["No one"], {"none": [(0, 0)]})
