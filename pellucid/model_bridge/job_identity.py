@@ -106,7 +106,11 @@ def marks(model: RunnableModel) -> tuple[object, ...]:
 
 def _weight_marks(model: RunnableModel) -> tuple[object, ...]:
     return tuple(
-        (name, tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+        (
+            name,
+            tensor.data_ptr() if type(tensor) in (nn.Parameter, Tensor) else id(tensor),  # a wrapper has no data of its own
+            0 if tensor.is_inference() else tensor._version,
+        )
         for name, tensor in model.hf_model.state_dict(keep_vars=True).items()
     )
 

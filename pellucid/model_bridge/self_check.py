@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from pellucid.errors import InputError
 from pellucid.hook_points import HookPoint
 from pellucid.model_bridge.checkpoint import RANDOM_WEIGHTS
+from pellucid.model_bridge.generalized_components.weights import stored_parts, why_not_by_row
 from pellucid.model_bridge.mounting import ComponentTree
 from pellucid.model_bridge.reference_edits import REBUILT, reference_edit
 from pellucid.model_bridge.run_positions import RunPositions
@@ -224,6 +225,10 @@ def run_checks(
     return report
 
 
+def _finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
+
+
 class _Checker:
     def __init__(self, bridge: CheckedBridge, tree: ComponentTree, tokens: Tensor | None, layers: list[int]) -> None:
         self.bridge, self.tree, self.layers = bridge, tree, layers
@@ -293,7 +298,7 @@ class _Checker:
         bad = [
             name
             for name, parameter in self.tree.root.named_parameters()
-            if not parameter.is_meta and not bool(torch.isfinite(parameter).all())
+            if not parameter.is_meta and not all(map(_finite, (part for _, part in stored_parts(name, parameter))))
         ]
         yield self.line("weights are finite", float(len(bad)), 0, ", ".join(bad[:5]))
         random = self.tree.notes.get(RANDOM_WEIGHTS, ())
@@ -358,7 +363,8 @@ class _Checker:
             yield self.line(f"padding {side}: logits", logits.double() - native.double(), 0)
         first = self.run.virtual + (pads if side == "left" else 0)
         real = logits.narrow(1, first, self.run.given).double()
-        yield self.line(f"padding {side}: rows as without it", real - self.run.of_input(self.base).double(), self.bound)
+        why = why_not_by_row(self.bridge.hf_model) or ""
+        yield self.line(f"padding {side}: rows as without it", real - self.run.of_input(self.base).double(), self.bound, why)
 
     def cache(self) -> Check:
         from transformers import DynamicCache
@@ -371,7 +377,10 @@ class _Checker:
             logits = self.bridge(chunk, past_key_values=ours)
             native = self.native_cached(self.bridge.hf_model, chunk, theirs)
         yield self.line("key/value cache: logits", logits.double() - native.double(), self.exact)
-        yield self.line("key/value cache: as without it", logits.double() - self.base[:, cut:].double(), self.bound)
+        why = why_not_by_row(self.bridge.hf_model) or ""
+        yield self.line(
+            "key/value cache: as without it", logits.double() - self.base[:, cut:].double(), self.bound, why
+        )
 
     def positions(self) -> Check:
         """What ``hook.run`` says in each step with a key/value cache, against the ALiBi that Hugging Face computes there."""

@@ -13,12 +13,12 @@ from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import WeightError
 from pellucid.model_bridge.generalized_components import GeneralizedComponent
 from pellucid.model_bridge.generalized_components.base import all_finite, readable_parameter
+from pellucid.model_bridge.generalized_components.weights import adapted
 from pellucid.model_bridge.mounting import ComponentTree
 from pellucid.tables import BriefFields
 from pellucid.weight_processing import BLOCK_STEPS, STEPS, Step
@@ -143,7 +143,10 @@ def believed(tree: ComponentTree, unit: Unit) -> frozenset[Step]:
         gain, shift = cast(Tensor, witness.module.weight), cast(Tensor, witness.module.bias)
         holds = bool((gain == gain[0]).all()) and not bool(shift.any())
     else:
-        holds = _block_holds(witness, done)
+        try:
+            holds = _block_holds(witness, done)
+        except WeightError:  # pruned or quantised since
+            holds = False
     return done if holds else frozenset()
 
 
@@ -170,7 +173,10 @@ def is_identity(norm: nn.Module) -> bool:
 
 def is_tied(tree: ComponentTree) -> bool:
     """Whether embedding and unembedding are one storage."""
-    embedding, head = (cast(Tensor, tree.components[name].module.weight) for name in ("embed", "unembed"))
+    modules = (adapted(tree.components[name].module) for name in ("embed", "unembed"))
+    embedding, head = (module._parameters.get("weight") for module in modules)
+    if head is None or embedding is None:  # quantised or parametrised: whatever they are, they are not one parameter
+        return False
     if head is embedding:
         return True
     return not head.is_meta and not embedding.is_meta and head.data_ptr() == embedding.data_ptr()
@@ -270,12 +276,9 @@ def plain_parameters(tree: ComponentTree) -> Iterator[tuple[str, nn.Parameter]]:
     """
     for component, kind in _modules(tree):
         module = component.module
-        if parametrize.is_parametrized(module):
-            raise WeightError(
-                f"{component.path} is parametrised (torch.nn.utils.parametrize): what is written would be computed over. "
-                "Remove the parametrisation first."
-            )
-        names = ["weight"] if kind is nn.Embedding or getattr(module, "bias", None) is None else ["weight", "bias"]
+        # A bias that is None is none; one that is pruned or parametrised is refused below.
+        lacks_bias = kind is nn.Embedding or module._parameters.get("bias", module) is None
+        names = ["weight"] if lacks_bias else ["weight", "bias"]
         for name in names:
             parameter = readable_parameter(module, name, component.path)
             if type(module) is not kind or module._parameters.get(name) is not parameter:

@@ -7,7 +7,7 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-from pellucid.errors import WeightError
+from pellucid.model_bridge.generalized_components.weights import stored_parts
 
 CHUNK = 2**26
 
@@ -15,18 +15,19 @@ CHUNK = 2**26
 def weights_hash(model: nn.Module) -> str:
     """SHA-256 over every parameter and buffer of the state: name, dtype, shape and bytes, in the order of the names.
 
+    A quantised weight is hashed as it is stored: its integers, scales and zero points.
+
     Raises:
-        WeightError: weights that are not in memory (offloaded).
+        WeightError: weights that are not in memory (offloaded), or that cannot be read.
     """
     whole = hashlib.sha256()
     known: dict[tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...]], str] = {}
-    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
-        if tensor.is_meta:
-            raise WeightError(f"{name} is not in memory (offloaded), so the model's weights cannot be hashed.")
-        key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-        if key not in known:  # tied weights are read once
-            known[key] = tensor_hash(tensor.detach())
-        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {known[key]}\n".encode())
+    for name, value in sorted(model.state_dict(keep_vars=True).items()):
+        for kind, tensor in stored_parts(name, value):
+            key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+            if key not in known or type(value) is not nn.Parameter:  # tied weights are read once
+                known[key] = tensor_hash(tensor)
+            whole.update(f"{kind} {known[key]}\n".encode())
     return whole.hexdigest()
 
 

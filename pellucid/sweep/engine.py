@@ -25,6 +25,7 @@ from torch import Tensor
 from pellucid.arguments import check_count
 from pellucid.errors import InputError
 from pellucid.model_bridge.cache_plan import EMBEDDING
+from pellucid.model_bridge.generalized_components.weights import why_not_by_row
 from pellucid.model_bridge.job_identity import marks
 from pellucid.model_bridge.tokens import TextOrTokens, check_choice
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
@@ -363,7 +364,8 @@ class Sweep:
             return f"hooks are on {', '.join(names[:3])}{' and others' if len(names) > 3 else ''}"
         if self.bridge.has_torch_hooks():
             return "torch hooks are on the model"
-        return ""
+        mixing = why_not_by_row(self.bridge.hf_model)
+        return "" if mixing is None else f"{mixing}, which may compute a row from the others of its batch, too"
 
     def _why_padding_whole(self, scorers: Mapping[str, Scorer]) -> str:
         """A row of padding before the first token attends to everything, later columns too: not what packing assumes."""

@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, TypeAlias, cast, overload
+from typing import Any, ClassVar, NamedTuple, TypeAlias, overload
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
 from pellucid.errors import HookNameError, NotSetUpError, UnsupportedModelError, WeightError
 from pellucid.hook_points import HookPoint, LensHandle, NoTorchHooks, PointOwner
+from pellucid.model_bridge.generalized_components.weights import plain_weight as plain_weight
+from pellucid.model_bridge.generalized_components.weights import readable_parameter as readable_parameter
 from pellucid.tables import Table
 
 
@@ -181,8 +183,9 @@ class GeneralizedComponent(NoTorchHooks):
             child = module._modules.get(part)
             if child is None:
                 raise UnsupportedModelError(
-                    f"{'.'.join(path)} is not in the model any more ({type(module).__name__} has no {part!r}). The bridge "
-                    "knows the modules that were there when it was made: make a new TransformerBridge of the changed model."
+                    f"The model has no {self.path} any more: it was taken out after wrapping, or a module was put around it "
+                    f"({type(module).__module__}.{type(module).__name__} has no {part!r}). Put it back, or delete its "
+                    "bridges and make a new one."
                 )
             module = child
         return module
@@ -407,6 +410,8 @@ def check_write(key: str, target: Tensor, value: Tensor, shape: tuple[int, ...] 
         raise WeightError(f"{key} must have dtype {target.dtype}; found {value.dtype}. Cast it where it was made.")
     if not all_finite(value):
         raise WeightError(f"{key} holds values that are not finite.")
+    if target.is_inference():
+        raise WeightError(f"{key} was made in inference mode and cannot be written. Load the model outside of it.")
     return WeightWrite(key, target, value.reshape(target.shape))
 
 
@@ -428,39 +433,6 @@ def commit_writes(writes: list[WeightWrite], verbose: bool) -> None:
             write.target.copy_(value)
             if verbose:
                 print(f"{write.key} {tuple(write.target.shape)} written")  # noqa: T201 (asked for)
-
-
-def plain_weight(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether ``module`` is just a ``kind``: no adapter, no quantisation, nobody's hook, its weight in memory."""
-    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-        return False  # whoever put something on it wants it called
-    weight = getattr(module, "weight", None)
-    return type(module) is kind and isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta
-
-
-def readable_parameter(module: nn.Module, name: str, path: str) -> Tensor:
-    """A parameter of the module itself, refused by name where reading it would not give the numbers that run.
-
-    For a module with an adapter (PEFT) this is the base layer's parameter.
-
-    Raises:
-        WeightError: there is no such parameter; it is offloaded (meta) or quantised.
-    """
-    base = getattr(module, "base_layer", module)  # PEFT's name for the layer an adapter wraps
-    parameter = getattr(base, name, None)
-    if parameter is None:
-        raise WeightError(f"{path} has no {name!r}.")
-    if parameter.is_meta:
-        raise WeightError(
-            f"{path}.{name} is offloaded: its numbers are not in memory, and an edit would be lost. "
-            "Load the model without offloading to read or write weights."
-        )
-    if not parameter.is_floating_point() or type(parameter) not in (nn.Parameter, Tensor):
-        raise WeightError(
-            f"{path}.{name} is quantised ({type(parameter).__name__}, {parameter.dtype}); its stored numbers are not "
-            "the weights. Load the model unquantised to read or write weights."
-        )
-    return cast(Tensor, parameter)
 
 
 class _ValueOf(torch.autograd.Function):
