@@ -25,6 +25,7 @@ from pellucid.hook_points import (
 )
 from pellucid.model_bridge.generalized_components import GeneralizedComponent
 from pellucid.model_bridge.generalized_components.block import Blocks
+from pellucid.model_bridge.generalized_components.weights import adapted
 from pellucid.model_bridge.hook_session import HookSession
 from pellucid.model_bridge.mounting import ComponentTree
 from pellucid.names import FROM_EMBEDDINGS, Flag, HookIndex, HookSpec, NamesFilter, runs_through, table_of_points
@@ -109,8 +110,12 @@ class HookedModel(NoTorchHooks):
 
     @property
     def cfg(self) -> TransformerBridgeConfig:
-        """Sizes and switches."""
-        return self._tree.cfg
+        """Sizes and switches; the vocabulary as it is now (``resize_token_embeddings``)."""
+        cfg = self._tree.cfg
+        table = adapted(self._tree.embedding())._parameters.get("weight")
+        if table is not None and table.shape[0] != cfg.d_vocab:
+            cfg.d_vocab = table.shape[0]
+        return cfg
 
     @property
     def adapter(self) -> Any:

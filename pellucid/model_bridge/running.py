@@ -5,7 +5,7 @@ With nothing hooked, a run is one call of the Hugging Face model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from pellucid.arguments import check_whole
-from pellucid.errors import GradientError, InputError
+from pellucid.config import TransformerBridgeConfig
+from pellucid.errors import GradientError, InputError, UnsupportedModelError
 from pellucid.model_bridge.cache_plan import RunSize
 from pellucid.model_bridge.generalized_components.base import StopForward
 from pellucid.model_bridge.generalized_components.bloom_block import not_fired
@@ -91,9 +92,24 @@ class RunnableModel(HookedModel):
     def _refresh(self) -> Self:
         parameter = next(parameter for parameter in self.parameters() if parameter.is_floating_point())
         self.cfg.dtype = parameter.dtype
+        self._refuse_other_blocks()
+        self._rules.d_vocab = self.cfg.d_vocab
         if not parameter.is_meta:
             self.cfg.device = str(parameter.device)
         return self
+
+    def _refuse_other_blocks(self) -> None:
+        """Refuse a model whose list of blocks was made longer or shorter after wrapping.
+
+        Raises:
+            UnsupportedModelError: with both numbers.
+        """
+        found, known = len(self._tree.root.get_submodule(self.adapter.blocks_path)._modules), self.cfg.n_layers
+        if found != known:
+            raise UnsupportedModelError(
+                f"{self.adapter.blocks_path} has {found} blocks, and had {known} when the model was wrapped. Put them "
+                "back, or set config.n_layer, delete its bridges and make a new one."
+            )
 
     # -- how attention is computed -------------------------------------------------------------------------------------
 
@@ -133,7 +149,8 @@ class RunnableModel(HookedModel):
         head = [handle for handle in self._tree.components["unembed"].handles() if acts(handle.scope)]
         calls = [handle.calls for handle in head]
         try:
-            logits: Tensor = model(**arguments)[0]
+            output = model(**arguments)
+            logits: Tensor = output[0] if model is self._tree.root else logits_of(output, model, arguments, self.cfg)
         except BaseException as error:
             self._clean_up(error, arguments.get("input_ids"))
             raise
@@ -148,6 +165,7 @@ class RunnableModel(HookedModel):
             return
         self._tree.restore_offloaded()
         if isinstance(error, IndexError) and tokens is not None:
+            self._rules.d_vocab = self.cfg.d_vocab
             self._rules.check_range(tokens)
 
     def check_input(
@@ -428,6 +446,27 @@ def check_output(
             f"loss_per_token=True would have no effect: return_type={return_type!r} gives no loss. Ask for "
             "return_type='loss' or 'both'."
         )
+
+
+def logits_of(output: Any, model: nn.Module, arguments: Mapping[str, Any], cfg: TransformerBridgeConfig) -> Tensor:
+    """The logits that a module around BLOOM gives: its output's ``logits``, the first entry of a tuple, or the output.
+
+    Raises:
+        UnsupportedModelError: they are nothing like ``[batch, pos, d_vocab]``.
+    """
+    found = getattr(output, "logits", output)
+    if isinstance(found, tuple | list) and found:
+        found = found[0]
+    given = arguments.get("input_ids", arguments.get("inputs_embeds"))
+    if isinstance(found, Tensor) and found.dim() == 3 and given is not None:
+        batch, pos, width = found.shape
+        if batch == given.shape[0] and pos >= given.shape[1] and width == cfg.d_vocab:
+            return found
+    what = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(output).__name__}"
+    raise UnsupportedModelError(
+        f"{type(model).__module__}.{type(model).__name__} is around the BLOOM, and its forward gives {what}; expected "
+        f"logits [batch, pos, {cfg.d_vocab}], in an output with .logits, a tuple or alone. Bridge the BLOOM inside it."
+    )
 
 
 def refuse_rows(given: Tensor) -> None:

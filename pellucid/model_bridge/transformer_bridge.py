@@ -67,6 +67,9 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
     def __init__(self, hf_model: nn.Module, tokenizer: Any | None = None) -> None:
         bloom = find_bloom(hf_model)
         super().__init__(hf_model, ComponentTree.of(bloom, partial(make_adapter, bloom)))
+        self._refuse_other_blocks()
+        for component in self._tree.components.values():
+            _ = component.original_component  # another bridge's tree may be older than a change of the model
         self.training = hf_model.training
         self._rules = TokenRules(tokenizer, self.cfg.d_vocab, self.cfg.default_prepend_bos)
 
@@ -638,6 +641,7 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
             layers: which layers' hooks to try, by default the first, a middle one and the last.
             progress: show a bar; by default when it takes a while and a person is watching.
         """
+        self._refresh()
         with ids_as_given():  # each check compares like with like, and has masks of its own
             tokens = None if input is None else self._prepare(input).tokens
             return run_checks(self, self._tree, tokens, layers, progress)

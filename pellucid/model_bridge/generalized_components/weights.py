@@ -44,7 +44,7 @@ def why_not_plain(module: nn.Module, name: str) -> str | None:
         module: a layer, not its adapter.
         name: of the weight.
     """
-    found = module._parameters.get(name)
+    found: Tensor | None = module._parameters.get(name)
     if found is None:
         found = module._buffers.get(name)
     if found is None:

@@ -1,0 +1,131 @@
+"""A model that is changed after it was wrapped, and modules around it: the numbers are Hugging Face's, or it is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pellucid import TransformerBridge
+from pellucid.errors import InputError, UnsupportedModelError
+from pellucid.sweep import Edit, LogitDifference, Sweep, Zero
+from tests.models import make_bloom, random_tokens
+
+
+class Around(nn.Module):
+    """A module around a BLOOM that gives what ``give`` makes of its output."""
+
+    def __init__(self, model: nn.Module, give: Any) -> None:
+        super().__init__()
+        self.inner, self.give = model, give
+
+    def forward(self, **arguments: Any) -> Any:
+        return self.give(self.inner(**arguments | {"output_hidden_states": True, "return_dict": True}))
+
+
+class Block(nn.Module):
+    """A block with a module around it that has no children of a block's names."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.wrapped = block
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.wrapped(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "give",
+    [
+        lambda out: out.hidden_states[-1],
+        lambda out: (out.hidden_states[-1],),
+        lambda out: out.logits.mean(),
+        lambda out: out.logits[:, -1],
+        lambda out: out.logits[:, -1:],
+        lambda out: {"scores": out.logits},
+        lambda out: (),
+        lambda out: None,
+    ],
+)
+def test_a_module_around_bloom_that_gives_something_else_is_refused(give: Any) -> None:
+    bridge = TransformerBridge(Around(make_bloom(), give))
+    for call in (bridge, bridge.run_with_cache, lambda tokens: bridge(tokens, return_type="loss")):
+        with pytest.raises(
+            UnsupportedModelError, match=r"Around is around the BLOOM.*expected logits \[batch, pos, 97\]"
+        ):
+            call(random_tokens())
+
+
+@pytest.mark.parametrize("give", [lambda out: out, lambda out: (out.logits,), lambda out: out.logits])
+def test_a_module_around_bloom_that_gives_logits(give: Any) -> None:
+    tokens = random_tokens()
+    bridge = TransformerBridge(Around(make_bloom(), give))
+    assert torch.equal(bridge(tokens), make_bloom()(tokens).logits)
+    assert torch.equal(bridge.run_with_cache(tokens)[0], make_bloom()(tokens).logits)
+
+
+def wrap_block(model: Any) -> None:
+    model.transformer.h[1] = Block(model.transformer.h[1])
+
+
+def drop_last(model: Any) -> None:
+    model.transformer.h = model.transformer.h[:2]
+
+
+def drop_first(model: Any) -> None:
+    del model.transformer.h[0]
+
+
+def add_block(model: Any) -> None:
+    model.transformer.h.append(make_bloom().transformer.h[0])
+
+
+@pytest.mark.parametrize("change", [wrap_block, drop_last, drop_first, add_block])
+def test_blocks_changed_after_wrapping_are_refused_as_when_wrapping(change: Any) -> None:
+    model = make_bloom()
+    bridge = TransformerBridge(model)
+    bridge.run_with_cache(random_tokens())
+    change(model)
+    for call in (
+        lambda: bridge.run_with_cache(random_tokens(), attention_mask=torch.ones(2, 9)),
+        lambda: bridge.run_with_hooks(
+            random_tokens().int(), fwd_hooks=[("blocks.1.hook_resid_mid", lambda t, hook: None)]
+        ),
+        bridge.verify,
+    ):
+        with pytest.raises(UnsupportedModelError, match="transformer.h"):
+            call()
+    with pytest.raises(UnsupportedModelError):
+        TransformerBridge(model)
+
+
+@pytest.mark.parametrize("size", [120, 80])
+def test_sizes_follow_a_resized_vocabulary(size: int) -> None:
+    model = make_bloom()
+    bridge = TransformerBridge(model)
+    other = TransformerBridge(model)
+    tokens = random_tokens(vocab=80)
+    before = bridge.estimate_cache(tokens)["hook_unembed"]
+    model.resize_token_embeddings(size)
+    assert bridge.estimate_cache(tokens)["hook_unembed"] == before // 97 * size
+    assert bridge.cfg.d_vocab == other.cfg.d_vocab == size
+    new = torch.tensor([[size - 1, 3]])
+    for each in (bridge, other):
+        assert torch.equal(each(new), model(new).logits)
+        with pytest.raises(InputError, match=f"ids go from 0 to {size - 1}"):
+            each(torch.tensor([[size, 3]]))
+        with pytest.raises(InputError, match=f"ids go from 0 to {size - 1}"):
+            each.estimate_cache(torch.tensor([[size, 3]]))
+    edit = Edit("blocks.1.hook_mlp_out", Zero())
+    result = Sweep(bridge, new, {"difference": LogitDifference(size - 1, 3)}).run([edit])
+
+    def zero(tensor: Tensor, hook: Any) -> Tensor:
+        return torch.zeros_like(tensor)
+
+    logits = bridge.run_with_hooks(new, fwd_hooks=[("blocks.1.hook_mlp_out", zero)])[0, -1]
+    assert torch.allclose(
+        result.values["difference"].flatten().float(), (logits[size - 1] - logits[3])[None], atol=1e-5
+    )
+    assert bridge.verify(layers=[1]).ok
