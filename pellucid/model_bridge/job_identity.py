@@ -34,7 +34,7 @@ from pellucid.errors import InputError
 from pellucid.files import Json
 from pellucid.hook_points import describe_function
 from pellucid.model_bridge.function_hash import code_hash, function_hash
-from pellucid.model_bridge.generalized_components.base import GeneralizedComponent
+from pellucid.model_bridge.mounting import StandIn
 from pellucid.model_bridge.running import RunnableModel
 from pellucid.model_bridge.weights_hash import tensor_hash, weights_hash
 from pellucid.version import __version__
@@ -108,7 +108,9 @@ def _weight_marks(model: RunnableModel) -> tuple[object, ...]:
     return tuple(
         (
             name,
-            tensor.data_ptr() if type(tensor) in (nn.Parameter, Tensor) else id(tensor),  # a wrapper has no data of its own
+            tensor.data_ptr()
+            if type(tensor) in (nn.Parameter, Tensor)
+            else id(tensor),  # a wrapper has no data of its own
             0 if tensor.is_inference() else tensor._version,
         )
         for name, tensor in model.hf_model.state_dict(keep_vars=True).items()
@@ -260,10 +262,7 @@ def _class_code(kind: type[nn.Module]) -> str | None:
 
 def _own_forward(forward: Any) -> Any:
     """A forward of the user's own on one module; ``None`` for its class's, and for what stands in for it while hooked."""
-    called = forward.func if isinstance(forward, functools.partial) else forward
-    if isinstance(getattr(called, "__self__", None), GeneralizedComponent):
-        return _own_forward(vars(forward).get("previous"))
-    return forward
+    return _own_forward(forward.previous) if isinstance(forward, StandIn) else forward
 
 
 def _plain(value: Any) -> Json:

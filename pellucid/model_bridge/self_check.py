@@ -364,7 +364,9 @@ class _Checker:
         first = self.run.virtual + (pads if side == "left" else 0)
         real = logits.narrow(1, first, self.run.given).double()
         why = why_not_by_row(self.bridge.hf_model) or ""
-        yield self.line(f"padding {side}: rows as without it", real - self.run.of_input(self.base).double(), self.bound, why)
+        yield self.line(
+            f"padding {side}: rows as without it", real - self.run.of_input(self.base).double(), self.bound, why
+        )
 
     def cache(self) -> Check:
         from transformers import DynamicCache

@@ -160,8 +160,8 @@ FAULTS = (
     Fault(
         "positions ignore padding",
         "pellucid/run_context.py",
-        "return places(mask)[:, self._own]",
-        "return places(torch.ones_like(mask))[:, self._own]",
+        "return self._of_columns(places(mask))",
+        "return self._of_columns(places(torch.ones_like(mask)))",
         "tests/model_bridge/test_generation.py",
     ),
     Fault(
