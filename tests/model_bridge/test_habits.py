@@ -18,7 +18,11 @@ def bridge() -> TransformerBridge:
     return make_pair()[0]
 
 
-@pytest.mark.parametrize("names_filter", ["*", lambda name: True, True, "*hook_in", ["*", "hook_embed"]], ids=str)
+@pytest.mark.parametrize(
+    "names_filter",
+    ["*", lambda name: True, True, "*hook_in", ["*", "hook_embed"]],
+    ids=["all", "predicate", "True", "glob", "list"],
+)
 def test_filters_of_backward_hooks_mean_points_with_a_gradient(bridge: TransformerBridge, names_filter: Any) -> None:
     tokens = random_tokens()
     expected = [
