@@ -17,9 +17,10 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 from typing import Any, cast
 
@@ -130,13 +131,15 @@ class Processor:
             record.originals, record.was_tied = {}, is_tied(tree)
 
     def process(self, unit: Unit, steps: frozenset[Step]) -> None:
-        """Apply ``steps`` to ``unit``, all or nothing."""
+        """Apply ``steps`` to ``unit``, all or nothing; the record says so in the very section that writes."""
         if unit == "unembed":
             self._unembed(steps)
         elif unit == "embed":
-            self._embed()
+            self._embed(steps)
         else:
             self._block(unit, steps)
+
+    def _is_done(self, unit: Unit, steps: frozenset[Step]) -> None:
         self.record.done[unit] = steps
 
     def _block(self, unit: Unit, steps: frozenset[Step]) -> None:
@@ -149,7 +152,7 @@ class Processor:
         rounded = {key: new.pop(key).to(places[key].storage.dtype) for key in list(new)}
         writes = block.plan_writes(rounded)
         self._remember(*(f"{block.path}.{name}" for name, _ in block.module.named_parameters()))
-        write_all([(write.target, write.value) for write in writes], self._spare)
+        write_all([(write.target, write.value) for write in writes], self._spare, partial(self._is_done, unit, steps))
 
     # -- the two tables ------------------------------------------------------------------------------------------------
 
@@ -158,11 +161,13 @@ class Processor:
         norm = cast(nn.LayerNorm, self.tree.components["ln_final"].module)
         tied = is_tied(self.tree)
         if tied and self.request.keep_tied:
+            self._is_done("unembed", steps)
             self.record.on_access = True
             return
         fold, centre = "fold_ln" in steps, "center_unembed" in steps
         change = TableChange.of(head, norm, fold, centre)
         if tied and not change.needed:
+            self._is_done("unembed", steps)
             return
         self._remember("lm_head.weight", "lm_head.bias", "transformer.ln_f.weight", "transformer.ln_f.bias")
         old = head.weight.detach()
@@ -171,30 +176,32 @@ class Processor:
         if tied:
             new = torch.empty_like(old)
             bias = change.write(old, new, _bias_of(head))
-            with undisturbed():
+            with undisturbed(), self._at_risk("unembed"):
                 untie(self.tree, new)
-                self._finish_unembed(head, norm, bias, fold)
+                self._finish_unembed(head, norm, bias, steps)
             return
         with undisturbed(), self._at_risk("unembed"):
             bias = change.write(old, old, _bias_of(head))
-            self._finish_unembed(head, norm, bias, fold)
+            self._finish_unembed(head, norm, bias, steps)
 
-    def _finish_unembed(self, head: nn.Linear, norm: nn.LayerNorm, bias: Tensor | None, fold: bool) -> None:
+    def _finish_unembed(self, head: nn.Linear, norm: nn.LayerNorm, bias: Tensor | None, steps: frozenset[Step]) -> None:
         if bias is not None and _bias_of(head) is not None:
             head.bias.copy_(bias)
         elif bias is not None:
             head.register_parameter("bias", nn.Parameter(bias, requires_grad=head.weight.requires_grad))
-        if fold:
+        if "fold_ln" in steps:
             norm.weight.fill_(1)
             norm.bias.zero_()
+        self._is_done("unembed", steps)
         self.record.on_access = False
 
-    def _embed(self) -> None:
+    def _embed(self, steps: frozenset[Step]) -> None:
         table = cast(Tensor, self.tree.components["embed"].module.weight).detach()
         norm = cast(nn.LayerNorm, self.tree.components["embed_ln"].module)
         gain, shift = norm.weight.detach(), norm.bias.detach()
         if bool((gain == gain[0]).all()) and not bool(shift.any()):
-            return  # a normalised vector times one number has mean zero already
+            self._is_done("embed", steps)  # a normalised vector times one number has mean zero already
+            return
         if is_tied(self.tree):
             self._remember("lm_head.weight")
             untie(self.tree, table.clone())
@@ -211,6 +218,7 @@ class Processor:
                 rows.copy_(rows_for_gain(centred_rows(rows, gain, shift, eps), scale, eps))
             gain.fill_(scale)
             shift.zero_()
+            self._is_done("embed", steps)
 
     # -- originals -----------------------------------------------------------------------------------------------------
 
@@ -380,12 +388,17 @@ def _parameter(root: nn.Module, path: str) -> nn.Parameter | None:
 # -- all or nothing ----------------------------------------------------------------------------------------------------
 
 
-def write_all(writes: Sequence[tuple[Tensor, Tensor]], spare: list[Tensor] | None = None) -> None:
+def write_all(
+    writes: Sequence[tuple[Tensor, Tensor]],
+    spare: list[Tensor] | None = None,
+    done: Callable[[], None] | None = None,
+) -> None:
     """Copy each value into its storage; put everything back if one copy fails. Ctrl-C waits until it is through.
 
     Args:
         writes: ``(storage, value)`` pairs.
         spare: where to keep the old values meanwhile; filled, and used again by a call with the same shapes.
+        done: called when all is written, in the section that puts everything back if it is not.
     """
     targets = [target.detach() for target, _ in writes]
     before = [] if spare is None else spare
@@ -399,6 +412,8 @@ def write_all(writes: Sequence[tuple[Tensor, Tensor]], spare: list[Tensor] | Non
         try:
             for target, (_, value) in zip(targets, writes, strict=True):
                 target.copy_(value)
+            if done is not None:
+                done()
         except BaseException:
             for target, old in zip(targets, before, strict=True):
                 target.copy_(old)

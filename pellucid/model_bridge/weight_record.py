@@ -86,7 +86,7 @@ class WeightsState(BriefFields):
         return any(self.done.values())
 
     def __str__(self) -> str:
-        if not self.is_processed:
+        if not self.is_processed and self.damaged is None:
             return "weights as loaded"
         lines = []
         for step in STEPS:

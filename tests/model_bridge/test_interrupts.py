@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from pellucid import TransformerBridge
+from pellucid.errors import WeightError
 from tests.interrupts import OPERATIONS, count_lines, interrupt_at, what_is_wrong, zero
 from tests.models import is_pristine, make_pair, random_tokens
 
+LINES_OF_PROCESSING = 60
 SAMPLE = 12
 """Lines tried of each operation, spread evenly; every operation also has its first and last three."""
 
@@ -59,6 +61,40 @@ def test_a_removal_that_was_interrupted_is_made_again() -> None:
         handles.remove()
         assert is_pristine(bridge.hf_model)
         assert torch.equal(bridge(tokens), native(tokens).logits)
+
+
+def test_an_interrupt_while_weights_are_processed() -> None:
+    """At each of some lines: the model is what it was, or the state says which part is half done and how to go back."""
+    tokens = random_tokens()
+
+    def made() -> tuple[TransformerBridge, Tensor]:
+        bridge, native = make_pair(torch.float64, n_layer=1)
+        return bridge, native(tokens).logits.log_softmax(-1)
+
+    bridge, _ = made()
+    bridge.process_weights(keep_originals=True)
+    bridge, _ = made()
+    total = count_lines(lambda: bridge.process_weights(keep_originals=True))
+    for line in range(1, total, max(1, total // LINES_OF_PROCESSING)):
+        bridge, expected = made()
+        before = {name: tensor.clone() for name, tensor in bridge.hf_model.state_dict().items()}
+        try:
+            interrupt_at(line, lambda bridge=bridge: bridge.process_weights(keep_originals=True))
+        except WeightError:  # which says that a part is half done
+            assert bridge.weights_state.damaged is not None
+        state = bridge.weights_state
+        if state.damaged is not None:
+            assert "could not be finished" in str(state)
+        else:
+            moved = (bridge(tokens).log_softmax(-1) - expected).abs().max()
+            assert moved < 1e-6, f"line {line} of {total}"  # Hugging Face's softmax is in float32
+            if str(state) == "weights as loaded":
+                now = bridge.hf_model.state_dict()
+                assert all(torch.equal(now[name], tensor) for name, tensor in before.items()), f"line {line} of {total}"
+        if state.has_originals:
+            bridge.unprocess_weights()
+            now = bridge.hf_model.state_dict()
+            assert all(torch.equal(now[name], tensor) for name, tensor in before.items()), f"line {line} of {total}"
 
 
 def test_detach_takes_off_whatever_is_ours() -> None:
