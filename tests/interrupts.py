@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -35,11 +36,20 @@ class _AtLine:
     def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
         if event == "call" and not frame.f_code.co_filename.startswith(PACKAGE):
             return None
-        if event == "line":
+        if event == "line" and not _leaves_a_block(frame):
             self.seen += 1
             if self.seen == self.line:
                 raise KeyboardInterrupt
         return self
+
+
+def _leaves_a_block(frame: FrameType) -> bool:
+    """Whether the line is a ``with`` statement, at which the trace function is also called when its block ends.
+
+    Between the end of a block and ``__exit__`` the interpreter looks for no signal; an exception raised there by a trace
+    function would leave a lock held, which no Ctrl-C can.
+    """
+    return linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with ")
 
 
 def count_lines(work: Callable[[], Any]) -> int:

@@ -34,6 +34,7 @@ from pellucid.errors import InputError
 from pellucid.files import Json
 from pellucid.hook_points import describe_function
 from pellucid.model_bridge.function_hash import code_hash, function_hash
+from pellucid.model_bridge.generalized_components.weights import stored_parts
 from pellucid.model_bridge.mounting import StandIn
 from pellucid.model_bridge.running import RunnableModel
 from pellucid.model_bridge.weights_hash import tensor_hash, weights_hash
@@ -108,12 +109,11 @@ def _weight_marks(model: RunnableModel) -> tuple[object, ...]:
     return tuple(
         (
             name,
-            tensor.data_ptr()
-            if type(tensor) in (nn.Parameter, Tensor)
-            else id(tensor),  # a wrapper has no data of its own
+            tensor.data_ptr() if type(tensor) in (nn.Parameter, Tensor) else id(tensor),  # a wrapper has no data
             0 if tensor.is_inference() else tensor._version,
         )
-        for name, tensor in model.hf_model.state_dict(keep_vars=True).items()
+        for name, value in model.hf_model.state_dict(keep_vars=True).items()
+        for _, tensor in stored_parts(name, value)
     )
 
 
@@ -239,6 +239,8 @@ def _settings(place: str, module: nn.Module) -> dict[str, Json]:
     kind = type(module)
     found: dict[str, Json] = {"class": f"{kind.__module__}.{kind.__qualname__}", "code": _class_code(kind)}
     for name, value in vars(module).items():
+        if isinstance(value, StandIn):
+            continue
         if name in PRIVATE_SETTINGS or not (name.startswith("_") or name in NO_SETTING):
             found[name] = _plain(value)
     for name in ("forward", "_old_forward"):

@@ -302,10 +302,8 @@ class ComponentTree:
                     spec = self.index[str(point.name)]
                     if spec.flag in ("use_attn_in", "use_split_qkv_input"):
                         needed.add(f"blocks.{spec.layer}")  # it knows the residual before the norm
-        if "unembed" in needed:
-            needed.add("model")  # it is told which positions are unembedded
         if needed:
-            needed |= {"backbone", "generate"}
+            needed |= {"backbone", "model", "generate"}  # a hooked forward knows where in the sequence it is
         return needed
 
     def is_mounted(self) -> bool:

@@ -466,7 +466,7 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
 
     def generate(
         self,
-        input: TextOrTokens | None = None,
+        input: TextOrTokens = "",
         max_new_tokens: int = 10,
         stop_at_eos: bool = True,
         eos_token_id: int | Sequence[int] | None = None,
@@ -563,7 +563,8 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
             )
         check_past(hf_kwargs.get("past_key_values"))
         if inputs_embeds is not None:
-            prepared = self._prepare(None, None, padding_side, attention_mask, inputs_embeds=inputs_embeds)
+            given = None if isinstance(input, str) and not input else input
+            prepared = self._prepare(given, prepend_bos, padding_side, attention_mask, inputs_embeds=inputs_embeds)
             self._refuse_generating(prepared, return_input_tokens)
         else:
             side = "left" if padding_side is None and not isinstance(input, Tensor) else padding_side
@@ -581,7 +582,7 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
                 f"max_length counts the prompt too, which has {count} tokens here, and max_new_tokens has a default: give "
                 f"max_new_tokens=max_length - {count} instead."
             )
-        given = {"inputs_embeds": prepared.given} if prepared.tokens is None else {"input_ids": prepared.tokens}
+        named = {"inputs_embeds": prepared.given} if prepared.tokens is None else {"input_ids": prepared.tokens}
         session = HookSession(self._tree, components=[*self._helpers(None, None), "generate"])
 
         def run() -> Any:
@@ -590,7 +591,7 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
                 self.original_model,
                 self._tree,
                 self._rules,
-                given,
+                named,
                 prepared.attention_mask,
                 max_new_tokens=max_new_tokens,
                 stop_at_eos=stop_at_eos,

@@ -198,13 +198,13 @@ def test_languages_without_neurons_are_told(files: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("no/such/model", "--text", "en=x"), "there is no file x"),
+        (("no/such/model", "--text", "en={en}"), "There is no folder no/such/model"),
         (("bigscience/bloom-560m",), "Give text of two languages"),
         (("demo", "--text", "en"), "LANGUAGE=FILE"),
         (("demo", "--text", "=x"), "LANGUAGE=FILE"),
         (("demo", "--text", "en=no.txt"), "there is no file no.txt"),
         (("demo", "--text", "en={en}"), "one language, en"),
-        (("demo", "--held-out", "en={en}"), "--held-out needs --text"),
+        (("demo", "--held-out", "en={en}", "--held-out", "zh={zh}"), "--held-out needs --text"),
         (
             ("demo", "--text", "en={en}", "--text", "zh={zh}", "--held-out", "en={en}", "--held-out", "vi={vi}"),
             "give both",

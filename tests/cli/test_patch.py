@@ -232,7 +232,7 @@ def test_an_interrupt_shows_what_was_done(monkeypatch: Any, tmp_path: Path) -> N
         (("--positions", "1.5"), "--positions takes numbers"),
         (("--neurons", "5"), "goes with"),
         (("--metric", "loss"), "logit-difference"),
-        (("./nowhere",), "--clean is missing"),
+        (("./nowhere",), "There is no folder ./nowhere"),
         (("./nowhere", "--clean", "a", "--corrupted", "b"), "no folder ./nowhere"),
         (
             ("--clean", PATCHING_PAIR.clean, "--corrupted", PATCHING_PAIR.clean, "--answer", " work", "--foil", " law"),

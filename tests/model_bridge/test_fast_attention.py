@@ -27,7 +27,7 @@ from pellucid.errors import InputError, PellucidWarning
 from pellucid.model_bridge.generalized_components import JointQKVAttentionBridge, build_alibi_tensor
 from pellucid.model_bridge.generalized_components.alibi_utils import add_mask_to_alibi
 from pellucid.model_bridge.generalized_components.bloom_attention import BloomAttentionBridge
-from pellucid.run_context import fast_attention
+from pellucid.run_context import in_own_context, set_fast_attention
 from tests.models import is_pristine, make_bloom, make_generator, make_pair, random_tokens
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -375,8 +375,14 @@ def test_another_model_called_meanwhile_is_not_meant(kernel: list[tuple[str, int
     bridge, _ = fast_pair()
     other, native = make_pair(scale=0.2)
     tokens = random_tokens()
-    with other.hooks([("blocks.1.attn.hook_z", lambda t, hook: None)]), fast_attention(bridge.hf_model):
-        assert torch.equal(other.hf_model(tokens).logits, native(tokens).logits)
+
+    def called() -> Tensor:
+        set_fast_attention(bridge.hf_model)
+        with other.hooks([("blocks.1.attn.hook_z", lambda t, hook: None)]):
+            logits: Tensor = other.hf_model(tokens).logits
+        return logits
+
+    assert torch.equal(in_own_context(called), native(tokens).logits)
     assert kernel == []
 
 

@@ -102,8 +102,8 @@ def test_the_command(text: dict[str, Path], tmp_path: Path, monkeypatch: pytest.
         (["--worker", "2/2"], "Of 2 workers"),
         (["--worker", "x"], "INDEX/COUNT"),
         (["--corpus", "en=nowhere.txt"], "does not exist"),
-        (["--corpus", "en=notes.doc"], "could be anything"),
-        (["--corpus", "de=more.jsonl"], "files of one kind"),
+        (["--corpus", "en={folder}/notes.doc"], "could be anything"),
+        (["--corpus", "de={folder}/more.jsonl"], "files of one kind"),
         (["--separator", "dash"], "'eos', 'none' or a token id"),
         (["--saelens", "x", "--worker", "0/2"], "when the workers are done"),
         (["--ray", "2", "--worker", "0/2"], "without a launcher"),
@@ -112,7 +112,9 @@ def test_the_command(text: dict[str, Path], tmp_path: Path, monkeypatch: pytest.
 def test_mistakes_are_refused_before_anything_is_made(
     change: list[str], message: str, text: dict[str, Path], tmp_path: Path
 ) -> None:
-    done = cli(*words(text, tmp_path / "x", *change))
+    for name in ("notes.doc", "more.jsonl"):
+        (tmp_path / name).write_text("{}")
+    done = cli(*words(text, tmp_path / "x", *(word.format(folder=tmp_path) for word in change)))
     assert done.exit_code == 2
     assert message in " ".join(done.stderr.split())
     assert not (tmp_path / "x").exists()

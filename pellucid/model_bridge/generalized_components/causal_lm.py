@@ -18,7 +18,10 @@ from pellucid.run_context import GenerationRun, in_own_context, set_generation, 
 
 
 class CausalLMBridge(GeneralizedComponent):
-    """Stands for the forward of a ``BloomForCausalLM`` while its unembedding is hooked."""
+    """Stands for the forward of a ``BloomForCausalLM`` while anything in it is hooked.
+
+    What the forward leaves in context variables (the run that the unembedding is part of) ends with it.
+    """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Hugging Face's arguments to Hugging Face's output."""
