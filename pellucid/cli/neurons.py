@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from pellucid.corpora import Corpus, CorpusBatch
 from pellucid.corpora.sources import DocumentRule
 from pellucid.demo.prompts import PROMPTS
 from pellucid.demo.texts import held_out_halves, written_text
-from pellucid.errors import InputError, PellucidWarning, StorageFullError
+from pellucid.errors import InputError, StorageFullError, warn
 from pellucid.model_bridge.collected import Collected
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.running_stats import AveragePrecision, CountPositive, TopK
@@ -132,11 +131,7 @@ def find_neurons(choice: ModelChoice, request: NeuronRequest, format: Format) ->
         )
     without = [str(language) for language in found.neurons if str(language) not in silenced]
     if without:
-        warnings.warn(
-            f"No neuron belongs to {', '.join(without)} at --top-rate {top_rate:g}: nothing is silenced for it.",
-            PellucidWarning,
-            stacklevel=2,
-        )
+        warn(f"No neuron belongs to {', '.join(without)} at --top-rate {top_rate:g}: nothing is silenced for it.")
     change = measure(bridge, texts, found, silenced, request)
     study = Study(
         model=choice.name,

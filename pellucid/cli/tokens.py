@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from torch import Tensor
 
 from pellucid.cli.prompt import as_typed
 from pellucid.demo.predictions import next_tokens
-from pellucid.errors import InputError, PellucidWarning
+from pellucid.errors import InputError, warn
 from pellucid.token_text import token_label, token_labels
 
 BY_ID = "id:"
@@ -38,11 +37,9 @@ def read_token(tokenizer: Any, typed: str, option: str, logits: Tensor) -> int:
     spaced = _ids(tokenizer, f" {text}")
     if len(ids) == 1:
         if not text.startswith(" ") and len(spaced) == 1 and spaced != ids and logits[spaced[0]] > logits[ids[0]]:
-            warnings.warn(
+            warn(
                 f"{option} {text!r} is the token without a leading space; the model expects {f' {text}'!r} rather. "
-                f"Inside a sentence a word begins with its space: {option} {f' {text}'!r}.",
-                PellucidWarning,
-                stacklevel=2,
+                f"Inside a sentence a word begins with its space: {option} {f' {text}'!r}."
             )
         return ids[0]
     found = f"{option} {text!r} is {len(ids)} tokens" + (f", {_named(tokenizer, ids)}" if ids else "")

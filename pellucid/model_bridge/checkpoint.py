@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,9 +21,9 @@ from pellucid.errors import (
     InputError,
     MissingExtraError,
     PellucidError,
-    PellucidWarning,
     UnsupportedModelError,
     WeightError,
+    warn,
 )
 
 CONFIG, ADAPTER_CONFIG, GENERATION_CONFIG = "config.json", "adapter_config.json", "generation_config.json"
@@ -242,7 +241,7 @@ def add_adapter(
     if lacking and not allow_missing:
         refuse_missing(f"The adapter {checkpoint.adapter}", lacking)
     if lacking:
-        warnings.warn(random_weights(f"the adapter {checkpoint.adapter}", lacking), PellucidWarning, stacklevel=4)
+        warn(random_weights(f"the adapter {checkpoint.adapter}", lacking))
     return adapted, lacking
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 import textwrap
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +25,7 @@ from pellucid.config import (
     config_from_huggingface,
     unread_attributes,
 )
-from pellucid.errors import InputError, PellucidWarning, UnsupportedModelError, WeightError
+from pellucid.errors import InputError, UnsupportedModelError, WeightError, warn
 from pellucid.model_bridge.architecture_adapter import ArchitectureAdapter
 from pellucid.model_bridge.checkpoint import (
     CONFIG,
@@ -208,14 +207,12 @@ def _check_loaded(model: Any, found: Mapping[str, Any], name: str, allow_missing
     if missing and not allow_missing:
         refuse_missing(name, missing)
     if missing:
-        warnings.warn(random_weights(name, missing), PellucidWarning, stacklevel=4)
+        warn(random_weights(name, missing))
     unused = sorted(found["unexpected_keys"])
     if unused:
-        warnings.warn(
+        warn(
             f"{name} holds {len(unused)} weights that this BLOOM has no place for. Hugging Face leaves them out, and so do "
-            f"we:\n{listed(unused)}",
-            PellucidWarning,
-            stacklevel=4,
+            f"we:\n{listed(unused)}"
         )
     return missing
 
@@ -244,11 +241,9 @@ def load_tokenizer(name_or_path: str, **common: Any) -> Any | None:
     ) as error:  # a damaged file ends in any class of error, the tokenizers library's in a bare Exception
         reason = (str(error) or type(error).__name__).splitlines()[0]
         if common.get("local_files_only"):
-            warnings.warn(
+            warn(
                 f"{name_or_path} has no tokenizer that loads ({reason}); token ids can be run, strings cannot. Pass "
-                "tokenizer= to use one.",
-                PellucidWarning,
-                stacklevel=3,
+                "tokenizer= to use one."
             )
             return None
         for family in _family_tokenizers(name_or_path):
@@ -256,11 +251,9 @@ def load_tokenizer(name_or_path: str, **common: Any) -> Any | None:
                 tokenizer = transformers.AutoTokenizer.from_pretrained(family)
             except (OSError, ValueError, KeyError):
                 continue
-            warnings.warn(
+            warn(
                 f"{name_or_path} has no tokenizer that loads ({reason}); using the one of {family}, which BLOOM "
-                "checkpoints share.",
-                PellucidWarning,
-                stacklevel=3,
+                "checkpoints share."
             )
             return tokenizer
         raise
@@ -315,11 +308,9 @@ def warn_of_unread(config: Any) -> None:
     unread = unread_attributes(config, frozenset(BloomConfig().to_dict()))
     if unread:
         shown = [f"{name} = {textwrap.shorten(repr(value), 60)}" for name, value in sorted(unread.items())]
-        warnings.warn(
+        warn(
             "This configuration has keys that BLOOM's code in transformers never reads. They change no number, here as in "
-            f"Hugging Face:\n{listed(shown)}",
-            PellucidWarning,
-            stacklevel=2,
+            f"Hugging Face:\n{listed(shown)}"
         )
 
 

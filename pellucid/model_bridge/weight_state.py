@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from pellucid.config import TransformerBridgeConfig
-from pellucid.errors import PellucidWarning
+from pellucid.errors import PellucidWarning, warn
 from pellucid.factored_matrix import FactoredMatrix
 from pellucid.model_bridge.checkpoint import RANDOM_WEIGHTS
 from pellucid.model_bridge.hooked_model import HookedModel
@@ -119,11 +119,7 @@ class ProcessableWeights(WeightViews, HookedModel):
         outcome = process(self._tree, Request(_steps(wanted), keep_tied, keep_originals), verbose, progress)
         if outcome.already:
             done = ", ".join(sorted(outcome.applied)) or "nothing"
-            warnings.warn(
-                f"Already applied to these weights: {', '.join(sorted(outcome.already))}. Applied now: {done}.",
-                PellucidWarning,
-                stacklevel=2,
-            )
+            warn(f"Already applied to these weights: {', '.join(sorted(outcome.already))}. Applied now: {done}.")
         return self.weights_state
 
     def _processed(self, asked: bool | Mapping[str, bool]) -> Self:

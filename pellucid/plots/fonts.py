@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import re
 import unicodedata
-import warnings
 from pathlib import Path
 from typing import Any
 
-from pellucid.errors import PellucidWarning
+from pellucid.errors import warn
 
 _FIRST = "DejaVu Sans"
 _LAST_RESORT = "Last Resort"
@@ -43,19 +42,15 @@ def fonts_for(text: str) -> list[str]:
             break
     if missing:
         shown = " ".join(sorted(missing)[:12])
-        warnings.warn(
+        warn(
             f"No font on this machine has {len(missing)} of the picture's characters, which are drawn as boxes: {shown}. "
-            "Install fonts that have them (Noto Sans has all scripts), or save as .html.",
-            PellucidWarning,
-            stacklevel=4,
+            "Install fonts that have them (Noto Sans has all scripts), or save as .html."
         )
     version = tuple(int(part) for part in re.findall(r"\d+", matplotlib.__version__)[:2])
     if version < _SHAPING_SINCE and any(_is_joined(char) for char in text):
-        warnings.warn(
+        warn(
             f"matplotlib {matplotlib.__version__} sets letters of Arabic and Indic scripts apart: install 3.11 or later, "
-            "or save as .html.",
-            PellucidWarning,
-            stacklevel=4,
+            "or save as .html."
         )
     return chosen
 
