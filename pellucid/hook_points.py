@@ -112,7 +112,14 @@ class NoTorchHooks(nn.Module):
 
 
 class PointOwner(Protocol):
-    """The bridge of a point: it mounts what fires it."""
+    """The bridge of a point: it mounts what fires it.
+
+    Attributes:
+        in_use: every point that has a function, and perhaps some that have none any more. A point enters it before a
+            function is put on it, so that an interrupt between the two hides none.
+    """
+
+    in_use: dict[HookPoint, None]
 
     def check_attachable(self, point: HookPoint) -> None:
         """Refuse a function on a point that is off."""
@@ -267,13 +274,20 @@ class HookPoint(NoTorchHooks):
         memo[id(self)] = clone
         clone.name, clone.hook_conversion = self.name, self.hook_conversion
         clone.ctx = dict(self.ctx)
-        clone.owner = copy.deepcopy(self.owner, memo)
         for handle in self.handles():
             if handle.scope.everywhere and not handle.scope.closed:
                 copied = LensHandle(clone, handle.user_hook, handle.direction, handle.name, handle.is_permanent)
                 copied.scope.everywhere = True
                 clone.put(copied)
+        clone.owner = copy.deepcopy(self.owner, memo)  # which knows the points in use, and is being copied itself
         return clone
+
+    def __getstate__(self) -> dict[str, Any]:
+        # See __deepcopy__: functions of an open block or run end with it, and are no part of a copy.
+        def lasting(handles: list[LensHandle]) -> list[LensHandle]:
+            return [handle for handle in handles if handle.scope.everywhere and not handle.scope.closed]
+
+        return {**vars(self), "fwd_hooks": lasting(self.fwd_hooks), "bwd_hooks": lasting(self.bwd_hooks)}
 
     def _by_direction(self) -> dict[Direction, list[LensHandle]]:
         return {"fwd": self.fwd_hooks, "bwd": self.bwd_hooks}
@@ -313,6 +327,8 @@ class HookPoint(NoTorchHooks):
     def put(self, handle: LensHandle, prepend: bool = False) -> None:
         """Put a function on the point, last or first; whoever calls mounts what fires it."""
         with HOOKS_LOCK:
+            if self.owner is not None:
+                self.owner.in_use[self] = None
             attached = self.fwd_hooks if handle.direction == "fwd" else self.bwd_hooks
             changed = [handle, *attached] if prepend else [*attached, handle]
             if handle.direction == "fwd":

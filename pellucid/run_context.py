@@ -8,9 +8,10 @@ a user's hook sets during a run is gone with the run for the same reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
+from threading import Thread
 from typing import Any, TypeVar
 
 import torch
@@ -261,7 +262,8 @@ class Scope:
         components: components of the bridge that stay mounted while it is open, besides those its functions need.
         level: how many scopes were open with it when it was opened, itself counted.
         is_block: whether it is a user's ``with`` block, and not one run.
-        was_reported: whether a run in another thread, in which it does not act, has been warned of.
+        threads: of a block, the threads that were there when it was opened.
+        was_reported: whether a run in a later thread, in which it does not act, has been warned of.
         run: the first forward that began while it was open.
     """
 
@@ -270,6 +272,7 @@ class Scope:
     components: tuple[str, ...] = ()
     level = 0
     is_block = False
+    threads: Container[Thread] = ()
     was_reported = False
     run: RunContext | None = None
 
@@ -321,12 +324,20 @@ def leave_scope(scope: Scope) -> None:
 
 def set_span(start: int | None, stop: int | None) -> None:
     """Say that the run of this context goes from block ``start`` up to block ``stop``."""
+    _RUN.set(None)  # of its own, wherever it is called
     _SPAN.set(LayerSpan(start, stop, _SPAN.get().generation))
+
+
+def set_whole() -> None:
+    """Say that the run of this context is one of its own, through all blocks."""
+    _SPAN.set(WHOLE)
+    _FAST.set(None)
 
 
 def set_generation(run: GenerationRun) -> None:
     """Say that the forwards of this context are those of one ``generate``."""
     span = _SPAN.get()
+    _RUN.set(None)
     _SPAN.set(LayerSpan(span.start, span.stop, run))
 
 
@@ -350,7 +361,13 @@ def set_run(run: RunContext | None) -> None:
 
 def keep_finished(run: RunContext | None) -> None:
     """Remember a forward of the blocks that ended: the unembedding, which comes after, is part of it."""
-    _FINISHED.set(run)
+    if _KEPT.get() is not None:  # in the forward of the whole model, whose context ends with it; else it would stay
+        _FINISHED.set(run)
+
+
+def finished_run() -> RunContext | None:
+    """The run that has left the blocks in this forward of the whole model."""
+    return _FINISHED.get()
 
 
 def take_finished() -> RunContext | None:

@@ -8,13 +8,14 @@ interpreter leaves by itself.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
+from weakref import WeakSet
 
-from pellucid.errors import GradientError
 from pellucid.hook_points import LensHandle
-from pellucid.model_bridge.mounting import ComponentTree
+from pellucid.model_bridge.mounting import ComponentTree, refuse_parallel_gradients
 from pellucid.run_context import Scope, enter_scope, in_own_context, leave_scope
 
 T = TypeVar("T")
@@ -42,7 +43,7 @@ class HookSession(Scope):
         components: Sequence[str] = (),
         keep: bool = False,
     ) -> None:
-        refuse_parallel_gradients(tree, handles)
+        refuse_parallel_gradients(tree.index, handles)
         self.components = tuple(components)
         self._tree, self._handles, self._keep = tree, handles, keep
 
@@ -63,7 +64,7 @@ class HookSession(Scope):
     @contextmanager
     def block(self) -> Iterator[None]:
         """The functions act in this thread or task until the ``with`` block ends."""
-        self.is_block = True
+        self.is_block, self.threads = True, WeakSet(threading.enumerate())
         try:
             try:
                 self.open()
@@ -92,24 +93,3 @@ class HookSession(Scope):
         leave_scope(self)
         self._handles = ()  # which know this scope: no circle is left
         self._tree.sync()
-
-
-def refuse_parallel_gradients(tree: ComponentTree, handles: Sequence[LensHandle]) -> None:
-    """A per-head input is a second way to the same projection: the gradient can flow through it or around it.
-
-    Raises:
-        GradientError: gradients are wanted on both ways of one layer.
-    """
-    wanted = [tree.index[str(handle.point.name)] for handle in handles if handle.direction == "bwd"]
-    per_head = {spec.layer: spec.name for spec in wanted if spec.flag in ("use_attn_in", "use_split_qkv_input")}
-    for spec in wanted:
-        after_norm = spec.component == f"blocks.{spec.layer}.ln1" or spec.site in (
-            "hook_q_in",
-            "hook_k_in",
-            "hook_v_in",
-        )
-        if after_norm and spec.layer in per_head:
-            raise GradientError(
-                f"The gradients at {per_head[spec.layer]} and at {spec.name} exclude each other: queries, keys and "
-                "values are made from the one or from the other. Take them in two runs."
-            )

@@ -396,12 +396,15 @@ class HookedModel(NoTorchHooks):
         including_permanent: bool = False,
         level: int | None = None,
     ) -> None:
-        """Remove functions, permanent ones only if told so; of context ``level`` only if given."""
+        """Remove functions that act here, permanent ones only if told so; of context ``level`` only if given.
+
+        Blocks and runs of other threads keep theirs, and so does a cache that is being made.
+        """
         for point in list(self._tree.live_points()):
             chosen = [
                 handle
                 for handle in point.handles(direction, including_permanent)
-                if level is None or handle.context_level == level
+                if _is_resettable(handle) and (level is None or handle.context_level == level)
             ]
             if chosen:
                 point.drop(chosen.__contains__)
@@ -458,3 +461,7 @@ class HookedModel(NoTorchHooks):
         if self.cfg.apply_residual_connection_post_layernorm and spec.site in ("hook_in", "hook_out"):
             lines.append("  note    this model takes the residual after the layer norm")
         return "\n".join(lines)
+
+
+def _is_resettable(handle: LensHandle) -> bool:
+    return acts(handle.scope) and (handle.scope.everywhere or not handle.reads_only)

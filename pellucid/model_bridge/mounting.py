@@ -19,7 +19,8 @@ fails without it:
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
@@ -28,7 +29,7 @@ import torch
 from torch import nn
 
 from pellucid.config import TransformerBridgeConfig
-from pellucid.errors import warn
+from pellucid.errors import GradientError, warn
 from pellucid.hook_points import HOOKS_LOCK, HookPoint, LensHandle
 from pellucid.model_bridge.architecture_adapter import ArchitectureAdapter
 from pellucid.model_bridge.generalized_components import (
@@ -39,7 +40,7 @@ from pellucid.model_bridge.generalized_components import (
     LinearBridge,
 )
 from pellucid.model_bridge.generalized_components.base import Mounted
-from pellucid.names import FROM_EMBEDDINGS, FROM_TOKENS, HookSpec, runs_through
+from pellucid.names import FROM_EMBEDDINGS, FROM_TOKENS, HookIndex, HookSpec, runs_through
 from pellucid.run_context import Scope, acts, current_span, is_quiet, open_scopes
 
 
@@ -72,6 +73,8 @@ class StandIn(Mounted):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's arguments to the module's output, with hooks firing."""
+        if args and args[0] is self.module:
+            args = args[1:]  # somebody (accelerate's unwrap_model) made a method of it
         if torch.compiler.is_compiling():
             # What hooks do is not for a graph: torch.compile runs the module as it is, and compiles what is around it.
             return torch.compiler.disable(self._run)(*args, **kwargs)
@@ -150,7 +153,9 @@ class ComponentTree:
         self.backbone = BackboneBridge(adapter.backbone_path, cfg)
         self.backbone.expected_handles = self.expected_handles
         self.components["backbone"] = self.backbone
-        self.components |= {"model": CausalLMBridge("", cfg), "generate": GenerateBridge("", cfg)}  # the root, twice
+        model = CausalLMBridge("", cfg)
+        model.head_handles = self.components["unembed"].handles
+        self.components |= {"model": model, "generate": GenerateBridge("", cfg)}  # the root, twice
         for layer, block in enumerate(self.blocks):
             self.components[f"blocks.{layer}"] = block
             for name, child in block.submodules.items():
@@ -158,6 +163,7 @@ class ComponentTree:
         adapter.link_outer(self.components, self.blocks)
         self._groups: dict[tuple[str | bool | None, ...], Group] = {}
         self._holders: list[Scope] = []
+        self.in_use: dict[HookPoint, None] = {}
         self.notes: dict[str, Any] = {}  # what others remember of this model, each under its own word; copied with it
         self._place_all()
 
@@ -202,7 +208,7 @@ class ComponentTree:
 
     def handles(self) -> Iterator[LensHandle]:
         """Every attached function."""
-        for point in self.live_points():
+        for point in list(self.in_use):
             yield from point.handles()
 
     def check_attachable(self, point: HookPoint) -> None:
@@ -232,7 +238,7 @@ class ComponentTree:
         """Functions that act in this thread and whose points the forward of the backbone that begins now has to fire.
 
         A block of hooks that is open in another thread only does not act here. Where this thread has no hooks of its own
-        and was probably started inside such a block, a warning says so, once a block.
+        and was not there yet when the block was opened, a warning says so, once a block.
 
         Args:
             has_tokens: whether the forward is given token ids, so that the embedding runs.
@@ -247,15 +253,16 @@ class ComponentTree:
                 spec = self.index[str(handle.point.name)]
                 if spec.component != "unembed" and runs_through(spec, start, stop, self.cfg.n_layers):
                     acting.append(handle)
-            elif handle.scope.is_block and not (handle.scope.closed or handle.scope.everywhere):
+            elif handle.scope.is_block and not (handle.scope.closed or handle.scope.everywhere or open_scopes()):
                 elsewhere = handle.scope
-        if elsewhere is not None and not open_scopes() and not elsewhere.was_reported:
+        if elsewhere is not None and threading.current_thread() not in elsewhere.threads and not elsewhere.was_reported:
             elsewhere.was_reported = True
             warn(
                 "This model runs in a thread in which the open block `with bridge.hooks(...)` does not act: a block belongs "
                 "to the thread that opened it, and this run is not hooked. To hook it, start the thread with "
                 "`Thread(target=contextvars.copy_context().run, args=(function, ...))`, or open the block in the thread.",
             )
+        refuse_parallel_gradients(self.index, acting)
         return acting
 
     # -- mounting ------------------------------------------------------------------------------------------------------
@@ -292,16 +299,15 @@ class ComponentTree:
 
     def _needed(self) -> set[str]:
         needed = {name for scope in self._holders for name in scope.components}
-        for name, component in self.components.items():
-            for point in component.live_points():
-                if not (point.fwd_hooks or point.bwd_hooks):
-                    continue
-                point.drop_closed()
-                if point.fwd_hooks or point.bwd_hooks:
-                    needed.add(name)
-                    spec = self.index[str(point.name)]
-                    if spec.flag in ("use_attn_in", "use_split_qkv_input"):
-                        needed.add(f"blocks.{spec.layer}")  # it knows the residual before the norm
+        for point in list(self.in_use):
+            point.drop_closed()
+            if not (point.fwd_hooks or point.bwd_hooks):
+                del self.in_use[point]
+                continue
+            spec = self.index[str(point.name)]
+            needed.add(spec.component)
+            if spec.flag in ("use_attn_in", "use_split_qkv_input"):
+                needed.add(f"blocks.{spec.layer}")  # it knows the residual before the norm
         if needed:
             needed |= {"backbone", "model", "generate"}  # a hooked forward knows where in the sequence it is
         return needed
@@ -390,6 +396,33 @@ class ComponentTree:
     def is_float64(self) -> bool:
         """Whether the model runs in float64, where the attention is always ours."""
         return self.cfg.dtype == torch.float64
+
+
+def refuse_parallel_gradients(index: HookIndex, handles: Iterable[LensHandle]) -> None:
+    """A per-head input is a second way to the same projection: the gradient flows through it or around it.
+
+    It flows through it where anything but our caching is hooked there; then a gradient after the norm is not whole.
+
+    Raises:
+        GradientError: gradients are wanted on both ways of one layer, or after the norm beside a function on the other.
+    """
+    used = [(index[str(handle.point.name)], handle) for handle in handles]
+    per_head = [(spec, handle) for spec, handle in used if spec.flag in ("use_attn_in", "use_split_qkv_input")]
+    through = {spec.layer: spec.name for spec, handle in per_head if not handle.reads_only}
+    wanted = {spec.layer: spec.name for spec, handle in per_head if handle.direction == "bwd"}
+    for spec, handle in used:
+        if handle.direction != "bwd":
+            continue
+        after_norm = spec.component == f"blocks.{spec.layer}.ln1"
+        split = spec.site in ("hook_q_in", "hook_k_in", "hook_v_in")
+        beside = wanted.get(spec.layer) if after_norm or split else None
+        if after_norm and spec.site == "hook_out":
+            beside = beside or through.get(spec.layer)
+        if beside is not None:
+            raise GradientError(
+                f"The gradients at {beside} and at {spec.name} exclude each other: queries, keys and values are made from "
+                "the one or from the other. Take them in two runs."
+            )
 
 
 def _is_foreign(previous: Callable[..., Any] | None, forward: Callable[..., Any]) -> bool:

@@ -20,14 +20,13 @@ from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import GradientError, InputError, UnsupportedModelError
 from pellucid.model_bridge.cache_plan import RunSize
 from pellucid.model_bridge.generalized_components.base import StopForward
-from pellucid.model_bridge.generalized_components.bloom_block import not_fired
 from pellucid.model_bridge.hook_session import HookSession
 from pellucid.model_bridge.hooked_model import HookedModel
 from pellucid.model_bridge.losses import next_token_loss
 from pellucid.model_bridge.run_positions import RunPositions, positions_of_input, positions_of_wrapped
 from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, TokenRules, check_choice, check_mask, check_past
 from pellucid.names import FROM_EMBEDDINGS, FROM_TOKENS
-from pellucid.run_context import acts, set_fast_attention, set_span
+from pellucid.run_context import set_fast_attention, set_span
 
 ReturnType: TypeAlias = Literal["logits", "loss", "both"] | None
 AttnImplementation: TypeAlias = Literal["eager", "sdpa"]
@@ -146,17 +145,12 @@ class RunnableModel(HookedModel):
     def _logits(self, arguments: dict[str, Any], behind_wrapper: bool = False) -> Tensor:
         """Hugging Face's logits."""
         model: Any = self._tree.root if behind_wrapper else self.original_model
-        head = [handle for handle in self._tree.components["unembed"].handles() if acts(handle.scope)]
-        calls = [handle.calls for handle in head]
         try:
             output = model(**arguments)
             logits: Tensor = output[0] if model is self._tree.root else logits_of(output, model, arguments, self.cfg)
         except BaseException as error:
             self._clean_up(error, arguments.get("input_ids"))
             raise
-        for handle, before in zip(head, calls, strict=True):
-            if handle.calls == before and handle.direction == "fwd" and handle.is_attached():
-                raise not_fired(handle)
         return logits
 
     def _clean_up(self, error: BaseException, tokens: Tensor | None) -> None:

@@ -23,7 +23,17 @@ from pellucid.model_bridge.generalized_components.base import GeneralizedCompone
 from pellucid.model_bridge.generalized_components.block import BlockBridge
 from pellucid.model_bridge.generalized_components.hf_arguments import by_name, given_cache
 from pellucid.model_bridge.generalized_components.joint_qkv_attention import PRE_NORM
-from pellucid.run_context import RunContext, current_span, in_own_context, keep_finished, open_scopes, set_run
+from pellucid.run_context import (
+    RunContext,
+    Scope,
+    current_run,
+    current_span,
+    in_own_context,
+    keep_finished,
+    open_scopes,
+    set_run,
+    set_whole,
+)
 
 BRANCH_POINTS: tuple[tuple[str, str, str], ...] = (
     # site of the block, child, site of the child
@@ -55,6 +65,10 @@ _RETURNED_INPUTS: ContextVar[dict[int, Tensor] | None] = ContextVar("_RETURNED_I
 ``None`` where nothing is collected. Hugging Face keeps a block's input before it calls the block, so that an edit in place
 was among its hidden states and a returned one was not.
 """
+
+
+_TO_RUN_AGAIN: ContextVar[tuple[LensHandle, ...] | None] = ContextVar("pellucid_to_run_again", default=None)
+"""In a hooked forward under gradient checkpointing: functions that have to be attached when its blocks are run again."""
 
 
 class BloomBlockBridge(BlockBridge):
@@ -148,7 +162,7 @@ class BackboneBridge(GeneralizedComponent):
         given: Tensor | None = tokens if tokens is not None else arguments.get("inputs_embeds")
         if given is None:
             return None  # Hugging Face refuses it
-        cache, generation = given_cache(arguments), current_span().generation
+        cache, generation = given_cache(arguments), None if current_run() is not None else current_span().generation
         past = 0 if cache is None else int(cache.get_seq_length())
         mask = arguments.get("attention_mask")
         if generation is None or generation.root is not self.root:
@@ -157,6 +171,8 @@ class BackboneBridge(GeneralizedComponent):
         return RunContext(given, past, tokens, mask, generation, end)
 
     def _run(self, run: RunContext, call: Callable[[], Any], returned: dict[int, Tensor] | None) -> Any:
+        if current_run() is not None:
+            set_whole()  # called inside another forward (by a torch hook, say): a run of its own
         set_run(run)
         _RETURNED_INPUTS.set(returned)
         expected = self.expected_handles(run.tokens is not None)
@@ -215,36 +231,52 @@ def _with_hooks_in_recomputation(backbone: nn.Module, expected: Sequence[LensHan
     Autograd does that in whichever thread it likes (on a GPU always in one of its own), where no block of hooks is open, so
     each block takes its context with it.
     """
-    checkpointed = [module for module in backbone.modules() if "_gradient_checkpointing_func" in vars(module)]
-    before = {id(module): vars(module)["_gradient_checkpointing_func"] for module in checkpointed}
+    _TO_RUN_AGAIN.set(tuple(expected))  # in the context of this forward alone
+    wrapped = {}
     try:
-        for module in checkpointed:
-            checkpoint = before[id(module)]
-            if isinstance(checkpoint, _Recomputation):  # an interrupt left it
-                checkpoint = before[id(module)] = checkpoint.checkpoint
-            vars(module)["_gradient_checkpointing_func"] = _Recomputation(checkpoint, tuple(expected))
+        for module in backbone.modules():
+            checkpoint = vars(module).get("_gradient_checkpointing_func")
+            if checkpoint is not None and not isinstance(
+                checkpoint, _Recomputation
+            ):  # else another's, or left: it serves
+                wrapped[module] = vars(module)["_gradient_checkpointing_func"] = _Recomputation(checkpoint)
         return call()
     finally:
-        for module in checkpointed:
-            vars(module)["_gradient_checkpointing_func"] = before[id(module)]
+        for module, wrapper in wrapped.items():
+            if vars(module).get("_gradient_checkpointing_func") is wrapper:
+                vars(module)["_gradient_checkpointing_func"] = wrapper.checkpoint
 
 
 class _Recomputation:
     """A checkpointing function that runs a block the second time with the hooks of the first.
 
     Args:
-        checkpoint: the model's own.
-        handles: the functions of this forward; they have to be attached when it is run again.
+        checkpoint: the model's own; in a forward that is not hooked (an interrupt left this object) nothing else happens.
     """
 
-    def __init__(self, checkpoint: Callable[..., Any], handles: Sequence[LensHandle]) -> None:
-        self.checkpoint, self.handles = checkpoint, handles
+    def __init__(self, checkpoint: Callable[..., Any]) -> None:
+        self.checkpoint = checkpoint
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return self.checkpoint(partial(self._run, copy_context(), function), *args, **kwargs)
+        handles = _TO_RUN_AGAIN.get()
+        if handles is None:
+            return self.checkpoint(function, *args, **kwargs)
+        closed = frozenset(
+            scope for scope in open_scopes() if scope.closed
+        )  # of a block that ended before this forward
+        return self.checkpoint(partial(self._run, copy_context(), closed, handles, function), *args, **kwargs)
 
-    def _run(self, context: Context, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if any(scope.closed for scope in context.run(open_scopes)) or not all(h.is_attached() for h in self.handles):
+    @staticmethod
+    def _run(
+        context: Context,
+        closed: frozenset[Scope],
+        handles: tuple[LensHandle, ...],
+        function: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        ended = any(scope.closed and scope not in closed for scope in context.run(open_scopes))
+        if ended or not all(handle.is_attached() for handle in handles):
             raise GradientError(
                 "Gradient checkpointing runs the forward again during backward(), and hooks of this run are gone by then: "
                 "its gradients would not be those of the hooked model. Use `with bridge.hooks(...):` around forward and "

@@ -6,31 +6,43 @@ other for the forward, which alone is told ``logits_to_keep``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from pellucid.hook_points import LensHandle
 from pellucid.model_bridge.generalized_components.base import GeneralizedComponent
+from pellucid.model_bridge.generalized_components.bloom_block import refuse_unfired
 from pellucid.model_bridge.generalized_components.hf_arguments import by_name, given_cache
-from pellucid.run_context import GenerationRun, in_own_context, set_generation, set_kept
+from pellucid.run_context import GenerationRun, acts, finished_run, in_own_context, set_generation, set_kept
 
 
 class CausalLMBridge(GeneralizedComponent):
     """Stands for the forward of a ``BloomForCausalLM`` while anything in it is hooked.
 
     What the forward leaves in context variables (the run that the unembedding is part of) ends with it.
+
+    Attributes:
+        head_handles: the functions on the unembedding; the bridge gives it.
     """
+
+    head_handles: Callable[[], list[LensHandle]]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Hugging Face's arguments to Hugging Face's output."""
+        head = [handle for handle in self.head_handles() if acts(handle.scope)]
         kept = by_name(self.module, args, kwargs).get("logits_to_keep", 0)
-        return in_own_context(self._run, kept, partial(self.original(), *args, **kwargs))
+        return in_own_context(self._run, kept, head, partial(self.original(), *args, **kwargs))
 
-    def _run(self, kept: int | Tensor, call: Callable[[], Any]) -> Any:
+    def _run(self, kept: int | Tensor, head: Sequence[LensHandle], call: Callable[[], Any]) -> Any:
         set_kept(kept)
-        return call()
+        output = call()
+        run = finished_run()
+        if run is not None:
+            refuse_unfired(head, run)
+        return output
 
 
 class GenerateBridge(GeneralizedComponent):
