@@ -550,7 +550,8 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
                 "output object. Its texts are bridge.to_string(output.sequences)."
             )
         wants_text = not objects and (
-            return_type == "str" or (return_type == "input" and isinstance(input, str | list | tuple))
+            return_type == "str"
+            or (return_type == "input" and inputs_embeds is None and isinstance(input, str | list | tuple))
         )
         if not wants_text and not skip_special_tokens:
             raise InputError(
