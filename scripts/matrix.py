@@ -119,8 +119,8 @@ def page(results: dict[str, dict[str, str]], torch: str) -> str:
         "5.0 to 5.3 are such: their attention takes `cache_position`, and with a static cache Pellucid's would give other",
         "numbers (with 5.0.0, 24 tests of parity and one of generation fail). From 5.4 to 5.20 Hugging Face's own BLOOM",
         "raises an error with a static cache (the bias is as long as the text, the keys as the cache); with 5.4.0 those 25",
-        "tests fail, and one that pins names of arguments, while the other 734 pass. Pellucid asks for the first release that",
-        "passes all.",
+        "tests fail, and one that pins names of arguments, while the other 734 pass. Pellucid asks for the first release",
+        "that passes all.",
         "",
     ]
     return "\n".join(lines)
