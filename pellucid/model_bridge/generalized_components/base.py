@@ -225,10 +225,6 @@ class GeneralizedComponent(NoTorchHooks):
         called: Callable[..., Any] = module if self._place is None else getattr(module, self.slot)
         return called
 
-    def call_original(self, *args: Any, **kwargs: Any) -> Any:
-        """Run :meth:`original`."""
-        return self.original()(*args, **kwargs)
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module, with ``hook_in`` on its first tensor and ``hook_out`` on its (first) output."""
         original = self.original()
@@ -284,14 +280,6 @@ class GeneralizedComponent(NoTorchHooks):
         """Whether a function acts at ``site`` in this thread now."""
         point = self._points.get(site)
         return point is not None and bool(point.fwd_hooks or point.bwd_hooks) and point.is_live()
-
-    def in_use(self, *sites: str) -> bool:
-        """Whether a function is attached at one of ``sites``, in whichever thread it acts."""
-        for site in sites:
-            point = self._points.get(site)
-            if point is not None and (point.fwd_hooks or point.bwd_hooks):
-                return True
-        return False
 
     def only_reads(self, *sites: str) -> bool:
         """Whether nothing that acts at ``sites`` now can write or wants a gradient."""
