@@ -124,6 +124,7 @@ class HookIndex(Mapping[str, HookSpec]):
         self._specs = {spec.name: spec for spec in specs}
         self._canonical = {alias: spec.name for spec in specs for alias in spec.aliases}
         self.n_layers = n_layers
+        self._globs: dict[str, list[tuple[HookSpec, str]]] = {}
 
     def __getitem__(self, name: str) -> HookSpec:
         spec = self._specs.get(name)
@@ -191,7 +192,7 @@ class HookIndex(Mapping[str, HookSpec]):
         if isinstance(names_filter, str):
             return self._select_name(names_filter, flags)
         if callable(names_filter):
-            chosen = self._matching(names_filter, flags)
+            chosen = [pair for pair in self._matching(names_filter) if _is_on(pair[0], flags)]
             if not chosen:
                 raise HookNameError(f"The predicate given as {argument} matches none of the {len(self)} hook points.")
             return chosen
@@ -209,13 +210,12 @@ class HookIndex(Mapping[str, HookSpec]):
 
     def _select_name(self, name: str, flags: Mapping[Flag, bool]) -> list[tuple[HookSpec, str]]:
         if any(mark in name for mark in "*?["):
-            pattern = re.compile(fnmatch.translate(name))
-            chosen = self._matching(lambda candidate: pattern.match(candidate) is not None, flags)
+            matching = self._matching_glob(name)
+            chosen = [pair for pair in matching if _is_on(pair[0], flags)]
             if chosen:
                 return chosen
-            off = [spec for spec in self._specs.values() if any(map(pattern.match, (spec.name, *spec.aliases)))]
-            if off:
-                raise _disabled(off[0], off[0].name)
+            if matching:
+                raise _disabled(matching[0][0], matching[0][0].name)
             raise HookNameError(
                 f"The glob {name!r} matches no hook point. Nearest names: " + ", ".join(nearest(name, self)) + "."
             )
@@ -224,13 +224,22 @@ class HookIndex(Mapping[str, HookSpec]):
             raise _disabled(spec, name)
         return [(spec, name)]
 
-    def _matching(self, accepts: Callable[[str], bool], flags: Mapping[Flag, bool]) -> list[tuple[HookSpec, str]]:
+    def _matching(self, accepts: Callable[[str], bool]) -> list[tuple[HookSpec, str]]:
         chosen = []
         for spec in self._specs.values():
-            if _is_on(spec, flags):
-                asked = next((name for name in (spec.name, *spec.aliases) if accepts(name)), None)
-                if asked is not None:
-                    chosen.append((spec, asked))
+            asked = next((name for name in (spec.name, *spec.aliases) if accepts(name)), None)
+            if asked is not None:
+                chosen.append((spec, asked))
+        return chosen
+
+    def _matching_glob(self, glob: str) -> list[tuple[HookSpec, str]]:
+        # Remembered: a glob is matched with a thousand names, which takes longer than 24 hooked points do.
+        chosen = self._globs.get(glob)
+        if chosen is None:
+            pattern = re.compile(fnmatch.translate(glob))
+            if len(self._globs) >= 64:
+                self._globs.clear()
+            chosen = self._globs[glob] = self._matching(lambda name: pattern.match(name) is not None)
         return chosen
 
 

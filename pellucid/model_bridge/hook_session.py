@@ -46,6 +46,7 @@ class HookSession(Scope):
         refuse_parallel_gradients(tree.index, handles)
         self.components = tuple(components)
         self._tree, self._handles, self._keep = tree, handles, keep
+        self._is_over = False
 
     def during(self, work: Callable[[], T]) -> T:
         """Call ``work`` with the functions acting in it, and in nothing else."""
@@ -85,7 +86,9 @@ class HookSession(Scope):
         enter_scope(self)
 
     def close(self) -> None:
-        """Act no more, detach and unmount. Closing twice is harmless."""
+        """Act no more, detach and unmount. Closing again is harmless, and finishes what an interrupt left undone."""
+        if self._is_over:
+            return
         if self._keep:
             self.everywhere, self.components = True, ()
         else:
@@ -93,3 +96,4 @@ class HookSession(Scope):
         leave_scope(self)
         self._handles = ()  # which know this scope: no circle is left
         self._tree.sync()
+        self._is_over = True

@@ -243,15 +243,15 @@ class ComponentTree:
         Args:
             has_tokens: whether the forward is given token ids, so that the embedding runs.
         """
-        span = current_span()
+        span, n_layers = current_span(), self.cfg.n_layers
         start = (FROM_TOKENS if has_tokens else FROM_EMBEDDINGS) if span.start is None else span.start
-        stop = self.cfg.n_layers + 1 if span.stop is None else span.stop
+        stop = n_layers + 1 if span.stop is None else span.stop
         acting: list[LensHandle] = []
         elsewhere: Scope | None = None
         for handle in self.handles():
             if acts(handle.scope):
                 spec = self.index[str(handle.point.name)]
-                if spec.component != "unembed" and runs_through(spec, start, stop, self.cfg.n_layers):
+                if spec.component != "unembed" and runs_through(spec, start, stop, n_layers):
                     acting.append(handle)
             elif handle.scope.is_block and not (handle.scope.closed or handle.scope.everywhere or open_scopes()):
                 elsewhere = handle.scope
