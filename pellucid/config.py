@@ -133,6 +133,20 @@ class TransformerBridgeConfig:
         """Width of the logits."""
         return self.d_vocab
 
+    def sizes(self, batch: int = 1, pos: int = 1, key_pos: int = 1) -> dict[str, int]:
+        """How long each axis of a hook point is, by the words of :mod:`pellucid.axes`, in a run of these sizes."""
+        return {
+            "batch": batch,
+            "pos": pos,
+            "key_pos": key_pos,
+            "n_heads": self.n_heads,
+            "d_head": self.d_head,
+            "d_model": self.d_model,
+            "d_mlp": self.d_mlp or 4 * self.d_model,
+            "d_vocab": self.d_vocab,
+            "1": 1,
+        }
+
     @property
     def sums_weight_slices(self) -> bool:
         """Whether Hugging Face computes ``dense`` and ``dense_4h_to_h`` slice by slice, without their biases."""

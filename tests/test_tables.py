@@ -37,6 +37,7 @@ LAYERS = 12
 ADDRESS = re.compile(r"^<[\w.]+ object at 0x[0-9a-f]+>$")
 
 INTERNAL = {
+    "ActivationRecorder": "inside a run with a cache",
     "ArchitectureAdapter": "a table of the code",
     "BaseTensorConversion": "abstract",
     "BloomArchitectureAdapter": "a table of the code",
@@ -47,22 +48,23 @@ INTERNAL = {
     "FastAttention": "inside a run",
     "FrequencyPenalty": "inside generate",
     "HookSession": "inside a run or a block of hooks",
-    "Keeper": "inside a run",
+    "Hooks": "inside a bridge",
     "Metric": "abstract",
     "Mounted": "abstract",
     "PackedModel": "inside a sweep",
     "Processor": "inside process_weights",
     "Recorder": "inside a sweep",
+    "Runner": "inside a bridge",
     "Scope": "inside a block of hooks",
     "ShardWriter": "inside a harvest",
     "Site": "a descriptor",
     "StandIn": "a module's forward while it is hooked",
     "TokenMethods": "a part of the bridge's class",
     "TokenRules": "inside a bridge",
-    "Watched": "inside a job",
     "Unembedding": "inside a sweep",
     "Value": "abstract",
-    "WeightViews": "a part of the bridge's class",
+    "Watched": "inside a job",
+    "WeightMethods": "a part of the bridge's class",
     "Workspace": "inside a statistic",
 }
 """Classes that nobody is given an object of, and what they are."""

@@ -21,7 +21,7 @@ from pellucid.analysis.neurons import NeuronChange, force, place_of, unit_shape
 from pellucid.conversion_utils.fused_qkv import fused_unit
 from pellucid.errors import InputError
 from pellucid.model_bridge.collected import Collected
-from pellucid.model_bridge.hooked_model import HookedModel
+from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.names import layer_of, nearest
 from pellucid.running_stats import AveragePrecision, average_precision
 
@@ -284,7 +284,7 @@ def _responses_at(
     return found
 
 
-def check_units(bridge: HookedModel, units: Iterable[Unit]) -> None:
+def check_units(bridge: TransformerBridge, units: Iterable[Unit]) -> None:
     """Refuse units that the model does not have.
 
     Raises:

@@ -21,7 +21,8 @@ from torch import Tensor
 from pellucid.dtypes import cast
 from pellucid.errors import InputError, NoEffectError
 from pellucid.hook_points import HookPoint
-from pellucid.model_bridge.hooked_model import HookedModel, HookRequest
+from pellucid.model_bridge.hooks import HookRequest
+from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.names import HookSpec
 from pellucid.tables import BriefFields
 
@@ -35,7 +36,7 @@ NEURONS = "mlp.hook_post"
 """After GELU: ``blocks.{layer}.mlp.hook_post``."""
 
 
-def place_of(bridge: HookedModel, place: str, layer: int = 0) -> HookSpec:
+def place_of(bridge: TransformerBridge, place: str, layer: int = 0) -> HookSpec:
     """The hook point of a place in a block, whose axes after ``batch`` and ``pos`` count units.
 
     Args:
@@ -54,15 +55,9 @@ def place_of(bridge: HookedModel, place: str, layer: int = 0) -> HookSpec:
     return spec
 
 
-def unit_shape(bridge: HookedModel, spec: HookSpec) -> tuple[int, ...]:
+def unit_shape(bridge: TransformerBridge, spec: HookSpec) -> tuple[int, ...]:
     """Sizes of the axes after ``batch`` and ``pos``: ``(d_mlp,)``, ``(d_model,)`` or ``(n_heads, d_head)``."""
-    cfg = bridge.cfg
-    sizes = {
-        "n_heads": cfg.n_heads,
-        "d_head": cfg.d_head,
-        "d_model": cfg.d_model,
-        "d_mlp": cfg.d_mlp or 4 * cfg.d_model,
-    }
+    sizes = bridge.cfg.sizes()
     return tuple(sizes[axis] for axis in spec.axes[2:])
 
 
@@ -87,7 +82,7 @@ class NeuronChange(BriefFields):
         """The neurons, sorted."""
         return tuple(sorted(self.values))
 
-    def check(self, bridge: HookedModel) -> None:
+    def check(self, bridge: TransformerBridge) -> None:
         """Refuse neurons that the model does not have.
 
         Raises:
@@ -105,7 +100,7 @@ class NeuronChange(BriefFields):
                     f"There is no neuron {index} in layer {layer}: {self.place} has {width} of them, 0 to {width - 1}."
                 )
 
-    def fwd_hooks(self, bridge: HookedModel) -> list[HookRequest]:
+    def fwd_hooks(self, bridge: TransformerBridge) -> list[HookRequest]:
         """``(name, function)`` pairs for ``run_with_hooks`` and ``bridge.hooks``, one for each layer that has neurons.
 
         They only change; whether anything changed is checked by :meth:`on`, or by ``run_with_hooks(assert_effect=True)``.
@@ -116,7 +111,7 @@ class NeuronChange(BriefFields):
         return [(edit.name, edit) for edit in self.edits(bridge)]
 
     @contextmanager
-    def on(self, bridge: HookedModel, assert_effect: bool = True) -> Iterator[HookedModel]:
+    def on(self, bridge: TransformerBridge, assert_effect: bool = True) -> Iterator[TransformerBridge]:
         """Change the neurons in every run and generation of the block.
 
         Args:
@@ -130,7 +125,7 @@ class NeuronChange(BriefFields):
         with changed(bridge, [self], assert_effect=assert_effect):
             yield bridge
 
-    def edits(self, bridge: HookedModel) -> list[NeuronEdit]:
+    def edits(self, bridge: TransformerBridge) -> list[NeuronEdit]:
         """The change at each hook point, each noting whether it changed anything.
 
         Raises:
@@ -191,7 +186,9 @@ class NeuronEdit(BriefFields):
 
 
 @contextmanager
-def changed(bridge: HookedModel, changes: Sequence[NeuronChange], assert_effect: bool = True) -> Iterator[HookedModel]:
+def changed(
+    bridge: TransformerBridge, changes: Sequence[NeuronChange], assert_effect: bool = True
+) -> Iterator[TransformerBridge]:
     """Several changes together, such as of units at several places, in every run and generation of the block.
 
     Args:

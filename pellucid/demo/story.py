@@ -24,7 +24,7 @@ import pellucid
 from pellucid.demo.predictions import Prediction, next_tokens
 from pellucid.demo.prompts import PROMPTS
 from pellucid.hook_points import HookFunction, HookPoint
-from pellucid.model_bridge.hooked_model import HookRequest
+from pellucid.model_bridge.hooks import HookRequest
 from pellucid.model_bridge.self_check import CheckReport
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.progress import progress_bar

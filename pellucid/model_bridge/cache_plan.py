@@ -137,18 +137,7 @@ def cache_bytes(
     """
     check_storage(None, dtype)
     pos = kept_count(kept_positions(pos_slice, size.pos), size.pos)
-    assert cfg.d_mlp is not None
-    lengths = {
-        "batch": size.batch,
-        "pos": pos,
-        "key_pos": size.key_pos,
-        "n_heads": cfg.n_heads,
-        "d_head": cfg.d_head,
-        "d_model": cfg.d_model,
-        "d_mlp": cfg.d_mlp,
-        "d_vocab": cfg.d_vocab,
-        "1": 1,
-    }
+    lengths = cfg.sizes(size.batch, pos, size.key_pos)
     dtypes = {
         "model": dtype or cfg.dtype,
         "wide": dtype or torch.promote_types(cfg.dtype, torch.float32),
@@ -183,7 +172,7 @@ def refuse_large(plan: dict[str, int], limit: int | None) -> None:
         )
 
 
-class Keeper:
+class ActivationRecorder:
     """The caching function of one run: keeps what each point shows it, under the point's name.
 
     Args:
@@ -225,8 +214,9 @@ class Keeper:
 
     def __call__(self, tensor: Tensor, hook: HookPoint) -> None:
         """Keep one tensor; called by a hook point."""
-        run = current_run()
-        if run is not None and self.scope is not None and not run.is_part_of(self.scope.run):
+        run, scope = current_run(), self.scope
+        # Left on after its run (reset_hooks_end=False) it keeps what later runs show it.
+        if run is not None and scope is not None and not scope.everywhere and not run.is_part_of(scope.run):
             return  # a hook of the user's runs the model inside this run
         self.keep(tensor, str(hook.name), "")
 

@@ -28,10 +28,10 @@ from pellucid.hook_points import HookPoint, LensHandle
 from pellucid.model_bridge.collected import Collected, Hook, describe_request, read_collected, write_collected
 from pellucid.model_bridge.hook_session import HookSession
 from pellucid.model_bridge.job_identity import Watched, hooks_on, job_identity
+from pellucid.model_bridge.mounting import ComponentTree
 from pellucid.model_bridge.run_positions import RunPositions
-from pellucid.model_bridge.running import Prepared, RunnableModel
+from pellucid.model_bridge.running import Prepared, RunnableModel, Runner
 from pellucid.model_bridge.tokens import ids_as_given
-from pellucid.model_bridge.weights_hash import weights_hash
 from pellucid.names import HookSpec, NamesFilter
 from pellucid.progress import progress_bar
 from pellucid.run_context import current_run
@@ -65,195 +65,156 @@ class _Tap:
             statistic.update(shown, self.mask, self.places)
 
 
-class CollectingModel(RunnableModel):
-    """A model that statistics can be collected of."""
+def collect(
+    bridge: RunnableModel,
+    corpus: Corpus,
+    statistics: Requests,
+    *,
+    batch_size: int,
+    labels: str | Sequence[str] | None,
+    start_row: int,
+    stop_row: int | None,
+    padding_side: Literal["left", "right"],
+    progress: bool | None,
+    checkpoint: str | Path | None,
+    every: float,
+) -> Collected:
+    """See :meth:`pellucid.TransformerBridge.collect`."""
+    check_number("every", every, at_least=0)
+    hooks = hooks_of(bridge.runner.tree, statistics)
+    chosen = corpus.chosen(labels)
+    batches = corpus.batches(  # refuses what it cannot do before anything is read
+        batch_size, labels=chosen, start_row=start_row, stop_row=stop_row, padding_side=padding_side
+    )
+    counts = corpus.index(chosen, progress)
+    total = sum(_share(count, start_row, stop_row) for count in counts.values())
+    state = Collected.empty(hooks, chosen)
+    store = None
+    if checkpoint is not None:
+        settings = {
+            "batch_size": batch_size,
+            "labels": list(chosen),
+            "start_row": start_row,
+            "stop_row": stop_row,
+            "padding_side": padding_side,
+        }
+        job = {
+            "statistics": describe_request(hooks),
+            "corpus": corpus.content_hash,
+            **settings,
+            **job_identity(bridge),
+        }
+        store = _Store(bridge, Path(checkpoint), job, every)
+        state = store.open(state)
+        batches = _remaining(corpus, state, batch_size, chosen, start_row, stop_row, padding_side)
+    with (
+        progress_bar(total=total, desc="collecting", unit=" tokens", show=progress) as bar,
+        _deferred_interrupt(store is not None) as interrupted,
+    ):
+        bar.update(sum(state.n_tokens.values()))
+        _pass(bridge.runner, state, batches, bar, store, interrupted)
+        if store is not None:
+            store.write(state)
+            interrupted.raise_if_set(store.path)
+    return state
 
-    def weights_hash(self) -> str:
-        """SHA-256 over every parameter and buffer of the Hugging Face model: name, dtype, shape and bytes.
 
-        Raises:
-            WeightError: weights that are not in memory (offloaded).
-        """
-        return weights_hash(self.hf_model)
+def _pass(
+    runner: Runner, state: Collected, batches: Iterator[CorpusBatch], bar: Any, store: _Store | None, interrupted: _Flag
+) -> None:
+    taps = [_Tap(hook.spec) for hook in state.hooks]
+    stop = _stop_after([hook.spec for hook in state.hooks], runner.cfg.n_layers)
+    points = [runner.tree.point(tap.spec.name) for tap in taps]
+    handles = [
+        LensHandle(point, tap, "fwd", point.name, reads_only=True) for point, tap in zip(points, taps, strict=True)
+    ]
+    _refuse_reshaped(points)
 
-    def collect(
-        self,
-        corpus: Corpus,
-        statistics: Requests,
-        batch_size: int = 4,
-        labels: str | Sequence[str] | None = None,
-        start_row: int = 0,
-        stop_row: int | None = None,
-        padding_side: Literal["left", "right"] = "right",
-        progress: bool | None = None,
-        checkpoint: str | Path | None = None,
-        every: float = 60.0,
-    ) -> Collected:
-        """Run the model over a corpus and keep statistics of activations, by label.
-
-        One forward a batch serves every place. It ends after the last layer asked for; logits are computed only for
-        ``hook_unembed`` itself. The corpus is read once before the first forward, so that what cannot be read is known
-        then. Hooks that are on the bridge act, and statistics see what they leave.
-
-        Args:
-            corpus: what to run.
-            statistics: what to keep of which hook points: ``{"blocks.*.mlp.hook_post": [CountPositive(), TopK(20)]}``. What
-                is given stays empty; each place and label gets one of its own.
-            batch_size: rows of a forward. Integer statistics depend on it only where a value is within rounding of what
-                it is compared with: a matrix product of another shape may round differently.
-            labels: of these labels only.
-            start_row: first row of each label, for dividing a corpus among processes.
-            stop_row: the row after the last.
-            padding_side: where shorter rows are padded.
-            progress: show a bar with tokens per second and time left; ``None`` shows it on a terminal only.
-            checkpoint: a folder to keep the state in. The same call on it goes on where the last one stopped, with equal
-                bits; Ctrl-C ends the batch, writes the state and then interrupts.
-            every: seconds between states.
-
-        Returns:
-            Statistics by hook point and label, with the number of tokens of each label.
-
-        Raises:
-            HookNameError: a name that matches nothing.
-            InputError: a point without features (attention scores and patterns, token ids), a statistic asked for twice.
-            CorpusError: a corpus that cannot be read.
-            OtherJobError: the folder holds a state of other weights, another corpus or other settings, or one whose hooks
-                computed something else when it was written.
-            InputError: with ``checkpoint``, torch hooks on the model, a hook that cannot be compared with one of a later
-                call, or a model that changes during the pass: a later call could not tell what its numbers are.
-            StorageFullError: no space is left for the state; the one before stays.
-        """
-        check_number("every", every, at_least=0)
-        hooks = self._hooks_of(statistics)
-        chosen = corpus.chosen(labels)
-        batches = corpus.batches(  # refuses what it cannot do before anything is read
-            batch_size, labels=chosen, start_row=start_row, stop_row=stop_row, padding_side=padding_side
-        )
-        counts = corpus.index(chosen, progress)
-        total = sum(_share(count, start_row, stop_row) for count in counts.values())
-        state = Collected.empty(hooks, chosen)
-        store = None
-        if checkpoint is not None:
-            settings = {
-                "batch_size": batch_size,
-                "labels": list(chosen),
-                "start_row": start_row,
-                "stop_row": stop_row,
-                "padding_side": padding_side,
-            }
-            job = {
-                "statistics": describe_request(hooks),
-                "corpus": corpus.content_hash,
-                **settings,
-                **job_identity(self),
-            }
-            store = _Store(self, Path(checkpoint), job, every)
-            state = store.open(state)
-            batches = self._remaining(corpus, state, batch_size, chosen, start_row, stop_row, padding_side)
-        with (
-            progress_bar(total=total, desc="collecting", unit=" tokens", show=progress) as bar,
-            _deferred_interrupt(store is not None) as interrupted,
-        ):
-            bar.update(sum(state.n_tokens.values()))
-            self._pass(state, batches, bar, store, interrupted)
-            if store is not None:
+    def run_all() -> None:
+        for batch in batches:
+            prepared = _batch_input(runner, batch, stop)
+            places = Places(batch.documents.to(runner.device), batch.positions.to(runner.device))
+            mask = batch.attention_mask.to(runner.device) if batch.is_padded else None
+            positions = runner.positions_of(prepared)
+            # A wrapper that embeds the tokens itself hides them from the run.
+            tokens = prepared.tokens if positions.embeddings is None else None
+            for hook, tap in zip(state.hooks, taps, strict=True):
+                tap.tokens, tap.mask, tap.places, tap.calls = tokens, mask, places, 0
+                tap.positions = positions
+                tap.statistics = state.of(hook.spec.name, batch.label)
+            run_to(runner, prepared, stop)
+            for tap in taps:
+                if tap.calls != 1:
+                    raise HookValueError(
+                        f"{tap.spec.name} fired {tap.calls} times in one forward of {tuple(batch.tokens.shape)} tokens: "
+                        "its statistics would be wrong. bridge.verify() shows which hooks are alive."
+                    )
+            state.saw(batch.label, len(batch.tokens), batch.n_tokens)
+            bar.update(batch.n_tokens)
+            if store is not None and (interrupted.is_set or store.is_due()):
                 store.write(state)
                 interrupted.raise_if_set(store.path)
-        return state
 
-    def _pass(
-        self, state: Collected, batches: Iterator[CorpusBatch], bar: Any, store: _Store | None, interrupted: _Flag
-    ) -> None:
-        taps = [_Tap(hook.spec) for hook in state.hooks]
-        stop = _stop_after([hook.spec for hook in state.hooks], self.cfg.n_layers)
-        points = [self._tree.point(tap.spec.name) for tap in taps]
-        handles = [
-            LensHandle(point, tap, "fwd", point.name, reads_only=True) for point, tap in zip(points, taps, strict=True)
-        ]
-        _refuse_reshaped(points)
+    with torch.no_grad(), ids_as_given():
+        HookSession(runner.tree, handles).during(run_all)
 
-        def run_all() -> None:
-            for batch in batches:
-                prepared = self._batch_input(batch, stop)
-                places = Places(batch.documents.to(self.device), batch.positions.to(self.device))
-                mask = batch.attention_mask.to(self.device) if batch.is_padded else None
-                positions = self.positions_of(prepared)
-                # A wrapper that embeds the tokens itself hides them from the run.
-                tokens = prepared.tokens if positions.embeddings is None else None
-                for hook, tap in zip(state.hooks, taps, strict=True):
-                    tap.tokens, tap.mask, tap.places, tap.calls = tokens, mask, places, 0
-                    tap.positions = positions
-                    tap.statistics = state.of(hook.spec.name, batch.label)
-                self._run_to(prepared, stop)
-                for tap in taps:
-                    if tap.calls != 1:
-                        raise HookValueError(
-                            f"{tap.spec.name} fired {tap.calls} times in one forward of {tuple(batch.tokens.shape)} tokens: "
-                            "its statistics would be wrong. bridge.verify() shows which hooks are alive."
-                        )
-                state.saw(batch.label, len(batch.tokens), batch.n_tokens)
-                bar.update(batch.n_tokens)
-                if store is not None and (interrupted.is_set or store.is_due()):
-                    store.write(state)
-                    interrupted.raise_if_set(store.path)
 
-        with torch.no_grad(), ids_as_given():
-            HookSession(self._tree, handles).during(run_all)
+def _batch_input(runner: Runner, batch: CorpusBatch, stop: int | None) -> Prepared:
+    mask = batch.attention_mask.long() if batch.is_padded else None
+    within = stop if stop is not None and stop <= runner.cfg.n_layers else None
+    return runner.prepare(batch.tokens, attention_mask=mask, stop_at_layer=within)
 
-    def _batch_input(self, batch: CorpusBatch, stop: int | None) -> Prepared:
-        mask = batch.attention_mask.long() if batch.is_padded else None
-        within = stop if stop is not None and stop <= self.cfg.n_layers else None
-        return self._prepare(batch.tokens, attention_mask=mask, stop_at_layer=within)
 
-    def _run_to(self, prepared: Prepared, stop: int | None) -> None:
-        """Run, to the end of the blocks, of the final norm, or of the model."""
-        positions = self.positions_of(prepared)
-        inside = positions.embeddings is None and not positions.cache_is_wrappers  # a wrapper adds nothing to the input
-        if stop is None or stop <= self.cfg.n_layers or not inside:
-            self._run(prepared)
-            return
-        backbone: Any = self._tree.backbone.module
-        given = {"input_ids": prepared.tokens, "attention_mask": prepared.attention_mask, "use_cache": False}
-        with self._safely(prepared.given):
-            HookSession(self._tree, components=self._helpers(None, None)).during(partial(backbone, **given))
+def run_to(runner: Runner, prepared: Prepared, stop: int | None) -> None:
+    """Run, to the end of the blocks, of the final norm, or of the model."""
+    positions = runner.positions_of(prepared)
+    inside = positions.embeddings is None and not positions.cache_is_wrappers  # a wrapper adds nothing to the input
+    if stop is None or stop <= runner.cfg.n_layers or not inside:
+        runner.run(prepared)
+        return
+    backbone: Any = runner.tree.backbone.module
+    given = {"input_ids": prepared.tokens, "attention_mask": prepared.attention_mask, "use_cache": False}
+    with runner.safely(prepared.given):
+        HookSession(runner.tree, components=runner.helpers(None, None)).during(partial(backbone, **given))
 
-    def _hooks_of(self, requests: Requests) -> list[Hook]:
-        """Points with their statistics, in firing order."""
-        pairs = list(requests.items()) if isinstance(requests, Mapping) else list(requests)
-        if not pairs:
-            raise InputError("Nothing to collect: give {hook name: [statistics]}.")
-        found: dict[str, list[Statistic]] = {}
-        for pair in pairs:
-            names_filter, given = pair
-            wanted = [given] if isinstance(given, Statistic) else list(given)
-            if not wanted or not all(isinstance(each, Statistic) for each in wanted):
-                raise InputError(
-                    f"Each hook has a list of statistics, such as [CountPositive()]; found {given!r} for {names_filter!r}."
-                )
-            for spec, _ in self._tree.index.select(names_filter, self.cfg.flags, argument="a hook's name"):
-                _refuse_shapeless(spec)
-                found.setdefault(spec.name, []).extend(wanted)
-        for name, wanted in found.items():
-            names = [each.name for each in wanted]
-            twice = next((each for each in names if names.count(each) > 1), None)
-            if twice is not None:
-                raise InputError(f"The statistic {twice} is asked for twice at {name}.")
-        return [Hook(self._tree.index[name], tuple(found[name])) for name in self._tree.index if name in found]
 
-    def _remaining(
-        self,
-        corpus: Corpus,
-        state: Collected,
-        batch_size: int,
-        labels: Sequence[str],
-        start: int,
-        stop: int | None,
-        side: Literal["left", "right"],
-    ) -> Iterator[CorpusBatch]:
-        for label in labels:
-            begin = start + state.n_rows[label]
-            if begin < (corpus.rows(label) if stop is None else min(stop, corpus.rows(label))):
-                yield from corpus.batches(batch_size, labels=label, start_row=begin, stop_row=stop, padding_side=side)
+def hooks_of(tree: ComponentTree, requests: Requests) -> list[Hook]:
+    """Points with their statistics, in firing order."""
+    pairs = list(requests.items()) if isinstance(requests, Mapping) else list(requests)
+    if not pairs:
+        raise InputError("Nothing to collect: give {hook name: [statistics]}.")
+    found: dict[str, list[Statistic]] = {}
+    for pair in pairs:
+        names_filter, given = pair
+        wanted = [given] if isinstance(given, Statistic) else list(given)
+        if not wanted or not all(isinstance(each, Statistic) for each in wanted):
+            raise InputError(
+                f"Each hook has a list of statistics, such as [CountPositive()]; found {given!r} for {names_filter!r}."
+            )
+        for spec, _ in tree.index.select(names_filter, tree.cfg.flags, argument="a hook's name"):
+            _refuse_shapeless(spec)
+            found.setdefault(spec.name, []).extend(wanted)
+    for name, wanted in found.items():
+        names = [each.name for each in wanted]
+        twice = next((each for each in names if names.count(each) > 1), None)
+        if twice is not None:
+            raise InputError(f"The statistic {twice} is asked for twice at {name}.")
+    return [Hook(tree.index[name], tuple(found[name])) for name in tree.index if name in found]
+
+
+def _remaining(
+    corpus: Corpus,
+    state: Collected,
+    batch_size: int,
+    labels: Sequence[str],
+    start: int,
+    stop: int | None,
+    side: Literal["left", "right"],
+) -> Iterator[CorpusBatch]:
+    for label in labels:
+        begin = start + state.n_rows[label]
+        if begin < (corpus.rows(label) if stop is None else min(stop, corpus.rows(label))):
+            yield from corpus.batches(batch_size, labels=label, start_row=begin, stop_row=stop, padding_side=side)
 
 
 class _Store:
@@ -263,7 +224,7 @@ class _Store:
     calls goes on with equal bits only from the count at which it stood then.
     """
 
-    def __init__(self, model: CollectingModel, folder: Path, job: dict[str, Any], every: float) -> None:
+    def __init__(self, model: RunnableModel, folder: Path, job: dict[str, Any], every: float) -> None:
         self.path = folder / STATE_FILE
         self._model, self._job, self._every = model, job, every
         self._watched = Watched(model, "the collection")

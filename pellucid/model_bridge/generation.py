@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from pellucid.arguments import check_count, check_number
 from pellucid.errors import InputError, warn
-from pellucid.model_bridge.mounting import ComponentTree
-from pellucid.model_bridge.tokens import TokenRules
+from pellucid.model_bridge.hook_session import HookSession
+from pellucid.model_bridge.running import Prepared, Runner
+from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, TokenRules, check_choice, check_past
+from pellucid.run_context import set_fast_attention
 
 KEPT = frozenset({"bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id", "transformers_version"})
 """Fields of a checkpoint's generation configuration that are facts, about its vocabulary and about who wrote it."""
@@ -70,43 +73,135 @@ class EndTokens:
     pad: int | None
 
 
-def generate(
-    model: nn.Module,
-    tree: ComponentTree,
-    rules: TokenRules,
-    given: Mapping[str, Tensor],
-    attention_mask: Tensor | None,
-    *,
-    max_new_tokens: int,
-    stop_at_eos: bool,
-    eos_token_id: int | Sequence[int] | None,
-    do_sample: bool,
-    top_k: int | None,
-    top_p: float | None,
-    temperature: float,
-    freq_penalty: float,
-    repetition_penalty: float,
-    use_past_kv_cache: bool,
-    verbose: bool,
-    output_logits: bool,
-    stop_strings: str | Sequence[str] | None,
-    stopping_criteria: Any | None,
-    hf_kwargs: Mapping[str, Any],
-) -> tuple[Any, EndTokens]:
-    """Run ``model.generate``, in a context of its own; arguments as :meth:`TransformerBridge.generate`.
+@dataclass(frozen=True)
+class GenerationSettings:
+    """The arguments of :meth:`pellucid.TransformerBridge.generate` but for its input; see there."""
 
-    ``given`` is the input by Hugging Face's name.
+    max_new_tokens: int
+    stop_at_eos: bool
+    eos_token_id: int | Sequence[int] | None
+    do_sample: bool
+    top_k: int | None
+    top_p: float | None
+    temperature: float
+    freq_penalty: float
+    repetition_penalty: float
+    use_past_kv_cache: bool
+    return_type: Literal["input", "str", "tokens"]
+    verbose: bool
+    output_logits: bool
+    stop_strings: str | Sequence[str] | None
+    stopping_criteria: Any | None
+    skip_special_tokens: bool
+    hf_kwargs: Mapping[str, Any]
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are sampled; a temperature of 0 is TransformerLens' way to ask for the most probable token."""
+        return self.do_sample and self.temperature != 0
+
+    @property
+    def gives_object(self) -> bool:
+        """Whether Hugging Face's output object is returned."""
+        return bool(self.output_logits or self.hf_kwargs.get("return_dict_in_generate"))
+
+
+def generate(runner: Runner, input: TextOrTokens, prepared: Prepared, settings: GenerationSettings) -> Any:
+    """Run ``generate`` of the model, in a context of its own.
+
+    Args:
+        runner: what runs the model.
+        input: as the user gave it: text in, text out.
+        prepared: the same, checked.
+        settings: checked, see :func:`check_settings`.
 
     Returns:
-        What Hugging Face gives, and how its rows end.
+        Text, token ids ``[rows, pos]`` or Hugging Face's output object.
     """
-    ends = _end_tokens(model, rules, stop_at_eos, eos_token_id, hf_kwargs)
+    wants_text = _wants_text(settings, input, prepared)
+    if wants_text:
+        runner.rules.need()
+    named = {"inputs_embeds": prepared.given} if prepared.tokens is None else {"input_ids": prepared.tokens}
+    ends = _end_tokens(runner.model, runner.rules, settings)
+    session = HookSession(runner.tree, components=[*runner.helpers(None, None), "generate"])
+    with runner.safely(prepared.given):
+        output = session.during(partial(_generate, runner, named, prepared.attention_mask, settings, ends))
+    if not wants_text:
+        return output
+    # Of embeddings, Hugging Face returns the new tokens alone.
+    length, mask = (0, None) if prepared.tokens is None else (prepared.tokens.shape[1], prepared.attention_mask)
+    texts = texts_of(runner.rules, output, length, mask, ends, settings.skip_special_tokens)
+    return texts if isinstance(input, list | tuple) or len(texts) > 1 else texts[0]
+
+
+def prepare_generation(
+    runner: Runner,
+    input: TextOrTokens,
+    prepend_bos: bool | None,
+    padding_side: PaddingSide | None,
+    attention_mask: Tensor | None,
+    inputs_embeds: Tensor | None,
+    settings: GenerationSettings,
+    return_input_tokens: bool,
+) -> Prepared:
+    """The checked input of a generation.
+
+    Raises:
+        InputError: it cannot be generated from, or ``settings`` have no effect beside it.
+    """
+    check_past(settings.hf_kwargs.get("past_key_values"))
+    if inputs_embeds is not None:
+        given = None if isinstance(input, str) and not input else input
+        prepared = runner.prepare(given, prepend_bos, padding_side, attention_mask, inputs_embeds=inputs_embeds)
+        if return_input_tokens:
+            raise InputError("return_input_tokens: a run of inputs_embeds has no input tokens.")
+        run = runner.positions_of(prepared)
+        if run.virtual or run.cache_is_wrappers:
+            raise InputError(
+                f"The model's wrapper ({type(runner.model).__name__}) generates from token ids only: it embeds them "
+                "itself and puts positions of its own before them. Give ids, or generate with the model inside."
+            )
+    else:
+        side = "left" if padding_side is None and not isinstance(input, Tensor) else padding_side
+        prepared = runner.prepare(input, prepend_bos, side, attention_mask, generates=True)
+        if prepared.attention_mask is None and not isinstance(input, Tensor):
+            # Text without padding, and Hugging Face guesses: it would take a "<pad>" written in the text for some.
+            prepared.attention_mask = torch.ones_like(prepared.given)
+    if not settings.skip_special_tokens and not _wants_text(settings, input, prepared):
+        raise InputError(
+            "skip_special_tokens=False would have no effect: this call returns token ids, and all of them."
+        )
+    if "max_length" in settings.hf_kwargs:
+        count = prepared.given.shape[1]
+        raise InputError(
+            f"max_length counts the prompt too, which has {count} tokens here, and max_new_tokens has a default: give "
+            f"max_new_tokens=max_length - {count} instead."
+        )
+    return prepared
+
+
+def _wants_text(settings: GenerationSettings, input: TextOrTokens, prepared: Prepared) -> bool:
+    if settings.gives_object:
+        return False
+    given_text = prepared.tokens is not None and isinstance(input, str | list | tuple)
+    return settings.return_type == "str" or (settings.return_type == "input" and given_text)
+
+
+def _generate(
+    runner: Runner,
+    named: Mapping[str, Tensor],
+    attention_mask: Tensor | None,
+    settings: GenerationSettings,
+    ends: EndTokens,
+) -> Any:
+    set_fast_attention(runner.fast_root())
+    model: Any = runner.model
     arguments: dict[str, Any] = {
-        **_set_back(model, hf_kwargs),
-        "max_new_tokens": max_new_tokens,
-        "do_sample": do_sample,
-        "repetition_penalty": repetition_penalty,
-        "use_cache": use_past_kv_cache,
+        **_set_back(model, settings.hf_kwargs),
+        "max_new_tokens": settings.max_new_tokens,
+        "do_sample": settings.samples,
+        "repetition_penalty": settings.repetition_penalty,
+        "use_cache": settings.use_past_kv_cache,
         # -1 is no token, so nothing ends a row; None would mean "as configured".
         "eos_token_id": list(ends.eos) or -1,
         "pad_token_id": ends.pad,
@@ -114,107 +209,104 @@ def generate(
     if attention_mask is not None:
         # Without one Hugging Face makes its own: it takes ids equal to the padding token for padding.
         arguments["attention_mask"] = attention_mask
-    if do_sample:
+    if settings.samples:
         # Explicit: Hugging Face's own default cuts at the 50 most probable.
         arguments |= {
-            "top_k": top_k if top_k is not None else 0,
-            "top_p": top_p if top_p is not None else 1.0,
-            "temperature": temperature,
+            "top_k": settings.top_k if settings.top_k is not None else 0,
+            "top_p": settings.top_p if settings.top_p is not None else 1.0,
+            "temperature": settings.temperature,
         }
-    if output_logits:
+    if settings.output_logits:
         arguments |= {"output_logits": True, "return_dict_in_generate": True}
-    if stop_strings is not None:
-        arguments |= {"stop_strings": stop_strings, "tokenizer": rules.need()}
-    if tree.is_mounted():
+    if settings.stop_strings is not None:
+        arguments |= {"stop_strings": settings.stop_strings, "tokenizer": runner.rules.need()}
+    if runner.tree.is_mounted():
         # A compiled step would be traced with or without the hooks of another.
         arguments["disable_compile"] = True
-    arguments.update(hf_kwargs)
-    if freq_penalty:
-        penalty = FrequencyPenalty(freq_penalty, attention_mask)
+    arguments.update(settings.hf_kwargs)
+    if settings.freq_penalty:
+        penalty = FrequencyPenalty(settings.freq_penalty, attention_mask)
         arguments["logits_processor"] = [*arguments.get("logits_processor", ()), penalty]
-    criteria = _as_list(stopping_criteria)
-    bar = _Bar(max_new_tokens) if verbose else None
+    criteria = _as_list(settings.stopping_criteria)
+    bar = _Bar(settings.max_new_tokens) if settings.verbose else None
     if bar is not None:
         criteria.append(bar)
     try:
         with torch.no_grad():
-            output = model.generate(**given, stopping_criteria=_criteria_list(criteria), **arguments)  # type: ignore[operator]
-            return output, ends
+            return model.generate(**named, stopping_criteria=_criteria_list(criteria), **arguments)
     finally:
         if bar is not None:
             bar.close()
 
 
-def check_arguments(
-    rules: TokenRules,
-    *,
-    max_new_tokens: int,
-    stop_at_eos: bool,
-    eos_token_id: int | Sequence[int] | None,
-    do_sample: bool,
-    top_k: int | None,
-    top_p: float | None,
-    temperature: float,
-    freq_penalty: float,
-    repetition_penalty: float,
-    stop_strings: str | Sequence[str] | None,
-    hf_kwargs: Mapping[str, Any],
-) -> bool:
-    """Refuse what is out of range or without effect; whether tokens are sampled.
+def check_settings(rules: TokenRules, settings: GenerationSettings) -> None:
+    """Refuse what is out of range or without effect.
 
     Raises:
         InputError: naming the argument.
     """
+    check_choice("return_type", settings.return_type, ("input", "str", "tokens"))
     for name, ours in RENAMED.items():
-        if name in hf_kwargs:
+        if name in settings.hf_kwargs:
             raise InputError(f"{name} is Hugging Face's word for {ours}. Give that argument instead.")
-    check_count("max_new_tokens", max_new_tokens)
-    check_number("temperature", temperature, at_least=0)
-    check_number("freq_penalty", freq_penalty, at_least=0)
-    check_number("repetition_penalty", repetition_penalty, above=0)
-    if top_k is not None:
-        check_count("top_k", top_k)
-    if top_p is not None:
-        check_number("top_p", top_p, above=0, at_most=1)
-    sampled = do_sample and temperature != 0  # 0 is TransformerLens' way to ask for the most probable token
-    if not sampled:
-        unused = {"top_k": top_k, "top_p": top_p, "temperature": None if temperature in (0, 1) else temperature}
+    if "generation_config" in settings.hf_kwargs:
+        raise InputError(
+            "generation_config would be overridden by this call's own arguments; pass its fields as keywords, or call "
+            "generate of bridge.hf_model inside `with bridge.hooks(...)`."
+        )
+    check_count("max_new_tokens", settings.max_new_tokens)
+    check_number("temperature", settings.temperature, at_least=0)
+    check_number("freq_penalty", settings.freq_penalty, at_least=0)
+    check_number("repetition_penalty", settings.repetition_penalty, above=0)
+    if settings.top_k is not None:
+        check_count("top_k", settings.top_k)
+    if settings.top_p is not None:
+        check_number("top_p", settings.top_p, above=0, at_most=1)
+    if not settings.samples:
+        temperature = None if settings.temperature in (0, 1) else settings.temperature
+        unused = {"top_k": settings.top_k, "top_p": settings.top_p, "temperature": temperature}
         given = [f"{name}={value}" for name, value in unused.items() if value is not None]
         if given:
-            why = "temperature=0" if do_sample else "do_sample=False"
+            why = "temperature=0" if settings.do_sample else "do_sample=False"
             raise InputError(f"{' and '.join(given)} would have no effect: {why} takes the most probable token.")
-    if eos_token_id is not None:
-        if not stop_at_eos:
-            raise InputError(f"eos_token_id={eos_token_id} would have no effect: stop_at_eos=False ends a row nowhere.")
-        ids = list(eos_token_id) if isinstance(eos_token_id, Iterable) else [eos_token_id]
+    eos = settings.eos_token_id
+    if eos is not None:
+        if not settings.stop_at_eos:
+            raise InputError(f"eos_token_id={eos} would have no effect: stop_at_eos=False ends a row nowhere.")
+        ids = list(eos) if isinstance(eos, Iterable) else [eos]
         if not ids:
             raise InputError("eos_token_id is an empty list. stop_at_eos=False ends a row nowhere.")
         for token in ids:
             if check_count("eos_token_id", token, at_least=-1) == -1:
                 raise InputError("eos_token_id=-1 is no token. stop_at_eos=False ends a row nowhere.")
             check_count("eos_token_id", token, 0, rules.d_vocab - 1)
-    if stop_strings is not None:
-        strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+    if settings.stop_strings is not None:
+        given_strings = settings.stop_strings
+        strings = [given_strings] if isinstance(given_strings, str) else list(given_strings)
         if not strings or not all(isinstance(entry, str) and entry for entry in strings):
-            raise InputError(f"stop_strings is a string or strings, none of them empty; found {stop_strings!r}.")
+            raise InputError(f"stop_strings is a string or strings, none of them empty; found {given_strings!r}.")
         rules.need()
-    return sampled
+    if settings.gives_object and settings.return_type == "str":
+        raise InputError(
+            "return_type='str' would have no effect: output_logits (return_dict_in_generate) returns Hugging Face's "
+            "output object. Its texts are bridge.to_string(output.sequences)."
+        )
 
 
-def _end_tokens(
-    model: nn.Module, rules: TokenRules, stop_at_eos: bool, eos_token_id: Any, hf_kwargs: Mapping[str, Any]
-) -> EndTokens:
+def _end_tokens(model: nn.Module, rules: TokenRules, settings: GenerationSettings) -> EndTokens:
     config = getattr(model, "generation_config", None)
-    eos = eos_token_id if eos_token_id is not None else getattr(config, "eos_token_id", None)
+    eos = settings.eos_token_id
+    if eos is None:
+        eos = getattr(config, "eos_token_id", None)
     ids = () if eos is None else (int(eos),) if isinstance(eos, int) else tuple(map(int, eos))
-    pad = hf_kwargs.get("pad_token_id")
+    pad = settings.hf_kwargs.get("pad_token_id")
     if pad is None:
         pad = getattr(config, "pad_token_id", None)
     if pad is None and rules.tokenizer is not None:
         pad = rules.tokenizer.pad_token_id
     if pad is None and ids:
         pad = ids[0]
-    return EndTokens(ids if stop_at_eos else (), pad)
+    return EndTokens(ids if settings.stop_at_eos else (), pad)
 
 
 def _set_back(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:

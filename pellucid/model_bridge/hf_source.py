@@ -334,3 +334,17 @@ def _device_of(embedding: nn.Module) -> torch.device:
         return parameter.device
     hook = vars(embedding).get("_hf_hook")
     return torch.device(getattr(hook, "execution_device", None) or "cpu")
+
+
+def refuse_beside_model(**given: Any) -> None:
+    """Refuse arguments of loading beside a live model.
+
+    Raises:
+        InputError: one is not ``None``.
+    """
+    names = [name for name, value in given.items() if value is not None]
+    if names:
+        raise InputError(
+            f"hf_model is used as it is: {', '.join(names)} would have no effect. Convert or move the model before "
+            "bridging it."
+        )

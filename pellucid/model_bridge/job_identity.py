@@ -185,7 +185,7 @@ def hooks_on(model: RunnableModel) -> list[Json]:
     Raises:
         InputError: one that holds what cannot be compared.
     """
-    words = {id(model): "bridge", id(model._tree): "bridge"}
+    words = {id(model): "bridge", id(model.runner.tree): "bridge"}
     words.update({id(module): name or "model" for name, module in model.hf_model.named_modules()})
     words.update({id(weight): name for name, weight in model.hf_model.state_dict(keep_vars=True).items()})
     found: list[Json] = []
@@ -210,7 +210,7 @@ def hooks_on(model: RunnableModel) -> list[Json]:
 
 def _configuration(model: RunnableModel) -> dict[str, Json]:
     """Hugging Face's configuration, as far as it may change a number."""
-    config: Any = model._tree.root.config
+    config: Any = model.runner.tree.root.config
     found = {name: _plain(value) for name, value in sorted(config.to_dict().items()) if name in HANDLED}
     return found | {"attn_implementation": _plain(config._attn_implementation)}
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -40,7 +39,8 @@ from pellucid.model_bridge.generalized_components import (
     LinearBridge,
 )
 from pellucid.model_bridge.generalized_components.base import Mounted
-from pellucid.names import FROM_EMBEDDINGS, FROM_TOKENS, HookIndex, HookSpec, runs_through
+from pellucid.model_bridge.generalized_components.weights import adapted
+from pellucid.names import FROM_EMBEDDINGS, FROM_TOKENS, HookIndex, runs_through
 from pellucid.run_context import Scope, acts, current_span, is_quiet, open_scopes
 
 
@@ -125,15 +125,6 @@ class StandIn(Mounted):
         return self._native(memo[id(self.module)])
 
 
-@dataclass(frozen=True)
-class Group:
-    """Points that are cached together: their lines of the table, themselves, and where their position axis is."""
-
-    specs: list[HookSpec]
-    points: list[HookPoint]
-    pos_axes: dict[str, int]
-
-
 class ComponentTree:
     """All components of one model, their hook points by name, and which of them are mounted.
 
@@ -146,7 +137,6 @@ class ComponentTree:
         cfg = adapter.cfg
         self.root = root
         self.adapter = adapter
-        self.cfg: TransformerBridgeConfig = cfg
         self.index = adapter.hook_index()
         self.components: dict[str, GeneralizedComponent] = dict(adapter.make_outer())
         self.blocks = [adapter.make_block(layer) for layer in range(cfg.n_layers)]
@@ -161,7 +151,6 @@ class ComponentTree:
             for name, child in block.submodules.items():
                 self.components[f"blocks.{layer}.{name}"] = child
         adapter.link_outer(self.components, self.blocks)
-        self._groups: dict[tuple[str | bool | None, ...], Group] = {}
         self._holders: list[Scope] = []
         self.in_use: dict[HookPoint, None] = {}
         self.notes: dict[str, Any] = {}  # what others remember of this model, each under its own word; copied with it
@@ -189,6 +178,15 @@ class ComponentTree:
             for child in component.submodules.values():
                 if isinstance(child, LinearBridge) and child.original_component is None:
                     child.place(self.root, f"{component.path}.{child.name}", {}, self)
+
+    @property
+    def cfg(self) -> TransformerBridgeConfig:
+        """Sizes and switches; the vocabulary as it is now (``resize_token_embeddings``)."""
+        cfg: TransformerBridgeConfig = self.adapter.cfg
+        table = adapted(self.embedding())._parameters.get("weight")
+        if table is not None and table.shape[0] != cfg.d_vocab:
+            cfg.d_vocab = table.shape[0]
+        return cfg
 
     # -- points --------------------------------------------------------------------------------------------------------
 
@@ -218,21 +216,6 @@ class ComponentTree:
             HookDisabledError: with the call that switches it on.
         """
         self.index.select(str(point.name), self.cfg.flags)
-
-    def group_named(self, name: str | None) -> Group:
-        """The points that are on and that one name or glob matches (``None``: all), put together once."""
-        key = (name, *self.cfg.flags.values())
-        group = self._groups.get(key)
-        if group is None:
-            specs = [spec for spec, _ in self.index.select(name, self.cfg.flags)]
-            if len(self._groups) >= 64:  # a loop over names asks for each only once
-                self._groups.clear()
-            group = self._groups[key] = self.group(specs)
-        return group
-
-    def group(self, specs: list[HookSpec]) -> Group:
-        """Points by their specs."""
-        return Group(specs, [self.point(spec.name) for spec in specs], {spec.name: spec.pos_axis for spec in specs})
 
     def expected_handles(self, has_tokens: bool) -> list[LensHandle]:
         """Functions that act in this thread and whose points the forward of the backbone that begins now has to fire.
@@ -365,11 +348,11 @@ class ComponentTree:
         return clone
 
     def __getstate__(self) -> dict[str, Any]:
-        # Open sessions are the original's alone; groups are found again.
-        return {key: value for key, value in vars(self).items() if key not in ("_groups", "_holders")}
+        # Open sessions are the original's alone.
+        return {key: value for key, value in vars(self).items() if key != "_holders"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _groups={}, _holders=[])
+        vars(self).update(state, _holders=[])
         with HOOKS_LOCK:
             _TREES[id(self.root)] = self
 

@@ -9,20 +9,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from pellucid.arguments import check_whole
 from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import GradientError, InputError, UnsupportedModelError
+from pellucid.hook_points import LensHandle
 from pellucid.model_bridge.cache_plan import RunSize
 from pellucid.model_bridge.generalized_components.base import StopForward
 from pellucid.model_bridge.hook_session import HookSession
-from pellucid.model_bridge.hooked_model import HookedModel
 from pellucid.model_bridge.losses import next_token_loss
+from pellucid.model_bridge.mounting import ComponentTree
 from pellucid.model_bridge.run_positions import RunPositions, positions_of_input, positions_of_wrapped
 from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, TokenRules, check_choice, check_mask, check_past
 from pellucid.names import FROM_EMBEDDINGS, FROM_TOKENS
@@ -60,94 +60,101 @@ class Prepared:
         return 0 if self.past_key_values is None else int(self.past_key_values.get_seq_length())
 
 
-class RunnableModel(HookedModel):
-    """A hooked model that can be run on text, tokens or a residual."""
-
-    _rules: TokenRules
-    _attn_implementation: AttnImplementation = "eager"
-
-    # -- the model's place and dtype -----------------------------------------------------------------------------------
+class RunnableModel(Protocol):
+    """What those who run the bridge over a corpus need of it."""
 
     @property
-    def device(self) -> torch.device:
-        """Where token ids are sent."""
-        weight: Any = self._tree.embedding().weight
-        return torch.device(self.cfg.device or "cpu") if weight.is_meta else torch.device(weight.device)
+    def runner(self) -> Runner:
+        """What runs it."""
+
+    @property
+    def hf_model(self) -> nn.Module:
+        """The Hugging Face model."""
 
     @property
     def dtype(self) -> torch.dtype:
         """The model's dtype."""
-        return self.cfg.dtype
 
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move or cast the model, as ``nn.Module.to`` does."""
-        super().to(*args, **kwargs)
-        return self._refresh()
+    @property
+    def device(self) -> torch.device:
+        """Where token ids are sent."""
 
-    def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        super()._apply(*args, **kwargs)  # .half(), .cuda() and their kin come through here
-        return self._refresh()
+    @property
+    def attn_implementation(self) -> AttnImplementation:
+        """How it computes attention."""
 
-    def _refresh(self) -> Self:
-        parameter = next(parameter for parameter in self.parameters() if parameter.is_floating_point())
+    def live_hooks(self) -> list[LensHandle]:
+        """Functions attached to any point that act in this thread or task now."""
+
+
+class Runner:
+    """What runs one model.
+
+    Args:
+        model: the model as the user has it, wrapped or not.
+        tree: its components.
+        rules: of its tokens.
+
+    Attributes:
+        attn_implementation: how runs compute attention.
+    """
+
+    def __init__(self, model: nn.Module, tree: ComponentTree, rules: TokenRules) -> None:
+        self.model, self.tree, self.rules = model, tree, rules
+        self.attn_implementation: AttnImplementation = "eager"
+        self.refuse_other_blocks()
+        for component in tree.components.values():
+            _ = component.original_component  # another bridge's tree may be older than a change of the model
+
+    @property
+    def cfg(self) -> TransformerBridgeConfig:
+        """Sizes and switches."""
+        return self.tree.cfg
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids are sent."""
+        weight: Any = self.tree.embedding().weight
+        return torch.device(self.cfg.device or "cpu") if weight.is_meta else torch.device(weight.device)
+
+    def refresh(self) -> None:
+        """Read again what the model may have been changed in: dtype, device, number of blocks, vocabulary.
+
+        Raises:
+            UnsupportedModelError: it has other blocks.
+        """
+        parameter = next(parameter for parameter in self.model.parameters() if parameter.is_floating_point())
         self.cfg.dtype = parameter.dtype
-        self._refuse_other_blocks()
-        self._rules.d_vocab = self.cfg.d_vocab
+        self.refuse_other_blocks()
+        self.rules.d_vocab = self.cfg.d_vocab
         if not parameter.is_meta:
             self.cfg.device = str(parameter.device)
-        return self
 
-    def _refuse_other_blocks(self) -> None:
+    def refuse_other_blocks(self) -> None:
         """Refuse a model whose list of blocks was made longer or shorter after wrapping.
 
         Raises:
             UnsupportedModelError: with both numbers.
         """
-        found, known = len(self._tree.root.get_submodule(self.adapter.blocks_path)._modules), self.cfg.n_layers
+        found, known = len(self.tree.root.get_submodule(self.tree.adapter.blocks_path)._modules), self.cfg.n_layers
         if found != known:
             raise UnsupportedModelError(
-                f"{self.adapter.blocks_path} has {found} blocks, and had {known} when the model was wrapped. Put them "
+                f"{self.tree.adapter.blocks_path} has {found} blocks, and had {known} when the model was wrapped. Put them "
                 "back, or set config.n_layer, delete its bridges and make a new one."
             )
 
-    # -- how attention is computed -------------------------------------------------------------------------------------
-
-    @property
-    def attn_implementation(self) -> AttnImplementation:
-        """``"eager"`` or ``"sdpa"``; see :meth:`set_attn_implementation`."""
-        return self._attn_implementation
-
-    def set_attn_implementation(self, attn_implementation: AttnImplementation) -> None:
-        """Choose how this bridge's runs compute attention.
-
-        It is a matter of this bridge alone: calls of the Hugging Face model, and of another bridge on it, stay as they are.
-
-        Args:
-            attn_implementation: ``"eager"``, the default: Hugging Face's own arithmetic, to the bit. ``"sdpa"``: torch's
-                ``scaled_dot_product_attention`` in each layer whose ``hook_attn_scores`` and ``hook_pattern`` nothing acts
-                on in that run; the same numbers up to rounding (bound: ``docs/fast_attention.md``), in less memory and time.
-                Layers that need the pattern take the exact path: dropout on it in training, ``output_attentions``,
-                torch hooks on the attention, autocast; and all layers under gradient checkpointing, and in float16 where a
-                row of a forward has everything masked (left padding).
-
-        Raises:
-            InputError: another value.
-        """
-        check_choice("attn_implementation", attn_implementation, ATTN_IMPLEMENTATIONS)
-        self._attn_implementation = attn_implementation
-
-    def _fast_root(self) -> nn.Module | None:
+    def fast_root(self) -> nn.Module | None:
         """The model whose attentions may take the fused kernel in a run that begins now, ``None`` for none."""
-        return self._tree.root if self._attn_implementation == "sdpa" and not self._checkpoints() else None
+        return self.tree.root if self.attn_implementation == "sdpa" and not self._checkpoints() else None
 
     # -- a run ---------------------------------------------------------------------------------------------------------
 
     def _logits(self, arguments: dict[str, Any], behind_wrapper: bool = False) -> Tensor:
         """Hugging Face's logits."""
-        model: Any = self._tree.root if behind_wrapper else self.original_model
+        model: Any = self.tree.root if behind_wrapper else self.model
         try:
             output = model(**arguments)
-            logits: Tensor = output[0] if model is self._tree.root else logits_of(output, model, arguments, self.cfg)
+            logits: Tensor = output[0] if model is self.tree.root else logits_of(output, model, arguments, self.cfg)
         except BaseException as error:
             self._clean_up(error, arguments.get("input_ids"))
             raise
@@ -157,29 +164,12 @@ class RunnableModel(HookedModel):
         """After an exception: leave an offloaded model as it was, and name an id that the embedding did not have."""
         if isinstance(error, StopForward):
             return
-        self._tree.restore_offloaded()
+        self.tree.restore_offloaded()
         if isinstance(error, IndexError) and tokens is not None:
-            self._rules.d_vocab = self.cfg.d_vocab
-            self._rules.check_range(tokens)
+            self.rules.d_vocab = self.cfg.d_vocab
+            self.rules.check_range(tokens)
 
-    def check_input(
-        self,
-        input: TextOrTokens,
-        prepend_bos: bool | None = None,
-        padding_side: PaddingSide | None = None,
-        attention_mask: Tensor | None = None,
-    ) -> Prepared:
-        """Token ids and mask of an input as :meth:`forward` would run it, without running it.
-
-        Raises:
-            InputError: it cannot be run.
-        """
-        prepared = self._prepare(input, prepend_bos, padding_side, attention_mask)
-        assert prepared.tokens is not None
-        self._rules.check_range(prepared.tokens)
-        return prepared
-
-    def _prepare(
+    def prepare(
         self,
         input: TextOrTokens | None,
         prepend_bos: bool | None = None,
@@ -191,9 +181,14 @@ class RunnableModel(HookedModel):
         inputs_embeds: Tensor | None = None,
         generates: bool = False,
     ) -> Prepared:
+        """A checked input; arguments as of ``forward`` of the bridge.
+
+        Raises:
+            InputError: it cannot be run.
+        """
         if not torch.compiler.is_compiling():
-            self._tree.sync()  # a module may have been replaced, or an interrupt may have left something
-            self._refresh()  # the Hugging Face model may have been cast or moved behind our back
+            self.tree.sync()  # a module may have been replaced, or an interrupt may have left something
+            self.refresh()  # the Hugging Face model may have been cast or moved behind our back
         check_past(past_key_values)
         if padding_side is not None and isinstance(input, Tensor):
             raise InputError(
@@ -222,13 +217,13 @@ class RunnableModel(HookedModel):
             if past_key_values is not None:
                 raise InputError("start_at_layer with past_key_values: earlier layers would be missing from the cache.")
         elif isinstance(input, Tensor):
-            tokens = self._rules.check(input)
+            tokens = self.rules.check(input)
             if prepend_bos:
                 raise InputError("prepend_bos is for strings; put the id before the token ids yourself.")
             if attention_mask is None:
                 self._warn_of_padding(tokens, generates)
         elif isinstance(input, str | list | tuple):
-            tokens, inferred = self._rules.encode(input, prepend_bos, padding_side)
+            tokens, inferred = self.rules.encode(input, prepend_bos, padding_side)
             if attention_mask is None:
                 attention_mask = inferred
         else:
@@ -241,7 +236,7 @@ class RunnableModel(HookedModel):
             if device.type != "cpu" and not torch.compiler.is_compiling():
                 # On a CPU the embedding itself refuses an id it does not have (see _clean_up); elsewhere it would take
                 # the process with it.
-                self._rules.check_range(tokens)
+                self.rules.check_range(tokens)
         if attention_mask is not None:
             batch, length = prepared.given.shape[:2]
             prepared.attention_mask = check_mask(attention_mask, batch, length, prepared.past_length(), device)
@@ -253,9 +248,9 @@ class RunnableModel(HookedModel):
 
     def _warn_of_padding(self, tokens: Tensor, generates: bool = False) -> None:
         """Ids without a mask: see :meth:`TokenRules.warn_of_padding`. Hugging Face's ``generate`` guesses from every id."""
-        root: Any = self._tree.root
-        sources = [self._rules.tokenizer, root.config] + ([root.generation_config] if generates else [])
-        self._rules.warn_of_padding(tokens, [getattr(source, "pad_token_id", None) for source in sources], generates)
+        root: Any = self.tree.root
+        sources = [self.rules.tokenizer, root.config] + ([root.generation_config] if generates else [])
+        self.rules.warn_of_padding(tokens, [getattr(source, "pad_token_id", None) for source in sources], generates)
 
     def _layer(self, argument: str, layer: int | None) -> int | None:
         if layer is None:
@@ -284,7 +279,7 @@ class RunnableModel(HookedModel):
 
     def _is_wrapped(self) -> bool:
         """Whether another module (PEFT's, say) stands between the bridge and the Hugging Face model."""
-        return self._modules["original_model"] is not self._tree.root
+        return self.model is not self.tree.root
 
     def positions_of(self, prepared: Prepared) -> RunPositions:
         """The positions of a run, found before it: a wrapper of the model may add some to those of the input.
@@ -297,7 +292,7 @@ class RunnableModel(HookedModel):
             of_input = positions_of_input(given, tokens, prepared.attention_mask, prepared.past_length())
             prepared.positions = of_input
             if self._is_wrapped():
-                found = positions_of_wrapped(self.hf_model, self._tree, self._arguments(prepared), tokens, given)
+                found = positions_of_wrapped(self.model, self.tree, self._arguments(prepared), tokens, given)
                 # A residual has virtual positions already: its run begins behind the wrapper.
                 prepared.behind_wrapper = prepared.start is not None and found.virtual > 0
                 prepared.positions = of_input if prepared.behind_wrapper else found
@@ -307,11 +302,11 @@ class RunnableModel(HookedModel):
         positions = self.positions_of(prepared)
         if positions.virtual or positions.cache_is_wrappers:
             raise InputError(
-                f"past_key_values cannot be continued: the model's wrapper ({type(self.hf_model).__name__}) puts positions "
+                f"past_key_values cannot be continued: the model's wrapper ({type(self.model).__name__}) puts positions "
                 "of its own before whatever it is given. Give all tokens at once, or call generate, which the wrapper knows."
             )
 
-    def _size(self, prepared: Prepared) -> RunSize:
+    def size(self, prepared: Prepared) -> RunSize:
         """Sizes of the run, for estimating a cache."""
         positions, past = self.positions_of(prepared), prepared.past_key_values
         pos = positions.length
@@ -319,16 +314,51 @@ class RunnableModel(HookedModel):
         key_pos = positions.past + pos if past is None else int(past.get_mask_sizes(pos, 0)[0])
         return RunSize(positions.batch, pos, key_pos, positions.virtual)
 
-    def _check_return(self, prepared: Prepared, return_type: ReturnType) -> None:
-        """Refuse, before the work, a loss that this run cannot have; see also :func:`check_output`."""
-        if return_type not in ("loss", "both"):
-            return
-        if prepared.tokens is None:
+    def prepare_run(
+        self,
+        input: TextOrTokens | None,
+        prepend_bos: bool | None,
+        padding_side: PaddingSide | None,
+        attention_mask: Tensor | None,
+        past_key_values: Any | None,
+        start_at_layer: int | None,
+        stop_at_layer: int | None,
+        inputs_embeds: Tensor | None,
+        return_type: ReturnType,
+        loss_per_token: bool,
+    ) -> Prepared:
+        """A checked input whose run has the output that is asked for.
+
+        Raises:
+            InputError: it cannot be run, or would not have that output.
+        """
+        check_choice("return_type", return_type, ("logits", "loss", "both", None))
+        wants_loss = return_type in ("loss", "both")
+        if loss_per_token and not wants_loss:
+            raise InputError(
+                f"loss_per_token=True would have no effect: return_type={return_type!r} gives no loss. Ask for "
+                "return_type='loss' or 'both'."
+            )
+        if wants_loss and stop_at_layer is not None:
+            raise InputError(f"A run with stop_at_layer has no logits: return_type={return_type!r} cannot be had.")
+        if wants_loss and (start_at_layer is not None or inputs_embeds is not None):
             raise InputError(
                 "A loss needs tokens; this run was given embeddings or a residual. Take the logits, and the loss of the "
                 "tokens that you know: pellucid.model_bridge.losses.next_token_loss(logits, tokens, attention_mask)."
             )
-        self.positions_of(prepared)
+        prepared = self.prepare(
+            input,
+            prepend_bos,
+            padding_side,
+            attention_mask,
+            past_key_values,
+            start_at_layer,
+            stop_at_layer,
+            inputs_embeds,
+        )
+        if wants_loss:
+            self.positions_of(prepared)  # refuses a wrapper that hides which positions hold the tokens
+        return prepared
 
     def _arguments(self, prepared: Prepared) -> dict[str, Any]:
         """Hugging Face's names for a prepared input."""
@@ -340,34 +370,34 @@ class RunnableModel(HookedModel):
         if prepared.attention_mask is not None:
             arguments["attention_mask"] = prepared.attention_mask
         if prepared.past_key_values is not None:
-            arguments[self._tree.adapter.cache_name] = prepared.past_key_values
+            arguments[self.tree.adapter.cache_name] = prepared.past_key_values
         return arguments
 
-    def _run(self, prepared: Prepared) -> Tensor:
+    def run(self, prepared: Prepared) -> Tensor:
         """Logits, or the residual at which the run stops."""
         arguments = self._arguments(prepared)
         if prepared.start is not None:
             self.positions_of(prepared)  # says whether the residual is the wrapper's to see
-        helpers = self._helpers(prepared.start, prepared.stop)
-        if self._tree.is_float64():
+        helpers = self.helpers(prepared.start, prepared.stop)
+        if self.tree.is_float64():
             self._refuse_checkpointing()
         if not helpers:
             return self._logits(arguments, prepared.behind_wrapper)
-        return HookSession(self._tree, components=helpers).during(partial(self._run_part, prepared, arguments))
+        return HookSession(self.tree, components=helpers).during(partial(self._run_part, prepared, arguments))
 
     def _run_part(self, prepared: Prepared, arguments: dict[str, Any]) -> Tensor:
         """A run that needs more than a call of the model, in a context of its own."""
         set_span(prepared.start, prepared.stop)
-        set_fast_attention(self._fast_root())
+        set_fast_attention(self.fast_root())
         try:
             return self._logits(arguments, prepared.behind_wrapper)
         except StopForward as stopped:
-            self._tree.restore_offloaded()
+            self.tree.restore_offloaded()
             return stopped.residual
 
     def _checkpoints(self) -> bool:
         """Whether the backward pass would run the forward of a run that begins now again, when it is over."""
-        backbone = self._tree.backbone.module
+        backbone = self.tree.backbone.module
         return bool(backbone.gradient_checkpointing and backbone.training and torch.is_grad_enabled())
 
     def _refuse_checkpointing(self) -> None:
@@ -378,19 +408,19 @@ class RunnableModel(HookedModel):
                 "after that. Switch gradient checkpointing off for a float64 model."
             )
 
-    def _helpers(self, start: int | None, stop: int | None) -> list[str]:
+    def helpers(self, start: int | None, stop: int | None) -> list[str]:
         """Components that a run needs mounted for itself, hooks or not."""
         names: list[str] = []
         if start is not None:
             names += ["embed_ln", *(f"blocks.{layer}" for layer in range(start))]
         if stop is not None:
             names.append("ln_final" if stop == self.cfg.n_layers else f"blocks.{stop}")
-        if self._tree.is_float64() or self._fast_root() is not None:
-            names += self._tree.attentions()
+        if self.tree.is_float64() or self.fast_root() is not None:
+            names += self.tree.attentions()
         return names
 
     @contextmanager
-    def _safely(self, tokens: Tensor) -> Iterator[None]:
+    def safely(self, tokens: Tensor) -> Iterator[None]:
         """Tidy up if something is raised inside."""
         try:
             yield
@@ -398,17 +428,25 @@ class RunnableModel(HookedModel):
             self._clean_up(error, tokens)
             raise
 
-    def _finish(self, prepared: Prepared, output: Tensor, return_type: ReturnType, loss_per_token: bool) -> Any:
+    def finish(self, prepared: Prepared, output: Tensor, return_type: ReturnType, loss_per_token: bool) -> Any:
+        """What ``return_type`` asks for, of the logits (or residual) ``[batch, pos, ...]`` of a run."""
         if return_type is None:
             return None
         if return_type == "logits":
             return output
         positions = self.positions_of(prepared)
-        assert positions.tokens is not None  # see _check_return
+        assert positions.tokens is not None  # see prepare_run
         loss = next_token_loss(output, positions.tokens, positions.attention_mask, loss_per_token)
         return loss if return_type == "loss" else (output, loss)
 
-    def _span(self, prepared: Prepared) -> tuple[int, int] | None:
+    def to_end(self, prepared: Prepared, return_type: ReturnType, loss_per_token: bool, backward: bool = False) -> Any:
+        """Run and give what was asked for; with ``backward`` also run ``backward()`` on it."""
+        output = self.finish(prepared, self.run(prepared), return_type, loss_per_token)
+        if backward:
+            output.backward()
+        return output
+
+    def span(self, prepared: Prepared) -> tuple[int, int] | None:
         """Where a run begins and ends, as ``runs_through`` takes it; ``None`` if it is whole."""
         if prepared.tokens is not None and prepared.stop is None:
             return None
@@ -416,29 +454,6 @@ class RunnableModel(HookedModel):
         return (
             start if prepared.start is None else prepared.start,
             self.cfg.n_layers + 1 if prepared.stop is None else prepared.stop,
-        )
-
-
-def check_output(
-    return_type: ReturnType, loss_per_token: bool, start_at_layer: int | None, stop_at_layer: int | None
-) -> None:
-    """Refuse an output that the run will not have, before it runs.
-
-    Raises:
-        InputError: naming the argument.
-    """
-    if return_type == "logits" and not loss_per_token:
-        return
-    check_choice("return_type", return_type, ("logits", "loss", "both", None))
-    if return_type in ("loss", "both"):
-        if stop_at_layer is not None:
-            raise InputError(f"A run with stop_at_layer has no logits: return_type={return_type!r} cannot be had.")
-        if start_at_layer is not None:
-            raise InputError("A loss needs tokens; this run was given a residual. Take the logits and the targets.")
-    elif loss_per_token:
-        raise InputError(
-            f"loss_per_token=True would have no effect: return_type={return_type!r} gives no loss. Ask for "
-            "return_type='loss' or 'both'."
         )
 
 

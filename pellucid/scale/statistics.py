@@ -18,7 +18,7 @@ from pellucid.corpora import Corpus
 from pellucid.errors import CorpusError, InputError, StoreError
 from pellucid.files import Json, write_whole
 from pellucid.model_bridge.collected import Collected, describe_request
-from pellucid.model_bridge.collecting import Requests
+from pellucid.model_bridge.collecting import Requests, hooks_of
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.progress import progress_bar
 from pellucid.scale.job_folder import JobFolder, Shard, ShardRecord, open_job, read_document, shards_of
@@ -88,7 +88,7 @@ def collect_shards(
     refuse_writers(bridge)
     counts = corpus.index(labels, progress)
     rows = {label: count.rows for label, count in counts.items()}
-    asked = describe_request(bridge._hooks_of(statistics))
+    asked = describe_request(hooks_of(bridge.runner.tree, statistics))
     identity: dict[str, Json] = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,

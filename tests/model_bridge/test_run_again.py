@@ -294,6 +294,20 @@ def test_handles_that_stay_are_not_used_again() -> None:
     assert is_pristine(bridge.hf_model)
 
 
+def test_a_cache_whose_functions_are_left_on_keeps_what_later_runs_show() -> None:
+    bridge, _ = make_pair()
+    one, two = random_tokens(seed=1), random_tokens(seed=2)
+    _, cache = bridge.run_with_cache(one, names_filter=POINTS[0], reset_hooks_end=False)
+    of_one = cache[POINTS[0]]
+    bridge(two)
+    of_two = cache[POINTS[0]].clone()
+    assert not torch.equal(of_one, of_two)
+    bridge.reset_hooks()
+    bridge(one)
+    assert torch.equal(cache[POINTS[0]], of_two)
+    assert torch.equal(bridge.run_with_cache(two)[1][POINTS[0]], of_two)
+
+
 def test_an_exception_in_a_cached_run_leaves_nothing() -> None:
     bridge, _ = make_pair()
     tokens = random_tokens()

@@ -356,8 +356,8 @@ FAULTS = (
     Fault(
         "fast attention under gradient checkpointing",
         "pellucid/model_bridge/running.py",
-        'self._attn_implementation == "sdpa" and not self._checkpoints()',
-        'self._attn_implementation == "sdpa"',
+        'self.attn_implementation == "sdpa" and not self._checkpoints()',
+        'self.attn_implementation == "sdpa"',
         "tests/model_bridge/test_fast_attention.py",
     ),
     Fault(

@@ -219,9 +219,9 @@ def not_fired(handle: LensHandle) -> HookNotFiredError:
     """What is wrong when a forward has passed the place of ``handle`` without calling it."""
     return HookNotFiredError(
         f"{handle.name} was hooked ({describe_function(handle.user_hook)}), and this forward ended without firing it: the "
-        "module it stands on was not called, or its forward was replaced while the hook was on. The logits are those of a "
-        "model that was not hooked there. bridge.verify() shows which hooks are alive; remove hooks before wrapping a "
-        "module, and wrap it before hooking."
+        "module it stands on was not called, or called in another thread (to which a block or run does not reach), or its "
+        "forward was replaced while the hook was on. The logits are those of a model that was not hooked there. "
+        "bridge.verify() shows which hooks are alive; remove hooks before wrapping a module, and wrap it before hooking."
     )
 
 

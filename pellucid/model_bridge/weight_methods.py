@@ -1,4 +1,4 @@
-"""The bridge's words for weight processing: TransformerLens' calls, and weights that tell the truth before and after.
+"""The bridge's words for weights, TransformerLens' names: accessors, right before and after processing, and processing.
 
 What is done, and what is refused, is in :mod:`pellucid.model_bridge.processed_weights`.
 """
@@ -8,23 +8,22 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
-from torch import Tensor
-from typing_extensions import Self
+import torch
+from torch import Tensor, nn
 
 from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import PellucidWarning, warn
 from pellucid.factored_matrix import FactoredMatrix
-from pellucid.model_bridge.checkpoint import RANDOM_WEIGHTS
-from pellucid.model_bridge.hooked_model import HookedModel
+from pellucid.model_bridge.mounting import ComponentTree
 from pellucid.model_bridge.processed_weights import (
     folded_unembedding,
     folded_unembedding_bias,
-    portable_state,
     process,
     unprocess,
 )
+from pellucid.model_bridge.tokens import TokenRules, as_ids
 from pellucid.model_bridge.weight_record import (
     Request,
     WeightsState,
@@ -34,7 +33,7 @@ from pellucid.model_bridge.weight_record import (
     refuse_by_config,
     state_of,
 )
-from pellucid.model_bridge.weight_views import WeightViews
+from pellucid.run_context import hooks_suppressed
 from pellucid.weight_processing import STEPS, Step
 
 DEFAULTS: Mapping[str, bool] = {step: step != "refactor_factored_attn_matrices" for step in STEPS}
@@ -53,15 +52,24 @@ def refuse_early(asked: bool | Mapping[str, bool], cfg: TransformerBridgeConfig)
         cfg: the checkpoint's configuration.
 
     Raises:
-        WeightError: see :meth:`ProcessableWeights.process_weights`.
+        WeightError: see :meth:`WeightMethods.process_weights`.
     """
     refuse_by_config(
         cfg, _steps(dict(DEFAULTS) | dict(asked if isinstance(asked, Mapping) else {})) if asked else frozenset()
     )
 
 
-class ProcessableWeights(WeightViews, HookedModel):
-    """A hooked model whose weights can be folded, centred and recombined, and put back."""
+class WeightMethods:
+    """Weights by name, and their processing.
+
+    ``bridge.blocks[i].attn.W_Q`` is a writable view; ``bridge.W_Q`` stacks copies over layers.
+    """
+
+    original_model: nn.Module
+    _tree: ComponentTree
+    _rules: TokenRules
+
+    # -- processing ----------------------------------------------------------------------------------------------------
 
     def process_weights(
         self,
@@ -122,12 +130,6 @@ class ProcessableWeights(WeightViews, HookedModel):
             warn(f"Already applied to these weights: {', '.join(sorted(outcome.already))}. Applied now: {done}.")
         return self.weights_state
 
-    def _processed(self, asked: bool | Mapping[str, bool]) -> Self:
-        """Process the weights as ``boot_transformers`` was told to."""
-        if asked:
-            self.process_weights(**dict(asked if isinstance(asked, Mapping) else {}))
-        return self
-
     def enable_compatibility_mode(
         self,
         disable_warnings: bool = False,
@@ -178,17 +180,121 @@ class ProcessableWeights(WeightViews, HookedModel):
         """Which steps were applied to which part of the model; ``print(bridge.weights_state)`` gives a table."""
         return state_of(self._tree)
 
-    # -- weights that tell the truth -----------------------------------------------------------------------------------
+    def _blocks(self) -> list[Any]:
+        return list(self._tree.blocks)
+
+    # -- weights -------------------------------------------------------------------------------------------------------
+
+    @property
+    def W_E(self) -> Tensor:
+        """``[d_vocab, d_model]``: ``word_embeddings``, before the embedding norm.
+
+        After ``process_weights(center_writing_weights=True)`` it is small and only :attr:`W_E_eff` is readable.
+        """
+        return cast(Tensor, self._tree.components["embed"].W_E)
+
+    @property
+    def W_E_eff(self) -> Tensor:
+        """``[d_vocab, d_model]``: the embedding as the residual stream sees it, computed anew.
+
+        BLOOM has no position embedding, so the embedding norm of ``word_embeddings`` is one table; circuits from token to
+        token start from it.
+        """
+        norm = self._tree.components["embed_ln"].module
+        with torch.no_grad():
+            return torch.cat([hooks_suppressed(norm, rows) for rows in self.W_E.split(16384)])
+
+    @property
+    def W_Q(self) -> Tensor:
+        """``[n_layers, n_heads, d_model, d_head]``."""
+        return torch.stack([block.attn.W_Q for block in self._blocks()])
+
+    @property
+    def W_K(self) -> Tensor:
+        """``[n_layers, n_heads, d_model, d_head]``."""
+        return torch.stack([block.attn.W_K for block in self._blocks()])
+
+    @property
+    def W_V(self) -> Tensor:
+        """``[n_layers, n_heads, d_model, d_head]``."""
+        return torch.stack([block.attn.W_V for block in self._blocks()])
+
+    @property
+    def W_O(self) -> Tensor:
+        """``[n_layers, n_heads, d_head, d_model]``."""
+        return torch.stack([block.attn.W_O for block in self._blocks()])
+
+    @property
+    def W_in(self) -> Tensor:
+        """``[n_layers, d_model, d_mlp]``."""
+        return torch.stack([block.mlp.W_in for block in self._blocks()])
+
+    @property
+    def W_out(self) -> Tensor:
+        """``[n_layers, d_mlp, d_model]``."""
+        return torch.stack([block.mlp.W_out for block in self._blocks()])
+
+    @property
+    def b_Q(self) -> Tensor:
+        """``[n_layers, n_heads, d_head]``."""
+        return torch.stack([block.attn.b_Q for block in self._blocks()])
+
+    @property
+    def b_K(self) -> Tensor:
+        """``[n_layers, n_heads, d_head]``."""
+        return torch.stack([block.attn.b_K for block in self._blocks()])
+
+    @property
+    def b_V(self) -> Tensor:
+        """``[n_layers, n_heads, d_head]``."""
+        return torch.stack([block.attn.b_V for block in self._blocks()])
+
+    @property
+    def b_O(self) -> Tensor:
+        """``[n_layers, d_model]``."""
+        return torch.stack([block.attn.b_O for block in self._blocks()])
+
+    @property
+    def b_in(self) -> Tensor:
+        """``[n_layers, d_mlp]``."""
+        return torch.stack([block.mlp.b_in for block in self._blocks()])
+
+    @property
+    def b_out(self) -> Tensor:
+        """``[n_layers, d_model]``."""
+        return torch.stack([block.mlp.b_out for block in self._blocks()])
+
+    def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Tensor:
+        """The unembedding vectors of tokens: ``[d_model]`` for one, else ``[..., d_model]``.
+
+        Raises:
+            InputError: no token ids, or some outside the vocabulary; a string that is no single token.
+        """
+        if isinstance(tokens, str):
+            tokens = self._rules.single_token(tokens)
+        ids = as_ids(tokens)
+        if ids.numel():
+            self._rules.check_range(ids)
+        directions = self.W_U.T[ids.to(self.W_U.device)]
+        return directions[0] if ids.dim() == 1 and ids.numel() == 1 else directions
 
     @property
     def W_U(self) -> Tensor:
         """``[d_model, d_vocab]``, a view; after ``process_weights(keep_tied=True)`` computed, the final norm folded."""
-        return folded_unembedding(self._tree)[0] if self._folds_on_access() else super().W_U
+        return (
+            folded_unembedding(self._tree)[0]
+            if self._folds_on_access()
+            else cast(Tensor, self._tree.components["unembed"].W_U)
+        )
 
     @property
     def b_U(self) -> Tensor:
         """``[d_vocab]``; after ``process_weights(keep_tied=True)`` computed, the final norm folded."""
-        return folded_unembedding_bias(self._tree) if self._folds_on_access() else super().b_U
+        return (
+            folded_unembedding_bias(self._tree)
+            if self._folds_on_access()
+            else cast(Tensor, self._tree.components["unembed"].b_U)
+        )
 
     def _folds_on_access(self) -> bool:
         return record_of(self._tree).on_access and is_tied(self._tree)
@@ -202,42 +308,3 @@ class ProcessableWeights(WeightViews, HookedModel):
     def OV(self) -> FactoredMatrix:
         """``W_V W_O``, ``[n_layers, n_heads, d_model, d_model]`` (source, destination)."""
         return FactoredMatrix(self.W_V, self.W_O)
-
-    def explain(self, name: str) -> str:
-        """What a hook point holds, see :meth:`HookedModel.explain`; says where processing changed its meaning."""
-        text = super().explain(name)
-        inside = self._tree.index[name].name in ("embed.hook_out", "embed_ln.hook_scale", "embed_ln.hook_normalized")
-        if inside and "center_writing_weights" in self.weights_state.done["embed"]:
-            text += (
-                "\n  note    in the terms of the rewritten embedding: W_E is small, its norm gives the centred W_E_eff"
-            )
-        return text
-
-    # -- files ---------------------------------------------------------------------------------------------------------
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-        """Hugging Face's ``save_pretrained``, the tokenizer's included; a processed model loses nothing by it.
-
-        ``lm_head.bias`` (``b_U``) would be dropped on loading without an error. It is written as the final norm's bias
-        instead, with the same log-probabilities; the reloaded model's ``W_U`` and ``b_U`` are as here again after
-        ``process_weights()``. Hugging Face's own ``bridge.hf_model.save_pretrained`` does not know this.
-
-        Args:
-            save_directory: the folder, made if need be.
-            args: as Hugging Face's, like the keywords.
-        """
-        state = kwargs.get("state_dict")
-        if state is None and (portable := portable_state(self._tree)) is not None:
-            kwargs["state_dict"] = portable
-        result = super().save_pretrained(save_directory, *args, **kwargs)
-        if self._rules.tokenizer is not None and kwargs.get("is_main_process", True):
-            shared = {name: kwargs[name] for name in ("push_to_hub", "repo_id", "token", "private") if name in kwargs}
-            self._rules.tokenizer.save_pretrained(save_directory, **shared)
-        return result
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load a state dict of the Hugging Face model; what was done to the weights before is forgotten."""
-        result = super().load_state_dict(state_dict, strict=strict, assign=assign)
-        record_of(self._tree).clear()
-        self._tree.notes.pop(RANDOM_WEIGHTS, None)
-        return result
