@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
@@ -18,10 +19,12 @@ from pellucid.cli.files import DEMO_FILES, METADATA_KEY
 from pellucid.cli.models import open_bridge
 from pellucid.cli.options import DEMO, Format, ModelChoice
 from pellucid.cli.output import results, table, to_json, write_json
-from pellucid.demo.picture import HeatMap, heat_maps_svg
 from pellucid.demo.prompts import LANGUAGES
 from pellucid.demo.story import LENGTH, ROWS, Grid, Head, Story, tell_story
 from pellucid.files import whole_file
+from pellucid.plots.axis import Axis
+from pellucid.plots.picture import Panel, Picture, Scale
+from pellucid.plots.svg import svg_of
 
 JSON_FILE, ARRAYS_FILE, PICTURE_FILE = DEMO_FILES
 TEXT_WIDTH = 96
@@ -57,19 +60,21 @@ def write_files(story: Story, folder: Path) -> None:
 
 def draw(story: Story) -> str:
     """Scores beside effects, as SVG."""
-    return heat_maps_svg(
-        "What a head looks at, and what is lost without it",
-        [
-            HeatMap("Induction score", "attention to the token that followed last time", "", story.induction, 1.0),
-            HeatMap("Effect", "rise of the loss without the head", "nats", story.effect),
-        ],
-        [
-            f"{ROWS} rows of {LENGTH} random tokens said twice, seed {story.seed}. Score: mean attention in the second.",
-            "Effect: the second half's loss with the head's output set to its mean, less the loss with every head.",
-            "A score is not an effect: attention says where a head looks, not what depends on it.",
-            f"Pellucid {pellucid.__version__}, embedded demo model, {story.dtype}.",
-        ],
+    layers, heads = (Axis.counted(name, size) for name, size in (("layer", story.n_layers), ("head", story.n_heads)))
+    score, effect = np.array(story.induction), np.array(story.effect)
+    panels = (
+        Panel("Induction score", score, Scale("attention", 0.0, 1.0)),
+        Panel("Effect (nats)", effect, Scale("nats", 0.0, float(effect.max()))),
     )
+    notes = (
+        f"{ROWS} rows of {LENGTH} random tokens said twice, seed {story.seed}. Score: mean attention in the second to the "
+        "token that followed last time.",
+        "Effect: the second half's loss with the head's output set to its mean, less the loss with every head.",
+        "A score is not an effect: attention says where a head looks, not what depends on it.",
+        f"Pellucid {pellucid.__version__}, embedded demo model, {story.dtype}.",
+    )
+    title = "What a head looks at, and what is lost without it"
+    return svg_of(Picture(title, notes, heads, layers, panels, printed=True, square=True))
 
 
 def _print(console: Console, story: Story, out: Path | None) -> None:

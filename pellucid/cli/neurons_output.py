@@ -140,9 +140,12 @@ def write_study(study: Study, out: Path) -> list[str]:
 
 
 def _draw(study: Study, out: Path) -> list[str]:
+    from pellucid.plots import save_picture
+    from pellucid.plots.extra import need
+    from pellucid.plots.neurons import change_picture, layers_picture, neuron_examples_page, overlap_picture
+
     try:
-        from pellucid.plots import save_picture
-        from pellucid.plots.neurons import change_picture, layers_picture, neuron_examples_page, overlap_picture
+        need("plotly")
     except MissingExtraError as error:
         say_note(f"no pictures: {error}")
         return []

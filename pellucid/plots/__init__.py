@@ -1,22 +1,25 @@
 """Pictures of finished results: heat maps, bars, example texts; as Plotly figures, and as files that need no network.
 
-A picture is drawn from labelled arrays (:class:`xarray.DataArray`), and this package imports no torch. Plotly reads text
-as markup and merges equal categories, which silently moves data; here every text is escaped and every axis counts
-indices, with the labels as the text of its ticks.
+A picture is described once (:class:`~pellucid.plots.picture.Picture`) from labelled arrays, tensors or numpy arrays, and
+drawn from there as a Plotly figure, as SVG and as PNG. This package imports no torch, and Plotly and matplotlib only where
+they draw.
 
-Needs the extra: ``pip install 'pellucid[plots]'``.
+Figures need the extra: ``pip install 'pellucid[plots]'``.
 """
 
 from __future__ import annotations
 
-import pellucid.plots.extra  # noqa: F401  (first, for its message)
+from pellucid.plots.attention import attention_pattern
 from pellucid.plots.bar_charts import bars
 from pellucid.plots.examples import TokenExample, examples_page
 from pellucid.plots.heat_maps import heat_map, heat_maps
+from pellucid.plots.picture import Picture
 from pellucid.plots.saving import check_picture_path, save_picture
 
 __all__ = [
+    "Picture",
     "TokenExample",
+    "attention_pattern",
     "bars",
     "check_picture_path",
     "examples_page",

@@ -9,7 +9,7 @@ import numpy as np
 import xarray
 
 from pellucid.errors import InputError
-from pellucid.plots.text import cut, escaped, isolated, visible, width
+from pellucid.plots.text import cut, isolated, visible, width
 
 Labels = Mapping[str, Sequence[str] | str]
 """For a dimension its labels, or the name of a coordinate that holds them."""
@@ -26,6 +26,12 @@ class Axis:
     ticks: tuple[str, ...]
     whole: tuple[tuple[str, str], ...]
 
+    @classmethod
+    def counted(cls, name: str, size: int) -> Axis:
+        """Places that have only their numbers."""
+        ticks = tuple(map(str, range(size)))
+        return cls(name, ticks, tuple((f"{name} ", tick) for tick in ticks))
+
     def __len__(self) -> int:
         return len(self.ticks)
 
@@ -35,36 +41,24 @@ class Axis:
         return max(width(tick) for tick in self.ticks)
 
     def hover(self, place: int) -> str:
-        """Escaped hover text of a place."""
+        """Text of a place under the pointer."""
         before, label = self.whole[place]
-        return escaped(before) + isolated(escaped(label))
+        return before + isolated(label)
 
     @property
     def headings(self) -> tuple[str, ...]:
         """Each place as a heading."""
         return tuple(before + label for before, label in self.whole)
 
-    def settings(self, pixels: float, shown: bool, turned: bool) -> dict[str, object]:
-        """Plotly's settings of an axis that is ``pixels`` a place: an index axis with labels as text.
+    def shown(self, pixels: float, turned: bool) -> range:
+        """The places whose labels can be written where there are ``pixels`` a place.
 
         Args:
             pixels: between two places.
-            shown: whether labels are written.
             turned: whether labels run across the axis, so that it is their height that has to fit.
         """
         needed = 13.0 if turned else self.widest + 8.0
-        step = max(1, -(-int(needed) // max(1, int(pixels)))) if pixels < needed else 1
-        places = range(0, len(self), step)
-        return {
-            "type": "linear",
-            "tickmode": "array",
-            "tickvals": list(places),
-            "ticktext": [escaped(self.ticks[place]) for place in places],
-            "showticklabels": shown,
-            "showgrid": False,
-            "zeroline": False,
-            "ticks": "",
-        }
+        return range(0, len(self), max(1, -(-int(needed) // max(1, int(pixels)))) if pixels < needed else 1)
 
 
 def axis_of(result: xarray.DataArray, dim: str, labels: Labels | None) -> Axis:

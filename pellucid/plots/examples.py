@@ -14,21 +14,22 @@ from dataclasses import dataclass
 import numpy as np
 
 from pellucid.errors import InputError
-from pellucid.plots.panels import FAINT_INK, FONTS, INK
-from pellucid.plots.text import visible
+from pellucid.plots.sheet import INKS
+from pellucid.plots.text import FONTS, visible
 from pellucid.tables import BriefFields
 
+_INK, _FAINT = INKS["ink"], INKS["faint"]
 _ABOVE, _BELOW = (196, 101, 72), (11, 102, 189)
 _STYLE = f"""
-body {{ margin: 1.5rem auto; max-width: 60rem; padding: 0 1rem; background: #fff; color: {INK};
+body {{ margin: 1.5rem auto; max-width: 60rem; padding: 0 1rem; background: #fff; color: {_INK};
   font: 15px/1.9 {FONTS}; }}
 h1 {{ font-size: 1.3rem; line-height: 1.3; }} h2 {{ font-size: 1.05rem; margin: 1.6rem 0 .3rem; }}
-p {{ margin: .2rem 0; color: {FAINT_INK}; }}
+p {{ margin: .2rem 0; color: {_FAINT}; }}
 ol {{ padding-left: 2.2rem; }} li {{ margin: .3rem 0; }}
-.note {{ color: {FAINT_INK}; font-size: 13px; margin-left: .6rem; }}
+.note {{ color: {_FAINT}; font-size: 13px; margin-left: .6rem; }}
 .t {{ display: inline-block; unicode-bidi: isolate; padding: 0 1px; border-radius: 2px;
   line-height: 1.5; white-space: pre; }}
-.most {{ outline: 2px solid {INK}; }}
+.most {{ outline: 2px solid {_INK}; }}
 .gap {{ background: #b3b3b3; }}
 """
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"

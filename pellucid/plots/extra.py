@@ -1,4 +1,4 @@
-"""Imported first of all here: without the packages of the extra ``plots`` it says how to get them."""
+"""Without the packages of the extra ``plots``, the functions that need them say how to get them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,3 @@ def need(*packages: str) -> None:
         raise MissingExtraError(
             f"Pictures need {' and '.join(missing)}, which is not installed: pip install 'pellucid[plots]'"
         )
-
-
-need("plotly")

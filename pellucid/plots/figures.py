@@ -1,4 +1,7 @@
-"""A Plotly figure that shows in an exported notebook too.
+"""A picture as a Plotly figure, which shows in an exported notebook too.
+
+Plotly reads text as markup and merges equal categories, which silently moves data: here every text is escaped and every
+axis counts places, with the labels as the text of its ticks.
 
 In Jupyter, Plotly leaves only its own data in the notebook: a viewer without Plotly's extension, and every export
 (``jupyter nbconvert``, GitHub), shows nothing in its place. Ours leave a drawing beside it, which needs neither a network
@@ -7,38 +10,224 @@ nor a program.
 
 from __future__ import annotations
 
-import base64
-import tempfile
-from importlib.util import find_spec
-from pathlib import Path
+import json
+from dataclasses import replace
 from typing import Any
 
-from plotly.graph_objects import Figure
+import numpy as np
+from plotly.graph_objects import Bar, Figure, Heatmap
 
 from pellucid.errors import InputError
-from pellucid.plots.drawing import draw
+from pellucid.plots.axis import Axis
+from pellucid.plots.layout import (
+    BAR_PAD,
+    BAR_WIDTH,
+    HEADING_SIZE,
+    PAD,
+    TEXT_SIZE,
+    TITLE_SIZE,
+    Layout,
+    layout_of,
+)
+from pellucid.plots.picture import GAP, SERIES, Panel, Picture
+from pellucid.plots.sheet import INKS
+from pellucid.plots.svg import svg_of
+from pellucid.plots.text import FONTS, escaped, lines, plain, visible
 
 
-class NotebookFigure(Figure):  # type: ignore[misc]
+class PictureFigure(Figure):  # type: ignore[misc]
     """What :func:`~pellucid.plots.heat_map` and :func:`~pellucid.plots.bars` give: a Plotly figure in all else."""
 
+    _picture: Picture
     _ipython_display_ = None
     """Plotly's would go before the bundle, and leave the drawing out."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (*super().__reduce__(), {"_picture": self._picture})
+
+    @property
+    def picture(self) -> Picture:
+        """What the figure shows, to be drawn without Plotly; with the title that it has now.
+
+        Raises:
+            InputError: something else was changed, which is named.
+        """
+        made, title = figure_of(self._picture), self.layout.title.text
+        described = self._picture
+        if title != made.layout.title.text:
+            described = replace(described, title=plain(title or "").replace("\n", " "))
+            made.update_layout(title_text=title)
+        changed = _differences(json.loads(self.to_json()), json.loads(made.to_json()), "figure")
+        if changed:
+            raise InputError(
+                "A drawing shows what heat_map or bars was asked for, and the title; the figure was changed since then: "
+                f"{', '.join(changed[:5])}. Give its arguments instead, save as .html, or use Plotly's own "
+                "figure.write_image (it needs kaleido and Chrome)."
+            )
+        return described
+
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None, **kwargs: Any) -> dict[str, Any]:
-        """Plotly's own forms; and a drawing, or a page with Plotly's program where it cannot be drawn."""
+        """Plotly's own forms; and a drawing, or a page with Plotly's program where the user changed the figure."""
         bundle: dict[str, Any] = dict(super()._repr_mimebundle_(include, exclude, **kwargs) or {})
         if "text/html" not in bundle and "image/png" not in bundle:
             try:
-                bundle["image/png"] = self._drawn()
-            except InputError:  # the user added what is not drawn
+                bundle["image/svg+xml"] = svg_of(self.picture)
+            except InputError:
                 bundle["text/html"] = self.to_html(full_html=False, include_plotlyjs=True, include_mathjax=False)
         return bundle
 
-    def _drawn(self) -> str:
-        if find_spec("matplotlib") is None:
-            raise InputError("matplotlib is not installed.")
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "figure.png"
-            draw(self, path, "png", 2.0)
-            return base64.b64encode(path.read_bytes()).decode()
+
+def _differences(found: Any, made: Any, name: str) -> list[str]:
+    """Names of what is in one of two values of JSON and not the same in the other."""
+    if isinstance(found, list) and isinstance(made, list) and any(isinstance(one, dict) for one in (*found, *made)):
+        found, made = dict(enumerate(found)), dict(enumerate(made))
+    if isinstance(found, dict) and isinstance(made, dict):
+        keys = sorted({*found, *made}, key=str)
+        return [each for key in keys for each in _differences(found.get(key), made.get(key), f"{name}.{key}")]
+    return (
+        [] if found == made else [f"{name} ({found['type']})" if isinstance(found, dict) and "type" in found else name]
+    )
+
+
+def figure_of(picture: Picture) -> PictureFigure:
+    """A picture as a Plotly figure, with a trace for each panel, or for each panel and series of bars."""
+    layout = layout_of(picture)
+    figure = PictureFigure()
+    figure._picture = picture
+    for number, panel in enumerate(picture.panels):
+        figure.add_traces(
+            _heat_map(picture, panel, number) if panel.scale is not None else _bars(picture, panel, number)
+        )
+    figure.update_layout(_settings(picture, layout))
+    return figure
+
+
+def _key(number: int) -> str:
+    """What Plotly writes after ``x`` and ``y`` for the axes of a panel."""
+    return "" if number == 0 else str(number + 1)
+
+
+def _heat_map(picture: Picture, panel: Panel, number: int) -> Heatmap:
+    assert panel.scale is not None
+    shown: dict[str, Any] = {"hovertext": _hovers(picture, panel), "hoverinfo": "text", "hoverongaps": True}
+    if picture.printed:
+        shown |= {"text": picture.printed_in(panel), "texttemplate": "%{text}"}
+    axes = {"xaxis": f"x{_key(number)}", "yaxis": f"y{_key(number)}"}
+    colours = f"coloraxis{_key(picture.scales.index(panel.scale))}"
+    return Heatmap(z=panel.values, coloraxis=colours, name=escaped(visible(panel.heading)) or None, **shown, **axes)
+
+
+def _bars(picture: Picture, panel: Panel, number: int) -> list[Bar]:
+    keyed = any(picture.series) and number == 0
+    axes = {"xaxis": f"x{_key(number)}", "yaxis": f"y{_key(number)}"}
+    made = []
+    for series, heights in enumerate(panel.values):
+        name = escaped(visible(picture.series[series])) or None
+        shown = {"hovertext": _hovers(picture, panel)[series], "hoverinfo": "text", "marker": {"color": SERIES[series]}}
+        places = {"x": list(range(len(picture.x))), "y": np.where(np.isfinite(heights), heights, np.nan)}
+        made.append(Bar(name=name, legendgroup=name, showlegend=keyed, **places, **shown, **axes))
+    return made
+
+
+def _hovers(picture: Picture, panel: Panel) -> list[list[str]]:
+    return [[lines(map(escaped, hover)) for hover in row] for row in picture.hovers(panel)]
+
+
+def _settings(picture: Picture, layout: Layout) -> dict[str, Any]:
+    """Plotly's layout."""
+    area, x, y = layout.area, picture.x, picture.y
+    paper, ink = INKS["paper"], INKS["ink"]
+    gaps = any(panel.scale is not None and not np.isfinite(panel.values).all() for panel in picture.panels)
+    sides = {"l": area.left, "r": layout.width - area.right, "t": area.top, "b": layout.height - area.bottom}
+    made: dict[str, Any] = {
+        "template": "none",
+        "width": layout.width,
+        "height": layout.height,
+        "margin": {**{side: round(pixels) for side, pixels in sides.items()}, "pad": 0, "autoexpand": False},
+        "paper_bgcolor": paper,
+        "plot_bgcolor": GAP if gaps else paper,
+        "font": {"family": FONTS, "size": TEXT_SIZE, "color": ink},
+        "hoverlabel": {"align": "left", "font": {"family": FONTS}, "bgcolor": paper},
+        "title": {
+            "text": lines(map(escaped, layout.title)),
+            "font": {"size": TITLE_SIZE},
+            "automargin": False,
+            "x": 0,
+            "xanchor": "left",
+            "xref": "container",
+            "pad": {"l": PAD},
+            # The foot of the first line; Plotly puts the first of several lines elsewhere for "top".
+            "y": 1 - (PAD + 0.75 * TITLE_SIZE) / layout.height,
+            "yanchor": "bottom",
+            "yref": "container",
+        },
+        "annotations": [],
+    }
+    if layout.notes:  # Plotly's own subtitle moves a title of several lines off the page
+        place = {"x": 0, "y": 1, "xanchor": "left", "yanchor": "top", "align": "left", "borderpad": 0}
+        shift = {"xshift": round(PAD - area.left), "yshift": round(area.top - layout.notes_top)}
+        font = {"size": TEXT_SIZE, "color": INKS["faint"]}
+        made["annotations"].append(_note(lines(map(escaped, layout.notes)), **place, **shift, font=font))
+    for number, box in enumerate(layout.panels):
+        across = [(side - area.left) / area.width for side in (box.left, box.right)]
+        up = [1 - (side - area.top) / area.height for side in (box.bottom, box.top)]
+        key, lowest, leftmost = _key(number), layout.is_lowest(number), layout.is_leftmost(number)
+        along = _places(x, x.shown(box.width / len(x), turned=layout.angle != 0), [-0.5, len(x) - 0.5])
+        made[f"xaxis{key}"] = {**along, **_frame(x.name, lowest, across, f"y{key}"), "tickangle": layout.angle}
+        if isinstance(y, Axis):
+            down = _places(y, y.shown(box.height / len(y), turned=True), [len(y) - 0.5, -0.5])
+        else:
+            down = {"type": "linear", "showgrid": True, "gridcolor": INKS["grid"], "range": [y.low, y.high]}
+            down |= {"zeroline": True, "zerolinecolor": INKS["faint"], "zerolinewidth": 1}
+        made[f"yaxis{key}"] = {
+            **down,
+            **_frame(y.name if isinstance(y, Axis) else visible(y.unit), leftmost, up, f"x{key}"),
+        }
+        if layout.headings[number]:
+            place = {"x": sum(across) / 2, "y": up[1], "xanchor": "center", "yanchor": "bottom"}
+            made["annotations"].append(_note(escaped(layout.headings[number]), **place, font={"size": HEADING_SIZE}))
+    for number, scale in enumerate(picture.scales):
+        bar = {
+            "title": {"text": lines(map(escaped, layout.unit)), "side": "right"},
+            "tickvals": [value for value, _ in scale.ticks],
+            "ticktext": [text for _, text in scale.ticks],
+            "lenmode": "pixels",
+            "len": layout.bar,
+            "thickness": BAR_WIDTH,
+            "outlinewidth": 0,
+            "x": 1,
+            "xanchor": "left",
+            "xpad": BAR_PAD,
+            "y": 1,
+            "yanchor": "top",
+            "ypad": 0,
+        }
+        ends = {"cmin": scale.low, "cmax": scale.high, "colorscale": scale.stops}
+        made[f"coloraxis{_key(number)}"] = {**ends, "showscale": len(picture.scales) == 1, "colorbar": bar}
+    if not isinstance(y, Axis):
+        made |= {"barmode": "group", "bargap": 0.2, "showlegend": any(picture.series)}
+        made["legend"] = {"x": 1, "xanchor": "left", "y": 1, "yanchor": "top"}
+    return made
+
+
+def _note(text: str, **settings: Any) -> dict[str, Any]:
+    return {"text": text, "xref": "paper", "yref": "paper", "showarrow": False, **settings}
+
+
+def _places(axis: Axis, places: range, ends: list[float]) -> dict[str, Any]:
+    """An axis of places: an index axis with labels as text."""
+    ticks = {"tickvals": list(places), "ticktext": [escaped(axis.ticks[place]) for place in places]}
+    return {"type": "linear", "tickmode": "array", **ticks, "showgrid": False, "zeroline": False, "range": ends}
+
+
+def _frame(name: str, shown: bool, domain: list[float], anchor: str) -> dict[str, Any]:
+    title = {"text": escaped(name) if shown else "", "standoff": 8}
+    domain = [min(max(side, 0.0), 1.0) for side in domain]
+    return {
+        "showticklabels": shown,
+        "ticks": "",
+        "domain": domain,
+        "anchor": anchor,
+        "automargin": False,
+        "title": title,
+    }

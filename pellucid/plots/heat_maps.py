@@ -1,84 +1,37 @@
-"""Heat maps: layer x position, layer x head, position x position, language x language; one, or several on one scale.
-
-Colours are cmocean's (Thyng et al. 2016, "True colors of oceanography"): even steps of the value are even steps to the
-eye, also to those who see few colours. ``balance`` runs from blue through near white to red around a middle value,
-``dense`` from near white to purple between two ends. A place without a finite number is a grey gap, and hovering names it.
-"""
+"""Heat maps: layer x position, layer x head, position x position, language x language; one, or several on one scale."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xarray
-from plotly.graph_objects import Figure, Heatmap
 
 from pellucid.errors import InputError
-from pellucid.plots.axis import Axis, Labels, axis_of, check_labels
-from pellucid.plots.figures import NotebookFigure
-from pellucid.plots.panels import Panels, axis_key, best_columns, check_panels, layout
-from pellucid.plots.text import escaped, lines, visible, wrapped
+from pellucid.plots.axis import Axis, Labels
+from pellucid.plots.extra import need
+from pellucid.plots.picture import Panel, Picture, Scale
+from pellucid.plots.results import Numbers, check_panels, facets, finite_of, labelled_all, shared_axes, words
 
-BALANCE = ("#171c42", "#293a8f", "#0b66bd", "#4590b9", "#8eb5c2", "#d2d8db", "#f1eceb")
-BALANCE_ABOVE = ("#f1eceb", "#e6d2cc", "#d59d89", "#c46548", "#ac2b24", "#780e28", "#3c0911")
-DENSE = (
-    *("#e6f0f0", "#bfdde5", "#9cc9e2", "#81b4e3", "#739ae4", "#757fdd"),
-    *("#7864ca", "#774aaf", "#71328d", "#641f68", "#501442", "#360e24"),
-)
-GAP_COLOUR = "#b3b3b3"
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
 MOST_CELLS = 300_000
 """Cells of one picture; each carries its hover text."""
 
-_CELL, _PRINTED_CELL, _SMALLEST_PANEL = 30.0, 46.0, 120.0
-_WIDEST, _HIGHEST, _NARROWEST_CELL = 1100.0, 1400.0, 14.0
-_BAR_ROOM, _MOST_PRINTED = 120.0, 144
-
-
-@dataclass(frozen=True)
-class _Colours:
-    """Two ends and the colours between them, the middle one given where they diverge."""
-
-    low: float
-    high: float
-    middle: float | None
-
-    def settings(self, unit: str, pixels: float) -> dict[str, Any]:
-        shares = np.linspace(0.0, 0.5, len(BALANCE)).tolist()
-        if self.middle is None:
-            scale = list(zip(np.linspace(0.0, 1.0, len(DENSE)).tolist(), DENSE, strict=True))
-        else:
-            below = list(zip(shares, BALANCE, strict=True))
-            scale = below + [(0.5 + s, colour) for s, colour in zip(shares[1:], BALANCE_ABOVE[1:], strict=True)]
-        written = [escaped(line) for line in wrapped(visible(unit), pixels, 12)]
-        return {
-            "cmin": self.low,
-            "cmax": self.high,
-            "colorscale": scale,
-            "showscale": True,
-            "colorbar": {
-                "title": {"text": lines(written), "side": "right"},
-                "lenmode": "pixels",
-                "len": pixels,
-                "thickness": 14,
-                "x": 1,
-                "xanchor": "left",
-                "xpad": 14,
-                "y": 1,
-                "yanchor": "top",
-                "ypad": 0,
-                "outlinewidth": 0,
-            },
-        }
+_MOST_PRINTED = 144
+_FAR, _FEWEST, _LEAST_SHARE = 5.0, 16, 1e-5
+"""An outlier lies over 5 times as far out as all the rest, of 16 numbers or more. Where the rest is less than 1e-5 of it,
+the rest may be rounding, which no colour should bring out."""
 
 
 def heat_map(
-    result: xarray.DataArray,
+    result: Numbers | Mapping[str, Numbers],
     *,
-    title: str,
-    unit: str,
+    title: str | None = None,
+    unit: str | None = None,
     subtitle: str | None = None,
     x: str | None = None,
     y: str | None = None,
@@ -86,17 +39,22 @@ def heat_map(
     labels: Labels | None = None,
     centre: float | None = 0.0,
     limits: tuple[float, float] | None = None,
+    clip: bool = True,
     print_values: bool | None = None,
+    square: bool | None = None,
 ) -> Figure:
-    """A heat map of a result with two axes, or one for each place of a third, all on one colour scale.
+    """A heat map of a result with two axes, or one for each place of a third, or of each of several results.
 
-    Both axes count places 0, 1, 2, ...: labels are only the text of ticks, so the same token may stand twice. Row 0 is at
-    the top. All text is shown as it is, never read as markup.
+    All panels have one colour scale. Both axes count places 0, 1, 2, ...: labels are only the text of ticks, so the same
+    token may stand twice. Row 0 is at the top. All text is shown as it is, never read as markup. A place without a finite
+    number is a grey gap.
 
     Args:
-        result: numbers ``[y, x]``, in any order of axes; ``[facet, y, x]`` with ``facet``.
-        title: what is shown: the metric and the prompt.
-        unit: what a colour means; the title of the colour bar.
+        result: numbers ``[y, x]``, in any order of axes; ``[facet, y, x]`` with ``facet``. The axes of a tensor or a numpy
+            array are called ``panel``, ``row`` and ``column``. Or a heading for each panel, and its numbers ``[y, x]``, such
+            as a measurement and its random control: :func:`heat_maps` is this function.
+        title: what is shown: the metric and the prompt; by default what the (first) result says of itself.
+        unit: what a colour means; the title of the colour bar; by default the result's name and units.
         subtitle: a smaller line below the title.
         x: the axis along; by default the last one left.
         y: the axis down; by default the other.
@@ -106,124 +64,55 @@ def heat_map(
         centre: the value in the middle of blue and red, whose ends are equally far from it; ``None`` for one hue from
             the least to the largest value.
         limits: ends of the colour scale, instead of those found in the result; with ``centre`` equally far from it.
+        clip: leave outliers out of the colour scale: of 16 numbers or more at most one in a hundred (one at least), each
+            over five times as far from ``centre`` (the median where it is ``None``) as all the rest. They have the colour
+            of the end, and the picture says how many there are and which is the farthest, as it does with ``limits``.
         print_values: write values into cells; by default where the picture has at most 144 of them.
+        square: cells as high as wide; by default of ``pos`` by ``key_pos``.
 
     Returns:
         a figure with a trace for each panel, its ``z`` the numbers ``[y, x]``.
 
     Raises:
         InputError: not these axes, complex numbers, no cell or over 300,000, no finite number, labels that do not fit,
-            limits that do not.
+            limits that do not, results with different axes or labels.
+        MissingExtraError: Plotly is not installed.
     """
-    _check_array(result, "the result")
-    dims = [str(dim) for dim in result.dims]
-    if facet is not None and facet not in dims:
-        raise InputError(f"There is no axis {facet} to make panels of; the result has {', '.join(dims)}.")
-    if facet is None:
-        panels = {"": result}
-    else:
-        check_panels(result.sizes[facet], f"the axis {facet}")
-        names = axis_of(result, facet, labels)
-        panels = {}
-        for place, name in enumerate(names.headings):
-            shown = name if name not in panels else f"{name} ({place})"
-            panels[shown] = result.isel({facet: place}, drop=True)
-    left = {dim: texts for dim, texts in (labels or {}).items() if dim != facet}
-    return _draw(panels, title, unit, subtitle, x, y, left, centre, limits, print_values)
+    need("plotly")
+    from pellucid.plots.figures import figure_of
 
-
-def heat_maps(
-    results: Mapping[str, xarray.DataArray],
-    *,
-    title: str,
-    unit: str,
-    subtitle: str | None = None,
-    x: str | None = None,
-    y: str | None = None,
-    labels: Labels | None = None,
-    centre: float | None = 0.0,
-    limits: tuple[float, float] | None = None,
-    print_values: bool | None = None,
-) -> Figure:
-    """Heat maps of results with the same axes, such as a measurement and its random control, on one colour scale.
-
-    Args:
-        results: a heading for each panel, and its numbers ``[y, x]``.
-        title: as in :func:`heat_map`, and so are the others.
-        unit: what a colour means.
-        subtitle: a smaller line below the title.
-        x: the axis along.
-        y: the axis down.
-        labels: for some axes, labels or the name of a coordinate.
-        centre: the value in the middle of the colours, or ``None``.
-        limits: ends of the colour scale.
-        print_values: write values into cells.
-
-    Raises:
-        InputError: as :func:`heat_map`; results with different axes or labels.
-    """
+    results, first = labelled_all(result)
+    title, unit = words(first, title, unit)
+    if facet is not None:
+        headings = facets(first, facet, labels).headings
+        names = [name if name not in headings[:n] else f"{name} ({n})" for n, name in enumerate(headings)]
+        results = {name: first.isel({facet: n}, drop=True) for n, name in enumerate(names)}
+        labels = {dim: texts for dim, texts in (labels or {}).items() if dim != facet}
     check_panels(len(results), "the mapping of results")
-    for heading, result in results.items():
-        _check_array(result, f"{heading!r}")
-    return _draw(results, title, unit, subtitle, x, y, labels, centre, limits, print_values)
-
-
-def _check_array(result: xarray.DataArray, what: str) -> None:
-    if not isinstance(result, xarray.DataArray):
-        raise InputError(f"A picture is drawn from an xarray.DataArray; {what} is of type {type(result).__name__}.")
-    if result.dtype.kind not in "fiub":
-        raise InputError(f"A picture is drawn from real numbers; {what} holds {result.dtype}.")
-    if not result.size:
-        raise InputError(f"There is nothing to draw: {what} has the sizes {dict(result.sizes)}.")
-
-
-def _draw(
-    results: Mapping[str, xarray.DataArray],
-    title: str,
-    unit: str,
-    subtitle: str | None,
-    x: str | None,
-    y: str | None,
-    labels: Labels | None,
-    centre: float | None,
-    limits: tuple[float, float] | None,
-    print_values: bool | None,
-) -> Figure:
-    first = next(iter(results.values()))
-    down, along = _axes(first, x, y)
-    y_axis, x_axis = axis_of(first, down, labels), axis_of(first, along, labels)
-    check_labels(labels, (down, along))
-    for heading, result in results.items():
-        if set(result.dims) != {down, along} or result.sizes != first.sizes:
-            raise InputError(
-                f"Panels share their axes: {heading!r} has {dict(result.sizes)}, the first one {dict(first.sizes)}."
-            )
-        if (axis_of(result, down, labels), axis_of(result, along, labels)) != (y_axis, x_axis):
-            raise InputError(f"Panels share their labels: those of {heading!r} are not those of the first one.")
-    grids = [_numbers(result.transpose(down, along).values) for result in results.values()]
+    dims = _axes(next(iter(results.values())), x, y)
+    y_axis, x_axis = shared_axes(results, dims, labels)
+    grids = [_numbers(one.transpose(*dims).values) for one in results.values()]
     cells = sum(grid.size for grid in grids)
     if cells > MOST_CELLS:
         raise InputError(
             f"The picture would have {cells:,} cells; at most {MOST_CELLS:,} are drawn: take a part of it."
         )
-    finite = np.concatenate([grid[np.isfinite(grid)].ravel() for grid in grids]).astype(float)
-    if not finite.size:
-        raise InputError(f"There is nothing to draw: none of the {cells:,} numbers is finite.")
-    colours = _colours(finite, centre, limits)
-    printed = cells <= _MOST_PRINTED if print_values is None else print_values
-    panels = _sized(list(results), x_axis, y_axis, printed)
+    finite = finite_of(grids)
+    scale = _scale(finite, unit, centre, limits, clip)
+    panels = tuple(Panel(heading, grid, scale) for heading, grid in zip(results, grids, strict=True))
     notes = [] if subtitle is None else [subtitle]
+    if scale.below or scale.above:
+        notes.append(_beyond(scale, panels, y_axis, x_axis))
     if finite.size < cells:
         notes.append(f"Grey: no finite number ({cells - finite.size:,} of {cells:,}).")
-    bar = max(140.0, min(panels.total[1], 420.0))
-    settings = layout(panels, x_axis, y_axis, title=title, subtitle=notes, right=_BAR_ROOM, tall=bar)
-    settings["coloraxis"] = colours.settings(unit, bar)
-    figure = NotebookFigure()
-    for number, (heading, grid) in enumerate(zip(results, grids, strict=True)):
-        if not np.isfinite(grid).all():
-            settings.update(plot_bgcolor=GAP_COLOUR)
-        figure.add_trace(_trace(grid, x_axis, y_axis, heading, unit, axis_key(number), finite if printed else None))
-    return figure.update_layout(settings)
+    printed = cells <= _MOST_PRINTED if print_values is None else print_values
+    if square is None:
+        square = set(dims) == {"pos", "key_pos"}
+    return figure_of(Picture(title, tuple(notes), x_axis, y_axis, panels, printed=printed, square=square))
+
+
+heat_maps = heat_map
+"""The same, for several results."""
 
 
 def _axes(result: xarray.DataArray, x: str | None, y: str | None) -> tuple[str, str]:
@@ -248,7 +137,11 @@ def _numbers(values: np.ndarray) -> np.ndarray:
     return values if values.dtype in (np.float32, np.float64) else values.astype(np.float64)
 
 
-def _colours(finite: np.ndarray, centre: float | None, limits: tuple[float, float] | None) -> _Colours:
+def _scale(
+    finite: np.ndarray, unit: str, centre: float | None, limits: tuple[float, float] | None, clip: bool
+) -> Scale:
+    if centre is not None and not math.isfinite(centre):
+        raise InputError(f"centre has to be a finite number or None; found {centre}.")
     if limits is not None:
         low, high = limits
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
@@ -258,62 +151,35 @@ def _colours(finite: np.ndarray, centre: float | None, limits: tuple[float, floa
                 f"limits {limits} are not equally far from centre {centre}: two colours as strong would mean different "
                 "changes. Give other limits, or centre=None."
             )
-        return _Colours(low, high, centre)
-    low, high = float(finite.min()), float(finite.max())
-    if centre is None:
-        return _Colours(low, high if high > low else low + 1.0, None)
-    if not math.isfinite(centre):
-        raise InputError(f"centre has to be a finite number or None; found {centre}.")
-    most = max(abs(low - centre), abs(high - centre)) or 1.0
-    return _Colours(centre - most, centre + most, centre)
+    else:
+        kept = _without_outliers(finite, centre) if clip else finite
+        low, high = float(kept.min()), float(kept.max())
+        if centre is not None:
+            most = max(abs(low - centre), abs(high - centre)) or 1.0
+            low, high = centre - most, centre + most
+        elif high <= low:
+            high = low + 1.0
+    return Scale(unit, low, high, centre is not None, bool(finite.min() < low), bool(finite.max() > high))
 
 
-def _sized(headings: Sequence[str], x: Axis, y: Axis, printed: bool) -> Panels:
-    """Cells as large as the page allows."""
-    cell = _PRINTED_CELL if printed else _CELL
-    width = max(_SMALLEST_PANEL, min(cell * len(x), _WIDEST))
-    height = max(_SMALLEST_PANEL / 2, min((0.75 if printed else 1.0) * cell * len(y), _HIGHEST))
-    columns = best_columns(len(headings), width, height, int(_WIDEST / (_NARROWEST_CELL * len(x))))
-    rows = math.ceil(len(headings) / columns)
-    smallest = 40.0 if len(headings) > 1 else _SMALLEST_PANEL / 2
-    if not printed:
-        width = max(_SMALLEST_PANEL if len(headings) < 10 else 70.0, min(width, _WIDEST / columns))
-        height = max(smallest, min(height, _HIGHEST / rows))
-    return Panels(headings, columns, width, height)
+def _without_outliers(finite: np.ndarray, centre: float | None) -> np.ndarray:
+    """All numbers but the few that lie far beyond a gap: at the last such gap, if there are several."""
+    if finite.size < _FEWEST:
+        return finite
+    away = np.abs(finite - (np.median(finite) if centre is None else centre))
+    farthest = np.sort(away)[::-1][: max(1, finite.size // 100) + 1]
+    gaps = (farthest[:-1] > _FAR * farthest[1:]) & (farthest[1:] > _LEAST_SHARE * farthest[0])
+    return finite[away <= farthest[np.flatnonzero(gaps)[-1] + 1]] if gaps.any() else finite
 
 
-def _trace(
-    grid: np.ndarray, x: Axis, y: Axis, heading: str, unit: str, key: str, printed: np.ndarray | None
-) -> Heatmap:
-    """One panel; ``printed`` are all finite numbers of the picture, where they are written into the cells."""
-    above = [escaped(visible(heading))] if heading else []
-    rows, columns = ([axis.hover(place) for place in range(len(axis))] for axis in (y, x))
-    named = escaped(visible(unit))
-    hover = [
-        [lines([*above, rows[i], columns[j], f"{named}: {_value(value)}"]) for j, value in enumerate(row)]
-        for i, row in enumerate(grid.tolist())
-    ]
-    trace: dict[str, Any] = {"z": grid, "hovertext": hover, "hoverinfo": "text", "hoverongaps": True}
-    if printed is not None:
-        decimals = _decimals(float(np.abs(printed).max()))
-        trace["text"] = [[_short(value, decimals) for value in row] for row in grid.tolist()]
-        trace["texttemplate"] = "%{text}"
-    return Heatmap(coloraxis="coloraxis", xaxis=f"x{key}", yaxis=f"y{key}", name=above[0] if above else None, **trace)
-
-
-def _value(value: float) -> str:
-    if math.isfinite(value):
-        return f"{value:.6g}"
-    return "not a number (NaN)" if math.isnan(value) else f"{value:+}"
-
-
-def _decimals(most: float) -> int | None:
-    """Decimals that write numbers up to ``most`` in about three digits; ``None`` if only powers of ten can."""
-    power = math.floor(math.log10(most)) if most > 0 else 0
-    return None if power > 4 or power < -3 else max(0, min(4, 2 - power))
-
-
-def _short(value: float, decimals: int | None) -> str:
-    if not math.isfinite(value):
-        return ""
-    return f"{value:.1e}" if decimals is None else f"{round(value, decimals) + 0.0:.{decimals}f}"
+def _beyond(scale: Scale, panels: Sequence[Panel], y: Axis, x: Axis) -> str:
+    """What the picture says of numbers beyond the colour scale: how many there are, and which is the farthest."""
+    values = np.stack([panel.values for panel in panels]).astype(np.float64)
+    values[~np.isfinite(values)] = scale.low
+    out = np.maximum(values - scale.high, scale.low - values)
+    panel, row, column = map(int, np.unravel_index(int(out.argmax()), out.shape))
+    place = ", ".join(filter(None, (panels[panel].heading, y.headings[row], x.headings[column])))
+    return (
+        f"Clipped: {(out > 0).sum():,} of {out.size:,} numbers lie beyond the colour scale ({scale.low:.4g} to "
+        f"{scale.high:.4g}), the farthest {values[panel, row, column]:.4g} at {place}."
+    )

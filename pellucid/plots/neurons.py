@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import xarray
-from plotly.graph_objects import Figure
 
 from pellucid.plots.bar_charts import bars
 from pellucid.plots.examples import TokenExample, examples_page
 from pellucid.plots.heat_maps import heat_map, heat_maps
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
 
 Context = tuple[float, str, str, str]
 """An example of a neuron: its activation at a token, the text before it, the token, the text after."""

@@ -1,7 +1,7 @@
 """Pictures as files: a page that opens without a network (``.html``), or a drawing (``.png``, ``.svg``).
 
-A page holds Plotly's program and forbids itself to ask any other place for anything. A drawing is made by matplotlib:
-Plotly's own way to one starts a Chrome, which a bare machine does not have.
+A page holds Plotly's program and forbids itself to ask any other place for anything. An SVG is written here, a PNG drawn by
+matplotlib: Plotly's own way to one starts a Chrome, which a bare machine does not have.
 """
 
 from __future__ import annotations
@@ -9,15 +9,18 @@ from __future__ import annotations
 import html
 import os
 from pathlib import Path
-
-from plotly.graph_objects import Figure
-from plotly.offline import get_plotlyjs
+from typing import TYPE_CHECKING
 
 from pellucid.errors import InputError
 from pellucid.files import whole_file
-from pellucid.plots.drawing import draw
 from pellucid.plots.extra import need
+from pellucid.plots.picture import Picture
+from pellucid.plots.png import draw_png
+from pellucid.plots.svg import svg_of
 from pellucid.plots.text import plain
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
 
 _SUFFIXES = (".html", ".png", ".svg")
 _POLICY = (
@@ -47,7 +50,7 @@ def check_picture_path(path: str | os.PathLike[str], overwrite: bool = False) ->
 
     Raises:
         InputError: another ending, a file or a folder that is there, no such folder, or one that cannot be written.
-        MissingExtraError: a drawing needs matplotlib and it is not installed.
+        MissingExtraError: Plotly is not installed, or matplotlib, which a ``.png`` needs.
     """
     place = Path(path).expanduser().resolve()
     if place.suffix.lower() not in _SUFFIXES:
@@ -60,8 +63,7 @@ def check_picture_path(path: str | os.PathLike[str], overwrite: bool = False) ->
         raise InputError(f"There is no folder {place.parent}: make it first, or give another path.")
     if not os.access(place.parent, os.W_OK):
         raise InputError(f"The folder {place.parent} cannot be written: give another path.")
-    if place.suffix.lower() != ".html":
-        need("matplotlib")
+    need("plotly", *(["matplotlib"] if place.suffix.lower() == ".png" else []))
     return place
 
 
@@ -82,9 +84,9 @@ def save_picture(
         the path, resolved.
 
     Raises:
-        InputError: the path cannot be written (:func:`check_picture_path`), or the figure has something that is not
-            drawn, which is named.
-        MissingExtraError: matplotlib is not installed and a drawing was asked for.
+        InputError: the path cannot be written (:func:`check_picture_path`), or the figure is not as this package made it,
+            but for its title: what was changed is named.
+        MissingExtraError: as :func:`check_picture_path`.
     """
     place = check_picture_path(path, overwrite)
     kind = place.suffix.lower()
@@ -93,16 +95,32 @@ def save_picture(
             raise InputError(f"A page of examples is saved as .html; found {place.name!r}.")
         if not 0.1 <= scale <= 10:
             raise InputError(f"scale is from 0.1 to 10; found {scale}.")
+        described = _description(picture)
     with whole_file(place) as draft:
-        if kind == ".html":
-            draft.write_text(picture if isinstance(picture, str) else page_of(picture), "utf-8")
+        if kind == ".png":
+            draw_png(described, draft, scale)
+        elif kind == ".svg":
+            draft.write_text(svg_of(described), "utf-8")
         else:
-            draw(picture, draft, kind.removeprefix("."), scale)
+            draft.write_text(picture if isinstance(picture, str) else page_of(picture), "utf-8")
     return place
+
+
+def _description(figure: Figure) -> Picture:
+    from pellucid.plots.figures import PictureFigure
+
+    if not isinstance(figure, PictureFigure):
+        raise InputError(
+            "A drawing is made of what heat_map, heat_maps, bars or attention_pattern give; this figure is Plotly's own. "
+            "Save as .html, or use its figure.write_image (it needs kaleido and Chrome)."
+        )
+    return figure.picture
 
 
 def page_of(figure: Figure) -> str:
     """A page with one figure, which asks no other place for anything."""
+    from plotly.offline import get_plotlyjs
+
     title = plain(str(figure.layout.title.text or "Picture")).replace("\n", " ")
     body = figure.to_html(full_html=False, include_plotlyjs=False, include_mathjax=False, config=_CONFIG)
     return (

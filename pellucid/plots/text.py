@@ -11,6 +11,12 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
+FONTS = (
+    "system-ui, 'Segoe UI', 'Noto Sans', 'Noto Sans Arabic', 'Noto Sans Devanagari', 'Nirmala UI', "
+    "'Noto Sans CJK SC', 'PingFang SC', 'Microsoft YaHei', 'DejaVu Sans', sans-serif"
+)
+"""Fonts of the reader's own machine; browsers take each script's characters from the first that has them."""
+
 LONGEST_LABEL = 24
 """Characters of a tick's text; the hover text has all of them."""
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import xml.etree.ElementTree as ElementTree
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
 
 from pellucid import TransformerBridge
 from pellucid.demo import MODEL_FOLDER, load_demo_bridge
-from pellucid.demo.picture import HeatMap, heat_maps_svg
 from pellucid.demo.predictions import next_tokens
 from pellucid.demo.prompts import LANGUAGES, PROMPTS
 from pellucid.demo.story import (
@@ -30,8 +27,6 @@ from pellucid.demo.story import (
 )
 from pellucid.errors import NoEffectError
 from tests.models import is_pristine
-
-SVG = "{http://www.w3.org/2000/svg}"
 
 
 @pytest.fixture(scope="module")
@@ -188,23 +183,3 @@ def test_the_story_is_plain_json_and_arrays(story: Story) -> None:
     assert tensors["induction"].shape == tensors["effect"].shape == (story.n_layers, story.n_heads)
     assert tensors["tokens"].dtype is torch.int64
     assert tensors["loss_by_target"].shape == (2 * LENGTH - 1,)
-
-
-def test_a_picture_is_one_file_with_its_text_escaped(tmp_path: Path) -> None:
-    grid = [[0.0, 0.5], [-1.0, 2.0]]
-    picture = heat_maps_svg("a < b & c", [HeatMap("<b>", "</svg>", "nats", grid)], ["1 < 2 & 3"])
-    root = ElementTree.fromstring(picture)
-    texts = [element.text for element in root.iter(f"{SVG}text")]
-    assert texts[:2] == ["<b>", "</svg>"]
-    assert "1 < 2 & 3" in texts
-    assert "2.00" in texts
-    assert "0.00" not in texts
-    titles = [element.text for element in root.iter(f"{SVG}title")]
-    assert titles == ["a < b & c", "L0H0: 0.00 nats", "L0H1: 0.50 nats", "L1H0: -1.00 nats", "L1H1: 2.00 nats"]
-    assert "http" not in picture.replace("http://www.w3.org/2000/svg", "")
-    assert len(list(root.iter(f"{SVG}rect"))) == 4
-
-
-def test_a_picture_of_nothing_is_pale() -> None:
-    picture = heat_maps_svg("zeros", [HeatMap("zeros", "", "", [[0.0, 0.0]])], [])
-    assert picture.count('fill="#f2f5fa"') == 2

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import copy
+import pickle
+import xml.etree.ElementTree as ElementTree
 from typing import Any
 
 import numpy as np
@@ -30,9 +31,11 @@ def test_a_figure_leaves_a_drawing_in_a_notebook(kind: str, monkeypatch: Any) ->
     assert not callable(getattr(figure, "_ipython_display_", None))  # IPython asks it first, and the bundle not at all
     bundle = figure._repr_mimebundle_()
     assert "application/vnd.plotly.v1+json" in bundle
-    assert base64.b64decode(bundle["image/png"]).startswith(b"\x89PNG")
-    assert len(bundle["image/png"]) < 400_000
-    assert copy.deepcopy(figure)._repr_mimebundle_().keys() == bundle.keys()
+    drawn = bundle["image/svg+xml"]
+    assert ElementTree.fromstring(drawn).tag.endswith("svg")
+    assert len(drawn) < 400_000
+    for again in (copy.deepcopy(figure), pickle.loads(pickle.dumps(figure))):
+        assert again._repr_mimebundle_()["image/svg+xml"] == drawn
 
 
 def test_a_figure_that_cannot_be_drawn_leaves_a_page(monkeypatch: Any) -> None:

@@ -11,19 +11,19 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
+import matplotlib.figure
 import numpy as np
 import pytest
 import xarray
 from hypothesis import given
 from hypothesis import strategies as st
-from plotly.graph_objects import Scatter
+from plotly.graph_objects import Figure, Scatter
 
 from pellucid.errors import InputError, MissingExtraError, PellucidError, PellucidWarning
 from pellucid.plots import (
     TokenExample,
     bars,
     check_picture_path,
-    drawing,
     examples_page,
     fonts,
     heat_map,
@@ -225,7 +225,8 @@ def test_bars() -> None:
 REFUSED: list[tuple[str, Any]] = [
     ("sizes", lambda: heat_map(small(0, 3), title="t", unit="u")),
     ("none of the 6 numbers", lambda: heat_map(small(2, 3) * np.nan, title="t", unit="u")),
-    ("ndarray", lambda: heat_map(np.zeros((2, 2)), title="t", unit="u")),  # type: ignore[arg-type]
+    ("of type list", lambda: heat_map([[1.0, 2.0], [3.0, 4.0]], title="t", unit="u")),  # type: ignore[arg-type]
+    (r"up to three axes; .* ndarray\[1, 2, 3, 4\]", lambda: heat_map(np.zeros((1, 2, 3, 4)), title="t", unit="u")),
     ("complex128", lambda: heat_map(small(2, 3) * 1j, title="t", unit="u")),
     ("two axes", lambda: heat_map(small(2, 3, 4, dims=("a", "b", "c")), title="t", unit="u")),
     ("no axis pos", lambda: heat_map(small(2, 3), title="t", unit="u", facet="pos")),
@@ -246,7 +247,8 @@ REFUSED: list[tuple[str, Any]] = [
         lambda: heat_maps({"a": small(2, 3), "b": small(2, 3).assign_coords(head=[1, 2, 3])}, title="t", unit="u"),
     ),
     ("one axis", lambda: bars(small(2, 3), title="t", unit="u")),
-    ("1 to 6 results", lambda: bars({}, title="t", unit="u")),
+    ("1 to 6 results", lambda: bars(dict.fromkeys("abcdefg", small(2, dims=("a",))), title="t", unit="u")),
+    ("is empty", lambda: bars({}, title="t", unit="u")),
     ("none of the 2 numbers", lambda: bars(small(2, dims=("a",)) * np.nan, title="t", unit="u")),
     ("no examples", lambda: examples_page({}, title="t", unit="u")),
     ("2 tokens", lambda: examples_page({"n": [TokenExample(["a", "b"], [1.0])]}, title="t", unit="u")),
@@ -444,11 +446,12 @@ def has(char: str) -> bool:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda figure: figure.add_trace(Scatter(x=[0], y=[0])), "traces of type scatter"),
-        (lambda figure: figure.add_shape(type="line", x0=0, x1=1, y0=0, y1=1), "shapes"),
-        (lambda figure: figure.add_annotation(x=0, y=0, text="here"), "annotation"),
-        (lambda figure: figure.update_traces(xgap=3), "xgap"),
-        (lambda figure: figure.update_xaxes(side="top"), "xaxis's side"),
+        (lambda figure: figure.add_trace(Scatter(x=[0], y=[0])), r"figure\.data\.1 \(scatter\)"),
+        (lambda figure: figure.add_shape(type="line", x0=0, x1=1, y0=0, y1=1), r"figure\.layout\.shapes"),
+        (lambda figure: figure.add_annotation(x=0, y=0, text="here"), r"figure\.layout\.annotations"),
+        (lambda figure: figure.update_traces(xgap=3), r"figure\.data\.0\.xgap"),
+        (lambda figure: figure.update_traces(z=[[0, 0, 0], [0, 0, 0]]), r"figure\.data\.0\.z"),
+        (lambda figure: figure.update_xaxes(side="top"), r"figure\.layout\.xaxis\.side"),
     ],
 )
 def test_what_is_not_drawn_is_refused_by_name(change: Any, message: str, tmp_path: Path) -> None:
@@ -458,6 +461,8 @@ def test_what_is_not_drawn_is_refused_by_name(change: Any, message: str, tmp_pat
         save_picture(figure, tmp_path / "map.png")
     assert list(tmp_path.iterdir()) == []
     save_picture(figure, tmp_path / "map.html")
+    with pytest.raises(InputError, match="Plotly's own"):
+        save_picture(Figure(figure), tmp_path / "map.svg")
 
 
 def test_paths_are_seen_to_before_anything_is_written(tmp_path: Path) -> None:
@@ -480,10 +485,10 @@ def test_paths_are_seen_to_before_anything_is_written(tmp_path: Path) -> None:
 
 
 def test_a_drawing_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(drawing._Drawing, "finish", full)
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", full)
     with pytest.raises(OSError, match="no space"):
         save_picture(heat_map(small(2, 3), title="t", unit="u"), tmp_path / "a.png")
     assert list(tmp_path.iterdir()) == []
@@ -500,8 +505,8 @@ def run(code: str) -> str:
 
 
 def test_no_torch_and_matplotlib_only_for_drawings() -> None:
-    code = "import sys, pellucid.plots; print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"
-    assert run(code).strip() == "[]"
+    heavy = ("torch", "transformers", "matplotlib", "plotly")
+    assert run(f"import sys, pellucid.plots; print([m for m in {heavy} if m in sys.modules])").strip() == "[]"
 
 
 def test_a_missing_package_says_how_to_get_it(tmp_path: Path) -> None:
@@ -509,9 +514,16 @@ def test_a_missing_package_says_how_to_get_it(tmp_path: Path) -> None:
     told = (
         "from pellucid.errors import MissingExtraError\ntry:\n    {}\nexcept MissingExtraError as error: print(error)"
     )
-    found = run(hide.format("plotly") + told.format("import pellucid.plots"))
-    assert "Pictures need plotly" in found
-    assert "pip install 'pellucid[plots]'" in found
+    asked = (
+        "heat_map(numpy.eye(2))",
+        "bars(numpy.ones(2))",
+        "check_picture_path('a.svg')",
+        "check_picture_path('a.html')",
+    )
+    for call in asked:
+        found = run(hide.format("plotly") + "import numpy\nfrom pellucid.plots import *\n" + told.format(call))
+        assert "Pictures need plotly" in found
+        assert "pip install 'pellucid[plots]'" in found
     path = str(tmp_path / "a.png")
     found = run(hide.format("matplotlib") + told.format(f"from pellucid.plots import *; check_picture_path({path!r})"))
     assert "Pictures need matplotlib" in found
