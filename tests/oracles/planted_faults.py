@@ -626,6 +626,62 @@ FAULTS = (
         "        for handle in handles:",
         "tests/model_bridge/test_interrupts.py",
     ),
+    Fault(
+        "usage errors send the terminal what an argument held",
+        "pellucid/cli/mistakes.py",
+        "mistake.message = visible(mistake.message)",
+        "pass",
+        "tests/cli/test_terminal_text.py -k usage",
+    ),
+    Fault(
+        "styled text is printed as it is",
+        "pellucid/cli/terminal.py",
+        "_visible_text(renderable) if isinstance(renderable, Text) else renderable",
+        "renderable",
+        "tests/cli/test_terminal_text.py -k demonstration",
+    ),
+    Fault(
+        "cells lose the control characters instead of showing them",
+        "pellucid/cli/terminal.py",
+        "super().render_str(visible(text), **keywords)",
+        "super().render_str(text, **keywords)",
+        "tests/cli/test_terminal_text.py -k lost",
+    ),
+    Fault(
+        "JSON on a terminal has control characters in it",
+        "pellucid/cli/output.py",
+        'CONTROL.sub(lambda found: f"\\\\u{ord(found[0]):04x}", written)',
+        "written",
+        "tests/cli/test_terminal_text.py -k results_are_text",
+    ),
+    Fault(
+        "logs of libraries reach the terminal as they are",
+        "pellucid/cli/terminal.py",
+        "visible(made.getMessage()), ()",
+        "made.getMessage(), ()",
+        "tests/cli/test_terminal_text.py -k logs",
+    ),
+    Fault(
+        "tracebacks reach the terminal as they are",
+        "pellucid/cli/mistakes.py",
+        "sys.stderr.write(visible(traceback.format_exc()))",
+        "sys.stderr.write(traceback.format_exc())",
+        "tests/cli/test_terminal_text.py -k traceback",
+    ),
+    Fault(
+        "an adapter's dropout is drawn anew beside the model",
+        f"{COMPONENTS}/random_numbers.py",
+        "            torch.set_rng_state(self._state)\n",
+        "",
+        "tests/model_bridge/test_training.py",
+    ),
+    Fault(
+        "what is computed beside the model takes random numbers of the run's",
+        f"{COMPONENTS}/random_numbers.py",
+        "if self._state is None:",
+        "if True:",
+        "tests/model_bridge/test_training.py",
+    ),
 )
 
 
