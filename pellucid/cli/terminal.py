@@ -32,7 +32,7 @@ class SafeConsole(Console):
     That is raised, not turned into exit code 1, which says that a check failed.
     """
 
-    def render_str(self, text: str, **keywords: Any) -> Text:  # type: ignore[override] # every one is passed on
+    def render_str(self, text: str, **keywords: Any) -> Text:
         """A string as text: what is printed, a cell, a heading."""
         return super().render_str(visible(text), **keywords)
 

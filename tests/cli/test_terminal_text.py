@@ -121,9 +121,9 @@ def hostile_model(tmp_path: Path) -> Path:
 def test_results_are_text(format: str, hostile_model: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     texts = {}
-    for language, words in (("en", "the right of all people to be heard "), ("fr", "le droit de tous les hommes ")):
+    for language, line in (("en", "the right of all people to be heard "), ("fr", "le droit de tous les hommes ")):
         texts[language] = tmp_path / f"{language}{HOSTILE}.txt"
-        texts[language].write_text((words + HOSTILE.replace("\r", "") + "\n") * 60, "utf-8")
+        texts[language].write_text((line + HOSTILE.replace("\r", "") + "\n") * 60, "utf-8")
     label, out = f"l{HOSTILE}", f"out{HOSTILE}"
     files = [word for language, file in texts.items() for word in ("--text", f"{label}{language}={file}")]
     few = ["--context", "32"]
