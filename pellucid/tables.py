@@ -1,4 +1,7 @@
-"""How an object looks in a REPL and in a notebook: a heading with a short table, or one line; never pages of numbers."""
+"""How an object looks in a REPL and in a notebook: a heading with a short table, or one line; never pages of numbers.
+
+Text from outside is in it (labels, names of files, tokens): no character of that reaches a terminal which would obey it.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,14 @@ WIDEST_CELL = 64
 """Characters of a cell that are shown."""
 
 _LAYER = re.compile(r"\bblocks\.(\d+)\.")
+
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""Terminal sequences begin with these (C0, DEL, C1); the last two ranges turn the direction of what follows."""
+
+
+def visible(text: str) -> str:
+    """Control characters as their escapes (``\\x1b``), line breaks and tabs apart."""
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 @dataclass(frozen=True)
@@ -35,13 +46,13 @@ class Table:
     def __str__(self) -> str:
         rows, more = self._shown()
         if not rows:
-            return self.heading
+            return visible(self.heading)
         widths = [max(map(len, cells)) for cells in zip(self.columns, *rows, strict=True)]
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in [list(self.columns), *rows]
         ]
-        return "\n".join([self.heading, *(f"  {line}" for line in [*lines, *([more] if more else [])])])
+        return "\n".join([visible(self.heading), *(f"  {line}" for line in [*lines, *([more] if more else [])])])
 
     def html(self) -> str:
         """The same for a notebook, every text escaped."""
@@ -58,6 +69,7 @@ class Table:
 
 
 def _cut(cell: str) -> str:
+    cell = visible(cell)
     return cell if len(cell) <= WIDEST_CELL else cell[: WIDEST_CELL - 3] + "..."
 
 

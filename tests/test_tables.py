@@ -44,6 +44,7 @@ INTERNAL = {
     "Cells": "inside a sweep",
     "ComponentTree": "inside a bridge",
     "Costs": "inside a sweep",
+    "Draws": "inside a run",
     "Encoder": "inside a corpus",
     "FastAttention": "inside a run",
     "FrequencyPenalty": "inside generate",

@@ -13,8 +13,13 @@ import sys
 def main() -> None:
     """Run the command line of this process."""
     from pellucid.cli.app import app
+    from pellucid.cli.mistakes import tell_traceback
 
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a pipe may not know every character
-    app(prog_name="pellucid")
+    try:
+        app(prog_name="pellucid")
+    except Exception:
+        tell_traceback()
+        sys.exit(1)

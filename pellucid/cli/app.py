@@ -25,7 +25,7 @@ from pellucid.cli.files import (
     refuse_picture,
     refuse_used_folder,
 )
-from pellucid.cli.mistakes import INTERRUPTED, told_to_a_person
+from pellucid.cli.mistakes import INTERRUPTED, Commands, told_to_a_person
 from pellucid.cli.options import (
     DEMO,
     Attention,
@@ -54,6 +54,7 @@ from pellucid.cli.options import (
 )
 
 app = typer.Typer(
+    cls=Commands,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,

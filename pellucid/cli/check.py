@@ -13,7 +13,8 @@ from rich.text import Text
 import pellucid
 from pellucid.cli.models import commit_of, open_bridge, read_hook_index
 from pellucid.cli.options import Format, ModelChoice
-from pellucid.cli.output import Json, results, table, to_json, write_json
+from pellucid.cli.output import Json, table, to_json, write_json
+from pellucid.cli.terminal import results
 from pellucid.errors import InputError
 from pellucid.files import whole_file
 from pellucid.model_bridge.self_check import MOVES, CheckReport, CheckResult

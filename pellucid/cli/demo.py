@@ -18,7 +18,8 @@ import pellucid
 from pellucid.cli.files import DEMO_FILES, METADATA_KEY
 from pellucid.cli.models import open_bridge
 from pellucid.cli.options import DEMO, Format, ModelChoice
-from pellucid.cli.output import results, table, to_json, write_json
+from pellucid.cli.output import table, to_json, write_json
+from pellucid.cli.terminal import results
 from pellucid.demo.prompts import LANGUAGES
 from pellucid.demo.story import LENGTH, ROWS, Grid, Head, Story, tell_story
 from pellucid.files import whole_file

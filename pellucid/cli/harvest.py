@@ -17,8 +17,9 @@ from pellucid.cli.corpus import CorpusRequest, open_corpus
 from pellucid.cli.mistakes import note
 from pellucid.cli.models import DTYPES, commit_of, open_bridge, read_hook_index
 from pellucid.cli.options import DEMO, Dtype, Format, ModelChoice
-from pellucid.cli.output import Json, results, table, write_json
+from pellucid.cli.output import Json, table, write_json
 from pellucid.cli.run import choose_hooks, switch_on
+from pellucid.cli.terminal import results
 from pellucid.errors import InputError
 from pellucid.scale.harvest import Harvester, HarvestReport, idle_threads
 from pellucid.scale.ray_engine import harvest_on_ray

@@ -7,7 +7,6 @@ disk full). Anything else is a fault of ours and keeps its traceback.
 from __future__ import annotations
 
 import os
-import re
 import sys
 import traceback
 import warnings
@@ -16,14 +15,16 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 import typer
-from rich.console import Console
 from rich.text import Text
+from typer.core import TyperGroup
 
 from pellucid.cli.files import kept_of_nothing
+from pellucid.cli.terminal import messages, visible_logs
 from pellucid.errors import PellucidError
+from pellucid.tables import visible
 
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-"""Terminal sequences begin with these (C0, DEL, C1); the last two ranges turn the direction of what follows."""
+UsageMistake: Any = typer.BadParameter.__mro__[2]
+"""What every mistake of a command line is to its parser. typer exports its children only, and has moved it."""
 
 READER_GONE = 141
 """The exit code of a program that a closed pipe ends, so that ``| head`` is not taken for a check that failed."""
@@ -41,7 +42,7 @@ def told_to_a_person(debug: bool, kept: Callable[[], str] = kept_of_nothing) -> 
         debug: show tracebacks.
         kept: says, after an interrupt, what of the work was kept and how to go on.
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), visible_logs():
         warnings.showwarning = _show_warning
         try:
             yield
@@ -53,7 +54,7 @@ def told_to_a_person(debug: bool, kept: Callable[[], str] = kept_of_nothing) -> 
             raise typer.Exit(READER_GONE) from None
         except (PellucidError, OSError) as error:
             if debug:
-                traceback.print_exc()
+                tell_traceback()
             _say("error", "bold red", str(error) or type(error).__name__)
             raise typer.Exit(2) from None
 
@@ -64,16 +65,35 @@ def note(message: str) -> None:
 
 
 def _say(word: str, style: str, message: str) -> None:
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print(Text.assemble((f"{word}: ", style), visible(message)))
+    messages().print(Text.assemble((f"{word}: ", style), visible(message)))
 
 
-def visible(message: str) -> str:
-    """Control characters as their escapes, line breaks and tabs apart: a message may quote what it was given.
+def tell_traceback() -> None:
+    """Print the traceback of the exception that is being handled: its message may quote what it was given."""
+    sys.stderr.write(visible(traceback.format_exc()))
 
-    A file name or an argument with terminal sequences in it would otherwise colour, move or erase what the person reads.
-    """
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), message)
+
+class Commands(TyperGroup):
+    """The commands. What their parser says of a mistake quotes what was typed."""
+
+    def make_context(self, *arguments: Any, **keywords: Any) -> Any:
+        """Read the options before the command."""
+        with _quoted_visibly():
+            return super().make_context(*arguments, **keywords)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Read the command's own arguments and run it."""
+        with _quoted_visibly():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _quoted_visibly() -> Iterator[None]:
+    try:
+        yield
+    except UsageMistake as mistake:
+        mistake.message = visible(mistake.message)
+        raise
 
 
 def _show_warning(
@@ -86,8 +106,3 @@ def _show_warning(
     **_: Any,
 ) -> None:
     _say("warning", "yellow", str(message))
-
-
-def say_note(message: str) -> None:
-    """Something the person should know, on standard error."""
-    _say("note", "yellow", message)

@@ -17,9 +17,10 @@ from pellucid.analysis.expert_neurons import ExpertNeurons
 from pellucid.analysis.language_neurons import LanguageNeurons
 from pellucid.analysis.perplexity import own_and_others
 from pellucid.cli.files import STUDY_FILES, STUDY_PICTURES
-from pellucid.cli.mistakes import say_note
+from pellucid.cli.mistakes import note
 from pellucid.cli.options import Format
-from pellucid.cli.output import Json, results, table, to_json, write_json
+from pellucid.cli.output import Json, table, to_json, write_json
+from pellucid.cli.terminal import results
 from pellucid.errors import MissingExtraError
 from pellucid.files import whole_file
 
@@ -147,7 +148,7 @@ def _draw(study: Study, out: Path) -> list[str]:
     try:
         need("plotly")
     except MissingExtraError as error:
-        say_note(f"no pictures: {error}")
+        note(f"no pictures: {error}")
         return []
     layers, overlap, change, examples = STUDY_PICTURES
     about = f"{study.model}; top_rate {study.found.top_rate:g}; {sum(study.counted.values()):,} tokens counted"

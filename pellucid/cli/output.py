@@ -1,47 +1,21 @@
 """Results on standard output: tables for people, JSON for programs.
 
-Nothing that is printed is read as markup: tokens such as ``[bold]`` or ``:smile:`` are text, whoever typed them. Styles
-are given beside the text.
+Styles are given beside the text, never in it: see :mod:`pellucid.cli.terminal`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
-from rich.console import Console
 from rich.table import Table
 
-from pellucid.cli.options import Format
+from pellucid.tables import CONTROL
 
 Json: TypeAlias = "str | int | float | bool | Sequence[Json] | Mapping[str, Json] | None"
-
-PIPE_WIDTH = 240
-"""Columns where nobody's window says how many: wide enough that no row is broken."""
-
-
-class ResultConsole(Console):
-    """A console whose reader may go away: that is raised, not turned into exit code 1, which says a check failed."""
-
-    def on_broken_pipe(self) -> None:
-        """Nobody reads on."""
-        raise BrokenPipeError
-
-
-def results(format: Format) -> ResultConsole:
-    """Where tables go."""
-    watched = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return ResultConsole(
-        markup=False,
-        emoji=False,
-        highlight=False,
-        force_terminal=True if format is Format.human else None,
-        width=None if watched else PIPE_WIDTH,
-    )
 
 
 def table(*columns: str, title: str | None = None, numbers: Sequence[str] = ()) -> Table:
@@ -61,8 +35,9 @@ def write_json(value: Json) -> None:
 
 
 def to_json(value: Json, ascii_only: bool = False) -> str:
-    """JSON that every reader takes: a number that is not finite is ``null``."""
-    return json.dumps(_finite(value), indent=1, ensure_ascii=ascii_only, allow_nan=False)
+    """JSON that every reader takes: a number that is not finite is ``null``; control characters are escapes."""
+    written = json.dumps(_finite(value), indent=1, ensure_ascii=ascii_only, allow_nan=False)
+    return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", written)
 
 
 def _finite(value: Json) -> Json:

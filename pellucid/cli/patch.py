@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import xarray as xr
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -29,8 +28,9 @@ from pellucid.analysis.patching import default_by, prepare_activation_patching
 from pellucid.cli.files import PATCH_FILES
 from pellucid.cli.models import commit_of, open_bridge
 from pellucid.cli.options import Direction, Format, MetricName, ModelChoice
-from pellucid.cli.output import Json, results, table, to_json, write_json
+from pellucid.cli.output import Json, table, to_json, write_json
 from pellucid.cli.prompt import as_typed
+from pellucid.cli.terminal import messages, results
 from pellucid.cli.tokens import expected, read_token
 from pellucid.demo.predictions import Prediction, next_tokens
 from pellucid.demo.prompts import PATCHING_PAIR
@@ -169,8 +169,7 @@ def patch_model(choice: ModelChoice, request: PatchRequest, format: Format) -> b
     if request.plan:
         _show_plan(prepared, format)
         return True
-    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    console.print(Text(str(prepared.plan()), "dim"))
+    messages().print(Text(str(prepared.plan()), "dim"))
     result = prepared.run(on_interrupt="return")
     scores = [float(metric(bridge_logits[:, None])) for bridge_logits in logits]
     sides = [

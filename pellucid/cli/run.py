@@ -21,7 +21,8 @@ import pellucid
 from pellucid.cli.files import METADATA_KEY
 from pellucid.cli.models import commit_of, open_bridge, read_hook_index
 from pellucid.cli.options import Format, ModelChoice
-from pellucid.cli.output import Json, results, table, write_json
+from pellucid.cli.output import Json, table, write_json
+from pellucid.cli.terminal import results
 from pellucid.demo.predictions import Prediction, next_tokens
 from pellucid.errors import HookDisabledError, InputError
 from pellucid.files import whole_file

@@ -42,6 +42,10 @@ FORMAT = 1
 """Part of every content hash: counted up when the same settings would give other rows."""
 
 
+KEPT_BYTES = 2**25
+"""What the rows that reading a corpus found may take in memory (24 bytes a token), so that text is not tokenised twice."""
+
+
 @dataclass(frozen=True, repr=False)
 class CorpusBatch(BriefFields):
     """Rows of one label.
@@ -166,6 +170,7 @@ class Corpus:
         self._counts: dict[str, LabelCount] = {}
         self._checkpoints: dict[str, list[Checkpoint]] = {}
         self._stamps: dict[str, list[list[int]]] = {}
+        self._kept: dict[str, list[Row]] = {}
         self._tokenizer_hash = tokenizer_fingerprint(tokenizer)
 
     # -- making one ----------------------------------------------------------------------------------------------------
@@ -383,6 +388,9 @@ class Corpus:
             begin = next(mark for mark in reversed([begin, *self._checkpoints[label]]) if mark.row <= start)
         if label in self._stamps:
             self._check_stamp(label, self._stamps[label])
+        if label in self._kept:
+            yield from self._kept[label][start:]
+            return
         source, encode = self._sources[label], Encoder(label, self.tokenizer)
         stream = chunks(source, encode, self.rules, begin.cursor, begin.document)
         for number, row in enumerate(rows(stream, self.rules, begin), begin.row):
@@ -447,12 +455,21 @@ class Corpus:
         stamp = source.stamp()
         begin = Checkpoint(0, 0, 0, source.start)
         stream = chunks(source, Encoder(label, self.tokenizer), self.rules, begin.cursor, 0, tally)
+        # Files only: they are known by their stamp, and a streamed data set is read anew each time.
+        left = KEPT_BYTES - sum(map(_bytes_of, self._kept.values())) if stamp else 0
+        kept: list[Row] | None = []
         for row in rows(stream, self.rules, begin, tally):
             tell(len(row.ids))
+            if kept is not None:
+                kept.append(row)
+                left -= _bytes_of([row])
+                kept = kept if left >= 0 else None
         if tally.rows == 0:
             raise CorpusError(self._too_short(label))
         self._check_stamp(label, stamp)
         self._stamps[label], self._checkpoints[label] = stamp, tally.checkpoints
+        if kept is not None:
+            self._kept[label] = kept
         self._counts[label] = LabelCount(
             tally.rows,
             tally.tokens,
@@ -625,6 +642,10 @@ def tokenizer_fingerprint(tokenizer: Any | None) -> str | None:
     return _digest(
         {"tokenizer": parts, "split_special_tokens": bool(getattr(tokenizer, "split_special_tokens", False))}
     )
+
+
+def _bytes_of(kept: Sequence[Row]) -> int:
+    return sum(array.nbytes for row in kept for array in (row.ids, row.documents, row.positions))
 
 
 def _digest(data: Mapping[str, Any]) -> str:

@@ -35,6 +35,7 @@ from pellucid.model_bridge.generalized_components.base import (
     splice,
 )
 from pellucid.model_bridge.generalized_components.linear import LinearBridge
+from pellucid.model_bridge.generalized_components.random_numbers import Draws
 from pellucid.run_context import hooks_suppressed
 
 SplitFunction = Callable[[nn.Module], tuple[nn.Module, nn.Module, nn.Module]]
@@ -206,50 +207,56 @@ class JointQKVAttentionBridge(AttentionBridge):
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values ``[batch, pos, n_heads, d_head]``, after their hooks."""
-        own = self._own_split
+        own, draws = self._own_split, None
+        if any(self.is_live(site) for site in INPUT_SITES):
+            draws = Draws(self.module.query_key_value, hidden_states.device)
         if own is None:
             q, k, v = fused_qkv.split_activation(self.module.query_key_value(hidden_states), self.n_heads)
         else:
             q, k, v = (_by_head(own[part](hidden_states), self.n_heads) for part in PARTS)
-        if any(self.is_live(site) for site in INPUT_SITES):
-            q, k, v = self._with_inputs((q, k, v), hidden_states)
+        if draws is not None:
+            q, k, v = self._with_inputs((q, k, v), hidden_states, draws)
         return self.fire("hook_q", q), self.fire("hook_k", k), self.fire("hook_v", v)
 
     def _with_inputs(
-        self, native: tuple[Tensor, Tensor, Tensor], hidden_states: Tensor
+        self, native: tuple[Tensor, Tensor, Tensor], hidden_states: Tensor, draws: Draws
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Fire what feeds one of queries, keys and values, or one head of it; what an edit there makes of ``native``."""
         # Upstream first: the residual before the norm, then what the norm gives.
-        q, k, v = self._with_per_head_inputs(native)
+        q, k, v = self._with_per_head_inputs(native, draws)
         if self.only_reads("hook_q_in", "hook_k_in", "hook_v_in"):
             for site in INPUT_SITE.values():
                 self.fire(site, hidden_states)
             return q, k, v
         return (
-            self._with_own_input("q", native[0], q, hidden_states),
-            self._with_own_input("k", native[1], k, hidden_states),
-            self._with_own_input("v", native[2], v, hidden_states),
+            self._with_own_input("q", native[0], q, hidden_states, draws),
+            self._with_own_input("k", native[1], k, hidden_states, draws),
+            self._with_own_input("v", native[2], v, hidden_states, draws),
         )
 
-    def _with_per_head_inputs(self, native: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _with_per_head_inputs(
+        self, native: tuple[Tensor, Tensor, Tensor], draws: Draws
+    ) -> tuple[Tensor, Tensor, Tensor]:
         shared = self._fire_per_head("hook_attn_in")
         per_head = [self._fire_per_head(PER_HEAD_SITE[part]) for part in PARTS]
         q, k, v = (
-            self._with_head_inputs(part, values, shared, own)
+            self._with_head_inputs(part, values, draws, shared, own)
             for part, values, own in zip(PARTS, native, per_head, strict=True)
         )
         return q, k, v
 
-    def _with_head_inputs(self, part: Part, native: Tensor, *inputs: tuple[Tensor, Tensor] | None) -> Tensor:
+    def _with_head_inputs(
+        self, part: Part, native: Tensor, draws: Draws, *inputs: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
         """One part, recomputed for the heads whose copy of the residual a hook changed."""
         for given in inputs:
             if given is not None:
                 edited_bqnm, changed_bqn = given
                 if changed_bqn.any() or edited_bqnm.requires_grad:
-                    native = splice(native, self._project_per_head(edited_bqnm, part), changed_bqn[..., None])
+                    native = splice(native, self._project_per_head(edited_bqnm, part, draws), changed_bqn[..., None])
         return native
 
-    def _with_own_input(self, part: Part, plain: Tensor, native: Tensor, hidden_states: Tensor) -> Tensor:
+    def _with_own_input(self, part: Part, plain: Tensor, native: Tensor, hidden_states: Tensor, draws: Draws) -> Tensor:
         """One part, recomputed where a hook changed the input that feeds it alone.
 
         ``native`` differs from ``plain`` where a head's copy of the residual was edited; that edit stays.
@@ -261,14 +268,15 @@ class JointQKVAttentionBridge(AttentionBridge):
         edited = self.fire(site, hidden_states, private=True)
         changed = bits_differ(edited, hidden_states).any(-1)[..., None, None]
         if changed.any() or edited.requires_grad:
-            side = self._one_part(edited, part)
+            side = self._one_part(edited, part, draws)
             native = splice(native, side if native is plain else native + (side - plain), changed)
         return native
 
-    def _one_part(self, hidden_states: Tensor, part: Part) -> Tensor:
-        if self._own_split is not None:
-            return _by_head(self._own_split[part](hidden_states), self.n_heads)
-        return fused_qkv.part_of_activation(self.module.query_key_value(hidden_states), part, self.n_heads)
+    def _one_part(self, hidden_states: Tensor, part: Part, draws: Draws) -> Tensor:
+        with draws.again():
+            if self._own_split is not None:
+                return _by_head(self._own_split[part](hidden_states), self.n_heads)
+            return fused_qkv.part_of_activation(self.module.query_key_value(hidden_states), part, self.n_heads)
 
     def _fire_per_head(self, site: str) -> tuple[Tensor, Tensor] | None:
         """Fire a per-head input: the edited residual ``[b, q, n, m]`` and which ``[b, q, n]`` of it were changed.
@@ -288,7 +296,7 @@ class JointQKVAttentionBridge(AttentionBridge):
         edited = self.fire(site, residual.repeat(1, 1, self.n_heads, 1))
         return None if looks else (edited, bits_differ(edited, residual.expand_as(edited)).any(-1))
 
-    def _project_per_head(self, residual_bqnm: Tensor, part: Part) -> Tensor:
+    def _project_per_head(self, residual_bqnm: Tensor, part: Part, draws: Draws) -> Tensor:
         source = PRE_NORM.get()
         assert source is not None
         normed = hooks_suppressed(source[1], residual_bqnm)
@@ -298,7 +306,7 @@ class JointQKVAttentionBridge(AttentionBridge):
             bias_nh = fused_qkv.part_of_bias(fused.bias, part, self.n_heads)
             return torch.einsum("bqnm,nhm->bqnh", normed, weight_nhm) + bias_nh
         # Adapted, quantised or offloaded: the layer is called, never read around; once a head, and its part taken.
-        heads = [self._one_part(normed[:, :, head], part)[:, :, head] for head in range(self.n_heads)]
+        heads = [self._one_part(normed[:, :, head], part, draws)[:, :, head] for head in range(self.n_heads)]
         return torch.stack(heads, dim=2)
 
     def mix(
@@ -384,9 +392,10 @@ class JointQKVAttentionBridge(AttentionBridge):
 
     def project_out(self, z: Tensor) -> Tensor:
         """``[batch, pos, n_heads, d_head]`` through ``dense``: the additive contribution ``[batch, pos, d_model]``."""
+        draws = Draws(self.output_projection, z.device) if self.is_live("hook_result") else None
         contribution = self._dense(z.flatten(-2))
-        if self.is_live("hook_result"):
-            contribution = self._with_results(z, contribution)
+        if draws is not None:
+            contribution = self._with_results(z, contribution, draws)
         return self.fire("hook_attn_out", contribution)
 
     @property
@@ -400,29 +409,32 @@ class JointQKVAttentionBridge(AttentionBridge):
         contribution: Tensor = self.output_projection(z_flat)
         return contribution
 
-    def _with_results(self, z: Tensor, native: Tensor) -> Tensor:
-        result = self.results(z)
+    def _with_results(self, z: Tensor, native: Tensor, draws: Draws) -> Tensor:
+        result = self.results(z, draws)
         looks = self.only_reads("hook_result")
         edited = self.fire("hook_result", result, private=True)
         if looks:
             return native
         changed = bits_differ(edited, result).flatten(-2).any(-1, keepdim=True)
-        bias = hooks_suppressed(self._dense, torch.zeros_like(z[:1, :1].flatten(-2)))
+        with draws.again():
+            bias = hooks_suppressed(self._dense, torch.zeros_like(z[:1, :1].flatten(-2)))
         return splice(native, edited.sum(dim=-2) + bias, changed)
 
-    def results(self, z: Tensor) -> Tensor:
+    def results(self, z: Tensor, draws: Draws) -> Tensor:
         """Each head's contribution without b_O, ``[batch, pos, n_heads, d_model]``, from ``z``."""
         dense: Any = self.output_projection
         if plain_weight(dense, nn.Linear):
             return torch.einsum("bqnh,mnh->bqnm", z, dense.weight.unflatten(1, (self.n_heads, -1)))
         # Adapted, quantised or offloaded: call it with one head at a time.
         none = torch.zeros_like(z)
-        bias = self._dense(none[:1, :1].flatten(-2))
+        with draws.again():
+            bias = self._dense(none[:1, :1].flatten(-2))
         heads = []
         for head in range(self.n_heads):
             only = none.clone()
             only[:, :, head] = z[:, :, head]
-            heads.append(self._dense(only.flatten(-2)) - bias)
+            with draws.again():
+                heads.append(self._dense(only.flatten(-2)) - bias)
         return torch.stack(heads, dim=2)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

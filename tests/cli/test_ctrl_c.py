@@ -1,0 +1,97 @@
+"""Ctrl-C for real: a signal to a running process, what it says, and that the same command goes on from what was kept."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LONG = "Everyone has the right to life, liberty and security of person.\n" * 1200
+
+
+def interrupted(command: list[str], folder: Path, begun: Callable[[], bool]) -> tuple[int, str]:
+    """Exit code and standard error of a process that got SIGINT once ``begun()``."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    with subprocess.Popen(
+        [sys.executable, *command], cwd=folder, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    ) as running:
+        while not begun():
+            assert running.poll() is None, running.communicate()[1]
+            time.sleep(0.02)
+        running.send_signal(signal.SIGINT)
+        said = running.communicate(timeout=120)[1].decode()
+    return running.returncode, said
+
+
+def again(command: list[str], folder: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, *command], cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode()
+
+
+def test_harvest_keeps_its_shards(tmp_path: Path) -> None:
+    (tmp_path / "en.txt").write_text(LONG, "utf-8")
+    command = ["-m", "pellucid", "harvest", "demo", "--corpus", "en=en.txt", "--hooks", "blocks.0.hook_resid_pre"]
+    command += ["--batches-per-shard", "2", "--context", "64", "--out", "store"]
+    store = tmp_path / "store"
+
+    def shards() -> int:
+        return sum(record.stem.isdecimal() for record in store.glob("*.json"))
+
+    code, said = interrupted(command, tmp_path, lambda: shards() > 1)
+    assert code == 130
+    assert said.splitlines()[-1] == (
+        f"interrupted: {shards()} finished shards are kept in store: the same command goes on from there."
+    )
+    kept = shards()
+    made, total = (int(word) for word in again(command, tmp_path).split(": ")[1].split(" shards")[0].split(" of "))
+    assert made == total - kept
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_neurons_keeps_its_counts(kept: bool, tmp_path: Path) -> None:
+    for language in ("en", "fr"):
+        (tmp_path / f"{language}.txt").write_text(LONG, "utf-8")
+    command = ["-m", "pellucid", "neurons", "demo", "--text", "en=en.txt", "--text", "fr=fr.txt", "--context", "64"]
+    command += ["--measured-tokens", "0", "--examples", "0", "--out", "study"]
+    counting = tmp_path / "study" / "counting"
+    code, said = interrupted(command, tmp_path, (counting / "0").exists if kept else (tmp_path / "study").exists)
+    assert code == 130
+    state = any(counting.glob("*/*.safetensors"))
+    assert state or not kept
+    assert said.splitlines()[-1] == (
+        "interrupted: What was counted is in study/counting: the same command goes on from there. No result was written."
+        if state
+        else "interrupted: Nothing was counted yet; study has no result. Give the same command again."
+    )
+    assert not (tmp_path / "study" / "neurons.json").exists()
+
+
+COLLECT = """
+from pellucid.corpora import Corpus
+from pellucid.demo import load_demo_bridge
+from pellucid.running_stats import CountPositive
+bridge = load_demo_bridge()
+corpus = Corpus.from_text({"en": "en.txt"}, bridge.tokenizer, context=64)
+found = bridge.collect(corpus, {"blocks.0.mlp.hook_post": [CountPositive()]}, checkpoint="state", every=0.5)
+print(found.n_tokens["en"] == corpus.tokens("en"))
+"""
+
+
+def test_a_collection_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "en.txt").write_text(LONG, "utf-8")
+    code, said = interrupted(["-c", COLLECT], tmp_path, lambda: any((tmp_path / "state").glob("*.safetensors")))
+    assert code in (130, -signal.SIGINT)
+    assert said.splitlines()[-1] == (
+        "KeyboardInterrupt: the state is in state/collected.safetensors; the same call goes on from there"
+    )
+    assert again(["-c", COLLECT], tmp_path) == "True\n"
