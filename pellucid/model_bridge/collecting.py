@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from pellucid.arguments import check_number
+from pellucid.arguments import check_kind, check_number, check_path
 from pellucid.corpora import Corpus, CorpusBatch, LabelCount
 from pellucid.differences import differences
 from pellucid.errors import HookValueError, InputError, OtherJobError
@@ -124,12 +124,16 @@ class CollectingModel(RunnableModel):
             StorageFullError: no space is left for the state; the one before stays.
         """
         check_number("every", every, at_least=0)
+        check_kind("corpus", corpus, Corpus, "a Corpus")
+        if checkpoint is not None:
+            checkpoint = check_path("checkpoint", checkpoint)
         hooks = self._hooks_of(statistics)
         chosen = corpus.chosen(labels)
         batches = corpus.batches(  # refuses what it cannot do before anything is read
             batch_size, labels=chosen, start_row=start_row, stop_row=stop_row, padding_side=padding_side
         )
         counts = corpus.index(chosen, progress)
+        corpus.refuse_beyond(chosen, start_row, stop_row)
         total = sum(_share(count, start_row, stop_row) for count in counts.values())
         state = Collected.empty(hooks, chosen)
         store = None
@@ -147,7 +151,7 @@ class CollectingModel(RunnableModel):
                 **settings,
                 **job_identity(self),
             }
-            store = _Store(self, Path(checkpoint), job, every)
+            store = _Store(self, checkpoint, job, every)
             state = store.open(state)
             batches = self._remaining(corpus, state, batch_size, chosen, start_row, stop_row, padding_side)
         with (
@@ -219,13 +223,15 @@ class CollectingModel(RunnableModel):
 
     def _hooks_of(self, requests: Requests) -> list[Hook]:
         """Points with their statistics, in firing order."""
+        if not isinstance(requests, Mapping | Sequence) or isinstance(requests, str) or not requests:
+            raise InputError(f"statistics maps hook names to lists of statistics; found {requests!r}.")
         pairs = list(requests.items()) if isinstance(requests, Mapping) else list(requests)
-        if not pairs:
-            raise InputError("Nothing to collect: give {hook name: [statistics]}.")
         found: dict[str, list[Statistic]] = {}
         for pair in pairs:
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                raise InputError(f"statistics is a list of pairs (hook, statistics); found {pair!r} in it.")
             names_filter, given = pair
-            wanted = [given] if isinstance(given, Statistic) else list(given)
+            wanted = [given] if isinstance(given, Statistic) else list(given) if isinstance(given, Iterable) else []
             if not wanted or not all(isinstance(each, Statistic) for each in wanted):
                 raise InputError(
                     f"Each hook has a list of statistics, such as [CountPositive()]; found {given!r} for {names_filter!r}."

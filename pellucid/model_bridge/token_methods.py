@@ -9,9 +9,9 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from pellucid.arguments import check_count
+from pellucid.arguments import check_choice, check_count
 from pellucid.errors import InputError
-from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, TokenRules, check_choice
+from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, TokenRules
 
 
 class TokenMethods:

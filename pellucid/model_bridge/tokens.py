@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from pellucid.errors import InputError, warn
-from pellucid.names import nearest
 
 TextOrTokens: TypeAlias = str | Sequence[str] | Tensor
 PaddingSide = Literal["left", "right"]
@@ -242,14 +241,3 @@ def check_past(past: Any | None) -> None:
             "past_key_values must be a Hugging Face cache, such as transformers.DynamicCache(); found a "
             f"{type(past).__name__}. Of tuples (key, value), one a layer, DynamicCache(those) makes one."
         )
-
-
-def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    """Refuse a value that is not one of ``choices``.
-
-    Raises:
-        InputError: naming the valid ones.
-    """
-    if value not in choices:
-        hint = f" Did you mean {nearest(value, [c for c in choices if c], 1)[0]!r}?" if isinstance(value, str) else ""
-        raise InputError(f"Invalid {name}: {value!r}. It is one of {', '.join(map(repr, choices))}.{hint}")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pellucid.activation_cache import ActivationCache
+from pellucid.arguments import check_choice
 from pellucid.errors import GradientError, InputError
 from pellucid.hook_points import LensHandle
 from pellucid.model_bridge.cache_plan import (
@@ -46,7 +47,7 @@ from pellucid.model_bridge.running import (
 )
 from pellucid.model_bridge.self_check import CheckReport, run_checks
 from pellucid.model_bridge.token_methods import TokenMethods
-from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, TokenRules, check_choice, check_past, ids_as_given
+from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, TokenRules, check_past, ids_as_given
 from pellucid.model_bridge.weight_state import ProcessableWeights, refuse_early
 from pellucid.names import HookSpec, NamesFilter, runs_through
 from pellucid.run_context import set_fast_attention

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from pellucid.arguments import check_choice, check_kind
 from pellucid.errors import InputError, ResultKeyError
 from pellucid.names import nearest
 from pellucid.patching.statistics import bootstrap_interval, generator_for, sign_flip_pvalue, standard_error
@@ -153,6 +154,7 @@ class PatchingResult:
         """
         corrupted = self._baseline_beside_values()
         assert self.baseline is not None
+        check_kind("clean_baseline", clean_baseline, (Tensor, float, int), "the metric of the clean run, a tensor")
         clean = torch.as_tensor(clean_baseline, dtype=self.values.dtype, device=self.values.device)
         if clean.shape != self.baseline.shape:
             raise InputError(
@@ -188,6 +190,7 @@ class PatchingResult:
         """
         self._needs_examples("bootstrap_ci")
         data = self.effect() if of_effect else self.values
+        check_choice("statistic", statistic, ("mean", "median"))
         return bootstrap_interval(data, statistic, confidence, n_resamples, generator_for(seed, "bootstrap", statistic))
 
     def permutation_pvalue(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import xarray
 
+from pellucid.arguments import check_kind, check_mapping
 from pellucid.errors import InputError
 from pellucid.plots.text import cut, escaped, isolated, visible, width
 
@@ -134,12 +135,27 @@ def _all_text(values: np.ndarray) -> bool:
     return values.dtype.kind == "O" and all(isinstance(value, str) for value in values)
 
 
+def check_words(title: str, unit: str, subtitle: str | None) -> None:
+    """What is written on every picture.
+
+    Raises:
+        InputError: no strings.
+    """
+    check_kind("title", title, str, "a string")
+    check_kind("unit", unit, str, "a string")
+    check_kind("subtitle", subtitle, (str, type(None)), "a string or None")
+
+
 def check_labels(labels: Labels | None, dims: Sequence[str]) -> None:
     """Refuse labels for a dimension that is not there.
 
     Raises:
         InputError: there are some.
     """
-    unknown = [dim for dim in labels or {} if dim not in dims]
+    if labels is None:
+        return
+    unknown = [
+        str(dim) for dim in check_mapping("labels", labels, "axes to labels, or to a coordinate") if dim not in dims
+    ]
     if unknown:
         raise InputError(f"There are labels for {', '.join(unknown)}; the result has the axes {', '.join(dims)}.")

@@ -9,8 +9,9 @@ import numpy as np
 import xarray
 from plotly.graph_objects import Bar, Figure
 
+from pellucid.arguments import check_mapping
 from pellucid.errors import InputError
-from pellucid.plots.axis import Axis, Labels, axis_of, check_labels
+from pellucid.plots.axis import Axis, Labels, axis_of, check_labels, check_words
 from pellucid.plots.figures import NotebookFigure
 from pellucid.plots.panels import Panels, ValueAxis, axis_key, check_panels, layout
 from pellucid.plots.text import escaped, lines, visible, width
@@ -47,6 +48,9 @@ def bars(
     Raises:
         InputError: not these axes, complex numbers, nothing to draw, no finite number, results with different axes.
     """
+    check_words(title, unit, subtitle)
+    if not isinstance(result, xarray.DataArray):
+        check_mapping("result", result, "names to results, or is an xarray.DataArray")
     results = {"": result} if isinstance(result, xarray.DataArray) else result
     if not 1 <= len(results) <= len(COLOURS):
         raise InputError(f"Bars are drawn of 1 to {len(COLOURS)} results; found {len(results)}.")
@@ -104,7 +108,9 @@ def _check(results: Mapping[str, xarray.DataArray], facet: str | None) -> str:
             )
     dims = [str(dim) for dim in first.dims]
     if facet is not None and facet not in dims:
-        raise InputError(f"There is no axis {facet} to make panels of; the result has {', '.join(dims) or 'none'}.")
+        raise InputError(
+            f"facet: there is no axis {facet} to make panels of; the result has {', '.join(dims) or 'none'}."
+        )
     left = [dim for dim in dims if dim != facet]
     if len(left) != 1:
         raise InputError(

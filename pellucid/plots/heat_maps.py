@@ -16,8 +16,9 @@ import numpy as np
 import xarray
 from plotly.graph_objects import Figure, Heatmap
 
+from pellucid.arguments import check_list, check_mapping, check_number
 from pellucid.errors import InputError
-from pellucid.plots.axis import Axis, Labels, axis_of, check_labels
+from pellucid.plots.axis import Axis, Labels, axis_of, check_labels, check_words
 from pellucid.plots.figures import NotebookFigure
 from pellucid.plots.panels import Panels, axis_key, best_columns, check_panels, layout
 from pellucid.plots.text import escaped, lines, visible, wrapped
@@ -115,10 +116,11 @@ def heat_map(
         InputError: not these axes, complex numbers, no cell or over 300,000, no finite number, labels that do not fit,
             limits that do not.
     """
+    check_words(title, unit, subtitle)
     _check_array(result, "the result")
     dims = [str(dim) for dim in result.dims]
     if facet is not None and facet not in dims:
-        raise InputError(f"There is no axis {facet} to make panels of; the result has {', '.join(dims)}.")
+        raise InputError(f"facet: there is no axis {facet} to make panels of; the result has {', '.join(dims)}.")
     if facet is None:
         panels = {"": result}
     else:
@@ -128,6 +130,7 @@ def heat_map(
         for place, name in enumerate(names.headings):
             shown = name if name not in panels else f"{name} ({place})"
             panels[shown] = result.isel({facet: place}, drop=True)
+    check_labels(labels, dims)
     left = {dim: texts for dim, texts in (labels or {}).items() if dim != facet}
     return _draw(panels, title, unit, subtitle, x, y, left, centre, limits, print_values)
 
@@ -162,6 +165,8 @@ def heat_maps(
     Raises:
         InputError: as :func:`heat_map`; results with different axes or labels.
     """
+    check_words(title, unit, subtitle)
+    check_mapping("results", results, "a heading to a result")
     check_panels(len(results), "the mapping of results")
     for heading, result in results.items():
         _check_array(result, f"{heading!r}")
@@ -191,8 +196,8 @@ def _draw(
 ) -> Figure:
     first = next(iter(results.values()))
     down, along = _axes(first, x, y)
-    y_axis, x_axis = axis_of(first, down, labels), axis_of(first, along, labels)
     check_labels(labels, (down, along))
+    y_axis, x_axis = axis_of(first, down, labels), axis_of(first, along, labels)
     for heading, result in results.items():
         if set(result.dims) != {down, along} or result.sizes != first.sizes:
             raise InputError(
@@ -248,9 +253,19 @@ def _numbers(values: np.ndarray) -> np.ndarray:
     return values if values.dtype in (np.float32, np.float64) else values.astype(np.float64)
 
 
+def _ends(limits: tuple[float, float]) -> tuple[float, float]:
+    ends = check_list("limits", limits, "two numbers, the lower one first")
+    if len(ends) != 2:
+        raise InputError(f"limits has to be two finite numbers, the lower one first; found {limits!r}.")
+    low, high = (check_number("an entry of limits", end) for end in ends)
+    return low, high
+
+
 def _colours(finite: np.ndarray, centre: float | None, limits: tuple[float, float] | None) -> _Colours:
+    if centre is not None:
+        centre = check_number("centre", centre)
     if limits is not None:
-        low, high = limits
+        low, high = _ends(limits)
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
             raise InputError(f"limits has to be two finite numbers, the lower one first; found {limits}.")
         if centre is not None and not math.isclose(centre - low, high - centre, rel_tol=1e-9):
@@ -262,8 +277,6 @@ def _colours(finite: np.ndarray, centre: float | None, limits: tuple[float, floa
     low, high = float(finite.min()), float(finite.max())
     if centre is None:
         return _Colours(low, high if high > low else low + 1.0, None)
-    if not math.isfinite(centre):
-        raise InputError(f"centre has to be a finite number or None; found {centre}.")
     most = max(abs(low - centre), abs(high - centre)) or 1.0
     return _Colours(centre - most, centre + most, centre)
 

@@ -13,12 +13,14 @@ from pathlib import Path
 from plotly.graph_objects import Figure
 from plotly.offline import get_plotlyjs
 
+from pellucid.arguments import check_kind, check_number, check_path
 from pellucid.errors import InputError
 from pellucid.files import whole_file
 from pellucid.plots.drawing import draw
 from pellucid.plots.extra import need
 from pellucid.plots.text import plain
 
+DEFAULT_SCALE = 2.0
 _SUFFIXES = (".html", ".png", ".svg")
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
@@ -49,9 +51,9 @@ def check_picture_path(path: str | os.PathLike[str], overwrite: bool = False) ->
         InputError: another ending, a file or a folder that is there, no such folder, or one that cannot be written.
         MissingExtraError: a drawing needs matplotlib and it is not installed.
     """
-    place = Path(path).expanduser().resolve()
+    place = check_path("path", path).expanduser().resolve()
     if place.suffix.lower() not in _SUFFIXES:
-        raise InputError(f"A picture's name ends in {', '.join(_SUFFIXES)}; found {place.name!r}.")
+        raise InputError(f"path: a picture's name ends in {', '.join(_SUFFIXES)}; found {place.name!r}.")
     if place.is_dir():
         raise InputError(f"{path} is a folder: give a file in it.")
     if place.exists() and not overwrite:
@@ -66,7 +68,7 @@ def check_picture_path(path: str | os.PathLike[str], overwrite: bool = False) ->
 
 
 def save_picture(
-    picture: Figure | str, path: str | os.PathLike[str], *, overwrite: bool = False, scale: float = 2.0
+    picture: Figure | str, path: str | os.PathLike[str], *, overwrite: bool = False, scale: float = DEFAULT_SCALE
 ) -> Path:
     """Write a picture to a file, whole or not at all.
 
@@ -88,11 +90,12 @@ def save_picture(
     """
     place = check_picture_path(path, overwrite)
     kind = place.suffix.lower()
-    if kind != ".html":
-        if isinstance(picture, str):
-            raise InputError(f"A page of examples is saved as .html; found {place.name!r}.")
-        if not 0.1 <= scale <= 10:
-            raise InputError(f"scale is from 0.1 to 10; found {scale}.")
+    check_kind("picture", picture, (Figure, str), "a figure, or a page of examples_page")
+    check_number("scale", scale, at_least=0.1, at_most=10)
+    if kind != ".png" and scale != DEFAULT_SCALE:
+        raise InputError(f"scale={scale} would have no effect: it is of a .png; found {place.name!r}.")
+    if kind != ".html" and isinstance(picture, str):
+        raise InputError(f"picture: a page of examples is saved as .html; found {place.name!r}.")
     with whole_file(place) as draft:
         if kind == ".html":
             draft.write_text(picture if isinstance(picture, str) else page_of(picture), "utf-8")
