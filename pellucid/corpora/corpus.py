@@ -327,7 +327,8 @@ class Corpus:
         Args:
             batch_size: rows of a batch; the last of a label may have fewer.
             labels: of these labels only, in this order.
-            start_row: first row of each label. Beginning late is quick once the corpus has been indexed.
+            start_row: first row of each label; of a label with fewer rows there is none. Beginning late is quick once the
+                corpus has been indexed.
             stop_row: the row after the last; ``None``, or more than there are, reads to the end.
             padding_side: of rows shorter than the batch.
             pad_to_context: pad every batch to ``context``, not to its longest row.
@@ -341,19 +342,9 @@ class Corpus:
         check_count("start_row", start_row, at_least=0)
         if stop_row is not None:
             check_count("stop_row", stop_row, at_least=start_row)
-        self.refuse_beyond(chosen, start_row, stop_row)
         check_choice("padding_side", padding_side, ("left", "right"))
         length = self.rules.context if pad_to_context else None
         return self._batches(chosen, batch_size, start_row, stop_row, padding_side, length)
-
-    def refuse_beyond(self, labels: Sequence[str], start: int, stop: int | None) -> None:
-        """Refuse to begin beyond the end of every label, if all were read; else it is found out on the way.
-
-        Raises:
-            InputError: ``start`` is beyond every label's last row, and more than none is asked for.
-        """
-        if 0 < start != stop and all(label in self._counts and self._counts[label].rows <= start for label in labels):
-            raise InputError(_beyond(start, labels))
 
     def _batches(
         self,
@@ -364,7 +355,6 @@ class Corpus:
         side: Literal["left", "right"],
         length: int | None,
     ) -> Iterator[CorpusBatch]:
-        empty = True
         for label in labels:
             held: list[Row] = []
             at = start
@@ -372,7 +362,6 @@ class Corpus:
                 if stop is not None and at + len(held) >= stop:
                     break
                 held.append(row)
-                empty = False
                 if len(held) == batch_size:
                     yield self._batch(label, held, at, side, length)
                     at += len(held)
@@ -381,8 +370,6 @@ class Corpus:
                 yield self._batch(label, held, at, side, length)
             elif at == 0 and stop != 0:
                 raise CorpusError(self._too_short(label))
-        if empty and 0 < start != stop:
-            raise InputError(_beyond(start, labels))
 
     def _batch(
         self, label: str, held: Sequence[Row], first: int, side: Literal["left", "right"], length: int | None
@@ -679,10 +666,6 @@ def _separator_id(separator: Separator, packing: Packing, tokenizer: Any | None)
     if isinstance(separator, str) or not isinstance(separator, int):
         raise InputError(f"separator is 'eos', 'none' or a token id; found {separator!r}.")
     return check_count("separator", separator, at_least=0)
-
-
-def _beyond(start: int, labels: Sequence[str]) -> str:
-    return f"start_row={start} is beyond the last row of {', '.join(labels)}: there is nothing to read."
 
 
 def _check_labels(given: Any, argument: str) -> None:

@@ -133,7 +133,10 @@ class CollectingModel(RunnableModel):
             batch_size, labels=chosen, start_row=start_row, stop_row=stop_row, padding_side=padding_side
         )
         counts = corpus.index(chosen, progress)
-        corpus.refuse_beyond(chosen, start_row, stop_row)
+        if 0 < start_row != stop_row and all(count.rows <= start_row for count in counts.values()):
+            raise InputError(
+                f"start_row={start_row} is beyond the last row of {', '.join(chosen)}: nothing would be run."
+            )
         total = sum(_share(count, start_row, stop_row) for count in counts.values())
         state = Collected.empty(hooks, chosen)
         store = None

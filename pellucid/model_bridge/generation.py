@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pellucid.arguments import check_count, check_number
+from pellucid.arguments import check_count, check_function, check_number, check_texts
 from pellucid.errors import InputError, warn
 from pellucid.model_bridge.mounting import ComponentTree
 from pellucid.model_bridge.tokens import TokenRules
@@ -105,7 +105,7 @@ def generate(
         **_set_back(model, hf_kwargs),
         "max_new_tokens": max_new_tokens,
         "do_sample": do_sample,
-        "repetition_penalty": repetition_penalty,
+        "repetition_penalty": float(repetition_penalty),
         "use_cache": use_past_kv_cache,
         # -1 is no token, so nothing ends a row; None would mean "as configured".
         "eos_token_id": list(ends.eos) or -1,
@@ -119,7 +119,7 @@ def generate(
         arguments |= {
             "top_k": top_k if top_k is not None else 0,
             "top_p": top_p if top_p is not None else 1.0,
-            "temperature": temperature,
+            "temperature": float(temperature),  # Hugging Face takes no whole number
         }
     if output_logits:
         arguments |= {"output_logits": True, "return_dict_in_generate": True}
@@ -194,9 +194,7 @@ def check_arguments(
                 raise InputError("eos_token_id=-1 is no token. stop_at_eos=False ends a row nowhere.")
             check_count("eos_token_id", token, 0, rules.d_vocab - 1)
     if stop_strings is not None:
-        strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
-        if not strings or not all(isinstance(entry, str) and entry for entry in strings):
-            raise InputError(f"stop_strings is a string or strings, none of them empty; found {stop_strings!r}.")
+        check_texts("stop_strings", [stop_strings] if isinstance(stop_strings, str) else stop_strings)
         rules.need()
     return sampled
 
@@ -273,7 +271,10 @@ def texts_of(
 def _as_list(criteria: Any) -> list[Any]:
     if criteria is None:
         return []
-    return list(criteria) if isinstance(criteria, Iterable) else [criteria]
+    listed = list(criteria) if isinstance(criteria, Iterable) else [criteria]
+    for entry in listed:
+        check_function("stopping_criteria", entry, "a function of ids and scores, or a list of them")
+    return listed
 
 
 def _criteria_list(criteria: list[Any]) -> Any:

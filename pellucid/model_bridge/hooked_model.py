@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from pellucid.arguments import check_function, check_list
 from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import GradientError, HookDisabledError, HookUnreachableError, InputError
 from pellucid.hook_points import (
@@ -296,6 +297,7 @@ class HookedModel(NoTorchHooks):
             HookNameError: ``name`` matches nothing.
             HookDisabledError: an opt-in point that is off.
         """
+        check_function("hook_fn", hook_fn, "a function of a tensor and its hook point")
         chosen = self._select(name, dir, "name")
         handles = [LensHandle(self._tree.point(spec.name), hook_fn, dir, asked, is_permanent) for spec, asked in chosen]
         return attach_for_good(handles, self._tree, prepend)
@@ -335,9 +337,9 @@ class HookedModel(NoTorchHooks):
         self, requests: Sequence[HookRequest], direction: Direction, span: tuple[int, int] | None = None
     ) -> list[LensHandle]:
         handles = []
-        for request in requests:
+        for request in check_list(f"{direction}_hooks", requests, "(name, function) pairs", empty=True):
             if not isinstance(request, (tuple, list)) or len(request) != 2:
-                raise InputError(f"Hooks are a list of (name, function) pairs; found {request!r} in it.")
+                raise InputError(f"{direction}_hooks is a list of (name, function) pairs; found {request!r} in it.")
             names_filter, function = request
             if not callable(function):
                 raise InputError(

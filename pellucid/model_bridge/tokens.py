@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from pellucid.arguments import check_list
 from pellucid.errors import InputError, warn
 
 TextOrTokens: TypeAlias = str | Sequence[str] | Tensor
@@ -67,9 +68,7 @@ class TokenRules:
             InputError: no tokenizer, no text, text without tokens, an unknown padding side, no padding token.
         """
         tokenizer = self.need()
-        texts = [text] if isinstance(text, str) else list(text)
-        if not texts:
-            raise InputError("The batch is empty: give at least one string.")
+        texts = [text] if isinstance(text, str) else check_list("input", text, "strings")
         for index, entry in enumerate(texts):
             if not isinstance(entry, str):
                 raise InputError(f"A batch of strings has strings only; entry {index} is {type(entry).__name__}.")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pellucid.activation_cache import ActivationCache
-from pellucid.arguments import check_choice
+from pellucid.arguments import check_choice, check_kind, check_path, check_text
 from pellucid.errors import GradientError, InputError
 from pellucid.hook_points import LensHandle
 from pellucid.model_bridge.cache_plan import (
@@ -66,7 +66,7 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
     """
 
     def __init__(self, hf_model: nn.Module, tokenizer: Any | None = None) -> None:
-        bloom = find_bloom(hf_model)
+        bloom = find_bloom(check_kind("hf_model", hf_model, nn.Module, "a torch module with a BLOOM in it"))
         super().__init__(hf_model, ComponentTree.of(bloom, partial(make_adapter, bloom)))
         self._refuse_other_blocks()
         for component in self._tree.components.values():
@@ -145,8 +145,11 @@ class TransformerBridge(ProcessableWeights, CollectingModel, TokenMethods):
             bridge = cls(hf_model, tokenizer)._processed(process_weights)
             bridge.set_attn_implementation(attn_implementation)
             return bridge
-        if not str(model_name):
-            raise InputError("Give a hub name or a folder, or a live model as hf_model=.")
+        if model_name == "":
+            raise InputError("model_name is missing: give a hub name or a folder, or a live model as hf_model=.")
+        check_path("model_name", model_name)
+        if revision is not None:
+            check_text("revision", revision)
         loaded = load_model(
             os.fspath(model_name),
             dtype=dtype,

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Self
 
+from pellucid.arguments import check_path
 from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import PellucidWarning, warn
 from pellucid.factored_matrix import FactoredMatrix
@@ -171,7 +172,7 @@ class ProcessableWeights(WeightViews, HookedModel):
         Raises:
             WeightError: neither is there, or the checkpoint does not fit. Nothing has been changed then.
         """
-        unprocess(self._tree, checkpoint)
+        unprocess(self._tree, None if checkpoint is None else check_path("checkpoint", checkpoint))
 
     @property
     def weights_state(self) -> WeightsState:

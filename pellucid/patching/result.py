@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pellucid.arguments import check_choice, check_kind
+from pellucid.arguments import check_choice, check_kind, check_texts, check_wholes
 from pellucid.errors import InputError, ResultKeyError
 from pellucid.names import nearest
 from pellucid.patching.statistics import bootstrap_interval, generator_for, sign_flip_pvalue, standard_error
@@ -27,8 +27,11 @@ def make_df_from_ranges(column_max_ranges: Sequence[int], column_names: Sequence
     Returns:
         One row for each combination.
     """
-    rows = itertools.product(*(range(size) for size in column_max_ranges))
-    return pd.DataFrame(list(rows), columns=list(column_names))
+    sizes, names = check_wholes("column_max_ranges", column_max_ranges), check_texts("column_names", column_names)
+    if len(sizes) != len(names):
+        raise InputError(f"column_names and column_max_ranges are of one length; found {len(names)} and {len(sizes)}.")
+    rows = itertools.product(*(range(size) for size in sizes))
+    return pd.DataFrame(list(rows), columns=names)
 
 
 @dataclass(eq=False, repr=False)

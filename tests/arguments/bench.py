@@ -5,9 +5,11 @@ A line is a call, the arguments that are changed in one that works, and words of
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -68,6 +70,12 @@ def make_bench(bridge: TransformerBridge, folder: Path) -> Bench:
     collected = bridge.collect(corpus, statistics, progress=False)
     collected.save(folder / "collected.safetensors")
     harvest(bridge, corpus, [POST], folder / "store", batch_size=2, batches_per_shard=2, progress=False)
+    (folder / "en.txt").write_text(TEXT + "\n", "utf-8")
+    (folder / "en.jsonl").write_text(json.dumps({"text": TEXT}) + "\n", "utf-8")
+    if find_spec("pyarrow") is not None:
+        from pyarrow import parquet, table
+
+        parquet.write_table(table({"text": [TEXT]}), folder / "en.parquet")
     languages = lape(torch.arange(48).reshape(2, 8, 3), [60, 60, 60], languages=["en", "fr", "zh"], top_rate=0.5)
     languages.save(folder / "languages.safetensors")
     generator = torch.Generator().manual_seed(0)
@@ -190,6 +198,4 @@ def a_text(call: str, argument: str, **more: Any) -> list[Line]:
 
 def a_list(call: str, argument: str, *wrong: Any, **more: Any) -> list[Line]:
     """An argument that is a list: neither a string nor a number, nor empty."""
-    return [
-        (call, {argument: value, **more}, rf"{argument} is (a list|one|several)") for value in (3, *wrong)
-    ]
+    return [(call, {argument: value, **more}, rf"{argument} is (a list|one|several)") for value in (3, *wrong)]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
-
 from pellucid import plots
-from tests.arguments.bench import NAN, Bench, Call, Line, Of, a_path, a_text, choice, made, not_run, number, whole
+from tests.arguments.bench import NAN, Call, Line, Of, a_path, made, number
 
 RESULT = Of(lambda bench: bench.array)
 TITLES = {"title": "t", "unit": "u"}
@@ -16,8 +14,61 @@ CALLS: dict[str, Call] = {
     "bars": made(plots.bars, result=Of(lambda bench: bench.array[0]), **TITLES),
     "examples_page": made(plots.examples_page, examples={"a": [plots.TokenExample(["x"], [1.0])]}, **TITLES),
     "TokenExample": made(plots.TokenExample, tokens=["x"], values=[1.0]),
+    "shown example": Call(
+        plots.TokenExample,
+        lambda _: lambda **given: plots.examples_page({"a": [plots.TokenExample(**given)]}, title="t", unit="u"),
+        lambda _: {"tokens": ["x"], "values": [1.0]},
+    ),
     "check_picture_path": made(plots.check_picture_path, path="out.html"),
     "save_picture": made(plots.save_picture, picture="<html></html>", path="out.html"),
 }
 
-REFUSED: list[Line] = []
+REFUSED: list[Line] = [
+    *(
+        (name, {argument: wrong}, f"{argument} is a string")
+        for name in ("heat_map", "heat_maps", "bars", "examples_page")
+        for argument in ("title", "unit", "subtitle")
+        for wrong in (3, True, [])
+    ),
+    *(
+        line
+        for name in ("heat_map", "heat_maps")
+        for line in (
+            *number(name, "centre"),
+            (name, {"limits": 3}, "limits is a list"),
+            (name, {"limits": (1, 0)}, "limits has to be"),
+            (name, {"limits": (1,)}, "limits has to be two"),
+            (name, {"limits": (NAN, 1)}, "an entry of limits must be finite"),
+            (name, {"x": "nowhere"}, "nowhere"),
+            (name, {"y": "nowhere"}, "nowhere"),
+            (name, {"labels": 3}, "labels maps axes"),
+            (name, {"labels": {"nowhere": ["a"]}}, "labels for nowhere"),
+        )
+    ),
+    ("heat_map", {"result": 3}, "the result is of type int"),
+    ("heat_map", {"facet": "nowhere"}, "facet: there is no axis nowhere"),
+    ("heat_maps", {"results": 3}, "results maps a heading"),
+    ("heat_maps", {"results": {}}, "the mapping of results"),
+    ("bars", {"result": 3}, "result maps names"),
+    ("bars", {"result": {}}, "1 to 6 results; found 0"),
+    ("bars", {"facet": "nowhere"}, "facet: there is no axis nowhere"),
+    ("bars", {"labels": 3}, "labels maps axes"),
+    ("examples_page", {"examples": 3}, "examples maps headings"),
+    ("examples_page", {"examples": {}}, "there are no examples"),
+    ("examples_page", {"examples": {"a": 3}}, r"examples\['a'\] is a list"),
+    ("examples_page", {"examples": {"a": [3]}}, r"an entry of examples\['a'\] is a TokenExample"),
+    ("TokenExample", {"tokens": 3}, "tokens is a list"),
+    ("TokenExample", {"tokens": "x"}, "tokens is a list"),
+    ("TokenExample", {"tokens": [3]}, "an entry of tokens is a string"),
+    ("TokenExample", {"note": 3}, "note is a string"),
+    ("shown example", {"values": 3}, "values of another kind"),
+    ("shown example", {"values": [1.0, 2.0]}, "a number for each of its tokens"),
+    *a_path("check_picture_path", "path"),
+    ("check_picture_path", {"path": "x.gif"}, "path: a picture's name ends in"),
+    ("check_picture_path", {"path": "nowhere/x.html"}, "There is no folder"),
+    ("save_picture", {"picture": 3}, "picture is a figure"),
+    ("save_picture", {"path": "x.svg"}, "picture: a page of examples is saved as .html"),
+    *a_path("save_picture", "path"),
+    *number("save_picture", "scale", 0.0, 11.0),
+    ("save_picture", {"scale": 3.0}, "scale=3.0 would have no effect"),
+]
