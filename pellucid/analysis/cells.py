@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pellucid.analysis.labelled import Attribute, Grid
-from pellucid.arguments import check_text
+from pellucid.arguments import check_list, check_text
 from pellucid.errors import HookNameError, InputError
 from pellucid.model_bridge.running import Prepared
 from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens
@@ -227,7 +227,7 @@ def check_by(site: Site, by: str | Sequence[str]) -> tuple[str, ...]:
     Raises:
         InputError: one that the site does not have, twice the same, or none.
     """
-    words = (by,) if isinstance(by, str) else tuple(by)
+    words = (by,) if isinstance(by, str) else tuple(check_list("by", by, "strings", empty=True))
     wrong = [word for word in words if word not in site.words]
     if wrong or not words:
         raise InputError(

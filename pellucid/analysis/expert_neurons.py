@@ -173,7 +173,7 @@ class ExpertNeurons:
         at = {unit: place for place, unit in enumerate(self.units)}
         unknown = [unit for unit in units if unit not in at]
         if unknown:
-            raise InputError(f"units has {unknown[0]}, which the table does not have.")
+            raise InputError(f"The table has no {unknown[0]}, which units names.")
         return [float(column[at[unit]]) for unit in units]
 
     def forced(self, label: str, k: int, which: Which = "both", value: Value = "on_p50") -> list[NeuronChange]:

@@ -663,9 +663,9 @@ def _separator_id(separator: Separator, packing: Packing, tokenizer: Any | None)
                 'separator="eos" needs a tokenizer with an end-of-sequence token: give a token id, or separator="none".'
             )
         return int(tokenizer.eos_token_id)
-    if isinstance(separator, str) or not isinstance(separator, int):
+    if isinstance(separator, str | bool) or not isinstance(separator, int) or separator < 0:
         raise InputError(f"separator is 'eos', 'none' or a token id; found {separator!r}.")
-    return check_count("separator", separator, at_least=0)
+    return separator
 
 
 def _check_labels(given: Any, argument: str) -> None:

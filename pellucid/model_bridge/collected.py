@@ -264,6 +264,7 @@ class Collected:
         Raises:
             InputError: no top examples were collected there; no such feature.
         """
+        check_kind("corpus", corpus, Corpus, "a Corpus")
         if statistic is not None:
             check_text("statistic", statistic)
         self._need("label", label, self.labels)

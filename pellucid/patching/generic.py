@@ -187,7 +187,7 @@ def index_of(
             "get_act_patch functions come with their axes: with an index_df pass index_axis_names=None to them."
         )
     if index_df is not None:
-        if not isinstance(index_df, pd.DataFrame) or not len(index_df):
+        if not isinstance(index_df, pd.DataFrame):
             raise InputError(f"index_df is a pandas data frame with a row for each cell; found {index_df!r}.")
         return [], index_df, (len(index_df),)
     assert index_axis_names is not None

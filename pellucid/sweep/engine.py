@@ -151,7 +151,7 @@ class Sweep:
         self.bridge = bridge
         self.metrics: dict[str, MetricLike] = dict(metric) if isinstance(metric, Mapping) else {"metric": metric}
         if not self.metrics:
-            raise InputError("metric is an empty mapping: no metric was given.")
+            raise InputError("No metric was given: metric is an empty mapping.")
         self._prepared_input = bridge.check_input(
             input, prepend_bos=prepend_bos, padding_side=padding_side, attention_mask=attention_mask
         )
@@ -205,15 +205,11 @@ class Sweep:
         writes = []
         for edit_set in check_list("edits", edits, "Edits, or of lists of them", empty=True):
             if not isinstance(edit_set, Edit | Sequence):
-                raise InputError(
-                    f"edits is a list of Edits, or of lists of them; found {type(edit_set).__name__} in it."
-                )
+                raise InputError(f"A sweep takes Edits, or lists of them; edits has {type(edit_set).__name__}.")
             members = [edit_set] if isinstance(edit_set, Edit) else list(edit_set)
             for member in members:
                 if not isinstance(member, Edit):
-                    raise InputError(
-                        f"edits is a list of Edits, or of lists of them; found {type(member).__name__} in it."
-                    )
+                    raise InputError(f"A sweep takes Edits, or lists of them; edits has {type(member).__name__}.")
                 self._refuse_tokens_of_wrapped(member)
             writes.append(
                 [write for member in members for write in resolve(member, self.bridge.hook_spec(member.hook), sizes)]

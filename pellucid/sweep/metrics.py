@@ -124,7 +124,7 @@ def read_columns(position: int | None, tokens: Tensor, attention_mask: Tensor | 
             return torch.full((rows, 1), length - 1)
         return last_real(attention_mask.cpu())[:, None]
     if not -length <= position < length:
-        raise InputError(f"position: the metric reads {position}; the sequence has {length}, 0 to {length - 1}.")
+        raise InputError(f"The metric reads position {position}; the sequence has {length}, 0 to {length - 1}.")
     column = position % length
     if attention_mask is not None:
         padded = (~attention_mask.bool()[:, column]).nonzero().flatten().tolist()

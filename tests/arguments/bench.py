@@ -193,7 +193,10 @@ def a_path(call: str, argument: str, **more: Any) -> list[Line]:
 
 def a_text(call: str, argument: str, **more: Any) -> list[Line]:
     """An argument that is a string with something in it."""
-    return [(call, {argument: value, **more}, rf"{argument} is a string; found") for value in ("", 3, ["x"])]
+    return [
+        (call, {argument: value, **more}, rf"{argument} is a string that is not empty; found")
+        for value in ("", 3, ["x"])
+    ]
 
 
 def a_list(call: str, argument: str, *wrong: Any, **more: Any) -> list[Line]:

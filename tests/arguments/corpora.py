@@ -38,6 +38,11 @@ def collected(name: str, /, **works: Any) -> Call:
     return bound(lambda bench: bench.collected, getattr(Collected, name), **works)
 
 
+def _seen(statistic: running_stats.Quantiles) -> running_stats.Quantiles:
+    statistic.update(NUMBERS)
+    return statistic
+
+
 NUMBERS = torch.arange(6.0).reshape(1, 3, 2)
 
 
@@ -100,7 +105,7 @@ CALLS: dict[str, Call] = {
     "Histogram": made(running_stats.Histogram, edges=[0.0, 1.0]),
     "Quantiles": made(running_stats.Quantiles),
     "Quantiles.at": bound(
-        lambda _: running_stats.Quantiles().update(NUMBERS) or running_stats.Quantiles(),
+        lambda _: _seen(running_stats.Quantiles()),
         running_stats.Quantiles.at,
         quantiles=[0.5],
     ),
@@ -129,7 +134,7 @@ REFUSED: list[Line] = [
     ("Corpus.from_documents", {"context": 0}, "context (is a whole number|must be at least 1)"),
     ("Corpus.from_documents", {"context": True}, "context (is a whole number|must be at least 1)"),
     ("Corpus.from_documents", {"packing": "loose"}, "Invalid packing"),
-    ("Corpus.from_documents", {"separator": -1}, "separator must be at least 0"),
+    ("Corpus.from_documents", {"separator": -1}, "separator is 'eos', 'none' or a token id"),
     ("Corpus.from_documents", {"tail": "cut"}, "Invalid tail"),
     ("Corpus.from_documents", {"long_documents": "cut"}, "Invalid long_documents"),
     ("Corpus.from_documents", {"pad_id": -1}, "pad_id must be at least 0"),
@@ -181,7 +186,7 @@ REFUSED: list[Line] = [
             *choice(name, "tail"),
             *choice(name, "long_documents"),
             *whole(name, "pad_id", 0),
-            (name, {"separator": -1}, "separator must be at least 0"),
+            (name, {"separator": -1}, "separator is 'eos', 'none' or a token id"),
             (name, {"separator": "eot"}, "separator is 'eos', 'none' or a token id"),
             (name, {"separator": 1.5}, "separator is 'eos'"),
             (name, {"tokenizer": "gpt2"}, "tokenizer is Hugging Face's"),
@@ -205,7 +210,7 @@ REFUSED: list[Line] = [
     *choice("Corpus.from_tokens", "tail"),
     *choice("Corpus.from_tokens", "long_documents"),
     ("Corpus.from_tokens", {"separator": "eos"}, "separator=.eos. needs a tokenizer"),
-    ("Corpus.from_tokens", {"separator": True}, "separator is a whole number"),
+    ("Corpus.from_tokens", {"separator": True}, "separator is 'eos', 'none' or a token id"),
     ("Corpus.from_tokens", {"tokens": {"en": 3}}, r"tokens\['en'\] is a tensor, an array or a list"),
     ("Corpus.from_tokens", {"tokens": {"en": [[1.5]]}}, r"tokens\['en'\] are integers"),
     ("Corpus.from_tokens", {"tokenizer": 3}, "tokenizer is Hugging Face's"),

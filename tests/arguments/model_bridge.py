@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from pellucid import ActivationCache, HookPoint, TransformerBridge, TransformerBridgeConfig, get_act_name, running_stats
+from pellucid import ActivationCache, HookPoint, TransformerBridge, get_act_name, running_stats
+from pellucid.demo import MODEL_FOLDER
 from pellucid.factored_matrix import FactoredMatrix
 from tests.arguments.bench import (
     BRIDGE,
@@ -21,11 +22,15 @@ from tests.arguments.bench import (
     Call,
     Line,
     Of,
+    a_path,
+    a_text,
     bound,
     entered,
     look,
     made,
     not_run,
+    number,
+    whole,
 )
 
 
@@ -43,7 +48,7 @@ def point(name: str, /, **works: Any) -> Call:
 
 CALLS: dict[str, Call] = {
     "TransformerBridge": made(TransformerBridge, hf_model=Of(lambda bench: bench.bridge.hf_model)),
-    "boot_transformers": not_run(made(TransformerBridge.boot_transformers, model_name="demo")),
+    "boot_transformers": not_run(made(TransformerBridge.boot_transformers, model_name=MODEL_FOLDER)),
     "forward": method("forward"),
     "run_with_hooks": method("run_with_hooks"),
     "run_with_cache": method("run_with_cache"),
@@ -72,8 +77,6 @@ CALLS: dict[str, Call] = {
     "process_weights": not_run(method("process_weights")),
     "enable_compatibility_mode": not_run(method("enable_compatibility_mode")),
     "unprocess_weights": not_run(method("unprocess_weights")),
-    "save_pretrained": not_run(method("save_pretrained", save_directory="out")),
-    "load_state_dict": not_run(method("load_state_dict", state_dict={})),
     "collect": method("collect", corpus=CORPUS, statistics={POST: [running_stats.CountPositive()]}),
     "ActivationCache": made(ActivationCache, activations=Of(lambda bench: bench.cache.cache_dict), index=BRIDGE),
     "cache.to": bound(lambda bench: bench.cache, ActivationCache.to),
@@ -82,7 +85,6 @@ CALLS: dict[str, Call] = {
     "HookPoint.remove_hooks": point("remove_hooks"),
     "HookPoint.has_hooks": point("has_hooks"),
     "HookPoint.handles": point("handles"),
-    "TransformerBridgeConfig": made(TransformerBridgeConfig, n_layers=2, n_heads=2, d_model=8, d_head=4, d_vocab=10),
     "get_act_name": made(get_act_name, name="z", layer=1),
     "FactoredMatrix": made(FactoredMatrix, A=torch.ones(2, 3), B=torch.ones(3, 2)),
     "FactoredMatrix.get_corner": bound(
@@ -177,11 +179,11 @@ REFUSED: list[Line] = [
     ("verify", {"layers": 0}, "layers is several layers"),
     ("verify", {"layers": [9]}, "layers are 0 to 3"),
     ("set_attn_implementation", {"attn_implementation": "flash"}, "Invalid attn_implementation"),
-    ("collect", {"statistics": {}}, "."),
-    ("collect", {"batch_size": 0}, "batch_size is a number of rows"),
-    ("collect", {"batch_size": True}, "batch_size is a number of rows"),
+    ("collect", {"statistics": {}}, "statistics maps hook names"),
+    ("collect", {"batch_size": 0}, "batch_size (must be at least 1|is a whole number)"),
+    ("collect", {"batch_size": True}, "batch_size (must be at least 1|is a whole number)"),
     ("collect", {"labels": ["de"]}, "de"),
-    ("collect", {"start_row": -1}, "Rows go from start_row=0"),
+    ("collect", {"start_row": -1}, "start_row must be at least 0"),
     ("collect", {"start_row": 1.5}, "start_row is a whole number"),
     ("collect", {"stop_row": 1.5}, "stop_row is a whole number"),
     ("collect", {"padding_side": "middle"}, "padding_side"),
@@ -189,4 +191,96 @@ REFUSED: list[Line] = [
     ("collect", {"every": -1.0}, "every must be at least 0"),
     ("cache.to", {"device": "nowhere"}, "none that torch knows"),
     ("cache.to", {"dtype": torch.int64}, "dtype is one of .*found torch.int64"),
+    *(
+        (name, {hooks: wrong}, words)
+        for name in ("run_with_hooks", "hooks")
+        for hooks in ("fwd_hooks", "bwd_hooks")
+        for wrong, words in (
+            (3, f"{hooks} is a list of .name, function. pairs"),
+            ("x", f"{hooks} is a list of .name, function. pairs"),
+            ({}, f"{hooks} is a list of .name, function. pairs"),
+            ([3], f"{hooks} is a list of .name, function. pairs; found 3"),
+            ([("nonsense", look)], "No hook point is called 'nonsense'"),
+        )
+    ),
+    *whole("run_with_cache", "max_cache_bytes"),
+    *(
+        (name, given, words)
+        for name in ("generate", "check_input")
+        for given, words in (
+            ({"input": 7}, "Input is .*found int"),
+            ({"input": torch.tensor([[4000]])}, "Token id 4000"),
+            ({"prepend_bos": True}, "prepend_bos is for strings"),
+            ({"padding_side": "middle"}, "padding_side"),
+            ({"attention_mask": MASK}, "attention_mask must have shape"),
+        )
+    ),
+    *whole("generate", "max_new_tokens", 1),
+    *whole("generate", "top_k", 1),
+    *number("generate", "top_p", 0.0, 1.5),
+    *number("generate", "temperature", -1.0),
+    *number("generate", "freq_penalty", -1.0),
+    *number("generate", "repetition_penalty", 0.0),
+    ("generate", {"do_sample": False, "top_k": 3}, "top_k=3 would have no effect"),
+    ("generate", {"temperature": 0, "top_p": 0.5}, "top_p=0.5 would have no effect"),
+    ("generate", {"eos_token_id": 1.5}, "eos_token_id is a whole number"),
+    ("generate", {"eos_token_id": 4000}, "eos_token_id must be at most 2047"),
+    ("generate", {"eos_token_id": 3, "stop_at_eos": False}, "eos_token_id=3 would have no effect"),
+    ("generate", {"return_type": "text"}, "return_type"),
+    ("generate", {"stop_strings": 3}, "stop_strings is a list of strings"),
+    ("generate", {"stop_strings": [""]}, "an entry of stop_strings is a string"),
+    ("generate", {"stopping_criteria": 3}, "stopping_criteria is a function"),
+    ("boot_transformers", {"model_name": ["x"]}, "model_name is a path"),
+    ("boot_transformers", {"model_name": 3}, "model_name is a path"),
+    ("boot_transformers", {"model_name": ""}, "model_name is missing"),
+    ("boot_transformers", {"attn_implementation": "flash"}, "Invalid attn_implementation"),
+    *a_text("boot_transformers", "revision"),
+    ("TransformerBridge", {"hf_model": 3}, "hf_model is a torch module"),
+    ("TransformerBridge", {"hf_model": torch.nn.Linear(2, 2)}, "BLOOM"),
+    *(
+        (name, {"name": wrong}, words)
+        for name in ("add_hook", "add_perma_hook", "get_hook_point", "hook_spec", "explain")
+        for wrong, words in (("nonsense", "No hook point is called 'nonsense'"), (3, "found 3"))
+    ),
+    *(
+        (name, {argument: 3}, f"{argument} is a function of a tensor")
+        for name, argument in (
+            ("add_hook", "hook_fn"),
+            ("add_perma_hook", "hook_fn"),
+            ("HookPoint.add_hook", "hook"),
+            ("HookPoint.add_perma_hook", "hook"),
+        )
+    ),
+    *(
+        (name, {"dir": "forward"}, "dir is 'fwd'")
+        for name in (
+            "add_perma_hook",
+            "HookPoint.add_hook",
+            "HookPoint.add_perma_hook",
+            "HookPoint.remove_hooks",
+            "HookPoint.has_hooks",
+            "HookPoint.handles",
+        )
+    ),
+    *((name, {"direction": "forward"}, "'both'; found 'forward'") for name in ("reset_hooks", "remove_all_hook_fns")),
+    ("to_tokens", {"input": 3}, "input is a list of strings"),
+    ("to_tokens", {"input": []}, "input is a list of strings; found an empty one"),
+    ("to_str_tokens", {"input": 3}, "input is a list of strings"),
+    ("get_token_position", {"input": 3}, "input is a list of strings"),
+    *a_path("unprocess_weights", "checkpoint"),
+    *a_path("collect", "checkpoint"),
+    ("collect", {"corpus": 3}, "corpus is a Corpus"),
+    ("collect", {"statistics": 3}, "statistics maps hook names"),
+    ("collect", {"statistics": [3]}, "statistics is a list of pairs"),
+    ("collect", {"start_row": 10**6}, "start_row=1000000 is beyond the last row"),
+    ("ActivationCache", {"activations": 3}, "activations maps hook names"),
+    ("ActivationCache", {"index": 3}, "index is a bridge"),
+    ("ActivationCache", {"tokens": False}, "tokens is a tensor of ids"),
+    ("ActivationCache", {"attention_mask": 3}, "attention_mask is a tensor"),
+    ("get_act_name", {"name": 3}, "name is a hook's short name"),
+    ("get_act_name", {"layer": 1.5}, "layer is a whole number"),
+    ("get_act_name", {"layer": True}, "layer is a whole number"),
+    ("get_act_name", {"layer_type": 3}, "layer_type is a string"),
+    ("FactoredMatrix", {"A": 3}, "found"),
+    ("FactoredMatrix", {"B": torch.ones(4, 2)}, "found"),
 ]

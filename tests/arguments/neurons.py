@@ -218,7 +218,7 @@ REFUSED: list[Line] = [
     *(line for name in ("ExpertNeurons.values", "ExpertNeurons.forced") for line in choice(name, "value")),
     ("ExpertNeurons.values", {"units": 3}, "units is a list"),
     ("ExpertNeurons.values", {"units": [3]}, "an entry of units is a Unit"),
-    ("ExpertNeurons.values", {"units": [expert_neurons.Unit("mlp.hook_post", 9, 9)]}, "units has Unit"),
+    ("ExpertNeurons.values", {"units": [expert_neurons.Unit("mlp.hook_post", 9, 9)]}, "The table has no Unit"),
     ("force_units", {"units": 3}, "units is a list"),
     ("force_units", {"units": [3]}, "an entry of units is a Unit"),
     ("force_units", {"values": True}, "values is a number"),

@@ -44,8 +44,9 @@ def names_of(module: str) -> list[str]:
 
 
 def bare(function: Callable[..., Any]) -> Any:
-    """What is the same however it was looked up: a class method gives another object each time."""
-    return getattr(function, "__func__", function)
+    """What is the same however it was looked up, and whatever arguments were filled in."""
+    found: Any = function.func if isinstance(function, functools.partial) else function
+    return getattr(found, "__func__", found)
 
 
 def public() -> Iterator[tuple[str, Callable[..., Any]]]:
@@ -80,13 +81,14 @@ def arguments_of(function: Callable[..., Any]) -> list[str]:
     except (TypeError, ValueError):  # a type, such as a union of callables
         return []
     unnamed = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    return [each.name for each in parameters if each.name != "self" and each.kind not in unnamed]
+    return [each.name for each in parameters if each.name not in ("self", "cls") and each.kind not in unnamed]
 
 
 GIVEN = "made by Pellucid and given to the caller, who does not call it"
 INSIDE = "called by Pellucid on what it has checked"
 HOOKED = "called by a sweep, with the activation"
 SCORED = "called by a sweep, with its own tokens and logits"
+TRUTH = "any truth value"
 STATE = "Pellucid's own state, saved and loaded with a checksum"
 
 NOT_TRIED: dict[str, str] = {
@@ -113,7 +115,7 @@ NOT_TRIED: dict[str, str] = {
             "safetensors_chunks", "read_header", "map_tensor", "as_tensor", "hash_file", "json_errors", "StoreJob.hook",
             "job_of_json", "StoreFolder", "StoreFolder.begin", "StoreFolder.damage", "StoreFolder.write_shard", "read_job",
             "ShardBuffers.filled", "ShardBuffers.of", "ShardWriter", "ShardWriter.submit", "idle_threads", "share_of",
-            "check_threads", "fixed_threads", "Worker.share",
+            "check_threads", "fixed_threads", "Worker.share", "Sweep.base_activations", "LabelledSweep.run", "AveragePrecision.to",
         ),
         INSIDE,
     ),
@@ -133,6 +135,9 @@ NOT_TRIED: dict[str, str] = {
         for method in ("bound", "check", "reads", "score")
     },
     **{f"{statistic}.load_state_dict": STATE for statistic in ("Statistic", "AveragePrecision", "CountPositive")},
+    "TransformerBridge.set_use_attn_in": TRUTH,
+    "TransformerBridge.set_use_hook_mlp_in": TRUTH,
+    "TransformerBridge.set_use_split_qkv_input": TRUTH,
     "TransformerBridge.named_buffers": "torch's own, which refuses what is not its own",
     "TransformerBridge.named_parameters": "torch's own, which refuses what is not its own",
     "TransformerBridge.load_state_dict": "the Hugging Face model's own, which refuses what is not its own",

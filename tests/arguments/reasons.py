@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 TRUTH = "any truth value"
+LOADING = "what the loader refuses: tests/model_bridge/test_loading.py, test_checkpoints.py, test_bad_input.py"
 
 NO_LINE_NEEDED: dict[str, str] = {
     "bridge": "a model",
@@ -45,6 +46,50 @@ NO_LINE_NEEDED: dict[str, str] = {
 """Of every call that has one called so."""
 
 EXPLAINED: dict[tuple[str, str], str] = {
+    **{
+        ("boot_transformers", name): LOADING
+        for name in (
+            "hf_config_overrides",
+            "device",
+            "dtype",
+            "tokenizer",
+            "load_weights",
+            "trust_remote_code",
+            "hf_model",
+            "device_map",
+            "max_memory",
+            "offload_folder",
+            "use_safetensors",
+            "process_weights",
+            "allow_missing_weights",
+        )
+    },
+    **{
+        (call, name): TRUTH
+        for call in ("process_weights", "enable_compatibility_mode")
+        for name in (
+            "fold_ln",
+            "center_writing_weights",
+            "center_unembed",
+            "fold_value_biases",
+            "refactor_factored_attn_matrices",
+            "keep_tied",
+            "keep_originals",
+            "disable_warnings",
+            "no_processing",
+        )
+        if (call, name)
+        not in {
+            ("process_weights", "disable_warnings"),
+            ("process_weights", "no_processing"),
+            ("enable_compatibility_mode", "keep_tied"),
+            ("enable_compatibility_mode", "keep_originals"),
+        }
+    },
+    ("set_use_attn_result", "use_attn_result"): TRUTH,
+    ("TransformerBridge", "tokenizer"): "Hugging Face's, or any that encodes alike",
+    ("FactoredMatrix.get_corner", "k"): "an end of a slice",
+    ("FactoredMatrix.unsqueeze", "k"): "torch's own, which refuses what is not an axis",
     ("estimate_cache", "incl_bwd"): TRUTH,
     ("to_tokens", "prepend_bos"): TRUTH,
     ("ablation", "change"): TRUTH,

@@ -38,12 +38,12 @@ CALLS: dict[str, Call] = {
     "harvest": made(harvest.harvest, **JOB, progress=False),
     "Harvester": made(harvest.Harvester, **JOB),
     "Harvester.harvest_shard": bound(
-        lambda bench: harvest.Harvester(bench.bridge, bench.corpus, [POST], bench.folder / "steps"),
+        lambda bench: harvest.Harvester(bench.bridge, bench.corpus, [POST], "steps"),
         harvest.Harvester.harvest_shard,
         index=0,
     ),
     "Harvester.run": bound(
-        lambda bench: harvest.Harvester(bench.bridge, bench.corpus, [POST], bench.folder / "steps"),
+        lambda bench: harvest.Harvester(bench.bridge, bench.corpus, [POST], "steps"),
         harvest.Harvester.run,
     ),
     "harvest_on_ray": not_run(made(ray_engine.harvest_on_ray, open_job=print, tasks=1)),
@@ -68,7 +68,6 @@ CALLS: dict[str, Call] = {
     "StoredActivations.label_of": store("label_of", index=0),
     "StoredActivations.sequences_of": store("sequences_of", index=0),
     "Worker": made(workers.Worker),
-    "Worker.share": bound(lambda _: workers.Worker(), workers.Worker.share, work=[1]),
     "worker_of_environment": made(workers.worker_of_environment, environment={}),
 }
 

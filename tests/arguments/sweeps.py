@@ -23,8 +23,10 @@ from tests.arguments.bench import (
     Line,
     Of,
     bound,
+    choice,
     made,
     not_run,
+    whole,
 )
 
 
@@ -112,12 +114,12 @@ REFUSED: list[Line] = [
     ("Sweep", {"rows_at_once": 1.5}, "rows_at_once is a whole number"),
     ("Sweep", {"prepend_bos": True}, "prepend_bos is for strings"),
     ("Sweep", {"padding_side": "left"}, "padding_side='left' is for strings"),
-    ("Sweep.plan", {"edits": [3]}, "A sweep takes Edits, or lists of them; found int"),
-    ("Sweep.plan", {"edits": [[3]]}, "A sweep takes Edits"),
-    ("Sweep.run", {"edits": [3]}, "A sweep takes Edits"),
-    ("Sweep.run", {"on_interrupt": "stop"}, "on_interrupt"),
+    ("Sweep.plan", {"edits": [3]}, "edits has int"),
+    ("Sweep.plan", {"edits": [[3]]}, "edits has int"),
+    ("Sweep.run", {"edits": [3]}, "edits has int"),
+    ("Sweep.run", {"on_interrupt": "stop"}, "Invalid on_interrupt: 'stop'"),
     ("Edit of z", {"hook": "nonsense"}, "No hook point"),
-    ("Edit of z", {"value": 0.0}, "is one of Zero, SetTo"),
+    ("Edit of z", {"value": 0.0}, "value of the edit .* is one of Zero, SetTo"),
     ("Edit of z", {"positions": 8}, "there are 8, 0 to 7; found 8"),
     ("Edit of z", {"positions": 1.5}, "one index, a slice or several"),
     ("Edit of z", {"positions": []}, "chooses none"),
@@ -127,16 +129,16 @@ REFUSED: list[Line] = [
     ("Edit of z", {"rows": 1}, "there are 1"),
     ("Edit of pattern", {"neurons": 0}, "neurons= has no meaning"),
     ("Edit of pattern", {"keys": 8}, "there are 8"),
-    ("SetTo", {"value": NAN}, "the value is NaN"),
+    ("SetTo", {"value": NAN}, "value|the value is NaN"),
     ("SetTo", {"value": torch.zeros(3)}, "does not broadcast"),
-    ("Add", {"direction": NAN}, "the value is NaN"),
+    ("Add", {"direction": NAN}, "value|the value is NaN"),
     ("Add", {"direction": torch.zeros(3)}, "does not broadcast"),
     ("Scale", {"factor": NAN}, "factor must be finite"),
     ("Scale", {"factor": torch.ones(2)}, "factor is a number"),
-    ("Apply", {"function": 3}, "Apply takes a function; found int"),
-    ("FromRun", {"run": torch.zeros(2)}, "FromRun takes a cache"),
+    ("Apply", {"function": 3}, "Apply: function is a function; found int"),
+    ("FromRun", {"run": torch.zeros(2)}, "FromRun: run is a cache"),
     ("FromRun", {"run": {}}, "did not keep blocks.1.hook_resid_pre"),
-    ("FromRun", {"rows": 0}, "rows is a list"),
+    ("FromRun", {"rows": 0}, "FromRun: rows is a list"),
     ("FromRun", {"rows": []}, "rows names 0 rows"),
     ("FromRun", {"rows": [5]}, "the other run has 1 rows; row 5"),
     ("FromRun", {"positions": 0}, "positions is a list"),
@@ -169,8 +171,8 @@ REFUSED: list[Line] = [
     ("activation_patching", {"metric": sweep.LogProbability(-1)}, "token id -1"),
     ("activation_patching", {"site": "nonsense"}, "nonsense"),
     ("activation_patching", {"by": "nonsense"}, "nonsense"),
-    ("activation_patching", {"direction": "up"}, "direction"),
-    ("activation_patching", {"rows": "some"}, "rows"),
+    ("activation_patching", {"direction": "up"}, "Invalid direction: 'up'"),
+    ("activation_patching", {"rows": "some"}, "Invalid rows: 'some'"),
     ("activation_patching", {"layers": 9}, "there are 4"),
     ("activation_patching", {"positions": 8}, "there are 8"),
     ("activation_patching", {"heads": 0}, "heads"),
@@ -180,18 +182,22 @@ REFUSED: list[Line] = [
     ("activation_patching", {"padding_side": "left"}, "padding_side='left' is for strings"),
     ("activation_patching", {"logit_positions": [-1]}, "logit_positions would have no effect"),
     ("activation_patching", {"rows_at_once": 0}, "rows_at_once must be at least 1"),
-    ("activation_patching", {"on_interrupt": "stop"}, "on_interrupt"),
+    ("activation_patching", {"on_interrupt": "stop"}, "Invalid on_interrupt: 'stop'"),
     ("ablation", {"input": ""}, "has no tokens"),
     ("ablation", {"metric": sweep.LogProbability(-1)}, "token id -1"),
     ("ablation", {"site": "nonsense"}, "nonsense"),
     ("ablation", {"by": "nonsense"}, "nonsense"),
-    ("ablation", {"how": "nonsense"}, "how"),
+    ("ablation", {"how": "nonsense"}, "Invalid how: 'nonsense'"),
     ("ablation", {"data": IDS}, "data"),
     ("ablation", {"data_mask": MASK}, "data_mask"),
     ("ablation", {"permutation": [0]}, "permutation goes with how='resample'"),
-    ("ablation", {"how": "resample", "data": TEXT, "permutation": [0.5]}, "whole number; found 0.5"),
+    (
+        "ablation",
+        {"how": "resample", "data": TEXT, "permutation": [0.5]},
+        "an entry of permutation is a whole number; found 0.5",
+    ),
     ("ablation", {"how": "resample", "data": TEXT, "seed": 1.5}, "seed is a whole number"),
-    ("ablation", {"rows": "some"}, "rows"),
+    ("ablation", {"rows": "some"}, "Invalid rows: 'some'"),
     ("ablation", {"layers": 9}, "there are 4"),
     ("ablation", {"positions": 8}, "there are 8"),
     ("ablation", {"heads": 8}, "there are 8"),
@@ -201,5 +207,76 @@ REFUSED: list[Line] = [
     ("ablation", {"padding_side": "left"}, "padding_side='left' is for strings"),
     ("ablation", {"logit_positions": [-1]}, "logit_positions would have no effect"),
     ("ablation", {"rows_at_once": 0}, "rows_at_once must be at least 1"),
-    ("ablation", {"on_interrupt": "stop"}, "on_interrupt"),
+    ("ablation", {"on_interrupt": "stop"}, "Invalid on_interrupt: 'stop'"),
+    *(
+        (name, {"edits": wrong}, words)
+        for name in ("Sweep.plan", "Sweep.run", "Sweep.needed_names")
+        for wrong, words in ((3, "edits is a list of Edits"), ("x", "edits is a list of Edits"), ([3], "edits has int"))
+    ),
+    *whole("Sweep", "memory_limit", 1),
+    *whole("Sweep", "rows_at_once", 1),
+    *whole("Sweep", "reserved", 0),
+    ("Edit of z", {"hook": 3}, "name of a hook point is a string; found 3"),
+    ("SetTo", {"value": "x"}, "SetTo: value is a number or a tensor"),
+    ("SetTo", {"value": True}, "SetTo: value is a number or a tensor"),
+    ("Add", {"direction": "x"}, "Add: direction is a number or a tensor"),
+    ("Add", {"direction": True}, "Add: direction is a number or a tensor"),
+    ("FromRun", {"rows": [True]}, "an entry of rows is a whole number"),
+    ("FromRun", {"positions": ["x"]}, "an entry of positions is a whole number"),
+    ("NextTokenLoss", {"tokens": 3}, "NextTokenLoss: tokens is a tensor"),
+    ("Normalized", {"zero": "x"}, "Normalized: zero is a number"),
+    ("Normalized", {"one": True}, "Normalized: one is a number"),
+    *(
+        line
+        for name in ("path_patching", "prepare_path_patching")
+        for line in (
+            (name, {"original": ""}, "has no tokens"),
+            (name, {"new": IDS}, "original and new have different numbers of tokens"),
+            (name, {"metric": 3}, "is a Metric or a function of logits"),
+            (name, {"metric": sweep.LogProbability(-1)}, "token id -1"),
+            *(
+                (name, {ends: wrong}, words)
+                for ends in ("senders", "receivers")
+                for wrong, words in (
+                    (3, f"{ends} is a list of strings"),
+                    ([], f"{ends} is a list of strings; found an empty one"),
+                    ([3], f"an entry of {ends} is a string"),
+                    ("nonsense", f"{ends}: none is called 'nonsense'"),
+                )
+            ),
+            *choice(name, "inputs"),
+            *choice(name, "value"),
+            *choice(name, "rows"),
+            (name, {"positions": 8}, "positions: there are 8"),
+            (name, {"attention_mask": MASK}, "attention_mask must have shape"),
+            (name, {"prepend_bos": True}, "different numbers of tokens|prepend_bos is for strings"),
+            (name, {"padding_side": "left"}, "padding_side='left' is for strings"),
+            (name, {"logit_positions": [-1]}, "logit_positions would have no effect"),
+            *whole(name, "memory_limit", 1),
+            *whole(name, "rows_at_once", 1),
+        )
+    ),
+    *choice("path_patching", "on_interrupt"),
+    *(
+        (name, given, words)
+        for name in ("activation_patching", "ablation")
+        for given, words in (
+            ({"memory_limit": 1.5}, "memory_limit is a whole number"),
+            ({"memory_limit": 0}, "memory_limit must be at least 1"),
+            ({"site": 3}, "site is a string"),
+            ({"by": 3}, "by is a list of strings"),
+        )
+    ),
+    ("ablation", {"seed": 3}, "seed=3 would have no effect"),
+    ("ablation", {"seed": True}, "seed is a whole number"),
+    ("by_head", {"result": 3}, "result is an array"),
+    ("by_head", {}, "result is one of path_patching"),
+    ("to_document", {"result": 3}, "result is an array"),
+    ("from_document", {"document": 3}, "document maps names"),
+    ("from_document", {}, "document is no saved result"),
 ]
+PREPARED = {"activation_patching": "prepare_activation_patching", "ablation": "prepare_ablation"}
+REFUSED += [
+    (PREPARED[name], given, words) for name, given, words in REFUSED if name in PREPARED and "on_interrupt" not in given
+]
+"""The same, up to the sweep."""
