@@ -282,7 +282,9 @@ def continuations(
             raise InputError(
                 f"neurons: a language is called {language!r} twice, or {UNCHANGED!r}, which is the unmodified model."
             )
-        contexts[str(language)] = change(own).on(bridge, assert_effect=assert_effect)
+        changed = change(own)
+        changed.check(bridge)  # before the first text is written
+        contexts[str(language)] = changed.on(bridge, assert_effect=assert_effect)
     ids = [bridge.to_tokens(prompt) for prompt in prompts]
     texts = []
     for context in contexts.values():

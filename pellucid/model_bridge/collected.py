@@ -180,6 +180,7 @@ class Collected:
             InputError: not collected; no other label.
         """
         chosen, several = self._chosen(hook)
+        check_text("statistic", statistic)
         self._need("positive", positive, self.labels)
         if len(self.labels) < 2:
             raise InputError("Average precision compares labels; this collection has one.")

@@ -71,9 +71,10 @@ class AveragePrecision(Statistic):
         Raises:
             InputError: none to compare with, other features or another pooling, values that are not finite.
         """
-        features = self._seen()
         for other in check_list("negatives", negatives, "AveragePrecision"):
             check_kind("an entry of negatives", other, AveragePrecision, "an AveragePrecision")
+        features = self._seen()
+        for other in negatives:
             if other.pool != self.pool or other._seen() != features:
                 raise InputError("Average precision compares equally pooled documents of equal features.")
         own = self.result()

@@ -79,7 +79,7 @@ REFUSED: list[Line] = [
         line
         for name, metric in FUNCTIONS.items()
         for line in (
-            (name, {"corrupted_tokens": 3}, "found int"),
+            (name, {"corrupted_tokens": 3}, "Input is .*found int"),
             (name, {"corrupted_tokens": torch.tensor([[4000]])}, "Token id 4000"),
             (name, {"clean_cache": 3}, "clean_cache maps hook names"),
             (name, {"clean_cache": {}}, "The clean cache has no"),

@@ -39,8 +39,8 @@ REFUSED: list[Line] = [
             (name, {"limits": (1, 0)}, "limits has to be"),
             (name, {"limits": (1,)}, "limits has to be two"),
             (name, {"limits": (NAN, 1)}, "an entry of limits must be finite"),
-            (name, {"x": "nowhere"}, "nowhere"),
-            (name, {"y": "nowhere"}, "nowhere"),
+            (name, {"x": "nowhere"}, "no axis nowhere"),
+            (name, {"y": "nowhere"}, "no axis nowhere"),
             (name, {"labels": 3}, "labels maps axes"),
             (name, {"labels": {"nowhere": ["a"]}}, "labels for nowhere"),
         )

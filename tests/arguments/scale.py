@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,12 +40,12 @@ CALLS: dict[str, Call] = {
     "harvest": made(harvest.harvest, **JOB, progress=False),
     "Harvester": made(harvest.Harvester, **JOB),
     "Harvester.harvest_shard": bound(
-        lambda bench: harvest.Harvester(bench.bridge, bench.corpus, [POST], "steps"),
+        lambda bench: harvest.Harvester(bench.bridge, bench.corpus, [POST], Path(tempfile.mkdtemp(dir=bench.folder))),
         harvest.Harvester.harvest_shard,
         index=0,
     ),
     "Harvester.run": bound(
-        lambda bench: harvest.Harvester(bench.bridge, bench.corpus, [POST], "steps"),
+        lambda bench: harvest.Harvester(bench.bridge, bench.corpus, [POST], Path(tempfile.mkdtemp(dir=bench.folder))),
         harvest.Harvester.run,
     ),
     "harvest_on_ray": not_run(made(ray_engine.harvest_on_ray, open_job=print, tasks=1)),
