@@ -6,6 +6,7 @@ its characters are strings. An empty string is no path: it would mean the curren
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pellucid.errors import InputError
-from pellucid.names import nearest
 
 T = TypeVar("T")
 
@@ -187,5 +187,7 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
         InputError: naming the valid ones.
     """
     if not any(isinstance(value, type(choice)) and value == choice for choice in choices):
-        hint = f" Did you mean {nearest(value, [c for c in choices if c], 1)[0]!r}?" if isinstance(value, str) else ""
+        words = [choice for choice in choices if isinstance(choice, str)]
+        near = difflib.get_close_matches(value, words, 1, 0.0) if isinstance(value, str) else []
+        hint = f" Did you mean {near[0]!r}?" if near else ""
         raise InputError(f"Invalid {name}: {value!r}. It is one of {', '.join(map(repr, choices))}.{hint}")
