@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from pellucid.arguments import check_kind, check_mapping
 from pellucid.dtypes import cast, check_dtype
 from pellucid.errors import CacheKeyError, InputError
 from pellucid.names import HookIndex, get_act_name, nearest
@@ -74,6 +75,11 @@ class ActivationCache(Mapping[str, Tensor]):
             raise InputError(
                 f"tokens is a tensor of ids; found {tokens!r}. TransformerLens' third argument is has_batch_dim=."
             )
+        check_mapping("activations", activations, "hook names to tensors")
+        if attention_mask is not None:
+            check_kind("attention_mask", attention_mask, Tensor, "a tensor [batch, pos]")
+        if not isinstance(index, HookIndex) and not hasattr(index, "hook_index"):
+            raise InputError(f"index is a bridge, or its hook_index; found {type(index).__name__}.")
         self.cache_dict: dict[str, Tensor] = dict(activations)
         if isinstance(index, HookIndex):
             self.index = index

@@ -16,6 +16,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from pellucid.arguments import check_kind
 from pellucid.dtypes import widened
 from pellucid.errors import InputError
 
@@ -32,6 +33,8 @@ class FactoredMatrix:
     """
 
     def __init__(self, A: Tensor, B: Tensor) -> None:
+        check_kind("A", A, Tensor, "a tensor [..., left, middle]")
+        check_kind("B", B, Tensor, "a tensor [..., middle, right]")
         if A.dim() < 2 or B.dim() < 2 or A.shape[-1] != B.shape[-2]:
             raise InputError(
                 f"A factored matrix is [..., ldim, mdim] times [..., mdim, rdim]; found {tuple(A.shape)} and "

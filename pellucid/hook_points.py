@@ -31,6 +31,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from pellucid.arguments import check_function
 from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
 from pellucid.errors import GradientError, HookValueError, InputError, NoEffectError
 from pellucid.names import layer_of
@@ -327,6 +328,7 @@ class HookPoint(NoTorchHooks):
         Raises:
             InputError: another direction.
         """
+        check_function("hook", hook, "a function of a tensor and its hook point")
         handle = LensHandle(self, hook, _direction(dir), self.name, is_permanent)
         return attach_for_good((handle,), self.owner, prepend)[0]
 

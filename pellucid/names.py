@@ -127,6 +127,8 @@ class HookIndex(Mapping[str, HookSpec]):
         self._globs: dict[str, list[tuple[HookSpec, str]]] = {}
 
     def __getitem__(self, name: str) -> HookSpec:
+        if not isinstance(name, str):
+            raise HookNameError(f"The name of a hook point is a string; found {name!r} ({type(name).__name__}).")
         spec = self._specs.get(name)
         if spec is None:
             canonical = self._canonical.get(name)
@@ -196,6 +198,10 @@ class HookIndex(Mapping[str, HookSpec]):
             if not chosen:
                 raise HookNameError(f"The predicate given as {argument} matches none of the {len(self)} hook points.")
             return chosen
+        if not isinstance(names_filter, Iterable):
+            raise HookNameError(
+                f"{argument} is a name, a glob, a list of names or a function of names; found {names_filter!r}."
+            )
         entries = list(names_filter)
         if not entries:
             raise HookNameError(f"The list given as {argument} is empty: name at least one hook point.")
@@ -303,6 +309,12 @@ def get_act_name(name: str, layer: int | str | None = None, layer_type: str | No
     ``get_act_name("q", 3)`` is ``"blocks.3.attn.hook_q"``, ``get_act_name("scale", 3, "ln1")`` is
     ``"blocks.3.ln1.hook_scale"``, ``get_act_name("k6a")`` is ``"blocks.6.attn.hook_k"``, and a full name is itself.
     """
+    if not isinstance(name, str) or not name:
+        raise HookNameError(f"name is a hook's short name, such as 'q'; found {name!r}.")
+    if layer is not None and (isinstance(layer, bool) or not isinstance(layer, str | int) or layer in ("", -1)):
+        raise HookNameError(f"layer is a whole number from 0 on; found {layer!r}.")
+    if layer_type is not None and not isinstance(layer_type, str):
+        raise HookNameError(f"layer_type is a string, such as 'attn' or 'ln1'; found {layer_type!r}.")
     if layer is None and layer_type is None:
         if "." in name or name.startswith("hook_"):
             return name

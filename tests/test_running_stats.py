@@ -290,13 +290,13 @@ def test_average_precision_of_labels() -> None:
         (lambda: seen(CountPositive()).merge(seen(CountPositive(1.0))), "merges with its like"),
         (lambda: seen(CountPositive()).merge(seen(MinMax())), "merges with its like"),
         (lambda: seen(MinMax()).merge(seen(MinMax(), features=4)), "cannot merge"),
-        (lambda: TopK(0), "1 or more"),
+        (lambda: TopK(0), "k must be at least 1"),
         (lambda: TopK(2).update(torch.zeros(1, 1, 1)), "places"),
         (lambda: AveragePrecision().update(torch.zeros(1, 1, 1)), "places"),
-        (lambda: AveragePrecision("sum"), "'mean' or 'max'"),  # type: ignore[arg-type]
+        (lambda: AveragePrecision("sum"), "Invalid pool: 'sum'"),  # type: ignore[arg-type]
         (lambda: Histogram((1.0,)), "increase"),
         (lambda: Histogram((1.0, 1.0)), "increase"),
-        (lambda: Quantiles((1.5,)), "from 0 to 1"),
+        (lambda: Quantiles((1.5,)), "an entry of quantiles must be at most 1"),
         (lambda: Quantiles(relative_error=0.0), "relative_error"),
         (lambda: seen(Covariance(most_features=2)), "most_features"),
         (lambda: average_precision(torch.zeros(3, 2), torch.zeros(3, dtype=torch.bool)), "no positive"),

@@ -31,9 +31,9 @@ from pellucid.analysis.cells import (
 )
 from pellucid.analysis.labelled import LabelledSweep, Reference, Rows, about_metrics
 from pellucid.analysis.patching import keep, left_of
-from pellucid.arguments import check_whole
+from pellucid.arguments import check_choice, check_memory_limit, check_whole, check_wholes
 from pellucid.errors import CacheKeyError, InputError
-from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, check_choice
+from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.names import HookSpec
 from pellucid.padding import places
@@ -175,9 +175,13 @@ def prepare_ablation(
 
     Means, or the rows to resample from, are computed here.
     """
+    check_memory_limit(memory_limit)
+    check_whole("seed", seed)
     check_choice("how", how, ("zero", "mean", "position_mean", "resample"))
     check_choice("rows", rows, ("mean", "each"))
     _refuse_what_is_not_used(how, data, data_mask, permutation)
+    if seed and (how != "resample" or permutation is not None):
+        raise InputError(f"seed={seed} would have no effect: it is of the permutation that how='resample' draws.")
     found = find_site(bridge, site, layers)
     words = check_by(found, by if by is not None else _default_by(found))
     prompts = read_prompts(bridge, input, attention_mask, prepend_bos, padding_side)
@@ -388,14 +392,13 @@ class _Data:
             InputError: there is none of as many tokens, or a given one that does not fit.
         """
         n_rows, n_data = self.prompts.n_rows, self.real.shape[0]
-        check_whole("seed", seed)
         if permutation is None:
             generator = torch.Generator().manual_seed(seed)
             if self.own:
                 permutation = _cycle(n_rows, generator)
             else:
                 permutation = torch.randint(n_data, (n_rows,), generator=generator).tolist()
-        chosen = tuple(check_whole("A row of permutation", row) for row in permutation)
+        chosen = tuple(check_wholes("permutation", permutation))
         if len(chosen) != n_rows or not all(0 <= row < n_data for row in chosen):
             raise InputError(
                 f"permutation has one row of the data, 0 to {n_data - 1}, for each of the {n_rows} rows of the input; found "

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pellucid.analysis.labelled import Attribute, Grid
+from pellucid.arguments import check_list, check_text
 from pellucid.errors import HookNameError, InputError
 from pellucid.model_bridge.running import Prepared
 from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens
@@ -195,6 +196,7 @@ def find_site(bridge: TransformerBridge, site: str, layers: Index = None) -> Sit
         HookNameError: no such site; the nearest ones are listed.
         InputError: layers that the model does not have, or layers of a site outside the blocks.
     """
+    check_text("site", site)
     n_layers = bridge.cfg.n_layers
     for template in (get_act_name(site, "{i}"), f"blocks.{{i}}.{site}"):
         if _is_hook(bridge, template.format(i=0)):
@@ -225,7 +227,7 @@ def check_by(site: Site, by: str | Sequence[str]) -> tuple[str, ...]:
     Raises:
         InputError: one that the site does not have, twice the same, or none.
     """
-    words = (by,) if isinstance(by, str) else tuple(by)
+    words = (by,) if isinstance(by, str) else tuple(check_list("by", by, "strings", empty=True))
     wrong = [word for word in words if word not in site.words]
     if wrong or not words:
         raise InputError(

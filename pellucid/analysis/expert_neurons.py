@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from numbers import Real
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -18,6 +19,16 @@ import xarray as xr
 from torch import Tensor
 
 from pellucid.analysis.neurons import NeuronChange, force, place_of, unit_shape
+from pellucid.arguments import (
+    check_choice,
+    check_count,
+    check_kind,
+    check_list,
+    check_mapping,
+    check_number,
+    check_text,
+    check_texts,
+)
 from pellucid.conversion_utils.fused_qkv import fused_unit
 from pellucid.errors import InputError
 from pellucid.model_bridge.collected import Collected
@@ -73,6 +84,11 @@ def unit_of_linear(module: str, layer: int, index: int, n_heads: int, d_head: in
     Raises:
         InputError: another module, or a feature that ``query_key_value`` does not have.
     """
+    check_text("module", module)
+    check_count("layer", layer, at_least=0)
+    check_count("index", index, at_least=0)
+    check_count("n_heads", n_heads)
+    check_count("d_head", d_head)
     if module == "self_attention.query_key_value":
         part, head, dim = fused_unit(index, n_heads, d_head)
         return Unit(f"attn.hook_{part}", layer, head * d_head + dim)
@@ -93,6 +109,8 @@ def head_unit(unit: Unit, d_head: int) -> HeadUnit:
     Raises:
         InputError: a place without heads.
     """
+    check_kind("unit", unit, Unit, "a Unit")
+    check_count("d_head", d_head)
     if unit.place not in ("attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_z"):
         raise InputError(f"{unit.place} has no heads: its units are counted by one index, {unit.index}.")
     return HeadUnit(unit.place, unit.layer, *divmod(unit.index, d_head))
@@ -107,10 +125,11 @@ class ExpertNeurons:
     """
 
     def __init__(self, table: xr.Dataset) -> None:
+        check_kind("table", table, xr.Dataset, "an xarray.Dataset")
         missing = [name for name in ("ap", *VALUES) if name not in table.data_vars]
         missing += [name for name in ("label", "place", "layer", "index") if name not in table.coords]
         if missing:
-            raise InputError(f"A table of expertise has no {', '.join(missing)}.")
+            raise InputError(f"table is of expertise and has no {', '.join(missing)}.")
         self.table = table
 
     @property
@@ -135,9 +154,9 @@ class ExpertNeurons:
         """
         ap = self._of(label)["ap"].values
         parts = {"top": [-ap], "bottom": [ap], "both": [-ap, ap]}
-        if which not in parts:
-            raise InputError(f"which is 'top', 'bottom' or 'both'; found {which!r}.")
-        if k < 1 or k * len(parts[which]) > len(ap):
+        check_choice("which", which, tuple(parts))
+        check_count("k", k)
+        if k * len(parts[which]) > len(ap):
             raise InputError(f"There are {len(ap)} units; k={k} with which={which!r} asks for {k * len(parts[which])}.")
         units = self.units
         return [units[place] for part in parts[which] for place in np.argsort(part, kind="stable")[:k]]
@@ -148,13 +167,13 @@ class ExpertNeurons:
         Raises:
             InputError: an unknown label, unit or value.
         """
-        if value not in VALUES:
-            raise InputError(f"value is one of {', '.join(VALUES)}; found {value!r}.")
+        check_choice("value", value, VALUES)
+        units = _units(units)
         column = self._of(label)[value].values
         at = {unit: place for place, unit in enumerate(self.units)}
         unknown = [unit for unit in units if unit not in at]
         if unknown:
-            raise InputError(f"The table has no {unknown[0]}.")
+            raise InputError(f"The table has no {unknown[0]}, which units names.")
         return [float(column[at[unit]]) for unit in units]
 
     def forced(self, label: str, k: int, which: Which = "both", value: Value = "on_p50") -> list[NeuronChange]:
@@ -176,7 +195,7 @@ class ExpertNeurons:
         ]
 
     def _of(self, label: str) -> xr.Dataset:
-        if label not in self.labels:
+        if check_text("label", label) not in self.labels:
             raise InputError(f"There is no label {label!r}. Nearest: {', '.join(nearest(label, self.labels))}.")
         return self.table.sel(label=label)
 
@@ -191,7 +210,12 @@ def force_units(units: Sequence[Unit], values: float | Sequence[float]) -> list[
     Raises:
         InputError: another number of values.
     """
-    given = [float(values)] * len(units) if isinstance(values, int | float) else [float(value) for value in values]
+    units = _units(units)
+    if isinstance(values, Real):
+        given = [check_number("values", values)] * len(units)
+    else:
+        numbers = check_list("values", values, "numbers", empty=True)
+        given = [check_number("an entry of values", value) for value in numbers]
     if len(given) != len(units):
         raise InputError(f"There are {len(units)} units and {len(given)} values: give one value, or one for each.")
     by_place: dict[str, list[tuple[Unit, float]]] = {}
@@ -227,14 +251,23 @@ def expertise(
     if isinstance(responses, Collected):
         names, known = [hook.spec.name for hook in responses.hooks], list(responses.labels)
     else:
-        names = list(responses)
+        names = list(check_mapping("responses", responses, "hook names to responses by label, or is a collection"))
+        for name in names:
+            inner = check_mapping(f"responses[{name!r}]", responses[name], "labels to tensors [document, *units]")
+            for label, found in inner.items():
+                check_kind(f"responses[{name!r}][{label!r}]", found, Tensor, "a tensor [document, *units]")
         known = list(responses[names[0]]) if names else []
+        if statistic != "average_precision":
+            raise InputError(f"statistic={statistic!r} would have no effect: it is of a collection.")
     if not names:
-        raise InputError("There are no responses.")
-    chosen = list(labels) if labels is not None else known
+        raise InputError("responses is empty: there is nothing to compare.")
+    check_text("statistic", statistic)
+    chosen = check_texts("labels", labels) if labels is not None else known
     unknown = [label for label in chosen if label not in known]
     if unknown or not chosen:
-        raise InputError(f"There are responses of the labels {', '.join(known)}; asked for {unknown[:1] or 'none'}.")
+        raise InputError(
+            f"There are responses of the labels {', '.join(known)}; labels asks for {unknown[:1] or 'none'}."
+        )
     if len(known) < 2:
         raise InputError(f"Expertise tells documents of a label from others; there is only {known[0]!r}.")
     columns: dict[str, list[np.ndarray]] = {name: [] for name in ("ap", *VALUES)}
@@ -298,6 +331,11 @@ def check_units(bridge: TransformerBridge, units: Iterable[Unit]) -> None:
                 raise InputError(
                     f"There is no {unit}: {place} has layers 0 to {bridge.cfg.n_layers - 1} of units 0 to {width - 1}."
                 )
+
+
+def _units(units: Iterable[Unit]) -> list[Unit]:
+    listed = check_list("units", units, "Units", empty=True)
+    return [check_kind("an entry of units", unit, Unit, "a Unit") for unit in listed]
 
 
 def _by_place(units: Iterable[Unit]) -> dict[str, list[Unit]]:

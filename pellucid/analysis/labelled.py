@@ -30,6 +30,7 @@ import xarray as xr
 from torch import Tensor
 
 import pellucid
+from pellucid.arguments import check_kind, check_mapping
 from pellucid.dtypes import widened
 from pellucid.errors import InputError
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
@@ -304,6 +305,7 @@ def to_document(result: xr.DataArray) -> dict[str, Any]:
 
     :func:`from_document` is its inverse, to the bit.
     """
+    check_kind("result", result, xr.DataArray, "an array, as an analysis gives it")
     return {
         "pellucid": pellucid.__version__,
         "name": str(result.name),
@@ -324,9 +326,10 @@ def from_document(document: Mapping[str, Any]) -> xr.DataArray:
     Raises:
         InputError: it lacks something.
     """
+    check_mapping("document", document, "names to what to_document gave")
     missing = [key for key in ("name", "dims", "coords", "dtype", "data", "attrs") if key not in document]
     if missing:
-        raise InputError(f"This is no saved result: it has no {missing[0]!r}. to_document(result) makes one.")
+        raise InputError(f"document is no saved result: it has no {missing[0]!r}. to_document(result) makes one.")
     coords = {name: (tuple(coord["dims"]), coord["data"]) for name, coord in document["coords"].items()}
     made = xr.DataArray(
         _not_finite(document["data"]), coords, tuple(document["dims"]), document["name"], dict(document["attrs"])

@@ -17,7 +17,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -29,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pellucid.analysis.neurons import Neuron, RandomMatch, random_neurons
+from pellucid.arguments import check_choice, check_count, check_list, check_number, check_path
 from pellucid.errors import InputError
 
 Language: TypeAlias = str | int
@@ -142,8 +142,9 @@ class LanguageNeurons:
         Returns:
             ``n_sets`` mappings such as :attr:`neurons`. A language's own neurons may be drawn too.
         """
-        if n_sets < 1:
-            raise InputError(f"n_sets is a number of random sets, 1 or more; found {n_sets}.")
+        check_count("n_sets", n_sets)
+        check_count("seed", seed, at_least=0)
+        check_choice("match", match, ("uniform", "layer"))
         return [
             {
                 language: random_neurons(neurons, self.n_layers, self.d_mlp, (seed, number, place), match)
@@ -193,6 +194,7 @@ class LanguageNeurons:
 
         The rest follows from these and is computed again by :meth:`load`.
         """
+        path = check_path("path", path)
         tensors = {
             "counts": torch.from_numpy(np.ascontiguousarray(self.counts.values)),
             "n": torch.from_numpy(np.ascontiguousarray(self.n.values)),
@@ -208,7 +210,8 @@ class LanguageNeurons:
             InputError: it is damaged, or holds something else.
             OSError: it cannot be read.
         """
-        if not Path(path).is_file():
+        path = check_path("path", path)
+        if not path.is_file():
             raise FileNotFoundError(f"There is no file {os.fspath(path)}.")
         try:
             with safe_open(os.fspath(path), framework="pt") as file:
@@ -281,8 +284,7 @@ def lape(
         ("filter_rate", filter_rate),
         ("activation_bar_ratio", activation_bar_ratio),
     ):
-        if not 0 <= rate <= 1:
-            raise InputError(f"{name} is a share from 0 to 1; found {rate}.")
+        check_number(name, rate, at_least=0, at_most=1)
 
     probabilities = active.to(torch.float32) / tokens.to(torch.float32)
     shares = probabilities / probabilities.sum(dim=-1, keepdim=True)
@@ -337,7 +339,9 @@ def _ranked(flat: Tensor, rate: float, name: str) -> float:
 
 def _labels(counts: Any, n: Any, languages: Sequence[Language] | None) -> tuple[Language, ...]:
     if languages is not None:
-        labels = tuple(languages)
+        if isinstance(languages, str):
+            raise InputError(f"languages is a list of labels; found the string {languages!r}.")
+        labels = tuple(check_list("languages", languages, "labels"))
     elif isinstance(counts, xr.DataArray) and "language" in counts.coords:
         labels = tuple(counts.coords["language"].values.tolist())
     elif isinstance(n, xr.DataArray) and "language" in n.coords:
@@ -348,7 +352,7 @@ def _labels(counts: Any, n: Any, languages: Sequence[Language] | None) -> tuple[
         size = np.shape(counts)[-1] if np.ndim(counts) else 0
         labels = tuple(range(size))
     if len(set(labels)) < len(labels):
-        raise InputError(f"Languages have labels of their own; found {list(labels)}.")
+        raise InputError(f"languages have labels of their own; found {list(labels)}.")
     return labels
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pellucid.analysis.expert_neurons import VALUES, ExpertNeurons, Unit, unit_of_linear
 from pellucid.analysis.neurons import Neuron
+from pellucid.arguments import check_count, check_kind, check_path, check_text, check_texts
 from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import InputError
 
@@ -58,7 +59,11 @@ def read_language_neurons(
             outside the model, or listed twice.
         OSError: it cannot be read.
     """
-    name = os.fspath(path)
+    name = os.fspath(check_path("path", path))
+    languages = check_texts("languages", languages)
+    for argument, value in (("n_layers", n_layers), ("d_mlp", d_mlp)):
+        if value is not None:
+            check_count(argument, value)
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file {name}.")
     try:
@@ -127,7 +132,10 @@ def read_expertise(
         InputError: columns or numbers that are missing or wrong, with the line; units that the model does not have.
         OSError: it cannot be read.
     """
-    name = os.fspath(path)
+    name = os.fspath(check_path("path", path))
+    check_kind("cfg", cfg, TransformerBridgeConfig, "a model's sizes, bridge.cfg")
+    if label is not None:
+        check_text("label", label)
     rows: list[tuple[Unit, dict[str, float]]] = []
     concepts: dict[str, None] = {}
     try:

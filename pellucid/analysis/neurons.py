@@ -12,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pellucid.arguments import check_choice, check_count, check_kind, check_list, check_number, check_text, check_wholes
 from pellucid.dtypes import cast
 from pellucid.errors import InputError, NoEffectError
 from pellucid.hook_points import HookPoint
@@ -49,7 +51,7 @@ def place_of(bridge: TransformerBridge, place: str, layer: int = 0) -> HookSpec:
         HookNameError: no such hook.
         InputError: one without units at positions.
     """
-    spec = bridge.hook_spec(f"blocks.{layer}.{place}")
+    spec = bridge.hook_spec(f"blocks.{layer}.{check_text('place', place)}")
     if spec.axes[:2] != ("batch", "pos") or len(spec.axes) < 3:
         raise InputError(f"{spec.name} holds [{', '.join(spec.axes)}]: it has no units at positions, as {NEURONS} has.")
     return spec
@@ -201,7 +203,13 @@ def changed(
         InputError: neurons that the model does not have; no neurons at all with ``assert_effect``.
         NoEffectError: see ``assert_effect``.
     """
-    edits = [edit for change in changes for edit in change.edits(bridge)]
+    if isinstance(changes, NeuronChange):
+        raise InputError("changes is a list of changes; found one. Give [change], or use change.on(bridge).")
+    edits = [
+        edit
+        for change in check_list("changes", changes, "changes (zero, force, scale, add)", empty=True)
+        for edit in check_kind("an entry of changes", change, NeuronChange, "a change of neurons").edits(bridge)
+    ]
     if assert_effect and not edits:
         raise InputError(
             "The list of neurons is empty: the change would change nothing. Give neurons, or assert_effect=False."
@@ -269,26 +277,28 @@ def add(
 def _change(
     change: Change, neurons: Iterable[Neuron], values: float | Sequence[float] | Mapping[Neuron, float], place: str
 ) -> NeuronChange:
+    check_text("place", place)
     listed = as_neurons(neurons)
+    argument = {"set": "values", "scale": "factors", "add": "amounts"}[change]
     if isinstance(values, Mapping):
         missing = [neuron for neuron in listed if neuron not in values]
         if missing:
-            raise InputError(f"There is no value for neuron {missing[0]}.")
-        given = [float(values[neuron]) for neuron in listed]
-    elif isinstance(values, int | float):
-        given = [float(values)] * len(listed)
+            raise InputError(f"{argument} has no value for neuron {missing[0]}.")
+        given = [check_number(f"an entry of {argument}", values[neuron]) for neuron in listed]
+    elif isinstance(values, Real):
+        given = [check_number(argument, values)] * len(listed)
     else:
-        given = [float(value) for value in values]
+        numbers = values.tolist() if isinstance(values, Tensor | np.ndarray) else values
+        listed_values = check_list(argument, numbers, "numbers", empty=True)
+        given = [check_number(f"an entry of {argument}", value) for value in listed_values]
         if len(given) != len(listed):
             raise InputError(
-                f"There are {len(listed)} neurons and {len(given)} values: give one value, or one for each."
+                f"There are {len(listed)} neurons and {len(given)} {argument}: give one value, or one for each."
             )
     chosen: dict[Neuron, float] = {}
     for neuron, value in zip(listed, given, strict=True):
-        if not np.isfinite(value):
-            raise InputError(f"Values are finite; found {value} for neuron {neuron}.")
         if chosen.setdefault(neuron, value) != value:
-            raise InputError(f"Neuron {neuron} is listed twice, with the values {chosen[neuron]} and {value}.")
+            raise InputError(f"Neuron {neuron} is listed twice, with the {argument} {chosen[neuron]} and {value}.")
     return NeuronChange(change, chosen, place)
 
 
@@ -298,21 +308,25 @@ def as_neurons(neurons: Iterable[Any]) -> list[Neuron]:
     Raises:
         InputError: an entry that is no pair of whole numbers.
     """
-    entries: Iterable[Any] = neurons
+    entries: Any = neurons
     if isinstance(neurons, Mapping):
-        entries = [(layer, index) for layer, indices in neurons.items() for index in indices]
+        entries = [
+            (layer, index)
+            for layer, indices in neurons.items()
+            for index in check_list(f"neurons[{layer!r}]", indices, "indices", empty=True)
+        ]
     elif isinstance(neurons, Tensor | np.ndarray):
         entries = neurons.tolist()
     listed: list[Neuron] = []
-    for entry in entries:
+    for entry in check_list("neurons", entries, "(layer, index) pairs", empty=True):
         try:
             layer, index = entry
             pair = (int(layer), int(index))
-            whole = pair == (layer, index)
+            whole = pair == (layer, index) and not isinstance(layer, bool) and not isinstance(index, bool)
         except (TypeError, ValueError):
-            raise InputError(f"Neurons are a list of (layer, index) pairs; found {entry!r} in it.") from None
+            raise InputError(f"neurons is a list of (layer, index) pairs; found {entry!r} in it.") from None
         if not whole:
-            raise InputError(f"A layer and an index are whole numbers; found {entry!r}.")
+            raise InputError(f"neurons is a list of pairs of whole numbers; found {entry!r} in it.")
         listed.append(pair)
     return listed
 
@@ -334,18 +348,26 @@ def random_neurons(
         (layer, index) pairs, sorted.
 
     Raises:
-        InputError: another ``match``.
+        InputError: another ``match``; neurons that so many layers of that width do not have.
     """
+    check_choice("match", match, ("uniform", "layer"))
+    check_count("n_layers", n_layers)
+    check_count("width", width)
+    if isinstance(seed, str) or not isinstance(seed, Sequence):
+        check_count("seed", seed, at_least=0)
+    else:
+        check_wholes("seed", seed)
+    listed = sorted(set(as_neurons(neurons)))
+    for layer, index in listed:
+        if not (0 <= layer < n_layers and 0 <= index < width):
+            raise InputError(f"neurons has {(layer, index)}; there are {n_layers} layers of {width} neurons, from 0.")
     generator = np.random.default_rng(seed)
-    listed = sorted(set(neurons))
     if match == "uniform":
         drawn = generator.choice(n_layers * width, size=len(listed), replace=False)
         return tuple(sorted((int(flat) // width, int(flat) % width) for flat in drawn))
-    if match == "layer":
-        sizes = np.bincount([layer for layer, _ in listed], minlength=n_layers) if listed else np.zeros(n_layers, int)
-        return tuple(
-            (layer, int(index))
-            for layer, size in enumerate(sizes.tolist())
-            for index in np.sort(generator.choice(width, size=size, replace=False))
-        )
-    raise InputError(f"match is 'uniform' or 'layer'; found {match!r}.")
+    sizes = np.bincount([layer for layer, _ in listed], minlength=n_layers) if listed else np.zeros(n_layers, int)
+    return tuple(
+        (layer, int(index))
+        for layer, size in enumerate(sizes.tolist())
+        for index in np.sort(generator.choice(width, size=size, replace=False))
+    )

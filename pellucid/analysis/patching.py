@@ -37,8 +37,9 @@ from pellucid.analysis.labelled import (
     in_float32,
     switched,
 )
+from pellucid.arguments import check_choice, check_memory_limit
 from pellucid.errors import InputError
-from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, check_choice
+from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.names import Flag
 from pellucid.sweep import FromRun, MetricLike, Sweep
@@ -161,6 +162,7 @@ def prepare_activation_patching(
 
     The source run is computed here, and the metric of both runs if values are to be normalised.
     """
+    check_memory_limit(memory_limit)
     check_choice("direction", direction, ("denoising", "noising"))
     check_choice("rows", rows, ("mean", "each"))
     found = find_site(bridge, site, layers)

@@ -42,8 +42,9 @@ from pellucid.analysis.paths import (
     receivers_of,
     senders_of,
 )
+from pellucid.arguments import check_choice, check_kind, check_memory_limit
 from pellucid.errors import InputError, UnsupportedModelError
-from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, check_choice
+from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.names import Flag
 from pellucid.run_context import hooks_suppressed
@@ -178,6 +179,7 @@ def prepare_path_patching(
 
     Both runs, and what each sender changes at the receivers, are computed here.
     """
+    check_memory_limit(memory_limit)
     check_choice("inputs", inputs, ("added", "set"))
     check_choice("value", value, ("change", "normalized", "metric"))
     check_choice("rows", rows, ("mean", "each"))
@@ -199,6 +201,10 @@ def prepare_path_patching(
     second = read_prompts(bridge, new, attention_mask, prepend_bos, padding_side)
     refuse_different_lengths(first, second, ("original", "new"))
     columns = indices(positions, first.length, "positions")
+    tokens, mask = first.input()
+    Sweep(  # refuses what it cannot take, before anything is run
+        bridge, tokens, metric, attention_mask=mask, logit_positions=logit_positions, rows_at_once=rows_at_once
+    )
     paths = _Paths(bridge, first, second, sending, hearing, columns, freeze_mlps, inputs, memory_limit)
     sets = [[receiver] for receiver in hearing] if each_receiver else [hearing]
     places: list[tuple[int, ...]] = [(column,) for column in columns] if each_position else [columns]
@@ -210,7 +216,6 @@ def prepare_path_patching(
     ]
     grid = _grid(first, sending, hearing if each_receiver else None, columns if each_position else None, edits)
     limit = left_of(memory_limit, paths.kept())
-    tokens, mask = first.input()
     sweep = Sweep(
         bridge,
         tokens,
@@ -251,10 +256,9 @@ def by_head(result: xr.DataArray) -> xr.DataArray:
     Raises:
         InputError: no sender is a head.
     """
+    check_kind("result", result, xr.DataArray, "an array, as path_patching gives it")
     if "sender" not in result.dims:
-        raise InputError(
-            f"by_head takes a result of path_patching; this has the axes {', '.join(map(str, result.dims))}."
-        )
+        raise InputError(f"result is one of path_patching; this has the axes {', '.join(map(str, result.dims))}.")
     heads = result.isel(sender=(result["sender_head"] >= 0).values)
     if not heads.sizes["sender"]:
         raise InputError("by_head: no sender of this result is a head.")

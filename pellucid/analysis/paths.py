@@ -28,6 +28,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from pellucid.arguments import check_texts
 from pellucid.errors import InputError
 from pellucid.names import nearest
 
@@ -120,14 +121,12 @@ def chosen_names(asked: str | Sequence[str], known: Mapping[str, object], what: 
         InputError: one that means nothing; the nearest ones are listed.
     """
     found: dict[str, None] = {}
-    for name in [asked] if isinstance(asked, str) else list(asked):
+    for name in check_texts(f"{what}s", [asked] if isinstance(asked, str) else asked):
         matching = [name] if name in known else fnmatch.filter(known, name)
         if not matching:
             raise InputError(
-                f"No {what} is called {name!r}. Nearest: {', '.join(nearest(str(name), known))}. A {what} is named like "
+                f"{what}s: none is called {name!r}. Nearest: {', '.join(nearest(str(name), known))}. A {what} is named like "
                 f"{example}; * stands for anything."
             )
         found.update(dict.fromkeys(matching))
-    if not found:
-        raise InputError(f"No {what} was named; one is named like {example}.")
     return list(found)

@@ -6,7 +6,7 @@ those with a real token before them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
@@ -17,6 +17,16 @@ import xarray as xr
 from torch import Tensor
 
 from pellucid.analysis.neurons import Neuron, NeuronChange, NeuronEdit, refuse_no_effect, zero
+from pellucid.arguments import (
+    check_choice,
+    check_count,
+    check_function,
+    check_kind,
+    check_list,
+    check_mapping,
+    check_number,
+    check_texts,
+)
 from pellucid.errors import InputError, NoEffectError
 from pellucid.model_bridge.job_identity import Watched
 from pellucid.model_bridge.tokens import ids_as_given
@@ -152,18 +162,18 @@ def perplexity_change(
         InputError: neurons that the model does not have; a language without neurons; controls of other languages.
         NoEffectError: see ``assert_effect``.
     """
-    rows = list(neurons)
-    if not rows:
-        raise InputError("There are no languages: neurons maps each language to a list of (layer, neuron) pairs.")
+    rows = _languages(neurons)
+    check_function("change", change, "a function from a list of neurons to a change, such as zero")
     empty = [row for row in rows if not neurons[row]]
     if empty and assert_effect:
         raise InputError(
             f"The language {empty[0]!r} has no neurons: silencing none changes nothing. Select more (a larger top_rate), or "
             "pass assert_effect=False."
         )
-    for control in random_sets:
+    for control in check_list("random_sets", random_sets, "mappings such as neurons", empty=True):
+        check_mapping("an entry of random_sets", control, "each language to a list of (layer, neuron) pairs")
         if set(control) != set(rows):
-            raise InputError(f"A random set has the languages {list(control)}; the neurons have {rows}.")
+            raise InputError(f"random_sets has one with the languages {list(control)}; the neurons have {rows}.")
     # A random set may consist of neurons that are silent already: only the languages' own have to change something.
     edits = [change(sets[row]).edits(bridge) for sets in (neurons, *random_sets) for row in rows]
     sums = _measure(bridge, text, [[], *edits], batch_size, average, progress)
@@ -199,6 +209,10 @@ def own_and_others(change: xr.DataArray) -> xr.Dataset:
     Raises:
         InputError: a silenced language of which there is no text.
     """
+    check_kind("change", change, xr.DataArray, "an array [..., silenced, language], as perplexity_change gives it")
+    for axis in ("silenced", "language"):
+        if axis not in change.coords:
+            raise InputError(f"change is [..., silenced, language] with labels on both; found {list(change.dims)}.")
     own, others, largest = [], [], []
     languages = change.coords["language"].values.tolist()
     rows = change.coords["silenced"].values.tolist()
@@ -254,17 +268,23 @@ def continuations(
         InputError: no prompts; neurons that the model does not have.
         NoEffectError: see ``assert_effect``.
     """
-    if not prompts:
-        raise InputError("There are no prompts to continue.")
-    if isinstance(prompts, str):  # a sequence too: each of its characters would be a prompt
-        raise InputError("prompts is a list of prompts; of one, give [prompt].")
+    prompts = check_texts("prompts", prompts)
+    _languages(neurons)
+    check_function("change", change, "a function from a list of neurons to a change, such as zero")
+    check_count("max_new_tokens", max_new_tokens)
+    check_number("temperature", temperature, above=0)
+    if temperature != 1 and not do_sample:
+        raise InputError(f"temperature={temperature} would have no effect: it is of the sampling, do_sample=True.")
+    check_count("seed", seed, -(2**63), 2**64 - 1)  # what torch takes
     contexts: dict[str, AbstractContextManager[Any]] = {UNCHANGED: nullcontext()}
     for language, own in neurons.items():
         if str(language) in contexts:
             raise InputError(
-                f"A language is called {language!r} twice, or {UNCHANGED!r}, which is the unmodified model."
+                f"neurons: a language is called {language!r} twice, or {UNCHANGED!r}, which is the unmodified model."
             )
-        contexts[str(language)] = change(own).on(bridge, assert_effect=assert_effect)
+        changed = change(own)
+        changed.check(bridge)  # before the first text is written
+        contexts[str(language)] = changed.on(bridge, assert_effect=assert_effect)
     ids = [bridge.to_tokens(prompt) for prompt in prompts]
     texts = []
     for context in contexts.values():
@@ -300,6 +320,10 @@ def language_shares(texts: xr.DataArray, language_of: Callable[[str], str]) -> x
     Raises:
         InputError: a label that is no string.
     """
+    check_function("language_of", language_of, "a function from a text to the label of its language")
+    check_kind("texts", texts, xr.DataArray, "an array [silenced, prompt], as continuations gives it")
+    if set(texts.dims) != {"silenced", "prompt"} or not texts.size:
+        raise InputError(f"texts is [silenced, prompt] and not empty; found {dict(texts.sizes)}.")
     labels = [[language_of(text) for text in row] for row in texts.transpose("silenced", "prompt").values.tolist()]
     wrong = [label for row in labels for label in row if not isinstance(label, str)]
     if wrong:
@@ -308,6 +332,17 @@ def language_shares(texts: xr.DataArray, language_of: Callable[[str], str]) -> x
     share = [[row.count(label) / len(row) for label in generated] for row in labels]
     coords = {"silenced": texts.coords["silenced"].values.tolist(), "generated": generated}
     return xr.DataArray(share, coords, ("silenced", "generated"), "share")
+
+
+def _languages(neurons: Mapping[Any, Sequence[Neuron]]) -> list[Any]:
+    """The languages that have a list of neurons."""
+    rows = list(check_mapping("neurons", neurons, "each language to a list of (layer, neuron) pairs"))
+    if not rows:
+        raise InputError("neurons maps each language to a list of (layer, neuron) pairs; found no language.")
+    for row in rows:
+        if not isinstance(neurons[row], Collection) or isinstance(neurons[row], str):
+            raise InputError(f"neurons[{row!r}] is a list of (layer, neuron) pairs; found {neurons[row]!r}.")
+    return rows
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
@@ -323,8 +358,10 @@ def _measure(
     progress: bool | None,
 ) -> dict[str, list[_Sum]]:
     """By label, the losses under each of the edits, batch by batch so that the text is read once."""
-    if average not in ("tokens", "rows"):
-        raise InputError(f"average is 'tokens' or 'rows'; found {average!r}.")
+    check_choice("average", average, ("tokens", "rows"))
+    check_count("batch_size", batch_size)
+    if not callable(getattr(text, "batches", None)):
+        raise InputError(f"text is a Corpus, or has batches as one has; found {type(text).__name__}.")
     if bridge.training or bridge.hf_model.training:
         raise InputError("The model is in training mode, where dropout is random: call bridge.eval() first.")
     sums: dict[str, list[_Sum]] = {}

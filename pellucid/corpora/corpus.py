@@ -12,7 +12,15 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from pellucid.arguments import check_count, check_whole
+from pellucid.arguments import (
+    check_choice,
+    check_count,
+    check_list,
+    check_mapping,
+    check_text,
+    check_texts,
+    check_wholes,
+)
 from pellucid.corpora.packing import Checkpoint, Encoder, Packing, Row, Rules, Tally, chunks, rows
 from pellucid.corpora.sources import (
     LONGEST_DOCUMENT,
@@ -146,16 +154,12 @@ class Corpus:
         long_documents: Literal["split", "refuse"] = "split",
         pad_id: int | None = None,
     ) -> None:
-        if not sources:
-            raise InputError("A corpus has at least one label: {'en': ...}.")
-        for label in sources:
-            if not isinstance(label, str) or not label:
-                raise InputError(f"Labels are strings that are not empty; found {label!r}.")
-        if not isinstance(context, int) or isinstance(context, bool) or context < 1:
-            raise InputError(f"context is a number of tokens, 1 or more; found {context!r}.")
-        _check_choice("packing", packing, ("packed", "documents"))
-        _check_choice("tail", tail, ("drop", "keep"))
-        _check_choice("long_documents", long_documents, ("split", "refuse"))
+        _check_labels(sources, "sources")
+        check_count("context", context)
+        _check_tokenizer(tokenizer)
+        check_choice("packing", packing, ("packed", "documents"))
+        check_choice("tail", tail, ("drop", "keep"))
+        check_choice("long_documents", long_documents, ("split", "refuse"))
         self._sources = dict(sources)
         self.labels: tuple[str, ...] = tuple(sources)
         self.tokenizer = tokenizer
@@ -197,8 +201,9 @@ class Corpus:
                 line) or ``"file"``.
             longest_document: refuse a document of more bytes before it fills the memory.
         """
-        _check_choice("document", document, ("line", "paragraph", "file"))
+        check_choice("document", document, ("line", "paragraph", "file"))
         _check_labels(files, "files")
+        check_count("longest_document", longest_document)
         sources = {
             label: TextFiles(as_paths(label, paths), document, longest_document) for label, paths in files.items()
         }
@@ -220,6 +225,8 @@ class Corpus:
     ) -> Corpus:
         """Files with a JSON object a line, whose ``field`` holds a document; ``longest_document`` limits the line."""
         _check_labels(files, "files")
+        check_text("field", field)
+        check_count("longest_document", longest_document)
         sources = {label: JsonLines(as_paths(label, paths), field, longest_document) for label, paths in files.items()}
         return cls(sources, _need(tokenizer), context, packing, separator, tail, long_documents, pad_id)
 
@@ -239,6 +246,8 @@ class Corpus:
     ) -> Corpus:
         """Parquet files, a document a row. Needs pyarrow (extra ``datasets``)."""
         _check_labels(files, "files")
+        check_text("column", column)
+        check_count("longest_document", longest_document)
         sources = {
             label: ParquetFiles(as_paths(label, paths), column, longest_document) for label, paths in files.items()
         }
@@ -260,6 +269,8 @@ class Corpus:
     ) -> Corpus:
         """Hugging Face data sets by label, streamed ones too; a document a row. A streamed one is read anew each time."""
         _check_labels(datasets, "datasets")
+        check_text("column", column)
+        check_count("longest_document", longest_document)
         sources = {label: DatasetRows(label, given, column, longest_document) for label, given in datasets.items()}
         return cls(sources, _need(tokenizer), context, packing, separator, tail, long_documents, pad_id)
 
@@ -278,6 +289,7 @@ class Corpus:
     ) -> Corpus:
         """Lists of strings by label, a document each."""
         _check_labels(documents, "documents")
+        check_count("longest_document", longest_document)
         sources = {label: Documents(label, texts, longest_document) for label, texts in documents.items()}
         return cls(sources, _need(tokenizer), context, packing, separator, tail, long_documents, pad_id)
 
@@ -320,7 +332,8 @@ class Corpus:
         Args:
             batch_size: rows of a batch; the last of a label may have fewer.
             labels: of these labels only, in this order.
-            start_row: first row of each label. Beginning late is quick once the corpus has been indexed.
+            start_row: first row of each label; of a label with fewer rows there is none. Beginning late is quick once the
+                corpus has been indexed.
             stop_row: the row after the last; ``None``, or more than there are, reads to the end.
             padding_side: of rows shorter than the batch.
             pad_to_context: pad every batch to ``context``, not to its longest row.
@@ -330,14 +343,11 @@ class Corpus:
             CorpusError: at the place where the source cannot be read; a label without a row.
         """
         chosen = self.chosen(labels)
-        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-            raise InputError(f"batch_size is a number of rows, 1 or more; found {batch_size!r}.")
-        check_whole("start_row", start_row)
+        check_count("batch_size", batch_size)
+        check_count("start_row", start_row, at_least=0)
         if stop_row is not None:
-            check_whole("stop_row", stop_row)
-        if start_row < 0 or (stop_row is not None and stop_row < start_row):
-            raise InputError(f"Rows go from start_row=0 on to stop_row; found {start_row} to {stop_row}.")
-        _check_choice("padding_side", padding_side, ("left", "right"))
+            check_count("stop_row", stop_row, at_least=start_row)
+        check_choice("padding_side", padding_side, ("left", "right"))
         length = self.rules.context if pad_to_context else None
         return self._batches(chosen, batch_size, start_row, stop_row, padding_side, length)
 
@@ -413,17 +423,15 @@ class Corpus:
         """
         if labels is None:
             return self.labels
-        given = (labels,) if isinstance(labels, str) else tuple(labels)
-        if not given:
-            raise InputError("The list of labels is empty: name at least one, or leave labels= out.")
+        given = (labels,) if isinstance(labels, str) else tuple(check_texts("labels", labels))
         for label in given:
             self._need_label(label)
         if len(set(given)) < len(given):
-            raise InputError(f"A label stands twice in {list(given)}.")
+            raise InputError(f"A label stands twice in labels={list(given)}.")
         return given
 
     def _need_label(self, label: str) -> None:
-        if label not in self._sources:
+        if check_text("label", label) not in self._sources:
             near = nearest(str(label), self.labels)
             raise InputError(f"The corpus has no label {label!r}. Nearest: {', '.join(map(repr, near))}.")
 
@@ -535,7 +543,8 @@ class Corpus:
         Raises:
             CorpusError: the index is of another corpus, other settings, or files that have changed since.
         """
-        if state["settings"] != _digest(self._settings()):
+        check_mapping("state", state, "what index_state gave")
+        if state.get("settings") != _digest(self._settings()):
             raise CorpusError(
                 "The index is of a corpus with another tokenizer or other settings: read the corpus anew."
             )
@@ -562,7 +571,7 @@ class Corpus:
             InputError: a number that the label does not have.
         """
         self._need_label(label)
-        wanted = sorted({check_whole("The number of a document", number) for number in numbers})
+        wanted = sorted(set(check_wholes("numbers", numbers, empty=True)))
         found: dict[int, Document] = {}
         marks = [(0, self._sources[label].start)]
         marks += [(mark.document, mark.cursor) for mark in self._checkpoints.get(label, ())]
@@ -590,6 +599,7 @@ class Corpus:
         Raises:
             InputError: no such document; one of token ids, without a tokenizer.
         """
+        check_count("document", document, at_least=0)
         found = self.documents(label, [document])[document]
         return found if isinstance(found, str) else tokens_to_text(_need(self.tokenizer), found.tolist())
 
@@ -610,6 +620,7 @@ class Corpus:
         tokenizer = _need(self.tokenizer)
         check_count("before", before, at_least=0)
         check_count("after", after, at_least=0)
+        places = _pairs(places)
         found = self.documents(label, [document for document, _ in places])
         encoded = dict(zip(found, Encoder(label, tokenizer)(list(found.values())), strict=True))
         contexts = []
@@ -673,18 +684,32 @@ def _separator_id(separator: Separator, packing: Packing, tokenizer: Any | None)
                 'separator="eos" needs a tokenizer with an end-of-sequence token: give a token id, or separator="none".'
             )
         return int(tokenizer.eos_token_id)
-    if not isinstance(separator, int) or isinstance(separator, bool) or separator < 0:
+    if isinstance(separator, str | bool) or not isinstance(separator, int) or separator < 0:
         raise InputError(f"separator is 'eos', 'none' or a token id; found {separator!r}.")
     return separator
 
 
 def _check_labels(given: Any, argument: str) -> None:
-    if not isinstance(given, Mapping):
+    if not isinstance(given, Mapping) or not given:
         raise InputError(
-            f"{argument} is a dictionary from labels to documents, such as {{'en': ...}}; found {type(given).__name__}."
+            f"{argument} is a dictionary from labels to documents, such as {{'en': ...}}; found {type(given).__name__}"
+            f"{' without a label' if isinstance(given, Mapping) else ''}."
         )
+    for label in given:
+        check_text(f"a label of {argument}", label)
 
 
-def _check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise InputError(f"Invalid {argument}: {value!r}. It is one of {', '.join(map(repr, choices))}.")
+def _check_tokenizer(tokenizer: Any | None) -> None:
+    if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "pad_token_id")):
+        raise InputError(f"tokenizer is Hugging Face's, such as bridge.tokenizer; found {type(tokenizer).__name__}.")
+
+
+def _pairs(places: Any) -> list[tuple[int, int]]:
+    """``(document, position)`` pairs; of none there are no contexts."""
+    pairs = []
+    for place in check_list("places", places, "(document, position) pairs", empty=True):
+        if not isinstance(place, Sequence) or len(place) != 2:
+            raise InputError(f"places is a list of (document, position) pairs; found {place!r} in it.")
+        document, position = (check_count("an entry of places", part, at_least=0) for part in place)
+        pairs.append((document, position))
+    return pairs

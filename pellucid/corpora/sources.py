@@ -293,6 +293,11 @@ class DatasetRows(Source):
     def __init__(self, label: str, dataset: Any, column: str, longest: int) -> None:
         self.dataset, self.column, self.longest, self._label = dataset, column, longest, label
         self.start = [0]
+        if not hasattr(dataset, "column_names"):
+            raise InputError(
+                f"datasets[{label!r}] is a Hugging Face data set; found {type(dataset).__name__}. Strings in memory go to "
+                "Corpus.from_documents."
+            )
         names = dataset.column_names  # None where a streamed data set does not know before it is read
         if isinstance(names, Mapping):
             raise InputError(
@@ -367,23 +372,19 @@ class TokenRows(Source):
             tokens = tokens.detach().cpu().numpy()
         if isinstance(tokens, np.ndarray):
             if tokens.ndim not in (1, 2):
-                raise InputError(
-                    f"The token ids of {self._label!r} are [pos] or [document, pos]; found shape {tokens.shape}."
-                )
+                raise InputError(f"tokens[{self._label!r}] is [pos] or [document, pos]; found shape {tokens.shape}.")
             rows: list[Any] = [tokens] if tokens.ndim == 1 else list(tokens)
         elif isinstance(tokens, Sequence) and not isinstance(tokens, str):
             rows = [tokens] if tokens and all(isinstance(entry, int) for entry in tokens) else list(tokens)
         else:
-            raise InputError(
-                f"The token ids of {self._label!r} are a tensor, an array or a list; found {type(tokens).__name__}."
-            )
+            raise InputError(f"tokens[{self._label!r}] is a tensor, an array or a list; found {type(tokens).__name__}.")
         return [self._as_row(row, index) for index, row in enumerate(rows)]
 
     def _as_row(self, row: Any, index: int) -> Any:
         array = row.detach().cpu().numpy() if isinstance(row, Tensor) else np.asarray(row)
         if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
             raise InputError(
-                f"Token ids are integers, one row a document; document {index} of {self._label!r} has dtype "
+                f"tokens[{self._label!r}] are integers, one row a document; document {index} has dtype "
                 f"{array.dtype} and shape {array.shape}."
             )
         return array

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pellucid.activation_cache import GRADIENT, check_storage
-from pellucid.arguments import check_count
+from pellucid.arguments import check_count, check_whole
 from pellucid.config import TransformerBridgeConfig
 from pellucid.dtypes import cast
 from pellucid.errors import CacheTooLargeError, InputError
@@ -162,6 +162,8 @@ def refuse_large(plan: dict[str, int], limit: int | None) -> None:
     Raises:
         CacheTooLargeError: with the estimate and the largest entries.
     """
+    if limit is not None:
+        check_whole("max_cache_bytes", limit)
     total = sum(plan.values())
     if limit is not None and total > limit:
         largest = sorted(plan, key=plan.__getitem__, reverse=True)[:3]

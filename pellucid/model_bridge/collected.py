@@ -13,7 +13,7 @@ import torch
 import xarray
 from torch import Tensor
 
-from pellucid.arguments import check_count
+from pellucid.arguments import check_count, check_kind, check_path, check_text
 from pellucid.corpora import Corpus, TokenContext
 from pellucid.errors import InputError
 from pellucid.names import HookSpec, nearest
@@ -100,6 +100,8 @@ class Collected:
 
     def of(self, hook: str, label: str) -> tuple[Statistic, ...]:
         """The statistics of one point and label, in the order asked for."""
+        self._hook(hook)
+        self._need("label", label, self.labels)
         return self._of[hook, label]
 
     def saw(self, label: str, rows: int, tokens: int) -> None:
@@ -115,6 +117,8 @@ class Collected:
         Raises:
             InputError: it was not collected; what was is listed.
         """
+        for argument, value in (("hook", hook), ("statistic", statistic), ("label", label)):
+            check_text(argument, value)
         found = self._statistics.get((hook, statistic, label))
         if found is None:
             self._hook(hook)
@@ -176,7 +180,8 @@ class Collected:
             InputError: not collected; no other label.
         """
         chosen, several = self._chosen(hook)
-        self._need("label", positive, self.labels)
+        check_text("statistic", statistic)
+        self._need("positive", positive, self.labels)
         if len(self.labels) < 2:
             raise InputError("Average precision compares labels; this collection has one.")
         layers = []
@@ -224,6 +229,7 @@ class Collected:
         return self.hooks[names.index(name)]
 
     def _chosen(self, hook: str) -> tuple[list[Hook], bool]:
+        check_text("hook", hook)
         if not any(mark in hook for mark in "*?["):
             return [self._hook(hook)], False
         chosen = [each for each in self.hooks if fnmatch.fnmatchcase(each.spec.name, hook)]
@@ -238,7 +244,7 @@ class Collected:
         return chosen, True
 
     def _need(self, what: str, asked: str, known: Sequence[str]) -> None:
-        if asked not in known:
+        if check_text(what, asked) not in known:
             near = ", ".join(map(repr, nearest(asked, known)))
             raise InputError(f"No {what} {asked!r} was collected. Nearest: {near}.")
 
@@ -259,6 +265,9 @@ class Collected:
         Raises:
             InputError: no top examples were collected there; no such feature.
         """
+        check_kind("corpus", corpus, Corpus, "a Corpus")
+        if statistic is not None:
+            check_text("statistic", statistic)
         self._need("label", label, self.labels)
         tops = [one for one in self.of(self._hook(hook).spec.name, label) if isinstance(one, TopK)]
         wanted = [one for one in tops if statistic in (None, one.name)]
@@ -267,7 +276,7 @@ class Collected:
                 f"{hook} has {len(wanted)} statistics of that kind; collect TopK(k) and name it, as in 'top_20'."
             )
         found = wanted[0].result()
-        index = tuple(feature) if isinstance(feature, Iterable) else (feature,)
+        index = tuple(feature) if isinstance(feature, Iterable) and not isinstance(feature, str) else (feature,)
         axes = found[0].shape[:-1]
         if len(index) != len(axes):
             raise InputError(f"{hook} has features {tuple(axes)}: feature is {len(axes)} indices; found {feature!r}.")
@@ -289,6 +298,7 @@ class Collected:
         Raises:
             InputError: other places, statistics or labels.
         """
+        check_kind("other", other, Collected, "a collection")
         if describe_request(self.hooks) != describe_request(other.hooks) or self.labels != other.labels:
             raise InputError("Only collections of the same hooks, statistics and labels merge.")
         for key, statistic in self._statistics.items():
@@ -299,7 +309,7 @@ class Collected:
 
     def save(self, path: str | Path) -> None:
         """Write everything into one safetensors file: equal statistics, equal bytes."""
-        write_collected(Path(path), self, {})
+        write_collected(check_path("path", path), self, {})
 
     @classmethod
     def load(cls, path: str | Path) -> Collected:
@@ -308,7 +318,7 @@ class Collected:
         Raises:
             InputError: not such a file, or a damaged one.
         """
-        return read_collected(Path(path))[0]
+        return read_collected(check_path("path", path))[0]
 
     def __repr__(self) -> str:
         names = sorted({key[1] for key in self._statistics})

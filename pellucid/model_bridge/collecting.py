@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from pellucid.arguments import check_number
+from pellucid.arguments import check_kind, check_number, check_path
 from pellucid.corpora import Corpus, CorpusBatch, LabelCount
 from pellucid.differences import differences
 from pellucid.errors import HookValueError, InputError, OtherJobError
@@ -81,12 +81,17 @@ def collect(
 ) -> Collected:
     """See :meth:`pellucid.TransformerBridge.collect`."""
     check_number("every", every, at_least=0)
+    check_kind("corpus", corpus, Corpus, "a Corpus")
+    if checkpoint is not None:
+        checkpoint = check_path("checkpoint", checkpoint)
     hooks = hooks_of(bridge.runner.tree, statistics)
     chosen = corpus.chosen(labels)
     batches = corpus.batches(  # refuses what it cannot do before anything is read
         batch_size, labels=chosen, start_row=start_row, stop_row=stop_row, padding_side=padding_side
     )
     counts = corpus.index(chosen, progress)
+    if 0 < start_row != stop_row and all(count.rows <= start_row for count in counts.values()):
+        raise InputError(f"start_row={start_row} is beyond the last row of {', '.join(chosen)}: nothing would be run.")
     total = sum(_share(count, start_row, stop_row) for count in counts.values())
     state = Collected.empty(hooks, chosen)
     store = None
@@ -104,7 +109,7 @@ def collect(
             **settings,
             **job_identity(bridge),
         }
-        store = _Store(bridge, Path(checkpoint), job, every)
+        store = _Store(bridge, checkpoint, job, every)
         state = store.open(state)
         batches = _remaining(corpus, state, batch_size, chosen, start_row, stop_row, padding_side)
     with (
@@ -180,13 +185,15 @@ def run_to(runner: Runner, prepared: Prepared, stop: int | None) -> None:
 
 def hooks_of(tree: ComponentTree, requests: Requests) -> list[Hook]:
     """Points with their statistics, in firing order."""
+    if not isinstance(requests, Mapping | Sequence) or isinstance(requests, str) or not requests:
+        raise InputError(f"statistics maps hook names to lists of statistics; found {requests!r}.")
     pairs = list(requests.items()) if isinstance(requests, Mapping) else list(requests)
-    if not pairs:
-        raise InputError("Nothing to collect: give {hook name: [statistics]}.")
     found: dict[str, list[Statistic]] = {}
     for pair in pairs:
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise InputError(f"statistics is a list of pairs (hook, statistics); found {pair!r} in it.")
         names_filter, given = pair
-        wanted = [given] if isinstance(given, Statistic) else list(given)
+        wanted = [given] if isinstance(given, Statistic) else list(given) if isinstance(given, Iterable) else []
         if not wanted or not all(isinstance(each, Statistic) for each in wanted):
             raise InputError(
                 f"Each hook has a list of statistics, such as [CountPositive()]; found {given!r} for {names_filter!r}."

@@ -15,11 +15,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pellucid.arguments import check_count, check_number
+from pellucid.arguments import check_choice, check_count, check_function, check_number, check_texts
 from pellucid.errors import InputError, warn
 from pellucid.model_bridge.hook_session import HookSession
 from pellucid.model_bridge.running import Prepared, Runner
-from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, TokenRules, check_choice, check_past
+from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, TokenRules, check_past
 from pellucid.run_context import set_fast_attention
 
 KEPT = frozenset({"bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id", "transformers_version"})
@@ -200,7 +200,7 @@ def _generate(
         **_set_back(model, settings.hf_kwargs),
         "max_new_tokens": settings.max_new_tokens,
         "do_sample": settings.samples,
-        "repetition_penalty": settings.repetition_penalty,
+        "repetition_penalty": float(settings.repetition_penalty),
         "use_cache": settings.use_past_kv_cache,
         # -1 is no token, so nothing ends a row; None would mean "as configured".
         "eos_token_id": list(ends.eos) or -1,
@@ -214,7 +214,7 @@ def _generate(
         arguments |= {
             "top_k": settings.top_k if settings.top_k is not None else 0,
             "top_p": settings.top_p if settings.top_p is not None else 1.0,
-            "temperature": settings.temperature,
+            "temperature": float(settings.temperature),  # Hugging Face takes no whole number
         }
     if settings.output_logits:
         arguments |= {"output_logits": True, "return_dict_in_generate": True}
@@ -281,10 +281,8 @@ def check_settings(rules: TokenRules, settings: GenerationSettings) -> None:
                 raise InputError("eos_token_id=-1 is no token. stop_at_eos=False ends a row nowhere.")
             check_count("eos_token_id", token, 0, rules.d_vocab - 1)
     if settings.stop_strings is not None:
-        given_strings = settings.stop_strings
-        strings = [given_strings] if isinstance(given_strings, str) else list(given_strings)
-        if not strings or not all(isinstance(entry, str) and entry for entry in strings):
-            raise InputError(f"stop_strings is a string or strings, none of them empty; found {given_strings!r}.")
+        strings = settings.stop_strings
+        check_texts("stop_strings", [strings] if isinstance(strings, str) else strings)
         rules.need()
     if settings.gives_object and settings.return_type == "str":
         raise InputError(
@@ -365,7 +363,10 @@ def texts_of(
 def _as_list(criteria: Any) -> list[Any]:
     if criteria is None:
         return []
-    return list(criteria) if isinstance(criteria, Iterable) else [criteria]
+    listed = list(criteria) if isinstance(criteria, Iterable) else [criteria]
+    for entry in listed:
+        check_function("stopping_criteria", entry, "a function of ids and scores, or a list of them")
+    return listed
 
 
 def _criteria_list(criteria: list[Any]) -> Any:

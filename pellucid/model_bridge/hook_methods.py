@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from typing_extensions import Self
 
+from pellucid.arguments import check_function
 from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import InputError
 from pellucid.hook_points import (
@@ -202,6 +203,7 @@ class HookMethods:
             HookNameError: ``name`` matches nothing.
             HookDisabledError: an opt-in point that is off.
         """
+        check_function("hook_fn", hook_fn, "a function of a tensor and its hook point")
         chosen = self._hooks.select(name, dir, "name")
         handles = [LensHandle(self._tree.point(spec.name), hook_fn, dir, asked, is_permanent) for spec, asked in chosen]
         return attach_for_good(handles, self._tree, prepend)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
+from pellucid.arguments import check_list
 from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import GradientError, HookDisabledError, HookUnreachableError, InputError
 from pellucid.hook_points import Direction, Directions, HookFunction, HookPoint, LensHandle
@@ -105,9 +106,9 @@ class Hooks:
             HookNameError: a name that matches nothing.
         """
         handles = []
-        for request in requests:
+        for request in check_list(f"{direction}_hooks", requests, "(name, function) pairs", empty=True):
             if not isinstance(request, (tuple, list)) or len(request) != 2:
-                raise InputError(f"Hooks are a list of (name, function) pairs; found {request!r} in it.")
+                raise InputError(f"{direction}_hooks is a list of (name, function) pairs; found {request!r} in it.")
             names_filter, function = request
             if not callable(function):
                 raise InputError(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pellucid.activation_cache import ActivationCache
+from pellucid.arguments import check_choice
 from pellucid.errors import GradientError, InputError
 from pellucid.model_bridge.cache_plan import CacheEstimate, PosSlice, cache_bytes
 from pellucid.model_bridge.caching import CacheRequest, cached_specs, caching_functions
@@ -31,7 +32,7 @@ from pellucid.model_bridge.running import (
     refuse_rows,
     without_batch_dim,
 )
-from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, TokenRules, check_choice, ids_as_given
+from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, TokenRules, ids_as_given
 from pellucid.names import NamesFilter
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from pellucid.arguments import check_whole
+from pellucid.arguments import check_choice, check_whole
 from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import GradientError, InputError, UnsupportedModelError
 from pellucid.hook_points import LensHandle
@@ -24,7 +24,7 @@ from pellucid.model_bridge.hook_session import HookSession
 from pellucid.model_bridge.losses import next_token_loss
 from pellucid.model_bridge.mounting import ComponentTree
 from pellucid.model_bridge.run_positions import RunPositions, positions_of_input, positions_of_wrapped
-from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, TokenRules, check_choice, check_mask, check_past
+from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, TokenRules, check_mask, check_past
 from pellucid.names import FROM_EMBEDDINGS, FROM_TOKENS
 from pellucid.run_context import set_fast_attention, set_span
 

@@ -9,9 +9,9 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from pellucid.arguments import check_count
+from pellucid.arguments import check_choice, check_count, check_list
 from pellucid.errors import InputError
-from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, TokenRules, check_choice
+from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, TokenRules
 
 
 class TokenMethods:
@@ -112,7 +112,7 @@ class TokenMethods:
                 for row in input.reshape(-1, input.shape[-1]).tolist()
             ]
             return rows[0] if len(rows) == 1 else rows
-        texts = [input] if isinstance(input, str) else list(input)
+        texts = [input] if isinstance(input, str) else check_list("input", input, "strings")
         if any(not isinstance(text, str) for text in texts):
             raise InputError("to_str_tokens takes a string, strings or a tensor of ids; make a list of ids a tensor.")
         ids = [self._rules.encode(text, prepend_bos, padding_side)[0][0] for text in texts]

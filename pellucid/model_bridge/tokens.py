@@ -15,8 +15,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from pellucid.arguments import check_list
 from pellucid.errors import InputError, warn
-from pellucid.names import nearest
 
 TextOrTokens: TypeAlias = str | Sequence[str] | Tensor
 PaddingSide = Literal["left", "right"]
@@ -68,9 +68,7 @@ class TokenRules:
             InputError: no tokenizer, no text, text without tokens, an unknown padding side, no padding token.
         """
         tokenizer = self.need()
-        texts = [text] if isinstance(text, str) else list(text)
-        if not texts:
-            raise InputError("The batch is empty: give at least one string.")
+        texts = [text] if isinstance(text, str) else check_list("input", text, "strings")
         for index, entry in enumerate(texts):
             if not isinstance(entry, str):
                 raise InputError(f"A batch of strings has strings only; entry {index} is {type(entry).__name__}.")
@@ -242,14 +240,3 @@ def check_past(past: Any | None) -> None:
             "past_key_values must be a Hugging Face cache, such as transformers.DynamicCache(); found a "
             f"{type(past).__name__}. Of tuples (key, value), one a layer, DynamicCache(those) makes one."
         )
-
-
-def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    """Refuse a value that is not one of ``choices``.
-
-    Raises:
-        InputError: naming the valid ones.
-    """
-    if value not in choices:
-        hint = f" Did you mean {nearest(value, [c for c in choices if c], 1)[0]!r}?" if isinstance(value, str) else ""
-        raise InputError(f"Invalid {name}: {value!r}. It is one of {', '.join(map(repr, choices))}.{hint}")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from pellucid.arguments import check_choice, check_kind, check_path, check_text
 from pellucid.corpora import Corpus
 from pellucid.errors import InputError
 from pellucid.hook_points import NoTorchHooks
@@ -36,7 +37,7 @@ from pellucid.model_bridge.running import (
 )
 from pellucid.model_bridge.self_check import CheckReport, run_checks
 from pellucid.model_bridge.token_methods import TokenMethods
-from pellucid.model_bridge.tokens import TextOrTokens, TokenRules, check_choice, ids_as_given
+from pellucid.model_bridge.tokens import TextOrTokens, TokenRules, ids_as_given
 from pellucid.model_bridge.weight_methods import WeightMethods, refuse_early
 from pellucid.model_bridge.weight_record import record_of
 from pellucid.model_bridge.weights_hash import weights_hash
@@ -56,7 +57,7 @@ class TransformerBridge(RunMethods, WeightMethods, TokenMethods, NoTorchHooks):
 
     def __init__(self, hf_model: nn.Module, tokenizer: Any | None = None) -> None:
         super().__init__()
-        bloom = find_bloom(hf_model)
+        bloom = find_bloom(check_kind("hf_model", hf_model, nn.Module, "a torch module with a BLOOM in it"))
         self.original_model = hf_model
         self._tree = ComponentTree.of(bloom, partial(make_adapter, bloom))
         self._hooks = Hooks(self._tree)
@@ -127,8 +128,11 @@ class TransformerBridge(RunMethods, WeightMethods, TokenMethods, NoTorchHooks):
             )
             bridge = cls(hf_model, tokenizer)
             return bridge._as_asked(process_weights, attn_implementation)
-        if not str(model_name):
-            raise InputError("Give a hub name or a folder, or a live model as hf_model=.")
+        if model_name == "":
+            raise InputError("model_name is missing: give a hub name or a folder, or a live model as hf_model=.")
+        check_path("model_name", model_name)
+        if revision is not None:
+            check_text("revision", revision)
         loaded = load_model(
             os.fspath(model_name),
             dtype=dtype,

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from pellucid.arguments import check_path
 from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import PellucidWarning, warn
 from pellucid.factored_matrix import FactoredMatrix
@@ -173,7 +174,7 @@ class WeightMethods:
         Raises:
             WeightError: neither is there, or the checkpoint does not fit. Nothing has been changed then.
         """
-        unprocess(self._tree, checkpoint)
+        unprocess(self._tree, None if checkpoint is None else check_path("checkpoint", checkpoint))
 
     @property
     def weights_state(self) -> WeightsState:

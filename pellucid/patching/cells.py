@@ -16,6 +16,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from pellucid.arguments import check_choice, check_mapping, check_memory_limit
 from pellucid.errors import CacheKeyError, HookValueError, InputError
 from pellucid.hook_points import bits_differ
 from pellucid.model_bridge.tokens import TextOrTokens
@@ -65,6 +66,9 @@ class Run:
     memory_limit: int | None = None
     verbose: bool = True
 
+    def __post_init__(self) -> None:
+        check_memory_limit(self.memory_limit)
+
     def sweep(self, reserved: int = 0) -> Sweep:
         """A sweep of it, with ``reserved`` bytes of the limit kept for the values of edits."""
         return Sweep(
@@ -97,8 +101,7 @@ def metrics_of(patching_metric: MetricLike | Mapping[str, MetricLike], reduce: s
     Raises:
         InputError: ``reduce`` is not one of its words; there is no metric.
     """
-    if reduce not in REDUCTIONS:
-        raise InputError(f"reduce is one of {', '.join(map(repr, REDUCTIONS))}; found {reduce!r}.")
+    check_choice("reduce", reduce, REDUCTIONS)
     given = dict(patching_metric) if isinstance(patching_metric, Mapping) else {"metric": patching_metric}
     if not given:
         raise InputError("patching_metric is an empty mapping: give at least one metric.")
@@ -208,6 +211,7 @@ def clean_activation(clean_cache: Mapping[str, Tensor], name: str, which: str = 
     Raises:
         CacheKeyError: it was not kept.
     """
+    check_mapping(f"{which}_cache", clean_cache, "hook names to activations, as run_with_cache gives it")
     try:
         return clean_cache[name]
     except CacheKeyError:

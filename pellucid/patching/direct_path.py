@@ -15,8 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pellucid.arguments import check_choice, check_count
 from pellucid.errors import InputError, UnsupportedModelError
-from pellucid.model_bridge.tokens import TextOrTokens, check_choice
+from pellucid.model_bridge.tokens import TextOrTokens
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.patching.cells import Run, clean_activation, metrics_of, reduced
 from pellucid.progress import progress_bar
@@ -75,8 +76,7 @@ def get_act_patch_direct_path(
     )
     _check(model, component)
     for word, given, size in (("src_layer", src_layer, model.cfg.n_layers), ("src_head", src_head, model.cfg.n_heads)):
-        if isinstance(given, bool) or not isinstance(given, int) or not 0 <= given < size:
-            raise InputError(f"{word} is a whole number from 0 to {size - 1}; found {given!r}.")
+        check_count(word, given, 0, size - 1)
     with _split_inputs(model):
         writes = _write_differences(model, src_layer, clean_cache, corrupted_cache)
         return _from_sender(run, run.sweep(), writes[:, :, src_head], src_layer, component, run.progress)

@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from pellucid.arguments import check_function, check_mapping, check_text, check_texts
 from pellucid.errors import InputError
 from pellucid.model_bridge.tokens import TextOrTokens
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
@@ -143,6 +144,9 @@ def generic_activation_patch(
         HookValueError: a setter gave another shape, dtype or device.
         CacheKeyError: the clean run did not keep it.
     """
+    check_text("activation_name", activation_name)
+    check_function("patch_setter", patch_setter, "a function of an activation, an index and the clean activation")
+    check_mapping("clean_cache", clean_cache, "hook names to activations, as run_with_cache gives it")
     metrics = metrics_of(patching_metric, reduce)
     has_metric_axis = isinstance(patching_metric, Mapping)
     want_result = has_metric_axis or reduce == "none" or baseline
@@ -183,9 +187,11 @@ def index_of(
             "get_act_patch functions come with their axes: with an index_df pass index_axis_names=None to them."
         )
     if index_df is not None:
+        if not isinstance(index_df, pd.DataFrame):
+            raise InputError(f"index_df is a pandas data frame with a row for each cell; found {index_df!r}.")
         return [], index_df, (len(index_df),)
     assert index_axis_names is not None
-    names = list(index_axis_names)
+    names = check_texts("index_axis_names", index_axis_names)
     length = run.sweep().tokens.shape[1]
     cfg = run.model.cfg
     sizes = {

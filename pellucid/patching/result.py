@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from pellucid.arguments import check_choice, check_kind, check_texts, check_wholes
 from pellucid.errors import InputError, ResultKeyError
 from pellucid.names import nearest
 from pellucid.patching.statistics import bootstrap_interval, generator_for, sign_flip_pvalue, standard_error
@@ -26,8 +27,11 @@ def make_df_from_ranges(column_max_ranges: Sequence[int], column_names: Sequence
     Returns:
         One row for each combination.
     """
-    rows = itertools.product(*(range(size) for size in column_max_ranges))
-    return pd.DataFrame(list(rows), columns=list(column_names))
+    sizes, names = check_wholes("column_max_ranges", column_max_ranges), check_texts("column_names", column_names)
+    if len(sizes) != len(names):
+        raise InputError(f"column_names and column_max_ranges are of one length; found {len(names)} and {len(sizes)}.")
+    rows = itertools.product(*(range(size) for size in sizes))
+    return pd.DataFrame(list(rows), columns=names)
 
 
 @dataclass(eq=False, repr=False)
@@ -153,6 +157,7 @@ class PatchingResult:
         """
         corrupted = self._baseline_beside_values()
         assert self.baseline is not None
+        check_kind("clean_baseline", clean_baseline, (Tensor, float, int), "the metric of the clean run, a tensor")
         clean = torch.as_tensor(clean_baseline, dtype=self.values.dtype, device=self.values.device)
         if clean.shape != self.baseline.shape:
             raise InputError(
@@ -188,6 +193,7 @@ class PatchingResult:
         """
         self._needs_examples("bootstrap_ci")
         data = self.effect() if of_effect else self.values
+        check_choice("statistic", statistic, ("mean", "median"))
         return bootstrap_interval(data, statistic, confidence, n_resamples, generator_for(seed, "bootstrap", statistic))
 
     def permutation_pvalue(

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from pellucid.arguments import check_choice, check_count, check_number, check_whole
 from pellucid.errors import InputError
 
 EXACT_UP_TO = 12
@@ -28,6 +29,7 @@ TIE = 100
 
 def generator_for(seed: int, *labels: str) -> torch.Generator:
     """A CPU generator of its own for each seed and labels: 63 bits of the SHA-256 of ``seed:label:...``."""
+    check_whole("seed", seed)
     digest = hashlib.sha256(":".join([str(seed), *labels]).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))
 
@@ -52,12 +54,10 @@ def bootstrap_interval(
     Raises:
         InputError: no examples, or an argument out of range.
     """
-    if statistic not in ("mean", "median"):
-        raise InputError(f"statistic is 'mean' or 'median'; found {statistic!r}.")
-    if not 0 < confidence < 1:
-        raise InputError(f"confidence lies between 0 and 1; found {confidence}.")
-    if n_resamples < 1:
-        raise InputError(f"n_resamples is 1 or more; found {n_resamples}.")
+    check_choice("statistic", statistic, ("mean", "median"))
+    if check_number("confidence", confidence, above=0, at_most=1) == 1:
+        raise InputError("confidence must be below 1: an interval that is sure to hold has no end.")
+    check_count("n_resamples", n_resamples)
     count = values.shape[-1]
     if count < 1:
         raise InputError("There are no examples to resample.")
@@ -81,10 +81,8 @@ def sign_flip_pvalue(effects: Tensor, alternative: str, n_permutations: int, gen
     Raises:
         InputError: no examples, or an argument out of range.
     """
-    if alternative not in ("two-sided", "greater", "less"):
-        raise InputError(f"alternative is 'two-sided', 'greater' or 'less'; found {alternative!r}.")
-    if n_permutations < 1:
-        raise InputError(f"n_permutations is 1 or more; found {n_permutations}.")
+    check_choice("alternative", alternative, ("two-sided", "greater", "less"))
+    check_count("n_permutations", n_permutations)
     count = effects.shape[-1]
     if count < 1:
         raise InputError("There are no examples to permute.")

@@ -48,6 +48,8 @@ def attention_pattern(
         InputError: no such row or head; over 300,000 cells.
         MissingExtraError: Plotly is not installed.
     """
+    if not hasattr(cache, "has_batch_dim"):  # known without torch
+        raise InputError(f"cache is the ActivationCache of a run; found {type(cache).__name__}.")
     pattern: Any = cache["pattern", layer]
     tokens: Any = cache.tokens
     if cache.has_batch_dim:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import xarray
 
+from pellucid.arguments import check_kind, check_mapping
 from pellucid.errors import InputError
 from pellucid.plots.text import cut, isolated, visible, width
 
@@ -128,12 +129,26 @@ def _all_text(values: np.ndarray) -> bool:
     return values.dtype.kind == "O" and all(isinstance(value, str) for value in values)
 
 
+def check_words(title: str | None, unit: str | None, subtitle: str | None) -> None:
+    """What is written on every picture.
+
+    Raises:
+        InputError: no strings.
+    """
+    for argument, text in {"title": title, "unit": unit, "subtitle": subtitle}.items():
+        check_kind(argument, text, (str, type(None)), "a string")
+
+
 def check_labels(labels: Labels | None, dims: Sequence[str]) -> None:
     """Refuse labels for a dimension that is not there.
 
     Raises:
         InputError: there are some.
     """
-    unknown = [dim for dim in labels or {} if dim not in dims]
+    if labels is None:
+        return
+    unknown = [
+        str(dim) for dim in check_mapping("labels", labels, "axes to labels, or to a coordinate") if dim not in dims
+    ]
     if unknown:
         raise InputError(f"There are labels for {', '.join(unknown)}; the result has the axes {', '.join(dims)}.")

@@ -9,7 +9,7 @@ import numpy as np
 import xarray
 
 from pellucid.errors import InputError
-from pellucid.plots.axis import Labels
+from pellucid.plots.axis import Labels, check_labels, check_words
 from pellucid.plots.extra import need
 from pellucid.plots.picture import SERIES, Panel, Picture, Scale
 from pellucid.plots.results import Numbers, facets, finite_of, labelled_all, shared_axes, words
@@ -45,7 +45,9 @@ def bars(
         InputError: not these axes, complex numbers, nothing to draw, no finite number, results with different axes.
         MissingExtraError: Plotly is not installed.
     """
+    check_words(title, unit, subtitle)
     results, first = labelled_all(result)
+    check_labels(labels, [str(dim) for dim in first.dims])
     if len(results) > len(SERIES):
         raise InputError(f"Bars are drawn of 1 to {len(SERIES)} results; found {len(results)}.")
     title, unit = words(first, title, unit)

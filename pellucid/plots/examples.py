@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pellucid.arguments import check_kind, check_list, check_mapping
 from pellucid.errors import InputError
+from pellucid.plots.axis import check_words
 from pellucid.plots.sheet import INKS
 from pellucid.plots.text import FONTS, visible
 from pellucid.tables import BriefFields
@@ -49,6 +51,11 @@ class TokenExample(BriefFields):
     values: Sequence[float] | np.ndarray
     note: str = ""
 
+    def __post_init__(self) -> None:
+        for token in check_list("tokens", self.tokens, "labels"):
+            check_kind("an entry of tokens", token, str, "a string")
+        check_kind("note", self.note, str, "a string")
+
 
 def examples_page(
     examples: Mapping[str, Sequence[TokenExample]], *, title: str, unit: str, subtitle: str | None = None
@@ -69,6 +76,12 @@ def examples_page(
     Raises:
         InputError: no examples, one without tokens, or not a number for each token.
     """
+    check_words(title, unit, subtitle)
+    check_mapping("examples", examples, "headings to lists of TokenExample")
+    for heading, texts in examples.items():
+        check_kind("a heading of examples", heading, str, "a string")
+        for text in check_list(f"examples[{heading!r}]", texts, "TokenExample", empty=True):
+            check_kind(f"an entry of examples[{heading!r}]", text, TokenExample, "a TokenExample")
     if not any(examples.values()):
         raise InputError("There is nothing to show: there are no examples.")
     parts = [

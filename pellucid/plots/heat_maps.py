@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xarray
 
+from pellucid.arguments import check_list, check_number
 from pellucid.errors import InputError
-from pellucid.plots.axis import Axis, Labels
+from pellucid.plots.axis import Axis, Labels, check_labels, check_words
 from pellucid.plots.extra import need
 from pellucid.plots.picture import Panel, Picture, Scale
 from pellucid.plots.results import Numbers, check_panels, facets, finite_of, labelled_all, shared_axes, words
@@ -81,7 +82,9 @@ def heat_map(
     need("plotly")
     from pellucid.plots.figures import figure_of
 
+    check_words(title, unit, subtitle)
     results, first = labelled_all(result)
+    check_labels(labels, [str(dim) for dim in first.dims])
     title, unit = words(first, title, unit)
     if facet is not None:
         headings = facets(first, facet, labels).headings
@@ -137,14 +140,22 @@ def _numbers(values: np.ndarray) -> np.ndarray:
     return values if values.dtype in (np.float32, np.float64) else values.astype(np.float64)
 
 
+def _ends(limits: tuple[float, float]) -> tuple[float, float]:
+    ends = check_list("limits", limits, "two numbers, the lower one first")
+    if len(ends) != 2:
+        raise InputError(f"limits has to be two finite numbers, the lower one first; found {limits!r}.")
+    low, high = (check_number("an entry of limits", end) for end in ends)
+    return low, high
+
+
 def _scale(
     finite: np.ndarray, unit: str, centre: float | None, limits: tuple[float, float] | None, clip: bool
 ) -> Scale:
-    if centre is not None and not math.isfinite(centre):
-        raise InputError(f"centre has to be a finite number or None; found {centre}.")
+    if centre is not None:
+        centre = check_number("centre", centre)
     if limits is not None:
-        low, high = limits
-        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        low, high = _ends(limits)
+        if not low < high:
             raise InputError(f"limits has to be two finite numbers, the lower one first; found {limits}.")
         if centre is not None and not math.isclose(centre - low, high - centre, rel_tol=1e-9):
             raise InputError(

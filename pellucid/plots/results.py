@@ -114,7 +114,7 @@ def facets(result: xarray.DataArray, facet: str, labels: Labels | None) -> Axis:
     """
     if facet not in result.dims:
         found = ", ".join(map(str, result.dims)) or "none"
-        raise InputError(f"There is no axis {facet} to make panels of; the result has {found}.")
+        raise InputError(f"facet: there is no axis {facet} to make panels of; the result has {found}.")
     check_panels(result.sizes[facet], f"the axis {facet}")
     return axis_of(result, facet, labels)
 

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pellucid.arguments import check_number, check_path
 from pellucid.errors import InputError
 from pellucid.files import whole_file
 from pellucid.plots.extra import need
@@ -22,6 +23,7 @@ from pellucid.plots.text import plain
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
+DEFAULT_SCALE = 2.0
 _SUFFIXES = (".html", ".png", ".svg")
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
@@ -52,9 +54,9 @@ def check_picture_path(path: str | os.PathLike[str], overwrite: bool = False) ->
         InputError: another ending, a file or a folder that is there, no such folder, or one that cannot be written.
         MissingExtraError: Plotly is not installed, or matplotlib, which a ``.png`` needs.
     """
-    place = Path(path).expanduser().resolve()
+    place = check_path("path", path).expanduser().resolve()
     if place.suffix.lower() not in _SUFFIXES:
-        raise InputError(f"A picture's name ends in {', '.join(_SUFFIXES)}; found {place.name!r}.")
+        raise InputError(f"path: a picture's name ends in {', '.join(_SUFFIXES)}; found {place.name!r}.")
     if place.is_dir():
         raise InputError(f"{path} is a folder: give a file in it.")
     if place.exists() and not overwrite:
@@ -68,7 +70,7 @@ def check_picture_path(path: str | os.PathLike[str], overwrite: bool = False) ->
 
 
 def save_picture(
-    picture: Figure | str, path: str | os.PathLike[str], *, overwrite: bool = False, scale: float = 2.0
+    picture: Figure | str, path: str | os.PathLike[str], *, overwrite: bool = False, scale: float = DEFAULT_SCALE
 ) -> Path:
     """Write a picture to a file, whole or not at all.
 
@@ -90,12 +92,15 @@ def save_picture(
     """
     place = check_picture_path(path, overwrite)
     kind = place.suffix.lower()
+    check_number("scale", scale, at_least=0.1, at_most=10)
+    if kind != ".png" and scale != DEFAULT_SCALE:
+        raise InputError(f"scale={scale} would have no effect: it is of a .png; found {place.name!r}.")
     if kind != ".html":
         if isinstance(picture, str):
-            raise InputError(f"A page of examples is saved as .html; found {place.name!r}.")
-        if not 0.1 <= scale <= 10:
-            raise InputError(f"scale is from 0.1 to 10; found {scale}.")
+            raise InputError(f"picture: a page of examples is saved as .html; found {place.name!r}.")
         described = _description(picture)
+    elif not isinstance(picture, str) and not hasattr(picture, "to_html"):
+        raise InputError(f"picture is a figure, or a page of examples_page; found {type(picture).__name__}.")
     with whole_file(place) as draft:
         if kind == ".png":
             draw_png(described, draft, scale)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from pellucid.arguments import check_kind, check_mapping, check_path
 from pellucid.errors import InputError
 from pellucid.files import whole_file
 
@@ -123,6 +124,11 @@ class Statistic(ABC):
         Raises:
             InputError: shapes that do not fit one another or what was seen before; places that are needed and missing.
         """
+        check_kind("values", values, Tensor, "a tensor [batch, pos, *features]")
+        if mask is not None and check_kind("mask", mask, Tensor, "a tensor [batch, pos] bool").dtype != torch.bool:
+            raise InputError(f"mask is a tensor [batch, pos] bool; found {mask.dtype}.")
+        if places is not None:
+            check_kind("places", places, Places, "Places: the document and position of each token")
         features = tuple(values.shape[2:])
         if values.dim() < 3 or (mask is not None and mask.shape != values.shape[:2]):
             found = f"{tuple(values.shape)}" + ("" if mask is None else f" with a mask {tuple(mask.shape)}")
@@ -148,6 +154,7 @@ class Statistic(ABC):
         Raises:
             InputError: another kind, other settings or other features.
         """
+        check_kind("other", other, Statistic, "a statistic")  # type: ignore[type-abstract]
         if type(other) is not type(self) or other.settings() != self.settings():
             raise InputError(
                 f"{self.name} with {self.settings()} merges with its like; found {other.name} with {other.settings()}."
@@ -260,6 +267,10 @@ def save_statistics(path: Path, statistics: Mapping[str, Statistic], extra: Mapp
     """
     from safetensors.torch import save_file
 
+    path = check_path("path", path)
+    for key, statistic in check_mapping("statistics", statistics, "names to statistics").items():
+        check_kind(f"statistics[{key!r}]", statistic, Statistic, "a statistic")  # type: ignore[type-abstract]
+    check_mapping("extra", extra, "names to what JSON can hold")
     tensors, described = {}, {}
     for key, statistic in statistics.items():
         described[key] = {"kind": statistic.kind, "settings": statistic.settings()}
@@ -280,6 +291,7 @@ def load_statistics(path: Path) -> tuple[dict[str, Statistic], dict[str, Any]]:
     """
     from safetensors import SafetensorError, safe_open
 
+    path = check_path("path", path)
     try:
         with safe_open(path, framework="pt") as file:
             described = json.loads((file.metadata() or {})[METADATA])

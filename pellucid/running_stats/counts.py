@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from pellucid.arguments import check_number
+from pellucid.arguments import check_list, check_number
 from pellucid.errors import InputError
 from pellucid.running_stats.base import Places, Statistic, real_tokens
 
@@ -94,9 +94,9 @@ class Histogram(Statistic):
 
     def __init__(self, edges: Sequence[float]) -> None:
         super().__init__()
-        self.edges = [float(edge) for edge in edges]
+        self.edges = [check_number("an entry of edges", edge) for edge in check_list("edges", edges, "numbers")]
         if len(self.edges) < 2 or any(not low < high for low, high in zip(self.edges, self.edges[1:], strict=False)):
-            raise InputError(f"The edges of a histogram increase, two at least; found {self.edges}.")
+            raise InputError(f"edges increase, two at least; found {self.edges}.")
 
     @property
     def name(self) -> str:
@@ -141,6 +141,11 @@ class Histogram(Statistic):
 
     def _restore(self, tensors: Mapping[str, Tensor]) -> None:
         self._counts = tensors["counts"]
+
+
+def _shares(quantiles: Sequence[float]) -> list[float]:
+    listed = check_list("quantiles", quantiles, "numbers from 0 to 1")
+    return [check_number("an entry of quantiles", each, at_least=0, at_most=1) for each in listed]
 
 
 def not_above(threshold: float, dtype: torch.dtype) -> float:
@@ -194,16 +199,12 @@ class Quantiles(Statistic):
         largest: float = 1e4,
     ) -> None:
         super().__init__()
-        self.quantiles = [float(quantile) for quantile in quantiles]
-        self.relative_error, self.smallest = float(relative_error), float(smallest)
-        self.largest = check_number("largest", largest)
-        if not self.quantiles or any(not 0 <= quantile <= 1 for quantile in self.quantiles):
-            raise InputError(f"Quantiles are numbers from 0 to 1; found {self.quantiles}.")
-        if not 1e-3 <= self.relative_error < 1 or not 0 < self.smallest < self.largest:
-            raise InputError(
-                "The sketch needs 0.001 <= relative_error < 1 and 0 < smallest < largest; found "
-                f"{self.relative_error}, {self.smallest} and {self.largest}."
-            )
+        self.quantiles = _shares(quantiles)
+        self.relative_error = check_number("relative_error", relative_error, at_least=1e-3)
+        self.smallest = check_number("smallest", smallest, above=0)
+        self.largest = check_number("largest", largest, above=self.smallest)
+        if self.relative_error >= 1:
+            raise InputError(f"relative_error must be below 1; found {self.relative_error}.")
         # The bins are a little narrower than the error allows, by more than float32 puts a value into the wrong one: at
         # log2 up to 128 and over bins of 0.003 quotients go up to 2**16, with steps of 2**-8 bins, 1e-5 of a value.
         error = self.relative_error - 3e-5
@@ -241,6 +242,7 @@ class Quantiles(Statistic):
 
     def at(self, quantiles: Sequence[float]) -> Tensor:
         """``[*features, quantile]`` float64: any quantiles, within the same bound."""
+        quantiles = _shares(quantiles)
         self._seen()
         if self.n == 0:
             return self._shaped(torch.full((self._width, len(quantiles)), math.nan, dtype=torch.float64))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from pellucid.arguments import check_count
+from pellucid.arguments import check_choice, check_count, check_kind, check_list
 from pellucid.errors import InputError
 from pellucid.running_stats.base import Places, Statistic
 
@@ -35,8 +35,7 @@ class AveragePrecision(Statistic):
 
     def __init__(self, pool: Pool = "mean") -> None:
         super().__init__()
-        if pool not in ("mean", "max"):
-            raise InputError(f"Documents are pooled by 'mean' or 'max'; found {pool!r}.")
+        check_choice("pool", pool, ("mean", "max"))
         self.pool: Pool = pool
 
     @property
@@ -72,6 +71,8 @@ class AveragePrecision(Statistic):
         Raises:
             InputError: none to compare with, other features or another pooling, values that are not finite.
         """
+        for other in check_list("negatives", negatives, "AveragePrecision"):
+            check_kind("an entry of negatives", other, AveragePrecision, "an AveragePrecision")
         features = self._seen()
         for other in negatives:
             if other.pool != self.pool or other._seen() != features:
@@ -152,6 +153,8 @@ def average_precision(scores: Tensor, positive: Tensor, chunk: int = 4096, what:
     Raises:
         InputError: no positive or no negative document, scores that are not finite (naming the features), other shapes.
     """
+    check_kind("scores", scores, Tensor, "a tensor [document, *features]")
+    check_kind("positive", positive, Tensor, "a tensor [document] bool")
     if positive.dtype != torch.bool or positive.dim() != 1 or scores.dim() < 1 or len(scores) != len(positive):
         raise InputError(
             "Average precision takes scores [document, *features] and positive [document] bool; found "
@@ -160,8 +163,8 @@ def average_precision(scores: Tensor, positive: Tensor, chunk: int = 4096, what:
     check_count("chunk", chunk)
     n_positive = int(positive.sum())
     if n_positive in (0, len(positive)):
-        what = "positive" if n_positive == 0 else "negative"
-        raise InputError(f"Average precision needs positive and negative documents; there is no {what} one.")
+        missing = "positive" if n_positive == 0 else "negative"
+        raise InputError(f"Average precision needs positive and negative documents; there is no {missing} one.")
     flat = scores.reshape(len(scores), -1)
     wrong = (~flat.isfinite()).any(0).nonzero().flatten().tolist()
     if wrong:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from pellucid.arguments import check_count
 from pellucid.errors import InputError
 from pellucid.running_stats.base import Places, Statistic
 from pellucid.tables import brief
@@ -48,9 +49,7 @@ class TopK(Statistic):
 
     def __init__(self, k: int) -> None:
         super().__init__()
-        if not isinstance(k, int) or isinstance(k, bool) or k < 1:
-            raise InputError(f"TopK keeps 1 or more examples; found {k!r}.")
-        self.k = k
+        self.k = check_count("k", k)
 
     @property
     def name(self) -> str:

@@ -13,12 +13,12 @@ import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from pellucid.arguments import check_choice, check_count, check_kind, check_path, check_text
 from pellucid.corpora import Corpus, CorpusBatch
 from pellucid.errors import CorpusError, InputError, StorageFullError
 from pellucid.model_bridge.job_identity import Watched
@@ -30,7 +30,7 @@ from pellucid.scale.job_folder import Shard, ShardRecord
 from pellucid.scale.job_settings import refuse_writers, settings_of
 from pellucid.scale.shard_files import DTYPES
 from pellucid.scale.shard_store import ShardBuffers, ShardWriter, StoredHook, StoreFolder, StoreJob
-from pellucid.scale.workers import Worker, fixed_threads
+from pellucid.scale.workers import Worker, check_threads, fixed_threads, share_of
 
 SHARD_BYTES = 64 * 2**20
 """About how large the file of the widest hook is, unless ``batches_per_shard`` is given."""
@@ -107,18 +107,19 @@ class Harvester:
         revision: str | None = None,
         progress: bool | None = None,
     ) -> None:
-        for argument, value in (
-            ("batch_size", batch_size),
-            ("threads", threads),
-            ("batches_per_shard", batches_per_shard),
-        ):
-            if value is not None and value < 1:
-                raise InputError(f"{argument} is 1 or more; found {value}.")
-        if dtype is not None and dtype not in _CODES:
+        check_kind("corpus", corpus, Corpus, "a Corpus")
+        folder = check_path("out", out)
+        check_count("batch_size", batch_size)
+        check_threads(threads)
+        if batches_per_shard is not None:
+            check_count("batches_per_shard", batches_per_shard)
+        for argument, given in (("model_name", model_name), ("revision", revision)):
+            if given is not None:
+                check_text(argument, given)
+        if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype not in _CODES):
             known = ", ".join(str(each) for each in _CODES)
-            raise InputError(f"Activations are stored as one of {known}; found {dtype}.")
-        if padding_side not in ("left", "right"):
-            raise InputError(f"padding_side is 'left' or 'right'; found {padding_side!r}.")
+            raise InputError(f"dtype: activations are stored as one of {known}; found {dtype!r}.")
+        check_choice("padding_side", padding_side, ("left", "right"))
         refuse_writers(bridge)
         self._specs = _chosen_hooks(bridge, hooks)
         self._stop = _last_layer(self._specs, bridge.cfg.n_layers)
@@ -140,7 +141,7 @@ class Harvester:
             settings_of(bridge, corpus, batch_size, threads, padding_side),
             {"model": {"name": model_name, "revision": revision}, "corpus": corpus.describe()},
         )
-        self.folder = StoreFolder.begin(Path(out), self.job)
+        self.folder = StoreFolder.begin(folder, self.job)
         self._watched = Watched(bridge, "the harvest", threads=threads)
 
     def __repr__(self) -> str:
@@ -161,7 +162,7 @@ class Harvester:
             CorpusError: the corpus has changed since it was read.
             InputError: the model has changed since this was made, with what differs.
         """
-        mine = (worker or Worker()).share(self.job.shards)
+        mine = share_of(worker, self.job.shards)
         self._refuse_full_disk()
         pinned = self._bridge.device.type == "cuda"
         total = round(sum((shard.stop - shard.first) * self._tokens[shard.label] for shard in mine))
@@ -187,8 +188,7 @@ class Harvester:
             InputError: no such shard.
             StorageFullError, CorpusError, InputError: see :meth:`run`.
         """
-        if not 0 <= index < len(self.job.shards):
-            raise InputError(f"The job has shards 0 to {len(self.job.shards) - 1}; found {index}.")
+        check_count("index", index, 0, len(self.job.shards) - 1)
         if not self.folder.is_done(index):
             shard = self.job.shards[index]
             with ShardWriter(self.folder, depth=1) as writer:
@@ -297,6 +297,8 @@ def harvest(
         worker: which share of the job; started with the same arguments, the others make the rest.
         progress: show a bar; ``None`` shows it on a terminal only.
     """
+    if worker is not None:
+        check_kind("worker", worker, Worker, "a Worker")
     harvester = Harvester(
         bridge,
         corpus,

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pellucid.errors import InputError, MissingExtraError
+from pellucid.arguments import check_count, check_function, check_number
+from pellucid.errors import MissingExtraError
 from pellucid.progress import progress_bar
 from pellucid.scale.harvest import Harvester, HarvestReport
 
@@ -44,7 +45,7 @@ def harvest_on_ray(
         tasks: how many shards are computed at a time; as many processes hold the model.
         num_cpus: of Ray's logical CPUs, for one task.
         num_gpus: for one task.
-        max_retries: how often a task is started again after its worker died.
+        max_retries: how often a task is started again after its worker died; -1 for as often as it takes.
         progress: show a bar; ``None`` shows it on a terminal only.
 
     Raises:
@@ -52,8 +53,11 @@ def harvest_on_ray(
         MissingExtraError: Ray is not installed.
         PellucidError: what a task raised.
     """
-    if tasks < 1:
-        raise InputError(f"At least one task at a time; found tasks={tasks}.")
+    check_function("open_job", open_job, "a function that makes a Harvester")
+    check_count("tasks", tasks)
+    check_number("num_cpus", num_cpus, at_least=0)
+    check_number("num_gpus", num_gpus, at_least=0)
+    check_count("max_retries", max_retries, at_least=-1)
     try:
         import ray
     except ImportError:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pellucid.arguments import check_count, check_kind, check_path, check_texts
 from pellucid.errors import InputError, MissingExtraError
 from pellucid.files import whole_folder
 from pellucid.progress import progress_bar
@@ -57,9 +58,13 @@ def export_to_saelens(
         MissingExtraError: no ``datasets``.
         StoreError: a damaged shard.
     """
-    names = [hooks] if isinstance(hooks, str) else list(hooks)
-    if not names or len(set(names)) != len(names):
-        raise InputError(f"Name hooks to export, each once; found {names}.")
+    check_kind("store", store, StoredActivations, "a StoredActivations")
+    check_path("out", out)
+    if seed is not None:
+        check_count("seed", seed, at_least=0)
+    names = check_texts("hooks", [hooks] if isinstance(hooks, str) else hooks)
+    if len(set(names)) != len(names):
+        raise InputError(f"hooks are names to export, each once; found {names}.")
     if not store.job.packed:
         raise InputError(
             "SAELens' layout has no mask, so padding would be trained on: harvest a packed corpus (packing='packed', "

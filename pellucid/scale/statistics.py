@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pellucid.arguments import check_choice, check_count, check_kind, check_path
 from pellucid.corpora import Corpus
-from pellucid.errors import CorpusError, InputError, StoreError
+from pellucid.errors import CorpusError, StoreError
 from pellucid.files import Json, write_whole
 from pellucid.model_bridge.collected import Collected, describe_request
 from pellucid.model_bridge.collecting import Requests, hooks_of
@@ -24,7 +25,7 @@ from pellucid.progress import progress_bar
 from pellucid.scale.job_folder import JobFolder, Shard, ShardRecord, open_job, read_document, shards_of
 from pellucid.scale.job_settings import refuse_writers, settings_of
 from pellucid.scale.shard_files import json_errors, sha256_of_json
-from pellucid.scale.workers import Worker, fixed_threads
+from pellucid.scale.workers import Worker, check_threads, fixed_threads, share_of
 
 FORMAT = "pellucid statistics"
 FORMAT_VERSION = 1
@@ -80,11 +81,14 @@ def collect_shards(
         OtherJobError: the folder belongs to another job, with what differs.
         CorpusError: a corpus that cannot be read, or has changed.
     """
-    if batch_size < 1 or batches_per_shard < 1 or threads < 1:
-        raise InputError(
-            "batch_size, batches_per_shard and threads are 1 or more; found "
-            f"{batch_size}, {batches_per_shard} and {threads}."
-        )
+    check_kind("corpus", corpus, Corpus, "a Corpus")
+    folder_path = check_path("out", out)
+    check_count("batch_size", batch_size)
+    check_count("batches_per_shard", batches_per_shard)
+    check_threads(threads)
+    check_choice("padding_side", padding_side, ("left", "right"))
+    if worker is not None:
+        check_kind("worker", worker, Worker, "a Worker")
     refuse_writers(bridge)
     counts = corpus.index(labels, progress)
     rows = {label: count.rows for label, count in counts.items()}
@@ -98,10 +102,10 @@ def collect_shards(
         "settings": settings_of(bridge, corpus, batch_size, threads, padding_side),
     }
     sha256 = sha256_of_json(identity)
-    open_job(Path(out), {"job": identity, "job_sha256": sha256, "remarks": {"corpus": corpus.describe()}})
+    open_job(folder_path, {"job": identity, "job_sha256": sha256, "remarks": {"corpus": corpus.describe()}})
     shards = shards_of(rows, batch_size * batches_per_shard)
-    folder = JobFolder(Path(out), sha256, len(shards), [STATISTICS])
-    mine, written = (worker or Worker()).share(shards), 0
+    folder = JobFolder(folder_path, sha256, len(shards), [STATISTICS])
+    mine, written = share_of(worker, shards), 0
     with progress_bar(total=len(mine), desc="collecting shards", unit=" shards", show=progress) as bar:
         for shard in mine:
             if not folder.is_done(shard.index):
@@ -144,7 +148,7 @@ def merge_shards(out: str | os.PathLike[str]) -> Collected:
     Raises:
         StoreError: a shard that is missing or damaged, by name.
     """
-    path = Path(out)
+    path = check_path("out", out)
     document = read_document(path)
     with json_errors(path):
         job = document["job"]

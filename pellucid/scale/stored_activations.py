@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pellucid.arguments import check_choice, check_count, check_path, check_text, check_texts, check_wholes
 from pellucid.errors import InputError, StoreError
 from pellucid.files import Json
 from pellucid.names import nearest
@@ -89,9 +90,9 @@ class StoredActivations:
     def __init__(
         self, path: str | os.PathLike[str], labels: Sequence[str] | None = None, check_contents: bool = True
     ) -> None:
-        self.path = Path(path)
+        self.path = check_path("path", path)
         self.job, records = _read_manifest(self.path)
-        wanted = list(self.job.labels) if labels is None else list(labels)
+        wanted = list(self.job.labels) if labels is None else check_texts("labels", labels)
         for label in wanted:
             if label not in self.job.labels:
                 raise InputError(
@@ -168,7 +169,7 @@ class StoredActivations:
             InputError: no such shard or hook.
             StoreError: the shard is damaged.
         """
-        found = self.job.hook(hook)
+        found = self.job.hook(check_text("hook", hook))
         return as_tensor(self._array(index, found.name, found.name), found.dtype)
 
     def column(self, index: int, name: str) -> Tensor:
@@ -182,8 +183,7 @@ class StoredActivations:
             InputError: no such shard or column.
             StoreError: the shard is damaged.
         """
-        if name not in COLUMNS:
-            raise InputError(f"{name!r} is not stored beside activations; {', '.join(COLUMNS)} are.")
+        check_choice("name", name, tuple(COLUMNS))
         return torch.from_numpy(np.asarray(self._array(index, ROWS, name)))
 
     def label_of(self, index: int) -> str:
@@ -197,8 +197,7 @@ class StoredActivations:
         return self._shards[index].first, self._shards[index].stop
 
     def _refuse_shard(self, index: int) -> None:
-        if not 0 <= index < self.n_shards:
-            raise InputError(f"There are shards 0 to {self.n_shards - 1}; found {index}.")
+        check_count("index", index, 0, self.n_shards - 1)
 
     def _array(self, index: int, file: str, name: str) -> NDArray[np.generic]:
         self._refuse_shard(index)
@@ -244,20 +243,22 @@ class StoredActivations:
             InputError: no such row or hook.
             StoreError: a shard they are in is damaged.
         """
+        if not isinstance(numbers, Tensor | np.ndarray):
+            numbers = check_wholes("numbers", numbers, empty=True)
         wanted = torch.as_tensor(numbers) if len(numbers) else torch.empty(0, dtype=torch.int64)
         if wanted.dim() != 1 or wanted.is_floating_point() or wanted.dtype == torch.bool:
-            raise InputError(f"Rows are asked for by a list of numbers; found {wanted.dtype} of {wanted.dim()} axes.")
+            raise InputError(f"numbers is a list of whole numbers; found {wanted.dtype} of {wanted.dim()} axes.")
         places = wanted.long().numpy()
         if places.size and (places.min() < 0 or places.max() >= len(self)):
             raise InputError(
-                f"There are rows 0 to {len(self) - 1:,}; found {int(places.min())} to {int(places.max())}."
+                f"numbers of rows are 0 to {len(self) - 1:,}; found {int(places.min())} to {int(places.max())}."
             )
         return self._gather(places, self._chosen(hooks))
 
     def _chosen(self, hooks: Sequence[str] | None) -> list[StoredHook]:
-        if isinstance(hooks, str):
-            raise InputError(f"hooks= is a list of names; found the string {hooks!r}. Give [{hooks!r}].")
-        return list(self.job.hooks) if hooks is None else [self.job.hook(name) for name in hooks]
+        if hooks is None:
+            return list(self.job.hooks)
+        return [self.job.hook(name) for name in check_texts("hooks", hooks)]
 
     def _gather(self, numbers: NDArray[np.int64], hooks: Sequence[StoredHook]) -> RowBatch:
         shard_of = np.searchsorted(self._ends, numbers, side="right")
@@ -283,8 +284,8 @@ class StoredActivations:
         Raises:
             InputError: more rows than there are.
         """
-        if not 0 <= count <= len(self):
-            raise InputError(f"The store has {len(self):,} rows; {count:,} were asked for.")
+        check_count("count", count, 0, len(self))
+        check_count("seed", seed, at_least=0)
         drawn = np.random.default_rng(seed).choice(len(self), size=count, replace=False)
         return self._gather(drawn.astype(np.int64), self._chosen(hooks))
 
@@ -314,8 +315,13 @@ class StoredActivations:
             InputError: sizes below 1, or no such hook.
             StoreError: a shard is damaged.
         """
-        if batch_size < 1 or shards_mixed < 1:
-            raise InputError(f"batch_size and shards_mixed are 1 or more; found {batch_size} and {shards_mixed}.")
+        check_count("batch_size", batch_size)
+        check_count("shards_mixed", shards_mixed)
+        check_count("epoch", epoch, at_least=0)
+        if seed is not None:
+            check_count("seed", seed, at_least=0)
+        elif epoch:
+            raise InputError(f"epoch={epoch} would have no effect: with seed=None rows come in their order.")
         return self._batches(batch_size, seed, epoch, self._chosen(hooks), shards_mixed, drop_last)
 
     def _batches(

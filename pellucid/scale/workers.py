@@ -12,9 +12,13 @@ from typing import TypeVar
 
 import torch
 
+from pellucid.arguments import check_count, check_kind, check_mapping
 from pellucid.errors import InputError
 
 T = TypeVar("T")
+
+MOST_THREADS = 1024
+"""More than any processor of today has; a million would end the process inside OpenMP."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,10 @@ class Worker:
     count: int = 1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.index < self.count:
-            raise InputError(f"Of {self.count} workers there are 0 to {self.count - 1}; found worker {self.index}.")
+        check_count("count", self.count)
+        check_count("index", self.index, at_least=0)
+        if not self.index < self.count:
+            raise InputError(f"Of {self.count} workers there are 0 to {self.count - 1}; found index={self.index}.")
 
     def share(self, work: Sequence[T]) -> Sequence[T]:
         """What of ``work`` is this worker's."""
@@ -39,6 +45,15 @@ class Worker:
 
     def __str__(self) -> str:
         return f"worker {self.index} of {self.count}"
+
+
+def share_of(worker: Worker | None, work: Sequence[T]) -> Sequence[T]:
+    """A worker's share, without a worker all of it.
+
+    Raises:
+        InputError: no :class:`Worker`.
+    """
+    return (Worker() if worker is None else check_kind("worker", worker, Worker, "a Worker")).share(work)
 
 
 def worker_of_environment(environment: Mapping[str, str]) -> Worker:
@@ -53,6 +68,7 @@ def worker_of_environment(environment: Mapping[str, str]) -> Worker:
     Raises:
         InputError: variables that contradict each other.
     """
+    check_mapping("environment", environment, "names of variables to their values, as os.environ does")
     rank, world = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
     if (rank is None) != (world is None):
         raise InputError("A launcher sets both RANK and WORLD_SIZE, and one of them is missing: set both or none.")
@@ -79,6 +95,15 @@ def _number(environment: Mapping[str, str], name: str) -> int | None:
     return int(text)
 
 
+def check_threads(threads: int) -> int:
+    """A number of threads that a processor may have.
+
+    Raises:
+        InputError: another one. With more than the system can start, torch ends the process.
+    """
+    return check_count("threads", threads, 1, MOST_THREADS)
+
+
 @contextmanager
 def fixed_threads(count: int) -> Iterator[None]:
     """Compute with so many threads, whatever the launcher has set; matrix products round by it.
@@ -86,8 +111,7 @@ def fixed_threads(count: int) -> Iterator[None]:
     Raises:
         InputError: fewer than one.
     """
-    if count < 1:
-        raise InputError(f"threads is 1 or more; found {count}.")
+    check_threads(count)
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

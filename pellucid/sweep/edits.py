@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from pellucid.arguments import check_number
+from pellucid.arguments import check_list, check_number, check_whole
 from pellucid.dtypes import cast
 from pellucid.errors import CacheKeyError, HookValueError, InputError
 from pellucid.hook_points import bits_differ
@@ -53,7 +53,7 @@ class SetTo(BriefFields, Value):
     value: Tensor | float
 
     def __post_init__(self) -> None:
-        _refuse_nan("SetTo", self.value)
+        _check_value("SetTo: value", self.value)
 
     def new(self, current: Tensor, write: Write) -> Tensor:
         """The value, of the region's shape."""
@@ -77,10 +77,11 @@ class FromRun(BriefFields, Value):
 
     def __post_init__(self) -> None:
         if not isinstance(self.run, Mapping):
-            raise InputError(f"FromRun takes a cache, or a dictionary by hook name; found {type(self.run).__name__}.")
+            raise InputError(f"FromRun: run is a cache, or a dictionary by hook name; found {type(self.run).__name__}.")
         for argument, given in (("rows", self.rows), ("positions", self.positions)):
-            if isinstance(given, int | float):
-                raise InputError(f"FromRun: {argument} is a list, one for each; found {given!r}.")
+            if given is not None:
+                for each in check_list(f"FromRun: {argument}", given, "one for each", empty=True):
+                    check_whole(f"FromRun: an entry of {argument}", each)
 
     def new(self, current: Tensor, write: Write) -> Tensor:
         """The other run's values."""
@@ -153,7 +154,7 @@ class Add(BriefFields, Value):
     relative = True
 
     def __post_init__(self) -> None:
-        _refuse_nan("Add", self.direction)
+        _check_value("Add: direction", self.direction)
 
     def new(self, current: Tensor, write: Write) -> Tensor:
         """The sum."""
@@ -170,16 +171,28 @@ class Apply(Value):
 
     def __post_init__(self) -> None:
         if not callable(self.function):
-            raise InputError(f"Apply takes a function; found {type(self.function).__name__}.")
+            raise InputError(f"Apply: function is a function; found {type(self.function).__name__}.")
 
     def new(self, current: Tensor, write: Write) -> Tensor:
         """The function's answer."""
         return self.function(current)
 
 
-def _refuse_nan(what: str, value: Tensor | float) -> None:
-    """An infinite number is an edit (of a score, say); one that is none is a mistake."""
-    if not isinstance(value, Tensor) and value != value:
+def _check_value(what: str, value: Any) -> None:
+    """A tensor, or numbers. An infinite number is an edit (of a score, say); one that is none is a mistake.
+
+    Raises:
+        InputError: something else.
+    """
+    if isinstance(value, Tensor):
+        return
+    try:
+        found = None if isinstance(value, bool | str | Mapping) else torch.as_tensor(value, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        found = None
+    if found is None:
+        raise InputError(f"{what} is a number or a tensor; found {value!r} ({type(value).__name__}).")
+    if bool(found.isnan().any()):
         raise InputError(f"{what}: the value is NaN.")
 
 
@@ -336,7 +349,7 @@ def resolve(edit: Edit, spec: HookSpec, sizes: Mapping[str, int]) -> list[Write]
     """
     if not isinstance(edit.value, Value):
         raise InputError(
-            f"The value of the edit of {spec.name} is one of Zero, SetTo, FromRun, Scale, Add, Apply; found "
+            f"value of the edit of {spec.name} is one of Zero, SetTo, FromRun, Scale, Add, Apply; found "
             f"{type(edit.value).__name__}."
         )
     given = {"positions": edit.positions, "heads": edit.heads, "neurons": edit.neurons, "keys": edit.keys}

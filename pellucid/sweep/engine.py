@@ -22,12 +22,12 @@ import psutil
 import torch
 from torch import Tensor
 
-from pellucid.arguments import check_count
+from pellucid.arguments import check_choice, check_count, check_list, check_memory_limit
 from pellucid.errors import InputError
 from pellucid.model_bridge.cache_plan import EMBEDDING
 from pellucid.model_bridge.generalized_components.weights import why_not_by_row
 from pellucid.model_bridge.job_identity import marks
-from pellucid.model_bridge.tokens import TextOrTokens, check_choice
+from pellucid.model_bridge.tokens import TextOrTokens
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.padding import before_first_real
 from pellucid.progress import progress_bar
@@ -147,10 +147,11 @@ class Sweep:
         _refuse_training(bridge)
         check_count("rows_at_once", rows_at_once)
         check_count("reserved", reserved, at_least=0)
+        check_memory_limit(memory_limit)
         self.bridge = bridge
         self.metrics: dict[str, MetricLike] = dict(metric) if isinstance(metric, Mapping) else {"metric": metric}
         if not self.metrics:
-            raise InputError("No metric was given.")
+            raise InputError("No metric was given: metric is an empty mapping.")
         self._prepared_input = bridge.check_input(
             input, prepend_bos=prepend_bos, padding_side=padding_side, attention_mask=attention_mask
         )
@@ -202,13 +203,13 @@ class Sweep:
     def _resolve(self, edits: Iterable[EditSet]) -> list[list[Write]]:
         sizes = self._sizes()
         writes = []
-        for edit_set in edits:
+        for edit_set in check_list("edits", edits, "Edits, or of lists of them", empty=True):
             if not isinstance(edit_set, Edit | Sequence):
-                raise InputError(f"A sweep takes Edits, or lists of them; found {type(edit_set).__name__}.")
+                raise InputError(f"A sweep takes Edits, or lists of them; edits has {type(edit_set).__name__}.")
             members = [edit_set] if isinstance(edit_set, Edit) else list(edit_set)
             for member in members:
                 if not isinstance(member, Edit):
-                    raise InputError(f"A sweep takes Edits, or lists of them; found {type(member).__name__}.")
+                    raise InputError(f"A sweep takes Edits, or lists of them; edits has {type(member).__name__}.")
                 self._refuse_tokens_of_wrapped(member)
             writes.append(
                 [write for member in members for write in resolve(member, self.bridge.hook_spec(member.hook), sizes)]

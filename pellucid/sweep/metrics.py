@@ -12,12 +12,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from pellucid.arguments import check_whole
+from pellucid.arguments import check_kind, check_whole
 from pellucid.errors import InputError
 from pellucid.model_bridge.losses import next_token_loss
 from pellucid.padding import last_real, targets
@@ -146,6 +146,15 @@ def _ids(tokens: TokenIds, rows: int, what: str) -> Tensor:
     if ids.dim() == 1 and ids.numel() not in (1, rows):
         raise InputError(f"{what} has {ids.numel()} token ids for {rows} rows.")
     return ids.to(torch.int64).expand(rows)
+
+
+def _number_or_numbers(argument: str, value: Any) -> Tensor:
+    try:
+        if not isinstance(value, bool | str):
+            return torch.as_tensor(value, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise InputError(f"Normalized: {argument} is a number, or one a row; found {value!r} ({type(value).__name__}).")
 
 
 def _places(ids: Tensor, reads: Reads) -> Tensor:
@@ -308,7 +317,10 @@ class NextTokenLoss(BriefFields, Metric):
     def check(self, tokens: Tensor, attention_mask: Tensor | None, d_vocab: int) -> None:
         """See :class:`Metric`; targets and mask have the batch's shape."""
         for argument, given in (("tokens", self.tokens), ("attention_mask", self.attention_mask)):
-            if given is not None and given.shape != tokens.shape:
+            if (
+                given is not None
+                and check_kind(f"NextTokenLoss: {argument}", given, Tensor, "a tensor").shape != tokens.shape
+            ):
                 raise InputError(
                     f"NextTokenLoss: {argument} must have shape {tuple(tokens.shape)}; found {tuple(given.shape)}."
                 )
@@ -367,14 +379,14 @@ class Normalized(BriefFields, Metric):
         """See :class:`Metric`; bounds are one number, or one a row."""
         self.metric.check(tokens, attention_mask, d_vocab)
         for argument, bound in (("zero", self.zero), ("one", self.one)):
-            shape = tuple(torch.as_tensor(bound).shape)
+            shape = tuple(_number_or_numbers(argument, bound).shape)
             if shape not in ((), (1,), (tokens.shape[0],)):
                 raise InputError(f"Normalized: {argument} is a number, or one a row; found shape {shape}.")
         self.reads(tokens, attention_mask)
 
     def reads(self, tokens: Tensor, attention_mask: Tensor | None) -> Reads:
         """What the metric reads."""
-        span = torch.as_tensor(self.one, dtype=torch.float64) - torch.as_tensor(self.zero, dtype=torch.float64)
+        span = _number_or_numbers("one", self.one) - _number_or_numbers("zero", self.zero)
         if not bool(torch.isfinite(span).all()) or bool((span == 0).any()):
             raise InputError(
                 f"Normalized: zero and one must be finite and differ; found zero={self.zero!r}, one={self.one!r}. "

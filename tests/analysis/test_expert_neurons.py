@@ -138,7 +138,7 @@ def test_the_choice() -> None:
     for wrong, said in (
         (lambda: experts.best("maybe", 1), "no label 'maybe'"),
         (lambda: experts.best("yes", 21, "both"), "asks for 42"),
-        (lambda: experts.best("yes", 1, "middle"), "'top', 'bottom' or 'both'"),
+        (lambda: experts.best("yes", 1, "middle"), "Invalid which: 'middle'"),
         (lambda: experts.values("yes", [Unit("mlp.hook_pre", 1, 0)]), "has no Unit"),
         (lambda: experts.values("yes", [], "p50"), "on_p50"),
     ):
@@ -221,9 +221,13 @@ def test_units_that_there_are_not() -> None:
 @pytest.mark.parametrize(
     ("responses", "arguments", "said"),
     [
-        ({}, {}, "no responses"),
+        ({}, {}, "responses is empty"),
         ({"blocks.0.mlp.hook_pre": {"a": torch.ones(2, 3)}}, {}, "only 'a'"),
-        ({"blocks.0.mlp.hook_pre": {"a": torch.ones(2, 3), "b": torch.ones(2, 3)}}, {"labels": ["c"]}, "asked for"),
+        (
+            {"blocks.0.mlp.hook_pre": {"a": torch.ones(2, 3), "b": torch.ones(2, 3)}},
+            {"labels": ["c"]},
+            "labels asks for",
+        ),
         ({"blocks.0.mlp.hook_pre": {"a": torch.ones(2, 3), "b": torch.ones(0, 3)}}, {}, "no negative"),
         ({"blocks.0.mlp.hook_pre": {"a": torch.ones(2, 3), "b": torch.ones(2, 3) * torch.nan}}, {}, "finite"),
         (

@@ -109,13 +109,13 @@ def test_what_is_refused() -> None:
     assert perplexity_change(bridge, text, {"a": []}, assert_effect=False)["change"].item() == 0
     with pytest.raises(InputError, match="no layer 9"):
         perplexity_change(bridge, text, {"a": [(9, 0)]})
-    with pytest.raises(InputError, match="random set"):
+    with pytest.raises(InputError, match="random_sets has one"):
         perplexity_change(bridge, text, {"a": [(0, 0)]}, random_sets=[{"b": [(0, 0)]}])
     with pytest.raises(InputError, match="average"):
         log_perplexity(bridge, text, average="chunks")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="no two real tokens"):
         log_perplexity(bridge, TokenText({"a": random_tokens(2, 1)}))
-    with pytest.raises(InputError, match="no languages"):
+    with pytest.raises(InputError, match="found no language"):
         perplexity_change(bridge, text, {})
 
 
@@ -151,9 +151,9 @@ def test_continuations_that_cannot_be(demo: TransformerBridge) -> None:
     nothing = {"en": [(0, 0)]}
     with pytest.raises(NoEffectError):
         continuations(demo, ["No one"], nothing, change=lambda listed: scale(listed, 1.0), max_new_tokens=2)
-    with pytest.raises(InputError, match="no prompts"):
+    with pytest.raises(InputError, match="prompts is a list of strings; found an empty one"):
         continuations(demo, [], nothing)
-    with pytest.raises(InputError, match="a list of prompts"):
+    with pytest.raises(InputError, match="prompts is a list of strings; found the string"):
         continuations(demo, "No one", nothing)
     with pytest.raises(InputError, match="unmodified model"):
         continuations(demo, ["No one"], {"none": [(0, 0)]})

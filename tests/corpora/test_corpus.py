@@ -372,19 +372,19 @@ def test_arguments_that_cannot_be_are_refused(tokenizer: Any) -> None:
         (lambda: made(separator=-1), "separator is"),
         (lambda: Corpus.from_text({"en": "x"}, tokenizer, document="page"), "Invalid document"),  # type: ignore[arg-type]
         (lambda: Corpus.from_text({"en": []}, tokenizer), "no files"),
-        (lambda: Corpus.from_text({}, tokenizer), "at least one label"),
+        (lambda: Corpus.from_text({}, tokenizer), "files is a dictionary from labels .* without a label"),
         (lambda: Corpus.from_text(["x"], tokenizer), "dictionary from labels"),  # type: ignore[arg-type]
         (lambda: Corpus.from_text({"en": __file__}, None), "needs a tokenizer"),
         (lambda: Corpus.from_documents({"en": "one text"}, tokenizer), r"list of strings.*\[text\]"),
-        (lambda: Corpus.from_documents({"": ["a"]}, tokenizer), "Labels are strings"),
-        (lambda: Corpus.from_tokens({"en": torch.zeros(3)}), "Token ids are integers"),
+        (lambda: Corpus.from_documents({"": ["a"]}, tokenizer), "a label of documents is a string"),
+        (lambda: Corpus.from_tokens({"en": torch.zeros(3)}), r"tokens\['en'\] are integers"),
         (lambda: Corpus.from_tokens({"en": torch.zeros(2, 3, 4).long()}), r"\[document, pos\]"),
         (lambda: Corpus.from_tokens({"en": "abc"}), "tensor, an array or a list"),
         (lambda: Corpus.from_tokens({"en": [1, 2]}, separator="eos"), "end-of-sequence"),
         (lambda: made().batches(2, labels="fr"), "no label 'fr'. Nearest: "),
         (lambda: made().batches(2, labels=[]), "empty"),
         (lambda: made().batches(2, labels=["en", "en"]), "twice"),
-        (lambda: made().batches(2, start_row=4, stop_row=3), "4 to 3"),
+        (lambda: made().batches(2, start_row=4, stop_row=3), "stop_row must be at least 4; found 3"),
         (lambda: made().count("fr"), "no label 'fr'"),
     ]
     for call, words in cases:

@@ -401,7 +401,7 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("request_", "error", "words"),
     [
-        ({}, InputError, "Nothing to collect"),
+        ({}, InputError, "statistics maps hook names"),
         ({"blocks.0.mlp.hook_pots": [CountPositive()]}, HookNameError, "blocks.0.mlp.hook_post"),
         ({POST: []}, InputError, "list of statistics"),
         ({POST: [CountPositive]}, InputError, "list of statistics"),

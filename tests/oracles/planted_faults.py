@@ -822,6 +822,41 @@ FAULTS = (
         "self._kept[label]",
         "tests/corpora/test_read_once.py",
     ),
+    Fault(
+        "a number of threads is not looked at",
+        "pellucid/scale/workers.py",
+        'return check_count("threads", threads, 1, MOST_THREADS)',
+        "return threads",
+        "tests/test_accepted_and_ignored.py -k threads",
+    ),
+    Fault(
+        "an empty path means the current folder",
+        "pellucid/arguments.py",
+        " or not os.fspath(value)",
+        "",
+        "tests/test_accepted_and_ignored.py -k checkpoint",
+    ),
+    Fault(
+        "what is no function is attached as a hook",
+        "pellucid/model_bridge/hook_methods.py",
+        '        check_function("hook_fn", hook_fn, "a function of a tensor and its hook point")\n',
+        "",
+        "tests/test_accepted_and_ignored.py -k hook_fn",
+    ),
+    Fault(
+        "a limit of memory is taken for any value",
+        "pellucid/arguments.py",
+        '        check_count("memory_limit", value)',
+        "        pass",
+        "tests/test_accepted_and_ignored.py -k memory_limit",
+    ),
+    Fault(
+        "a random draw takes any seed",
+        "pellucid/scale/stored_activations.py",
+        '            check_count("seed", seed, at_least=0)\n        elif',
+        "            pass\n        elif",
+        "tests/test_accepted_and_ignored.py -k seed",
+    ),
 )
 
 

@@ -237,7 +237,7 @@ REFUSED: list[tuple[str, Any]] = [
     ("no such coordinate", lambda: heat_map(small(2, 3), title="t", unit="u", labels={"head": "name"})),
     ("equally far", lambda: heat_map(small(2, 3), title="t", unit="u", limits=(0, 1))),
     ("lower one first", lambda: heat_map(small(2, 3), title="t", unit="u", limits=(1, -1))),
-    ("finite number or None", lambda: heat_map(small(2, 3), title="t", unit="u", centre=np.nan)),
+    ("centre must be finite", lambda: heat_map(small(2, 3), title="t", unit="u", centre=np.nan)),
     ("300,000", lambda: heat_map(small(600, 600), title="t", unit="u")),
     ("at most 128", lambda: heat_map(small(129, 2, 2, dims=("a", "b", "c")), title="t", unit="u", facet="a")),
     ("empty", lambda: heat_maps({}, title="t", unit="u")),

@@ -410,7 +410,7 @@ class JointQKVAttentionBridge(AttentionBridge):
         return contribution
 
     def _with_results(self, z: Tensor, native: Tensor, draws: Draws) -> Tensor:
-        result = self.results(z, draws)
+        result = self._results(z, draws)
         looks = self.only_reads("hook_result")
         edited = self.fire("hook_result", result, private=True)
         if looks:
@@ -420,8 +420,11 @@ class JointQKVAttentionBridge(AttentionBridge):
             bias = hooks_suppressed(self._dense, torch.zeros_like(z[:1, :1].flatten(-2)))
         return splice(native, edited.sum(dim=-2) + bias, changed)
 
-    def results(self, z: Tensor, draws: Draws) -> Tensor:
+    def results(self, z: Tensor) -> Tensor:
         """Each head's contribution without b_O, ``[batch, pos, n_heads, d_model]``, from ``z``."""
+        return self._results(z, Draws(self.output_projection, z.device))
+
+    def _results(self, z: Tensor, draws: Draws) -> Tensor:
         dense: Any = self.output_projection
         if plain_weight(dense, nn.Linear):
             return torch.einsum("bqnh,mnh->bqnm", z, dense.weight.unflatten(1, (self.n_heads, -1)))

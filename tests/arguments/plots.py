@@ -1,0 +1,81 @@
+"""Pictures."""
+
+from __future__ import annotations
+
+from pellucid import plots
+from tests.arguments.bench import NAN, Call, Line, Of, a_path, made, number
+
+RESULT = Of(lambda bench: bench.array)
+TITLES = {"title": "t", "unit": "u"}
+
+CALLS: dict[str, Call] = {
+    "heat_map": made(plots.heat_map, result=RESULT, **TITLES),
+    "heat_maps": made(plots.heat_maps, result=Of(lambda bench: {"a": bench.array}), **TITLES),
+    "attention_pattern": made(plots.attention_pattern, cache=Of(lambda bench: bench.cache), layer=0),
+    "bars": made(plots.bars, result=Of(lambda bench: bench.array[0]), **TITLES),
+    "examples_page": made(plots.examples_page, examples={"a": [plots.TokenExample(["x"], [1.0])]}, **TITLES),
+    "TokenExample": made(plots.TokenExample, tokens=["x"], values=[1.0]),
+    "shown example": Call(
+        plots.TokenExample,
+        lambda _: lambda **given: plots.examples_page({"a": [plots.TokenExample(**given)]}, title="t", unit="u"),
+        lambda _: {"tokens": ["x"], "values": [1.0]},
+    ),
+    "check_picture_path": made(plots.check_picture_path, path="out.html"),
+    "save_picture": made(plots.save_picture, picture="<html></html>", path="out.html"),
+}
+
+REFUSED: list[Line] = [
+    *(
+        (name, {argument: wrong}, f"{argument} is a string")
+        for name in ("heat_map", "heat_maps", "bars", "examples_page")
+        for argument in ("title", "unit", "subtitle")
+        for wrong in (3, True, [])
+    ),
+    *(
+        line
+        for name in ("heat_map", "heat_maps")
+        for line in (
+            *number(name, "centre"),
+            (name, {"limits": 3}, "limits is a list"),
+            (name, {"limits": (1, 0)}, "limits has to be"),
+            (name, {"limits": (1,)}, "limits has to be two"),
+            (name, {"limits": (NAN, 1)}, "an entry of limits must be finite"),
+            (name, {"x": "nowhere"}, "no axis nowhere"),
+            (name, {"y": "nowhere"}, "no axis nowhere"),
+            (name, {"labels": 3}, "labels maps axes"),
+            (name, {"labels": {"nowhere": ["a"]}}, "labels for nowhere"),
+        )
+    ),
+    ("heat_map", {"result": 3}, "the result is of type int"),
+    ("attention_pattern", {"cache": 3}, "cache is the ActivationCache"),
+    ("attention_pattern", {"layer": 99}, "blocks.99.attn.hook_pattern"),
+    ("attention_pattern", {"row": 9}, "The cache has the rows 0 to 0; found 9"),
+    ("attention_pattern", {"heads": [99]}, "has the heads 0 to"),
+    ("attention_pattern", {"title": 3}, "title is a string"),
+    ("attention_pattern", {"subtitle": 3}, "subtitle is a string"),
+    ("heat_map", {"facet": "nowhere"}, "facet: there is no axis nowhere"),
+    ("heat_maps", {"result": {}}, "the mapping of results"),
+    ("heat_maps", {"result": {"a": 3}}, "'a' is of type int"),
+    ("bars", {"result": 3}, "the result is of type int"),
+    ("bars", {"result": {}}, "the mapping of results"),
+    ("bars", {"facet": "nowhere"}, "facet: there is no axis nowhere"),
+    ("bars", {"labels": 3}, "labels maps axes"),
+    ("examples_page", {"examples": 3}, "examples maps headings"),
+    ("examples_page", {"examples": {}}, "there are no examples"),
+    ("examples_page", {"examples": {"a": 3}}, r"examples\['a'\] is a list"),
+    ("examples_page", {"examples": {"a": [3]}}, r"an entry of examples\['a'\] is a TokenExample"),
+    ("TokenExample", {"tokens": 3}, "tokens is a list"),
+    ("TokenExample", {"tokens": "x"}, "tokens is a list"),
+    ("TokenExample", {"tokens": [3]}, "an entry of tokens is a string"),
+    ("TokenExample", {"note": 3}, "note is a string"),
+    ("shown example", {"values": 3}, "values of another kind"),
+    ("shown example", {"values": [1.0, 2.0]}, "a number for each of its tokens"),
+    *a_path("check_picture_path", "path"),
+    ("check_picture_path", {"path": "x.gif"}, "path: a picture's name ends in"),
+    ("check_picture_path", {"path": "nowhere/x.html"}, "There is no folder"),
+    ("save_picture", {"picture": 3}, "picture is a figure"),
+    ("save_picture", {"path": "x.svg"}, "picture: a page of examples is saved as .html"),
+    *a_path("save_picture", "path"),
+    *number("save_picture", "scale", 0.0, 11.0),
+    ("save_picture", {"scale": 3.0}, "scale=3.0 would have no effect"),
+]

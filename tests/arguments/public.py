@@ -1,0 +1,148 @@
+"""Every public callable, found by walking the modules, and of those that no table tries, why not.
+
+Public is what a module lists in ``__all__``; of the analyses and of ``pellucid.scale``, which have no such list, every name
+that does not begin with an underscore. Of a public class: itself, and the methods that Pellucid defines.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from typing import Any
+
+import pellucid.analysis
+import pellucid.scale
+
+LISTED = (
+    "pellucid",
+    "pellucid.patching",
+    "pellucid.sweep",
+    "pellucid.running_stats",
+    "pellucid.corpora",
+    "pellucid.plots",
+)
+WALKED = tuple(
+    f"{package.__name__}.{module.name}"
+    for package in (pellucid.analysis, pellucid.scale)
+    for module in pkgutil.iter_modules(package.__path__)
+)
+
+
+def names_of(module: str) -> list[str]:
+    """The public names of a module."""
+    found = import_module(module)
+    if module in LISTED:
+        return list(found.__all__)
+    return [
+        name
+        for name, value in vars(found).items()
+        if not name.startswith("_") and getattr(value, "__module__", None) == module
+    ]
+
+
+def bare(function: Callable[..., Any]) -> Any:
+    """What is the same however it was looked up, and whatever arguments were filled in."""
+    found: Any = function.func if isinstance(function, functools.partial) else function
+    return getattr(found, "__func__", found)
+
+
+def public() -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Name and callable of everything public that takes arguments, each once."""
+    seen: set[int] = set()
+    for module in (*LISTED, *WALKED):
+        for name in names_of(module):
+            value = getattr(import_module(module), name)
+            members = [(name, value)]
+            if inspect.isclass(value):
+                members += [(f"{name}.{own}", member) for own, member in methods_of(value)]
+            for label, member in members:
+                if callable(member) and id(bare(member)) not in seen and arguments_of(member):
+                    seen.add(id(bare(member)))
+                    yield label, member
+
+
+def methods_of(cls: type) -> Iterator[tuple[str, Any]]:
+    """The public methods that Pellucid defines, inherited ones too."""
+    for name in dir(cls):
+        owner = next(base for base in cls.__mro__ if name in vars(base)) if not name.startswith("_") else object
+        if owner.__module__.startswith("pellucid") and not isinstance(
+            inspect.getattr_static(cls, name), property | functools.cached_property
+        ):
+            yield name, getattr(cls, name)
+
+
+def arguments_of(function: Callable[..., Any]) -> list[str]:
+    """The arguments that have a name."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # a type, such as a union of callables
+        return []
+    unnamed = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return [each.name for each in parameters if each.name not in ("self", "cls") and each.kind not in unnamed]
+
+
+GIVEN = "made by Pellucid and given to the caller, who does not call it"
+INSIDE = "called by Pellucid on what it has checked"
+HOOKED = "called by a sweep, with the activation"
+SCORED = "called by a sweep, with its own tokens and logits"
+TRUTH = "any truth value"
+STATE = "Pellucid's own state, saved and loaded with a checksum"
+
+NOT_TRIED: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            "CheckReport", "Collected", "CorpusBatch", "LabelCount", "TokenContext", "TransformerBridgeConfig", "PatchingResult",
+            "Places", "Reads", "SweepPlan", "SweepResult", "LanguageNeurons", "NeuronChange", "NeuronEdit", "Unit", "HeadUnit",
+            "Site", "Prompts", "Grid", "Reference", "LabelledSweep", "Sender", "Receiver", "HarvestReport", "CollectReport",
+            "RowBatch", "Shard", "ShardRecord", "Picture", "StoredHook", "StoreJob", "TensorPlace", "ShardBuffers",
+        ),
+        GIVEN,
+    ),
+    **dict.fromkeys(
+        (
+            "Collected.empty", "Collected.saw", "Picture.hovers", "Picture.printed_in", "TransformerBridgeConfig.sizes", "HookPoint.detach", "HookPoint.drop", "HookPoint.fire", "HookPoint.forward",
+            "HookPoint.put", "HookPoint.enable_reshape", "TransformerBridge.positions_of", "Statistic.to", "Workspace.take",
+            "NeuronEdit.job_identity", "NeuronChange.check", "NeuronChange.edits", "Text.batches", "Receiver.hears",
+            "place_of", "unit_shape", "refuse_no_effect", "as_neurons", "check_units", "read_prompts",
+            "refuse_different_lengths", "find_site", "check_by", "make_grid", "about_run", "words_of", "about_metrics",
+            "in_float32", "check_scores", "between", "switched", "default_by", "keep", "left_of", "score_of", "differing",
+            "senders_of", "receivers_of", "chosen_names", "shards_of", "open_job", "read_document", "record_of_json",
+            "JobFolder", "JobFolder.damage", "JobFolder.file", "JobFolder.is_done", "JobFolder.read_record",
+            "JobFolder.record_file", "JobFolder.write_record", "settings_of", "refuse_writers", "to_json", "sha256_of_json",
+            "safetensors_chunks", "read_header", "map_tensor", "as_tensor", "hash_file", "json_errors", "StoreJob.hook",
+            "job_of_json", "StoreFolder", "StoreFolder.begin", "StoreFolder.damage", "StoreFolder.write_shard", "read_job",
+            "ShardBuffers.filled", "ShardBuffers.of", "ShardWriter", "ShardWriter.submit", "idle_threads", "share_of",
+            "check_threads", "fixed_threads", "Worker.share", "Sweep.base_activations", "LabelledSweep.run", "AveragePrecision.to",
+        ),
+        INSIDE,
+    ),
+    **{
+        f"{setter}_patch_setter": HOOKED
+        for setter in (
+            "layer_head_dest_src_pos_pattern", "layer_head_pattern", "layer_head_pos_pattern", "layer_head_vector",
+            "layer_pos_head_vector", "layer_pos",
+        )
+    },
+    **{f"{value}.new": HOOKED for value in ("Add", "Apply", "FromRun", "Scale", "SetTo", "Value", "Zero")},
+    **{
+        f"{metric}.{method}": SCORED
+        for metric in (
+            "Metric", "KLDivergence", "LogProbability", "LogitDifference", "NextTokenLoss", "Normalized", "Probability",
+        )
+        for method in ("bound", "check", "reads", "score")
+    },
+    **{f"{statistic}.load_state_dict": STATE for statistic in ("Statistic", "AveragePrecision", "CountPositive")},
+    "TransformerBridge.set_use_attn_in": TRUTH,
+    "TransformerBridge.set_use_hook_mlp_in": TRUTH,
+    "TransformerBridge.set_use_split_qkv_input": TRUTH,
+    "TransformerBridge.named_buffers": "torch's own, which refuses what is not its own",
+    "TransformerBridge.named_parameters": "torch's own, which refuses what is not its own",
+    "TransformerBridge.load_state_dict": "the Hugging Face model's own, which refuses what is not its own",
+    "TransformerBridge.to": "the Hugging Face model's own, which refuses what is not its own",
+    "TransformerBridge.save_pretrained": "the Hugging Face model's own, which refuses what is not its own",
+    "AxisNames": "a type", "Reduce": "a type", "Batch": "a protocol", "Text": "a protocol",
+}  # fmt: skip
+"""Public callables that no table has, and why."""

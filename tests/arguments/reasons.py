@@ -1,0 +1,101 @@
+"""Arguments that need no line, and why."""
+
+from __future__ import annotations
+
+TRUTH = "any truth value"
+LOADING = "what the loader refuses: tests/model_bridge/test_loading.py, test_checkpoints.py, test_bad_input.py"
+
+NO_LINE_NEEDED: dict[str, str] = {
+    "bridge": "a model",
+    "model": "a model",
+    "progress": "any truth value, or None",
+    "verbose": TRUTH,
+    "past_key_values": "a cache of Hugging Face's, which tests/model_bridge/test_running.py tries",
+    "move_to_device": TRUTH,
+    "return_cache_object": TRUTH,
+    "return_mask": TRUTH,
+    "inputs_embeds": "tests/model_bridge/test_run_positions.py",
+    "what": "words for an error",
+    "reset_hooks_end": TRUTH,
+    "clear_contexts": TRUTH,
+    "assert_effect": "any truth value; tests/model_bridge/test_bad_input.py",
+    "including_permanent": TRUTH,
+    "is_permanent": TRUTH,
+    "prepend": TRUTH,
+    "pad_to_context": TRUTH,
+    "normalize": TRUTH,
+    "level": "accepted for TransformerLens' callers, and documented so",
+    "baseline": TRUTH,
+    "of_effect": TRUTH,
+    "check_contents": TRUTH,
+    "drop_last": TRUTH,
+    "overwrite": TRUTH,
+    "print_values": "any truth value, or None",
+    "square": "any truth value, or None",
+    "clip": TRUTH,
+    "each_receiver": TRUTH,
+    "each_position": TRUTH,
+    "freeze_final_scale": TRUTH,
+    "freeze_mlps": TRUTH,
+    "has_batch_dim": TRUTH,
+    "stop_at_eos": TRUTH,
+    "do_sample": TRUTH,
+    "use_past_kv_cache": TRUTH,
+    "output_logits": TRUTH,
+    "return_input_tokens": TRUTH,
+    "skip_special_tokens": TRUTH,
+}
+"""Of every call that has one called so."""
+
+EXPLAINED: dict[tuple[str, str], str] = {
+    **{
+        ("boot_transformers", name): LOADING
+        for name in (
+            "hf_config_overrides",
+            "device",
+            "dtype",
+            "tokenizer",
+            "load_weights",
+            "trust_remote_code",
+            "hf_model",
+            "device_map",
+            "max_memory",
+            "offload_folder",
+            "use_safetensors",
+            "process_weights",
+            "allow_missing_weights",
+        )
+    },
+    **{
+        (call, name): TRUTH
+        for call in ("process_weights", "enable_compatibility_mode")
+        for name in (
+            "fold_ln",
+            "center_writing_weights",
+            "center_unembed",
+            "fold_value_biases",
+            "refactor_factored_attn_matrices",
+            "keep_tied",
+            "keep_originals",
+            "disable_warnings",
+            "no_processing",
+        )
+        if (call, name)
+        not in {
+            ("process_weights", "disable_warnings"),
+            ("process_weights", "no_processing"),
+            ("enable_compatibility_mode", "keep_tied"),
+            ("enable_compatibility_mode", "keep_originals"),
+        }
+    },
+    ("set_use_attn_result", "use_attn_result"): TRUTH,
+    ("TransformerBridge", "tokenizer"): "Hugging Face's, or any that encodes alike",
+    ("FactoredMatrix.get_corner", "k"): "an end of a slice",
+    ("FactoredMatrix.unsqueeze", "k"): "torch's own, which refuses what is not an axis",
+    ("attention_pattern", "tokenizer"): "Hugging Face's, or any that decodes alike",
+    ("estimate_cache", "incl_bwd"): TRUTH,
+    ("to_tokens", "prepend_bos"): TRUTH,
+    ("ablation", "change"): TRUTH,
+    ("prepare_ablation", "change"): TRUTH,
+}
+"""Of one call."""
