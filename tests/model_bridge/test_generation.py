@@ -288,7 +288,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"top_k": 5, "do_sample": False}, "top_k=5 would have no effect: do_sample=False"),
     ({"top_k": 5, "top_p": 0.5, "temperature": 0}, "top_k=5 and top_p=0.5 would have no effect: temperature=0"),
     ({"temperature": 0.7, "do_sample": False}, "temperature=0.7 would have no effect: do_sample=False"),
-    ({"stop_strings": []}, "stop_strings is a string or strings, none of them empty"),
+    ({"stop_strings": []}, "stop_strings is a list of strings; found an empty one"),
     ({"stop_strings": ["", "a"]}, "an entry of stop_strings is a string that is not empty"),
     ({"stop_strings": "a"}, "need a tokenizer"),
     ({"return_type": "ids"}, "Invalid return_type"),
