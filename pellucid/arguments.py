@@ -49,7 +49,7 @@ def check_count(argument: str, value: Any, at_least: int = 1, at_most: int | Non
     if count < at_least:
         raise InputError(f"{argument} must be at least {at_least}; found {value}.")
     if at_most is not None and count > at_most:
-        raise InputError(f"{argument} must be at most {at_most} ({at_least} to {at_most}); found {value}.")
+        raise InputError(f"{argument} must be at most {at_most}; found {value}.")
     return count
 
 

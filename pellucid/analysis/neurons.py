@@ -288,7 +288,8 @@ def _change(
     elif isinstance(values, Real):
         given = [check_number(argument, values)] * len(listed)
     else:
-        numbers = values.tolist() if isinstance(values, Tensor | np.ndarray) else values
+        numbers: Any = values
+        numbers = numbers.tolist() if isinstance(numbers, Tensor | np.ndarray) else numbers
         listed_values = check_list(argument, numbers, "numbers", empty=True)
         given = [check_number(f"an entry of {argument}", value) for value in listed_values]
         if len(given) != len(listed):
@@ -353,7 +354,8 @@ def random_neurons(
     check_choice("match", match, ("uniform", "layer"))
     check_count("n_layers", n_layers)
     check_count("width", width)
-    if isinstance(seed, str) or not isinstance(seed, Sequence):
+    several: Any = seed
+    if isinstance(several, str) or not isinstance(several, Sequence):
         check_count("seed", seed, at_least=0)
     else:
         check_wholes("seed", seed)

@@ -258,7 +258,9 @@ def by_head(result: xr.DataArray) -> xr.DataArray:
     """
     check_kind("result", result, xr.DataArray, "an array, as path_patching gives it")
     if "sender" not in result.dims:
-        raise InputError(f"result is one of path_patching; this has the axes {', '.join(map(str, result.dims))}.")
+        raise InputError(
+            f"by_head takes a result of path_patching; this has the axes {', '.join(map(str, result.dims))}."
+        )
     heads = result.isel(sender=(result["sender_head"] >= 0).values)
     if not heads.sizes["sender"]:
         raise InputError("by_head: no sender of this result is a head.")

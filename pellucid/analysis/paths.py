@@ -125,7 +125,7 @@ def chosen_names(asked: str | Sequence[str], known: Mapping[str, object], what: 
         matching = [name] if name in known else fnmatch.filter(known, name)
         if not matching:
             raise InputError(
-                f"{what}s: none is called {name!r}. Nearest: {', '.join(nearest(str(name), known))}. A {what} is named like "
+                f"No {what} is called {name!r}. Nearest: {', '.join(nearest(str(name), known))}. A {what} is named like "
                 f"{example}; * stands for anything."
             )
         found.update(dict.fromkeys(matching))

@@ -276,7 +276,8 @@ class Collected:
                 f"{hook} has {len(wanted)} statistics of that kind; collect TopK(k) and name it, as in 'top_20'."
             )
         found = wanted[0].result()
-        index = tuple(feature) if isinstance(feature, Iterable) and not isinstance(feature, str) else (feature,)
+        asked: Any = feature
+        index = tuple(asked) if isinstance(asked, Iterable) and not isinstance(asked, str) else (feature,)
         axes = found[0].shape[:-1]
         if len(index) != len(axes):
             raise InputError(f"{hook} has features {tuple(axes)}: feature is {len(axes)} indices; found {feature!r}.")

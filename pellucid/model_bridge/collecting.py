@@ -185,7 +185,8 @@ def run_to(runner: Runner, prepared: Prepared, stop: int | None) -> None:
 
 def hooks_of(tree: ComponentTree, requests: Requests) -> list[Hook]:
     """Points with their statistics, in firing order."""
-    if not isinstance(requests, Mapping | Sequence) or isinstance(requests, str) or not requests:
+    given_by_caller: Any = requests
+    if not isinstance(requests, Mapping | Sequence) or isinstance(given_by_caller, str) or not requests:
         raise InputError(f"statistics maps hook names to lists of statistics; found {requests!r}.")
     pairs = list(requests.items()) if isinstance(requests, Mapping) else list(requests)
     found: dict[str, list[Statistic]] = {}

@@ -154,7 +154,7 @@ class Statistic(ABC):
         Raises:
             InputError: another kind, other settings or other features.
         """
-        check_kind("other", other, Statistic, "a statistic")  # type: ignore[type-abstract]
+        check_kind("other", other, Statistic, "a statistic")
         if type(other) is not type(self) or other.settings() != self.settings():
             raise InputError(
                 f"{self.name} with {self.settings()} merges with its like; found {other.name} with {other.settings()}."
@@ -269,7 +269,7 @@ def save_statistics(path: Path, statistics: Mapping[str, Statistic], extra: Mapp
 
     path = check_path("path", path)
     for key, statistic in check_mapping("statistics", statistics, "names to statistics").items():
-        check_kind(f"statistics[{key!r}]", statistic, Statistic, "a statistic")  # type: ignore[type-abstract]
+        check_kind(f"statistics[{key!r}]", statistic, Statistic, "a statistic")
     check_mapping("extra", extra, "names to what JSON can hold")
     tensors, described = {}, {}
     for key, statistic in statistics.items():

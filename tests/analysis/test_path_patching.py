@@ -335,7 +335,7 @@ def test_names() -> None:
     ("keywords", "said"),
     [
         ({"senders": "L0H9"}, "No sender is called 'L0H9'. Nearest: L0H"),
-        ({"senders": []}, "No sender was named"),
+        ({"senders": []}, "senders is a list of strings; found an empty one"),
         ({"receivers": "L1H0"}, r"No receiver is called 'L1H0'.*L1H0\.q"),
         ({"inputs": "replaced"}, "added"),
         ({"value": "effect"}, "change"),

@@ -241,7 +241,7 @@ REFUSED: list[Line] = [
                     (3, f"{ends} is a list of strings"),
                     ([], f"{ends} is a list of strings; found an empty one"),
                     ([3], f"an entry of {ends} is a string"),
-                    ("nonsense", f"{ends}: none is called 'nonsense'"),
+                    ("nonsense", f"No {ends[:-1]} is called 'nonsense'"),
                 )
             ),
             *choice(name, "inputs"),
@@ -270,7 +270,7 @@ REFUSED: list[Line] = [
     ("ablation", {"seed": 3}, "seed=3 would have no effect"),
     ("ablation", {"seed": True}, "seed is a whole number"),
     ("by_head", {"result": 3}, "result is an array"),
-    ("by_head", {}, "result is one of path_patching"),
+    ("by_head", {}, "takes a result of path_patching"),
     ("to_document", {"result": 3}, "result is an array"),
     ("from_document", {"document": 3}, "document maps names"),
     ("from_document", {}, "document is no saved result"),

@@ -559,7 +559,7 @@ def test_mistakes_with_direct_paths(bridge: TransformerBridge, clean: Any, corru
     patch = patching.get_act_patch_direct_path
     with pytest.raises(InputError, match="component"):
         patch(bridge, CORRUPTED, clean, corrupted, scalar, 0, 1, "z")  # type: ignore[arg-type]
-    with pytest.raises(InputError, match=r"src_head must be at most 3 \(0 to 3\)"):
+    with pytest.raises(InputError, match="src_head must be at most 3; found 4"):
         patch(bridge, CORRUPTED, clean, corrupted, scalar, 0, 4)
     with pytest.raises(CacheKeyError, match="corrupted cache"):
         patch(bridge, CORRUPTED, clean, {}, scalar, 0, 1)

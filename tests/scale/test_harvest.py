@@ -178,7 +178,7 @@ def test_shards_one_by_one_in_any_order_make_the_same_folder(done: Path, tmp_pat
         assert harvester.harvest_shard(index).shard == index
     assert harvester.folder.finish()
     assert contents(tmp_path / "x") == contents(done)
-    with pytest.raises(InputError, match=f"0 to {n_shards - 1}"):
+    with pytest.raises(InputError, match=f"index must be at most {n_shards - 1}; found"):
         harvester.harvest_shard(n_shards)
 
 
@@ -395,12 +395,12 @@ def test_a_shard_of_another_job_is_not_taken_for_ours(store: Path, done: Path, t
         ({"hooks": []}, HookNameError, "empty"),
         ({"hooks": "blocks.0.attn.hook_pattern"}, InputError, "no row for each token"),
         ({"hooks": "blocks.0.attn.hook_result"}, HookDisabledError, "use_attn_result"),
-        ({"batch_size": 0}, InputError, "batch_size is 1 or more"),
-        ({"threads": 0}, InputError, "threads is 1 or more"),
-        ({"batches_per_shard": 0}, InputError, "batches_per_shard is 1 or more"),
+        ({"batch_size": 0}, InputError, "batch_size must be at least 1"),
+        ({"threads": 0}, InputError, "threads must be at least 1"),
+        ({"batches_per_shard": 0}, InputError, "batches_per_shard must be at least 1"),
         ({"dtype": torch.int32}, InputError, "torch.bfloat16"),
         ({"labels": ["cc"]}, InputError, "aa"),
-        ({"padding_side": "top"}, InputError, "'left' or 'right'"),
+        ({"padding_side": "top"}, InputError, "Invalid padding_side: 'top'"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_made(
