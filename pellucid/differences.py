@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from pellucid.files import Json
+from pellucid.storage.json_text import Json
 
 UNKNOWN = "unknown"
 """What a description says of what its version did not know."""

@@ -26,7 +26,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "tables", "version"),
-    ("arguments", "axes", "dtypes", "files", "names", "padding", "progress", "token_text"),
+    ("arguments", "axes", "dtypes", "names", "padding", "progress", "storage.*", "token_text"),
     ("differences",),
     ("config", "run_context", "factored_matrix", "running_stats.*", "corpora.*", "conversion_utils.*"),
     ("hook_points", "activation_cache", "weight_processing"),

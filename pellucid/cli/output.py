@@ -6,19 +6,15 @@ are given beside the text.
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
 from pellucid.cli.options import Format
-
-Json: TypeAlias = "str | int | float | bool | Sequence[Json] | Mapping[str, Json] | None"
+from pellucid.storage.json_text import Json, finite, to_json
 
 PIPE_WIDTH = 240
 """Columns where nobody's window says how many: wide enough that no row is broken."""
@@ -55,23 +51,6 @@ def table(*columns: str, title: str | None = None, numbers: Sequence[str] = ()) 
 
 
 def write_json(value: Json) -> None:
-    """One JSON document on standard output."""
-    sys.stdout.write(to_json(value, ascii_only="utf" not in (sys.stdout.encoding or "").lower()) + "\n")
+    """One JSON document on standard output; a number that is not finite is ``null``."""
+    sys.stdout.write(to_json(finite(value), ascii_only="utf" not in (sys.stdout.encoding or "").lower()))
     sys.stdout.flush()
-
-
-def to_json(value: Json, ascii_only: bool = False) -> str:
-    """JSON that every reader takes: a number that is not finite is ``null``."""
-    return json.dumps(_finite(value), indent=1, ensure_ascii=ascii_only, allow_nan=False)
-
-
-def _finite(value: Json) -> Json:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, str):
-        return value
-    if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, Sequence):
-        return [_finite(entry) for entry in value]
-    return value

@@ -23,7 +23,6 @@ from pellucid.arguments import check_number
 from pellucid.corpora import Corpus, CorpusBatch, LabelCount
 from pellucid.differences import differences
 from pellucid.errors import HookValueError, InputError, OtherJobError
-from pellucid.files import remove_abandoned_parts
 from pellucid.hook_points import HookPoint, LensHandle
 from pellucid.model_bridge.collected import Collected, Hook, describe_request, read_collected, write_collected
 from pellucid.model_bridge.hook_session import HookSession
@@ -36,6 +35,7 @@ from pellucid.names import HookSpec, NamesFilter
 from pellucid.progress import progress_bar
 from pellucid.run_context import current_run
 from pellucid.running_stats import Places, Statistic
+from pellucid.storage.whole_files import remove_abandoned_parts
 
 Requests: TypeAlias = Mapping[Any, Sequence[Statistic]] | Sequence[tuple[NamesFilter, Sequence[Statistic]]]
 """``{name, glob or predicate: [statistics]}``, or pairs, where a filter may also be a list."""

@@ -14,10 +14,10 @@ from plotly.graph_objects import Figure
 from plotly.offline import get_plotlyjs
 
 from pellucid.errors import InputError
-from pellucid.files import whole_file
 from pellucid.plots.drawing import draw
 from pellucid.plots.extra import need
 from pellucid.plots.text import plain
+from pellucid.storage.whole_files import whole_file
 
 _SUFFIXES = (".html", ".png", ".svg")
 _POLICY = (

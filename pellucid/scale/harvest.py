@@ -28,9 +28,9 @@ from pellucid.names import FROM_TOKENS, HookIndex, HookSpec, NamesFilter, runs_t
 from pellucid.progress import progress_bar
 from pellucid.scale.job_folder import Shard, ShardRecord
 from pellucid.scale.job_settings import refuse_writers, settings_of
-from pellucid.scale.shard_files import DTYPES
 from pellucid.scale.shard_store import ShardBuffers, ShardWriter, StoredHook, StoreFolder, StoreJob
 from pellucid.scale.workers import Worker, fixed_threads
+from pellucid.storage.safetensors_files import DTYPES
 
 SHARD_BYTES = 64 * 2**20
 """About how large the file of the widest hook is, unless ``batches_per_shard`` is given."""

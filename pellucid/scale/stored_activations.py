@@ -19,10 +19,8 @@ import torch
 from torch import Tensor
 
 from pellucid.errors import InputError, StoreError
-from pellucid.files import Json
 from pellucid.names import nearest
 from pellucid.scale.job_folder import JOB_FILE, MANIFEST_FILE, ShardRecord, record_of_json
-from pellucid.scale.shard_files import DTYPES, TensorPlace, as_tensor, json_errors, map_tensor, read_header
 from pellucid.scale.shard_store import (
     COLUMNS,
     ROWS,
@@ -32,6 +30,8 @@ from pellucid.scale.shard_store import (
     job_of_json,
     read_job,
 )
+from pellucid.storage.json_text import Json, json_errors
+from pellucid.storage.safetensors_files import DTYPES, TensorPlace, as_tensor, map_tensor, read_header
 from pellucid.tables import BriefFields
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from pellucid.corpora import Corpus
 from pellucid.demo.texts import held_out_halves, written_text
 from pellucid.model_bridge.collecting import CollectingModel
 from pellucid.running_stats import CountPositive
-from tests.scale.test_shard_files import largest_file
+from tests.storage.test_safetensors_files import largest_file
 
 QUICK = ("--context", "32", "--measured-tokens", "96", "--random-sets", "1", "--examples", "2", "--shown-neurons", "1")
 FILES = {"neurons.json", "neurons.csv", "counts.safetensors", "change.csv", "overlap.csv", "layers.csv", "examples.csv"}

@@ -45,7 +45,7 @@ from tests.scale.jobs import (
     padded,
     run,
 )
-from tests.scale.test_shard_files import largest_file
+from tests.storage.test_safetensors_files import largest_file
 
 
 @pytest.fixture(scope="module")

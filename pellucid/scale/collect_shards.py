@@ -8,7 +8,6 @@ otherwise than one ``collect`` over everything, which adds batch by batch: by th
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +15,16 @@ from typing import Literal
 
 from pellucid.corpora import Corpus
 from pellucid.errors import CorpusError, InputError, StoreError
-from pellucid.files import Json, write_whole
-from pellucid.model_bridge.collected import Collected, describe_request
+from pellucid.model_bridge.collected import Collected, collected_content, describe_request
 from pellucid.model_bridge.collecting import Requests
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.progress import progress_bar
 from pellucid.scale.job_folder import JobFolder, Shard, ShardRecord, open_job, read_document, shards_of
 from pellucid.scale.job_settings import refuse_writers, settings_of
-from pellucid.scale.shard_files import json_errors, sha256_of_json
 from pellucid.scale.workers import Worker, fixed_threads
+from pellucid.storage.json_text import Json, json_errors, sha256_of_json
+from pellucid.storage.safetensors_files import safetensors_chunks
+from pellucid.storage.whole_files import write_whole
 
 FORMAT = "pellucid statistics"
 FORMAT_VERSION = 1
@@ -130,11 +130,9 @@ def _write(folder: JobFolder, shard: Shard, found: Collected) -> None:
             f"{shard.stop - 1} of {shard.label!r}, and there are not as many. Begin in another folder."
         )
     path = folder.file(shard.index, STATISTICS)
-    with tempfile.TemporaryDirectory() as scratch:
-        draft = Path(scratch) / path.name
-        found.save(draft)
-        data = draft.read_bytes()
-    record = write_whole(path, [data], what=f"shard {shard.index} of {folder.n_shards}", size=len(data))
+    chunks = list(safetensors_chunks(*collected_content(found, {})))
+    size = sum(map(len, chunks))
+    record = write_whole(path, chunks, what=f"shard {shard.index} of {folder.n_shards}", size=size)
     folder.write_record(ShardRecord(shard.index, found.n_tokens[shard.label], {STATISTICS: record}))
 
 

@@ -11,7 +11,7 @@ import torch
 
 from pellucid.errors import HookNameError, InputError, OtherJobError, StoreError
 from pellucid.running_stats import CountPositive, MeanVariance, MinMax, TopK
-from pellucid.scale.statistics import CollectReport, collect_shards, merge_shards
+from pellucid.scale.collect_shards import CollectReport, collect_shards, merge_shards
 from pellucid.scale.workers import Worker
 from tests.scale.jobs import BATCH, NEURONS, RESIDUAL, contents, make_bridge, padded
 

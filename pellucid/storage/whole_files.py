@@ -17,21 +17,21 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
 from pellucid.errors import StorageFullError
 
 if sys.platform != "win32":
     import fcntl
 
-Json: TypeAlias = "str | int | float | bool | Sequence[Json] | Mapping[str, Json] | None"
-
 PART = ".part"
 """How the name of a draft ends; it begins with a dot and the name of its file."""
+
+CHUNK = 8 * 2**20
+"""Bytes that are hashed and written at a time."""
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
@@ -200,6 +200,20 @@ def _write_once(path: Path, chunks: Iterable[bytes | memoryview]) -> FileRecord:
         draft.unlink(missing_ok=True)
         raise
     return FileRecord(written, digest.hexdigest())
+
+
+def hash_file(path: Path) -> FileRecord:
+    """Length and SHA-256 of a file.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    digest, size = hashlib.sha256(), 0
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+    return FileRecord(size, digest.hexdigest())
 
 
 def write_new(path: Path, text: str) -> bool:
