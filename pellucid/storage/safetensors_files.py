@@ -101,11 +101,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], about: str) -> 
         StorageFullError: no space is left.
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with whole_file(path) as draft, draft.open("wb", buffering=0) as file:
-        for chunk in safetensors_chunks(plain, about):
-            rest = memoryview(chunk)
-            while rest:
-                rest = rest[file.write(rest) :]
+    with whole_file(path) as draft, draft.open("wb") as file:
+        file.writelines(safetensors_chunks(plain, about))
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------

@@ -7,9 +7,11 @@ import fcntl
 import json
 import os
 import resource
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -193,15 +195,15 @@ def test_only_parts_that_nobody_writes_are_removed(tmp_path: Path) -> None:
 
 
 def test_a_part_that_was_cleared_away_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    replace, calls = os.replace, []
+    make, calls = tempfile.mkdtemp, []
 
-    def vanish_once(source: Path, target: Path) -> None:
-        calls.append(source)
-        if len(calls) == 1:
-            Path(source).unlink()
-        replace(source, target)
+    def vanish_once(**given: Any) -> str:
+        calls.append(make(**given))
+        if len(calls) == 1:  # before it is locked
+            Path(calls[0]).rmdir()
+        return calls[-1]
 
-    monkeypatch.setattr("pellucid.storage.whole_files.os.replace", vanish_once)
+    monkeypatch.setattr("pellucid.storage.whole_files.tempfile.mkdtemp", vanish_once)
     write_whole(tmp_path / "x", [b"data"], what="it", size=4)
     assert (tmp_path / "x").read_bytes() == b"data"
     assert len(calls) == 2
