@@ -24,9 +24,10 @@ from pellucid.analysis.neurons import zero
 from pellucid.analysis.perplexity import log_perplexity
 from pellucid.corpora import Corpus
 from pellucid.errors import InputError, OtherJobError
-from pellucid.model_bridge import job_identity as identity_module
+from pellucid.model_bridge.corpus import job_identity as identity_module
+from pellucid.model_bridge.corpus.corpus_pass import PassBatch
+from pellucid.model_bridge.corpus.job_identity import job_identity
 from pellucid.model_bridge.function_hash import function_hash
-from pellucid.model_bridge.job_identity import job_identity
 from pellucid.running_stats import CountPositive, MeanVariance
 from pellucid.scale.collect_shards import collect_shards
 from pellucid.scale.workers import Worker
@@ -229,16 +230,16 @@ def interrupted(out: Path, bridge: TransformerBridge) -> None:
     """Three batches of a collection, and their state."""
     left = 4
 
-    def stop(*given: Any) -> None:
+    def stop(batch: Any) -> Any:
         nonlocal left
         left -= 1
         if left == 0:
             raise StopError
-        run_to(bridge, *given)
+        return run(batch)
 
-    run_to = TransformerBridge._run_to
+    run = PassBatch.run
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bridge, "_run_to", stop)
+        patch.setattr(PassBatch, "run", stop)
         with pytest.raises(StopError):
             bridge.collect(padded(), STATISTICS, BATCH, checkpoint=out, every=0, progress=False)
 

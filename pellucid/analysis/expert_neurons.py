@@ -20,7 +20,7 @@ from torch import Tensor
 from pellucid.analysis.neurons import NeuronChange, force, place_of, unit_shape
 from pellucid.conversion_utils.fused_qkv import fused_unit
 from pellucid.errors import InputError
-from pellucid.model_bridge.collected import Collected
+from pellucid.model_bridge.corpus.collected import Collected
 from pellucid.model_bridge.hooked_model import HookedModel
 from pellucid.names import layer_of, nearest
 from pellucid.running_stats import AveragePrecision, average_precision

@@ -29,7 +29,7 @@ from pellucid.model_bridge.cache_plan import (
     refuse_unseen,
 )
 from pellucid.model_bridge.checkpoint import RANDOM_WEIGHTS
-from pellucid.model_bridge.collecting import CollectingModel
+from pellucid.model_bridge.corpus.collecting import CollectingModel
 from pellucid.model_bridge.generation import check_arguments, generate, texts_of
 from pellucid.model_bridge.hf_source import find_bloom, load_model, make_adapter
 from pellucid.model_bridge.hook_session import HookSession

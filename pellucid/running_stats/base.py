@@ -258,18 +258,14 @@ def save_statistics(path: Path, statistics: Mapping[str, Statistic], extra: Mapp
     Raises:
         StorageFullError: no space is left.
     """
-    write_safetensors(path, *statistics_content(statistics, extra))
-
-
-def statistics_content(statistics: Mapping[str, Statistic], extra: Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:
-    """What :func:`save_statistics` writes: contiguous CPU tensors by name, and the text of the metadata."""
     tensors, described = {}, {}
     for key, statistic in statistics.items():
         described[key] = {"kind": statistic.kind, "settings": statistic.settings()}
         for name, tensor in statistic.state_dict().items():
             tensors[f"{key}|{name}"] = tensor.detach().cpu().contiguous()
     held = json.loads(json.dumps({"statistics": described, "extra": extra}))  # as it is read back
-    return tensors, to_line({**held, "sha256": _checksum(held, tensors)}, ascii_only=True)
+    about = to_line({**held, "sha256": _checksum(held, tensors)}, ascii_only=True)
+    write_safetensors(path, tensors, about)
 
 
 def load_statistics(path: Path) -> tuple[dict[str, Statistic], dict[str, Any]]:

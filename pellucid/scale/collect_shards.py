@@ -15,16 +15,15 @@ from typing import Literal
 
 from pellucid.corpora import Corpus
 from pellucid.errors import CorpusError, InputError, StoreError
-from pellucid.model_bridge.collected import Collected, collected_content, describe_request
-from pellucid.model_bridge.collecting import Requests
+from pellucid.model_bridge.corpus.collected import Collected, describe_request
+from pellucid.model_bridge.corpus.collecting import Requests, requested_hooks
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.progress import progress_bar
 from pellucid.scale.job_folder import JobFolder, Shard, ShardRecord, open_job, read_document, shards_of
 from pellucid.scale.job_settings import refuse_writers, settings_of
 from pellucid.scale.workers import Worker, fixed_threads
 from pellucid.storage.json_text import Json, json_errors, sha256_of_json
-from pellucid.storage.safetensors_files import safetensors_chunks
-from pellucid.storage.whole_files import write_whole
+from pellucid.storage.whole_files import hash_file
 
 FORMAT = "pellucid statistics"
 FORMAT_VERSION = 1
@@ -88,7 +87,7 @@ def collect_shards(
     refuse_writers(bridge)
     counts = corpus.index(labels, progress)
     rows = {label: count.rows for label, count in counts.items()}
-    asked = describe_request(bridge._hooks_of(statistics))
+    asked = describe_request(requested_hooks(bridge, statistics))
     identity: dict[str, Json] = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -130,10 +129,8 @@ def _write(folder: JobFolder, shard: Shard, found: Collected) -> None:
             f"{shard.stop - 1} of {shard.label!r}, and there are not as many. Begin in another folder."
         )
     path = folder.file(shard.index, STATISTICS)
-    chunks = list(safetensors_chunks(*collected_content(found, {})))
-    size = sum(map(len, chunks))
-    record = write_whole(path, chunks, what=f"shard {shard.index} of {folder.n_shards}", size=size)
-    folder.write_record(ShardRecord(shard.index, found.n_tokens[shard.label], {STATISTICS: record}))
+    found.save(path)
+    folder.write_record(ShardRecord(shard.index, found.n_tokens[shard.label], {STATISTICS: hash_file(path)}))
 
 
 def merge_shards(out: str | os.PathLike[str]) -> Collected:

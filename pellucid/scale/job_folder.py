@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pellucid.differences import differences
 from pellucid.errors import InputError, OtherJobError, StoreError
-from pellucid.storage.json_text import Json, json_errors, read_exact_json, to_json
+from pellucid.storage.json_text import Json, differences, json_errors, read_exact_json, to_json
 from pellucid.storage.whole_files import (
     FileRecord,
     hash_file,

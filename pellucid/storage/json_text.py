@@ -1,7 +1,8 @@
 """JSON, as every file of Pellucid spells it, and back.
 
 Two spellings: :func:`to_json` for files and for people, a value a line; :func:`to_line` for what stands in another file (the
-metadata of safetensors) or is hashed. JSON has no NaN and no infinity: :func:`finite` makes them ``null``.
+metadata of safetensors) or is hashed. JSON has no NaN and no infinity: :func:`finite` makes them ``null``. What differs
+between two descriptions of a job is said by :func:`differences`, each entry by its name.
 """
 
 from __future__ import annotations
@@ -110,3 +111,42 @@ def json_errors(path: Path) -> Iterator[None]:
         if isinstance(error, StoreError):
             raise
         raise StoreError(f"{path} is damaged, or none of ours ({type(error).__name__}: {error}).") from error
+
+
+# -- two descriptions ------------------------------------------------------------------------------------------------
+
+UNKNOWN = "unknown"
+"""What a description says of what its version did not know."""
+
+
+def differences(found: Json, asked: Json) -> list[str]:
+    """What differs between two descriptions, each thing with both values: ``run.threads 1 (asked for: 2)``.
+
+    What only one of them has is ``unknown`` in the other.
+    """
+    before, after = _flat("", found), _flat("", asked)
+    return [
+        f"{key.removeprefix('settings.')} {_short(before, key)} (asked for: {_short(after, key)})"
+        for key in dict.fromkeys([*before, *after])
+        if key not in before or key not in after or before[key] != after[key]
+    ]
+
+
+def _flat(prefix: str, value: Json) -> dict[str, Json]:
+    if not isinstance(value, Mapping) or (prefix and not value):
+        return {prefix: value}
+    return {
+        inner: leaf
+        for key, entry in value.items()
+        for inner, leaf in _flat(f"{prefix}.{key}" if prefix else str(key), entry).items()
+    }
+
+
+def _short(described: Mapping[str, Json], key: str) -> str:
+    if key not in described:
+        return UNKNOWN
+    value = described[key]
+    if isinstance(value, list) and value and all(isinstance(entry, Mapping) and "name" in entry for entry in value):
+        value = [f"{entry['name']} ({entry.get('dtype') or str(entry.get('sha256'))[:12]})" for entry in value]
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 200 else text[:197] + "..."

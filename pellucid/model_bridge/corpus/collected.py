@@ -17,9 +17,7 @@ from pellucid.arguments import check_count
 from pellucid.corpora import Corpus, TokenContext
 from pellucid.errors import InputError
 from pellucid.names import HookSpec, nearest
-from pellucid.running_stats import AveragePrecision, Statistic, TopK, Workspace, load_statistics
-from pellucid.running_stats.base import statistics_content
-from pellucid.storage.safetensors_files import write_safetensors
+from pellucid.running_stats import AveragePrecision, Statistic, TopK, Workspace, load_statistics, save_statistics
 from pellucid.tables import BriefFields
 
 DIMENSIONS: Mapping[str, str] = {"d_mlp": "neuron", "n_heads": "head"}
@@ -328,11 +326,6 @@ def write_collected(path: Path, collected: Collected, extra: Mapping[str, Any]) 
     Raises:
         StorageFullError: no space is left.
     """
-    write_safetensors(path, *collected_content(collected, extra))
-
-
-def collected_content(collected: Collected, extra: Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:
-    """What :func:`write_collected` writes: contiguous CPU tensors by name, and the text of the metadata."""
     keys = list(collected._statistics)
     table = {
         "hooks": [asdict(hook.spec) for hook in collected.hooks],
@@ -343,7 +336,7 @@ def collected_content(collected: Collected, extra: Mapping[str, Any]) -> tuple[d
         "n_rows": collected.n_rows,
     }
     statistics = {str(index): collected._statistics[key] for index, key in enumerate(keys)}
-    return statistics_content(statistics, {**extra, "collected": table})
+    save_statistics(path, statistics, {**extra, "collected": table})
 
 
 def read_collected(path: Path) -> tuple[Collected, dict[str, Any]]:
