@@ -19,9 +19,15 @@ from pellucid.arguments import check_number
 from pellucid.corpora import Corpus, CorpusBatch
 from pellucid.errors import InputError
 from pellucid.model_bridge.corpus.collected import Collected, Hook, describe_request
-from pellucid.model_bridge.corpus.corpus_pass import PaddingSide, PassBatch, RowPlan, corpus_pass, stop_after
+from pellucid.model_bridge.corpus.corpus_pass import (
+    PaddingSide,
+    PassBatch,
+    RowPlan,
+    StateFolder,
+    corpus_pass,
+    stop_after,
+)
 from pellucid.model_bridge.corpus.job_identity import job_identity
-from pellucid.model_bridge.corpus.state_folder import StateFolder
 from pellucid.model_bridge.hooked_model import HookedModel
 from pellucid.model_bridge.running import RunnableModel
 from pellucid.model_bridge.weights_hash import weights_hash
