@@ -36,7 +36,8 @@ def test_a_run_is_the_models_own_and_taps_see_what_a_cache_has(side: Any) -> Non
         logits = batch.run()
         assert is_pristine(bridge.hf_model)
         assert not logits.requires_grad
-        mask = None if batch.mask is None else batch.rows.attention_mask
+        mask = batch.rows.attention_mask if batch.rows.is_padded else None
+        assert mask is None if batch.mask is None else torch.equal(batch.mask, batch.rows.attention_mask)
         with torch.no_grad():
             expected, cache = bridge.run_with_cache(batch.rows.tokens, names_filter=list(NAMES), attention_mask=mask)
             bare: Any = bridge.hf_model
