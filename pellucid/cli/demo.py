@@ -48,7 +48,7 @@ def write_files(story: Story, folder: Path) -> None:
     """``demo.json``, the arrays as ``demo.safetensors``, and ``induction.svg``."""
     about: dict[str, Json] = {"pellucid": story.pellucid, "model": DEMO, "dtype": story.dtype, "seed": story.seed}
     write_json_file(folder / JSON_FILE, asdict(story))
-    write_safetensors(folder / ARRAYS_FILE, story.tensors(), to_line(about))
+    write_safetensors(folder / ARRAYS_FILE, story.tensors(), to_line(about, sort_keys=False))
     with whole_file(folder / PICTURE_FILE) as draft:
         draft.write_text(draw(story), "utf-8")
 

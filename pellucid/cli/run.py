@@ -88,7 +88,7 @@ def run_text(choice: ModelChoice, request: RunRequest, format: Format) -> None:
     if request.out is not None:
         hooks = {line.name: line.axes for line in lines}
         made = about | {"asked": request.hooks, "hooks": hooks}
-        write_safetensors(request.out, {TOKENS: tokens, **kept}, to_line(made))
+        write_safetensors(request.out, {TOKENS: tokens, **kept}, to_line(made, sort_keys=False))
     expected = next_tokens(bridge.tokenizer, logits[0, -1], request.top_k)
     file = None if request.out is None else str(request.out)
     if format is Format.json:

@@ -35,16 +35,17 @@ def to_json(value: Json, *, sort_keys: bool = False, ascii_only: bool = False) -
     return json.dumps(value, indent=1, sort_keys=sort_keys, ensure_ascii=ascii_only, allow_nan=False) + "\n"
 
 
-def to_line(value: Json, *, compact: bool = False, ascii_only: bool = False) -> str:
-    """JSON in one line, keys sorted: equal values, equal bytes.
+def to_line(value: Json, *, sort_keys: bool = True, compact: bool = False, ascii_only: bool = False) -> str:
+    """JSON in one line: with sorted keys, equal values have equal bytes.
 
     Args:
         value: what to say.
+        sort_keys: ``False`` where the order of keys says something, such as that of firing.
         compact: without spaces, as shards have it.
         ascii_only: other characters escaped, as saved statistics have it.
     """
     separators = (",", ":") if compact else (", ", ": ")
-    return json.dumps(value, sort_keys=True, separators=separators, ensure_ascii=ascii_only)
+    return json.dumps(value, sort_keys=sort_keys, separators=separators, ensure_ascii=ascii_only)
 
 
 def sha256_of_json(value: Json) -> str:

@@ -629,8 +629,8 @@ FAULTS = (
     Fault(
         "keys of a line of JSON come as they were put in",
         "pellucid/storage/json_text.py",
-        "json.dumps(value, sort_keys=True,",
-        "json.dumps(value, sort_keys=False,",
+        "json.dumps(value, sort_keys=sort_keys, separators=",
+        "json.dumps(value, sort_keys=False, separators=",
         "tests/storage/test_json_text.py",
     ),
     Fault(
