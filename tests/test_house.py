@@ -26,8 +26,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "tables", "version"),
-    ("arguments", "axes", "dtypes", "files", "names", "padding", "progress", "token_text"),
-    ("differences",),
+    ("arguments", "axes", "dtypes", "names", "padding", "progress", "storage.*", "token_text"),
     ("config", "run_context", "factored_matrix", "running_stats.*", "corpora.*", "conversion_utils.*"),
     ("hook_points", "activation_cache", "weight_processing"),
     ("model_bridge.generalized_components.*",),
@@ -35,7 +34,6 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "model_bridge.architecture_adapter",
         "model_bridge.cache_plan",
         "model_bridge.checkpoint",
-        "model_bridge.collected",
         "model_bridge.losses",
         "model_bridge.reference_edits",
         "model_bridge.tokens",
@@ -62,8 +60,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "model_bridge.generation",
         "model_bridge.processed_weights",
     ),
-    ("model_bridge.job_identity", "model_bridge.run_methods", "model_bridge.weight_methods"),
-    ("model_bridge.collecting",),
+    ("model_bridge.run_methods", "model_bridge.weight_methods"),
+    ("model_bridge.corpus.*",),
     ("model_bridge.transformer_bridge",),
     ("", "model_bridge", "sweep.*"),
     ("analysis.*", "demo.*", "patching.*", "scale.*"),

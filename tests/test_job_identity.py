@@ -24,11 +24,12 @@ from pellucid.analysis.neurons import zero
 from pellucid.analysis.perplexity import log_perplexity
 from pellucid.corpora import Corpus
 from pellucid.errors import InputError, OtherJobError
-from pellucid.model_bridge import job_identity as identity_module
+from pellucid.model_bridge.corpus import job_identity as identity_module
+from pellucid.model_bridge.corpus.corpus_pass import PassBatch
+from pellucid.model_bridge.corpus.job_identity import job_identity
 from pellucid.model_bridge.function_hash import function_hash
-from pellucid.model_bridge.job_identity import job_identity
 from pellucid.running_stats import CountPositive, MeanVariance
-from pellucid.scale.statistics import collect_shards
+from pellucid.scale.collect_shards import collect_shards
 from pellucid.scale.workers import Worker
 from pellucid.sweep import Edit, LogitDifference, Sweep, Zero
 from tests.models import make_bloom, random_tokens
@@ -188,7 +189,7 @@ INGREDIENTS: dict[Callable[[TransformerBridge, Patch], None], str] = {
 @pytest.fixture(autouse=True)
 def switches(monkeypatch: Patch) -> Iterator[None]:
     """What torch was told, told back. No test here is about a power failure."""
-    monkeypatch.setattr("pellucid.files.os.fsync", lambda descriptor: None)
+    monkeypatch.setattr("pellucid.storage.whole_files.os.fsync", lambda descriptor: None)
     found = torch.backends.cuda.flash_sdp_enabled(), torch.get_float32_matmul_precision()
     yield
     torch.set_autocast_enabled("cpu", False)
@@ -229,16 +230,16 @@ def interrupted(out: Path, bridge: TransformerBridge) -> None:
     """Three batches of a collection, and their state."""
     left = 4
 
-    def stop(*given: Any) -> None:
+    def stop(batch: Any) -> Any:
         nonlocal left
         left -= 1
         if left == 0:
             raise StopError
-        run_to(bridge, *given)
+        return run(batch)
 
-    run_to = TransformerBridge._run_to
+    run = PassBatch.run
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bridge, "_run_to", stop)
+        patch.setattr(PassBatch, "run", stop)
         with pytest.raises(StopError):
             bridge.collect(padded(), STATISTICS, BATCH, checkpoint=out, every=0, progress=False)
 
@@ -478,9 +479,9 @@ def test_a_state_of_an_older_version_is_refused_by_what_is_unknown_of_it(tmp_pat
     settings = document["job"]["settings"]
     del settings["run"]["autocast"], settings["model"]["modules"], settings["hooks"]
     settings["run"]["attention"] = "Hugging Face's, eager"
-    from pellucid.scale.shard_files import to_json
+    from pellucid.storage.json_text import to_json
 
-    file.write_text(to_json(document))
+    file.write_text(to_json(document, sort_keys=True))
     with pytest.raises(OtherJobError) as caught:
         run(tmp_path / "store", bridge, padded())
     for words in ("run.autocast unknown (asked for: null)", "modules.lm_head.class unknown", "hooks unknown"):

@@ -59,6 +59,7 @@ INTERNAL = {
     "Scope": "inside a block of hooks",
     "ShardWriter": "inside a harvest",
     "Site": "a descriptor",
+    "StateFolder": "inside a collection",
     "StandIn": "a module's forward while it is hooked",
     "TokenMethods": "a part of the bridge's class",
     "TokenRules": "inside a bridge",

@@ -31,7 +31,7 @@ from pellucid.arguments import (
 )
 from pellucid.conversion_utils.fused_qkv import fused_unit
 from pellucid.errors import InputError
-from pellucid.model_bridge.collected import Collected
+from pellucid.model_bridge.corpus.collected import Collected
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.names import layer_of, nearest
 from pellucid.running_stats import AveragePrecision, average_precision

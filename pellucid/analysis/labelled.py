@@ -18,7 +18,6 @@ lists of them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,6 +34,7 @@ from pellucid.dtypes import widened
 from pellucid.errors import InputError
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.names import Flag
+from pellucid.storage.json_text import finite, with_nan
 from pellucid.sweep import (
     EditSet,
     KLDivergence,
@@ -315,7 +315,7 @@ def to_document(result: xr.DataArray) -> dict[str, Any]:
             for name, coord in result.coords.items()
         },
         "dtype": str(result.dtype),
-        "data": _finite(result.values.tolist()),
+        "data": finite(result.values.tolist()),
         "attrs": {str(key): _plain(value) for key, value in result.attrs.items()},
     }
 
@@ -332,21 +332,9 @@ def from_document(document: Mapping[str, Any]) -> xr.DataArray:
         raise InputError(f"document is no saved result: it has no {missing[0]!r}. to_document(result) makes one.")
     coords = {name: (tuple(coord["dims"]), coord["data"]) for name, coord in document["coords"].items()}
     made = xr.DataArray(
-        _not_finite(document["data"]), coords, tuple(document["dims"]), document["name"], dict(document["attrs"])
+        with_nan(document["data"]), coords, tuple(document["dims"]), document["name"], dict(document["attrs"])
     )
     return made.astype(document["dtype"], keep_attrs=True)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _not_finite(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_not_finite(entry) for entry in value]
-    return math.nan if value is None else value
 
 
 def _plain(value: Any) -> Any:

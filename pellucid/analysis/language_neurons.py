@@ -11,7 +11,6 @@ here it is those that come first by layer, then by neuron.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -23,19 +22,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import xarray as xr
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pellucid.analysis.neurons import Neuron, RandomMatch, random_neurons
 from pellucid.arguments import check_choice, check_count, check_list, check_number, check_path
-from pellucid.errors import InputError
+from pellucid.errors import InputError, StoreError
+from pellucid.storage.json_text import to_line
+from pellucid.storage.safetensors_files import read_safetensors, write_safetensors
 
 Language: TypeAlias = str | int
 """A language's label, or its place on the language axis where there are no labels."""
 
 DIMS = ("layer", "neuron", "language")
-METADATA_KEY = "pellucid"
 _KIND = "language neurons"
 
 
@@ -192,15 +190,15 @@ class LanguageNeurons:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file: ``counts`` and ``n``, and under the metadata key ``pellucid`` :meth:`document`.
 
-        The rest follows from these and is computed again by :meth:`load`.
+        The rest follows from these and is computed again by :meth:`load`. The file is whole, or as it was before.
+
+        Raises:
+            StorageFullError: no space is left.
         """
         path = check_path("path", path)
-        tensors = {
-            "counts": torch.from_numpy(np.ascontiguousarray(self.counts.values)),
-            "n": torch.from_numpy(np.ascontiguousarray(self.n.values)),
-        }
-        about = json.dumps(self.document(), ensure_ascii=False, sort_keys=True)
-        save_file(tensors, os.fspath(path), metadata={METADATA_KEY: about})
+        arrays = {"counts": self.counts.values, "n": self.n.values}
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+        write_safetensors(path, tensors, to_line(self.document()))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LanguageNeurons:
@@ -214,15 +212,14 @@ class LanguageNeurons:
         if not path.is_file():
             raise FileNotFoundError(f"There is no file {os.fspath(path)}.")
         try:
-            with safe_open(os.fspath(path), framework="pt") as file:
-                about = json.loads((file.metadata() or {}).get(METADATA_KEY, "null"))
-                if not isinstance(about, dict) or about.get("kind") != _KIND:
-                    raise InputError(f"{os.fspath(path)} holds no language neurons of Pellucid.")
-                counts, n = file.get_tensor("counts"), file.get_tensor("n")
-        except (SafetensorError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{os.fspath(path)} is damaged or no safetensors file: {error}") from error
+            tensors, about = read_safetensors(path)
+            if not isinstance(about, dict) or about.get("kind") != _KIND:
+                raise InputError(f"{os.fspath(path)} holds no language neurons of Pellucid.")
+            counts, n = tensors["counts"], tensors["n"]
+        except (StoreError, KeyError) as error:
+            raise InputError(
+                f"{os.fspath(path)} holds no language neurons of Pellucid, or is damaged: {error}"
+            ) from error
         rates = {name: float(about[name]) for name in ("top_rate", "filter_rate", "activation_bar_ratio")}
         return lape(counts, n, languages=about["languages"], **rates)
 

@@ -172,7 +172,7 @@ class NeuronEdit(BriefFields):
         activation[where] = after
 
     def job_identity(self) -> dict[str, Any]:
-        """All that its numbers depend on, as JSON: not what it notes (see :mod:`pellucid.model_bridge.job_identity`)."""
+        """All that its numbers depend on, as JSON, without what it notes (see `function_hash`)."""
         where = [axis.tolist() for axis in self.where]
         return {"change": self.change, "where": where, "values": self.values.tolist(), "dtype": str(self.values.dtype)}
 

@@ -6,7 +6,7 @@ those with a real token before them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
@@ -28,10 +28,11 @@ from pellucid.arguments import (
     check_texts,
 )
 from pellucid.errors import InputError, NoEffectError
-from pellucid.model_bridge.job_identity import Watched
-from pellucid.model_bridge.tokens import ids_as_given
+from pellucid.model_bridge.corpus.corpus_pass import LabelledRows, corpus_pass
+from pellucid.model_bridge.corpus.job_identity import Watched
+from pellucid.model_bridge.losses import next_token_loss
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
-from pellucid.padding import has_padding, targets
+from pellucid.padding import targets
 from pellucid.progress import progress_bar
 from pellucid.token_text import tokens_to_text
 
@@ -43,29 +44,10 @@ UNCHANGED = "none"
 """What is silenced in the unmodified model."""
 
 
-class Batch(Protocol):
-    """Rows of one label, as a corpus gives them."""
-
-    @property
-    def label(self) -> str:
-        """The rows' language."""
-        ...
-
-    @property
-    def tokens(self) -> Tensor:
-        """``[batch, pos]`` ids."""
-        ...
-
-    @property
-    def attention_mask(self) -> Tensor:
-        """``[batch, pos]``, true at real tokens."""
-        ...
-
-
 class Text(Protocol):
     """Text by label: a :class:`~pellucid.corpora.Corpus`, or anything else with batches."""
 
-    def batches(self, batch_size: int) -> Iterator[Batch]:
+    def batches(self, batch_size: int) -> Iterable[LabelledRows]:
         """Rows, ``batch_size`` at a time."""
         ...
 
@@ -348,7 +330,6 @@ def _languages(neurons: Mapping[Any, Sequence[Neuron]]) -> list[Any]:
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def _measure(
     bridge: TransformerBridge,
     text: Text,
@@ -366,21 +347,18 @@ def _measure(
         raise InputError("The model is in training mode, where dropout is random: call bridge.eval() first.")
     sums: dict[str, list[_Sum]] = {}
     watched = Watched(bridge, "the measurement")
-    with progress_bar(desc="perplexity", unit=" tokens", show=progress) as bar, ids_as_given():
-        for batch in text.batches(batch_size):
-            mask = batch.attention_mask
-            padded = mask if has_padding(mask) else None
-            run = bridge.positions_of(bridge.check_input(batch.tokens, attention_mask=padded))
+    with progress_bar(desc="perplexity", unit=" tokens", show=progress) as bar:
+        for batch in corpus_pass(bridge, text.batches(batch_size), bar=bar):
+            run = batch.positions
             assert run.tokens is not None
             counted = targets(run.tokens, run.attention_mask)
-            totals = sums.setdefault(batch.label, [_Sum() for _ in runs])
+            totals = sums.setdefault(batch.rows.label, [_Sum() for _ in runs])
             if not bool(counted.any()):
                 continue
             for edits, total in zip(runs, totals, strict=True):
                 with bridge.hooks(fwd_hooks=[(edit.name, edit) for edit in edits]):
-                    losses = bridge(batch.tokens, return_type="loss", loss_per_token=True, attention_mask=padded)
+                    losses = next_token_loss(batch.run(), run.tokens, run.attention_mask, per_token=True)
                 total.add(losses.cpu(), counted.cpu())
-                bar.update(int(counted.sum()))
     watched.refuse_change()
     for label, totals in sums.items():
         if totals[0].tokens == 0:

@@ -13,11 +13,11 @@ from rich.text import Text
 import pellucid
 from pellucid.cli.models import commit_of, open_bridge, read_hook_index
 from pellucid.cli.options import Format, ModelChoice
-from pellucid.cli.output import Json, table, to_json, write_json
+from pellucid.cli.output import table, write_json
 from pellucid.cli.terminal import results
 from pellucid.errors import InputError
-from pellucid.files import whole_file
 from pellucid.model_bridge.self_check import MOVES, CheckReport, CheckResult
+from pellucid.storage.json_text import Json, write_json_file
 from pellucid.tables import ranges
 
 _LAYER = re.compile(r"\b(blocks\.|layer )(\d+)")
@@ -40,8 +40,7 @@ def check_model(choice: ModelChoice, layers: list[int] | None, format: Format, v
     report = open_bridge(choice).verify(layers=layers)
     document = _document(choice, report)
     if out is not None:
-        with whole_file(out) as draft:
-            draft.write_text(to_json(document) + "\n", "utf-8")
+        write_json_file(out, document)
     if format is Format.json:
         write_json(document)
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,20 +11,21 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
-from safetensors.torch import save_file
 
 import pellucid
-from pellucid.cli.files import DEMO_FILES, METADATA_KEY
+from pellucid.cli.files import DEMO_FILES
 from pellucid.cli.models import open_bridge
 from pellucid.cli.options import DEMO, Format, ModelChoice
-from pellucid.cli.output import table, to_json, write_json
+from pellucid.cli.output import table, write_json
 from pellucid.cli.terminal import results
 from pellucid.demo.prompts import LANGUAGES
 from pellucid.demo.story import LENGTH, ROWS, Grid, Head, Story, tell_story
-from pellucid.files import whole_file
 from pellucid.plots.axis import Axis
 from pellucid.plots.picture import Panel, Picture, Scale
 from pellucid.plots.svg import svg_of
+from pellucid.storage.json_text import Json, to_line, write_json_file
+from pellucid.storage.safetensors_files import write_safetensors
+from pellucid.storage.whole_files import whole_file
 
 JSON_FILE, ARRAYS_FILE, PICTURE_FILE = DEMO_FILES
 TEXT_WIDTH = 96
@@ -50,11 +50,9 @@ def show_demo(out: Path | None, seed: int, format: Format) -> bool:
 
 def write_files(story: Story, folder: Path) -> None:
     """``demo.json``, the arrays as ``demo.safetensors``, and ``induction.svg``."""
-    about = {"pellucid": story.pellucid, "model": DEMO, "dtype": story.dtype, "seed": story.seed}
-    with whole_file(folder / JSON_FILE) as draft:
-        draft.write_text(to_json(asdict(story)) + "\n", "utf-8")
-    with whole_file(folder / ARRAYS_FILE) as draft:
-        save_file(story.tensors(), draft, metadata={METADATA_KEY: json.dumps(about)})
+    about: dict[str, Json] = {"pellucid": story.pellucid, "model": DEMO, "dtype": story.dtype, "seed": story.seed}
+    write_json_file(folder / JSON_FILE, asdict(story))
+    write_safetensors(folder / ARRAYS_FILE, story.tensors(), to_line(about, sort_keys=False))
     with whole_file(folder / PICTURE_FILE) as draft:
         draft.write_text(draw(story), "utf-8")
 

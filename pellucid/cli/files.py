@@ -12,10 +12,6 @@ from pathlib import Path
 from pellucid.cli.options import ModelChoice
 from pellucid.errors import InputError
 
-METADATA_KEY = "pellucid"
-"""The one metadata key of our safetensors files, a JSON object: with several, their order in the file is not fixed."""
-
-
 DEMO_FILES = ("demo.json", "demo.safetensors", "induction.svg")
 """What ``pellucid demo`` writes."""
 

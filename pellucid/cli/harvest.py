@@ -17,7 +17,7 @@ from pellucid.cli.corpus import CorpusRequest, open_corpus
 from pellucid.cli.mistakes import note
 from pellucid.cli.models import DTYPES, commit_of, open_bridge, read_hook_index
 from pellucid.cli.options import DEMO, Dtype, Format, ModelChoice
-from pellucid.cli.output import Json, table, write_json
+from pellucid.cli.output import table, write_json
 from pellucid.cli.run import choose_hooks, switch_on
 from pellucid.cli.terminal import results
 from pellucid.errors import InputError
@@ -26,6 +26,7 @@ from pellucid.scale.ray_engine import harvest_on_ray
 from pellucid.scale.saelens import export_to_saelens
 from pellucid.scale.stored_activations import StoredActivations
 from pellucid.scale.workers import Worker, worker_of_environment
+from pellucid.storage.json_text import Json
 
 
 @dataclass(frozen=True)

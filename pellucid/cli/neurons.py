@@ -30,12 +30,12 @@ from pellucid.corpora.sources import DocumentRule
 from pellucid.demo.prompts import PROMPTS
 from pellucid.demo.texts import held_out_halves, written_text
 from pellucid.errors import InputError, StorageFullError, warn
-from pellucid.model_bridge.collected import Collected
+from pellucid.model_bridge.corpus.collected import Collected
+from pellucid.model_bridge.corpus.corpus_pass import RowPlan
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.running_stats import AveragePrecision, CountPositive, TopK
 
 POST = "blocks.*.mlp.hook_post"
-STATE_FOLDER = "counting"
 TABLES_BYTES = 32 * 2**20
 """What tables and pictures take at most: a page holds Plotly (5 MB), and there are four."""
 
@@ -75,23 +75,19 @@ class Texts:
     measured_from: Mapping[str, int]
     as_documents: Corpus
 
-    def batches(self, batch_size: int, rows: int) -> Iterator[CorpusBatch]:
-        """At most ``rows`` rows of each label to measure on."""
-        for label in self.measured.labels:
-            start = self.measured_from[label]
-            yield from self.measured.batches(batch_size, labels=label, start_row=start, stop_row=start + rows)
-
 
 @dataclass(frozen=True)
 class Measured:
-    """The rows of :class:`Texts` that are measured, as a text of :func:`perplexity_change`."""
+    """At most ``rows`` rows of each label of :class:`Texts` to measure on, as a text of :func:`perplexity_change`."""
 
     texts: Texts
     rows: int
 
     def batches(self, batch_size: int) -> Iterator[CorpusBatch]:
         """Rows, ``batch_size`` at a time."""
-        return self.texts.batches(batch_size, self.rows)
+        for label, start in self.texts.measured_from.items():
+            plan = RowPlan([label], batch_size, start, start + self.rows)
+            yield from plan.batches(self.texts.measured)
 
 
 def find_neurons(choice: ModelChoice, request: NeuronRequest, format: Format) -> None:
@@ -162,7 +158,7 @@ def _refuse_full_disk(bridge: TransformerBridge, request: NeuronRequest, n_langu
     cfg = bridge.cfg
     neurons = cfg.n_layers * (cfg.d_mlp or 4 * cfg.d_model)
     state = neurons * (8 + 24 * request.examples)  # a count; a value, a document and a position for each example
-    kept = sum(file.stat().st_size for file in (request.out / STATE_FOLDER).rglob("*") if file.is_file())
+    kept = sum(file.stat().st_size for file in (request.out / COUNTING_FOLDER).rglob("*") if file.is_file())
     needed = max(0, state * (n_languages + 1) - kept) + TABLES_BYTES
     free = shutil.disk_usage(request.out).free
     if needed > free:
@@ -184,7 +180,7 @@ def _write(study: Study, out: Path) -> list[str]:
     except OSError as error:
         kind = StorageFullError if isinstance(error, StorageFullError) else OSError
         raise kind(
-            f"{error} What was counted is kept in {out / STATE_FOLDER}: the same command goes on from there."
+            f"{error} What was counted is kept in {out / COUNTING_FOLDER}: the same command goes on from there."
         ) from error
 
 

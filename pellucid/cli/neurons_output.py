@@ -19,10 +19,11 @@ from pellucid.analysis.perplexity import own_and_others
 from pellucid.cli.files import STUDY_FILES, STUDY_PICTURES
 from pellucid.cli.mistakes import note
 from pellucid.cli.options import Format
-from pellucid.cli.output import Json, table, to_json, write_json
+from pellucid.cli.output import table, write_json
 from pellucid.cli.terminal import results
 from pellucid.errors import MissingExtraError
-from pellucid.files import whole_file
+from pellucid.storage.json_text import Json, write_json_file
+from pellucid.storage.whole_files import whole_file
 
 Examples: TypeAlias = dict[tuple[str, int, int], list[tuple[float, str, str, str]]]
 """By language, layer and neuron: activation, text before, token, text after; largest first."""
@@ -121,8 +122,7 @@ def write_study(study: Study, out: Path) -> list[str]:
     """
     for name in STUDY_FILES:
         (out / name).unlink(missing_ok=True)
-    with whole_file(out / COUNTS_FILE) as draft:
-        study.found.save(draft)
+    study.found.save(out / COUNTS_FILE)
     _write_table(out / NEURONS_FILE, study.found.rows())
     _write_table(out / OVERLAP_FILE, _long(study.found.overlap(), "neurons"))
     _write_table(out / LAYERS_FILE, _long(study.found.by_layer(), "neurons"))
@@ -135,8 +135,7 @@ def write_study(study: Study, out: Path) -> list[str]:
     if study.written is not None:
         _write_table(out / WRITTEN_FILE, _long(study.written, "text"))
     pictures = _draw(study, out)
-    with whole_file(out / JSON_FILE) as draft:  # last: where it is, all is
-        draft.write_text(to_json(study.document()) + "\n", "utf-8")
+    write_json_file(out / JSON_FILE, study.document())  # last: where it is, all is
     return pictures
 
 

@@ -28,15 +28,16 @@ from pellucid.analysis.patching import default_by, prepare_activation_patching
 from pellucid.cli.files import PATCH_FILES
 from pellucid.cli.models import commit_of, open_bridge
 from pellucid.cli.options import Direction, Format, MetricName, ModelChoice
-from pellucid.cli.output import Json, table, to_json, write_json
+from pellucid.cli.output import table, write_json
 from pellucid.cli.prompt import as_typed
 from pellucid.cli.terminal import messages, results
 from pellucid.cli.tokens import expected, read_token
 from pellucid.demo.predictions import Prediction, next_tokens
 from pellucid.demo.prompts import PATCHING_PAIR
 from pellucid.errors import InputError
-from pellucid.files import whole_file
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
+from pellucid.storage.json_text import Json, write_json_file
+from pellucid.storage.whole_files import whole_file
 from pellucid.sweep import KLDivergence, LogitDifference, LogProbability, Metric, Probability
 from pellucid.token_text import token_label
 
@@ -288,8 +289,7 @@ def _write(found: Found, document: dict[str, Json], request: PatchRequest) -> li
     """Write what is asked for; the files that were written."""
     written = []
     if request.out is not None:
-        with whole_file(request.out / JSON_FILE) as draft:
-            draft.write_text(to_json(document) + "\n", "utf-8")
+        write_json_file(request.out / JSON_FILE, document)
         with whole_file(request.out / CSV_FILE) as draft, draft.open("w", encoding="utf-8", newline="") as file:
             _write_csv(found, csv.writer(file))
         written += [request.out / JSON_FILE, request.out / CSV_FILE]

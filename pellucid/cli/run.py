@@ -6,7 +6,6 @@ one metadata key ``pellucid`` a JSON object that says what made it.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,20 +13,19 @@ from pathlib import Path
 
 import torch
 from rich.text import Text
-from safetensors.torch import save_file
 from torch import Tensor
 
 import pellucid
-from pellucid.cli.files import METADATA_KEY
 from pellucid.cli.models import commit_of, open_bridge, read_hook_index
 from pellucid.cli.options import Format, ModelChoice
-from pellucid.cli.output import Json, table, write_json
+from pellucid.cli.output import table, write_json
 from pellucid.cli.terminal import results
 from pellucid.demo.predictions import Prediction, next_tokens
 from pellucid.errors import HookDisabledError, InputError
-from pellucid.files import whole_file
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.names import Flag, HookIndex, HookSpec
+from pellucid.storage.json_text import Json, to_line
+from pellucid.storage.safetensors_files import write_safetensors
 from pellucid.token_text import token_labels
 
 TOKENS = "tokens"
@@ -90,7 +88,8 @@ def run_text(choice: ModelChoice, request: RunRequest, format: Format) -> None:
     }
     if request.out is not None:
         hooks = {line.name: line.axes for line in lines}
-        _save(request.out, {TOKENS: tokens, **kept}, about | {"asked": request.hooks, "hooks": hooks})
+        made = about | {"asked": request.hooks, "hooks": hooks}
+        write_safetensors(request.out, {TOKENS: tokens, **kept}, to_line(made, sort_keys=False))
     expected = next_tokens(bridge.tokenizer, logits[0, -1], request.top_k)
     file = None if request.out is None else str(request.out)
     if format is Format.json:
@@ -165,18 +164,6 @@ def _line(index: HookIndex, name: str, tensor: Tensor) -> Kept:
 
 def _dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Json]) -> None:
-    apart = {}
-    storages = set()
-    for name, tensor in tensors.items():
-        plain = tensor.detach().cpu().contiguous()
-        storage = plain.untyped_storage().data_ptr()
-        apart[name] = plain.clone() if storage in storages else plain  # a safetensors file shares nothing
-        storages.add(storage)
-    with whole_file(path) as draft:
-        save_file(apart, draft, metadata={METADATA_KEY: json.dumps(metadata, ensure_ascii=False)})
 
 
 def _print(

@@ -5,6 +5,7 @@ rows, so that they are not tokenised twice. What a document is, what stands betw
 happens to the rest is said by the caller and kept in the corpus' description; the order is that of the source.
 """
 
-from pellucid.corpora.corpus import Corpus, CorpusBatch, LabelCount, TokenContext
+from pellucid.corpora.batches import CorpusBatch, LabelCount, TokenContext
+from pellucid.corpora.corpus import Corpus
 
 __all__ = ["Corpus", "CorpusBatch", "LabelCount", "TokenContext"]

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
-
-import torch
-from torch import Tensor
 
 from pellucid.arguments import (
     check_choice,
@@ -21,6 +16,7 @@ from pellucid.arguments import (
     check_texts,
     check_wholes,
 )
+from pellucid.corpora.batches import CorpusBatch, LabelCount, TokenContext, batch_of
 from pellucid.corpora.packing import Checkpoint, Encoder, Packing, Row, Rules, Tally, chunks, rows
 from pellucid.corpora.sources import (
     LONGEST_DOCUMENT,
@@ -34,16 +30,21 @@ from pellucid.corpora.sources import (
     TextFiles,
     TokenRows,
     as_paths,
-    as_tensor,
+)
+from pellucid.corpora.tokenizing import (
+    Separator,
+    check_tokenizer,
+    digest,
+    need_tokenizer,
+    pad_id_of,
+    separator_id_of,
+    tokenizer_fingerprint,
 )
 from pellucid.errors import CorpusError, InputError
 from pellucid.names import nearest
-from pellucid.padding import has_padding
 from pellucid.progress import progress_bar
-from pellucid.tables import BriefFields
 from pellucid.token_text import tokens_to_text
 
-Separator: TypeAlias = int | Literal["eos", "none"] | None
 Paths: TypeAlias = str | Path | Sequence[str | Path]
 
 FORMAT = 1
@@ -52,69 +53,6 @@ FORMAT = 1
 
 KEPT_BYTES = 2**25
 """What the rows that reading a corpus found may take in memory (24 bytes a token), so that text is not tokenised twice."""
-
-
-@dataclass(frozen=True, repr=False)
-class CorpusBatch(BriefFields):
-    """Rows of one label.
-
-    Attributes:
-        label: whose rows these are; a batch never mixes labels.
-        tokens: ``[batch, pos]`` int64 ids.
-        attention_mask: ``[batch, pos]`` bool, ``False`` at padding. Separators are real tokens.
-        documents: ``[batch, pos]`` int64, number of the document within its label; a separator belongs to the document
-            before it; -1 at padding.
-        positions: ``[batch, pos]`` int64, position within the document (a separator's is the document's length); -1 at
-            padding.
-        first_row: number of the first row within its label.
-    """
-
-    label: str
-    tokens: Tensor
-    attention_mask: Tensor
-    documents: Tensor
-    positions: Tensor
-    first_row: int
-
-    @property
-    def n_tokens(self) -> int:
-        """Real tokens, separators among them."""
-        return int(self.attention_mask.sum())
-
-    @property
-    def is_padded(self) -> bool:
-        """Whether any position is padding."""
-        return has_padding(self.attention_mask)
-
-
-@dataclass(frozen=True)
-class LabelCount:
-    """What a label has.
-
-    Attributes:
-        rows: rows of the corpus.
-        tokens: tokens in them, separators among them.
-        documents: documents of the source.
-        empty_documents: those of them without a token; they give nothing, not even a separator.
-        dropped_tokens: tokens of the last, unfinished row where it is dropped.
-        sha256: of the documents, in order.
-    """
-
-    rows: int
-    tokens: int
-    documents: int
-    empty_documents: int
-    dropped_tokens: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class TokenContext:
-    """A token with the text around it."""
-
-    before: str
-    token: str
-    after: str
 
 
 class Corpus:
@@ -156,18 +94,18 @@ class Corpus:
     ) -> None:
         _check_labels(sources, "sources")
         check_count("context", context)
-        _check_tokenizer(tokenizer)
+        check_tokenizer(tokenizer)
         check_choice("packing", packing, ("packed", "documents"))
         check_choice("tail", tail, ("drop", "keep"))
         check_choice("long_documents", long_documents, ("split", "refuse"))
         self._sources = dict(sources)
         self.labels: tuple[str, ...] = tuple(sources)
         self.tokenizer = tokenizer
-        self.pad_id = _pad_id(tokenizer) if pad_id is None else check_count("pad_id", pad_id, at_least=0)
+        self.pad_id = pad_id_of(tokenizer) if pad_id is None else check_count("pad_id", pad_id, at_least=0)
         self.rules = Rules(
             packing,
             context,
-            _separator_id(separator, packing, tokenizer),
+            separator_id_of(separator, packing, tokenizer),
             keep_tail=tail == "keep",
             split_long=packing == "packed" or long_documents == "split",
         )
@@ -207,7 +145,7 @@ class Corpus:
         sources = {
             label: TextFiles(as_paths(label, paths), document, longest_document) for label, paths in files.items()
         }
-        return cls(sources, _need(tokenizer), context, packing, separator, tail, long_documents, pad_id)
+        return cls(sources, need_tokenizer(tokenizer), context, packing, separator, tail, long_documents, pad_id)
 
     @classmethod
     def from_json_lines(
@@ -228,7 +166,7 @@ class Corpus:
         check_text("field", field)
         check_count("longest_document", longest_document)
         sources = {label: JsonLines(as_paths(label, paths), field, longest_document) for label, paths in files.items()}
-        return cls(sources, _need(tokenizer), context, packing, separator, tail, long_documents, pad_id)
+        return cls(sources, need_tokenizer(tokenizer), context, packing, separator, tail, long_documents, pad_id)
 
     @classmethod
     def from_parquet(
@@ -251,7 +189,7 @@ class Corpus:
         sources = {
             label: ParquetFiles(as_paths(label, paths), column, longest_document) for label, paths in files.items()
         }
-        return cls(sources, _need(tokenizer), context, packing, separator, tail, long_documents, pad_id)
+        return cls(sources, need_tokenizer(tokenizer), context, packing, separator, tail, long_documents, pad_id)
 
     @classmethod
     def from_dataset(
@@ -272,7 +210,7 @@ class Corpus:
         check_text("column", column)
         check_count("longest_document", longest_document)
         sources = {label: DatasetRows(label, given, column, longest_document) for label, given in datasets.items()}
-        return cls(sources, _need(tokenizer), context, packing, separator, tail, long_documents, pad_id)
+        return cls(sources, need_tokenizer(tokenizer), context, packing, separator, tail, long_documents, pad_id)
 
     @classmethod
     def from_documents(
@@ -291,7 +229,7 @@ class Corpus:
         _check_labels(documents, "documents")
         check_count("longest_document", longest_document)
         sources = {label: Documents(label, texts, longest_document) for label, texts in documents.items()}
-        return cls(sources, _need(tokenizer), context, packing, separator, tail, long_documents, pad_id)
+        return cls(sources, need_tokenizer(tokenizer), context, packing, separator, tail, long_documents, pad_id)
 
     @classmethod
     def from_tokens(
@@ -368,29 +306,13 @@ class Corpus:
                     break
                 held.append(row)
                 if len(held) == batch_size:
-                    yield self._batch(label, held, at, side, length)
+                    yield batch_of(label, held, at, side, length, self.pad_id)
                     at += len(held)
                     held = []
             if held:
-                yield self._batch(label, held, at, side, length)
+                yield batch_of(label, held, at, side, length, self.pad_id)
             elif at == 0 and stop != 0:
                 raise CorpusError(self._too_short(label))
-
-    def _batch(
-        self, label: str, held: Sequence[Row], first: int, side: Literal["left", "right"], length: int | None
-    ) -> CorpusBatch:
-        shape = (len(held), length or max(len(row.ids) for row in held))
-        tokens = torch.full(shape, self.pad_id, dtype=torch.int64)
-        mask = torch.zeros(shape, dtype=torch.bool)
-        documents, positions = torch.full(shape, -1), torch.full(shape, -1)
-        for index, row in enumerate(held):
-            size = len(row.ids)
-            where = slice(0, size) if side == "right" else slice(shape[1] - size, shape[1])
-            tokens[index, where] = as_tensor(row.ids)
-            documents[index, where] = as_tensor(row.documents)
-            positions[index, where] = as_tensor(row.positions)
-            mask[index, where] = True
-        return CorpusBatch(label, tokens, mask, documents, positions, first)
 
     def _rows(self, label: str, start: int) -> Iterator[Row]:
         begin = Checkpoint(0, 0, 0, self._sources[label].start)
@@ -506,7 +428,7 @@ class Corpus:
 
         Reads every label once.
         """
-        return _digest(self._settings() | {"labels": [[label, self.count(label).sha256] for label in self.labels]})
+        return digest(self._settings() | {"labels": [[label, self.count(label).sha256] for label in self.labels]})
 
     def _settings(self) -> dict[str, Any]:
         return {"format": FORMAT, "rules": asdict(self.rules), "tokenizer": self._tokenizer_hash, "pad_id": self.pad_id}
@@ -524,7 +446,7 @@ class Corpus:
     def index_state(self) -> dict[str, Any]:
         """Counts and places of every label that was read (JSON); for :meth:`restore_index`."""
         return {
-            "settings": _digest(self._settings()),
+            "settings": digest(self._settings()),
             "labels": {
                 label: {
                     "count": asdict(count),
@@ -544,7 +466,7 @@ class Corpus:
             CorpusError: the index is of another corpus, other settings, or files that have changed since.
         """
         check_mapping("state", state, "what index_state gave")
-        if state.get("settings") != _digest(self._settings()):
+        if state.get("settings") != digest(self._settings()):
             raise CorpusError(
                 "The index is of a corpus with another tokenizer or other settings: read the corpus anew."
             )
@@ -601,7 +523,7 @@ class Corpus:
         """
         check_count("document", document, at_least=0)
         found = self.documents(label, [document])[document]
-        return found if isinstance(found, str) else tokens_to_text(_need(self.tokenizer), found.tolist())
+        return found if isinstance(found, str) else tokens_to_text(need_tokenizer(self.tokenizer), found.tolist())
 
     def contexts(
         self, label: str, places: Sequence[tuple[int, int]], before: int = 12, after: int = 6
@@ -617,7 +539,7 @@ class Corpus:
         Raises:
             InputError: a place that does not exist; no tokenizer.
         """
-        tokenizer = _need(self.tokenizer)
+        tokenizer = need_tokenizer(self.tokenizer)
         check_count("before", before, at_least=0)
         check_count("after", after, at_least=0)
         places = _pairs(places)
@@ -638,57 +560,6 @@ class Corpus:
 # -- small helpers -----------------------------------------------------------------------------------------------------
 
 
-def tokenizer_fingerprint(tokenizer: Any | None) -> str | None:
-    """SHA-256 of what a tokenizer does with text; ``None`` without one.
-
-    Padding and truncation, which a call may leave set, are not part of it: a corpus is made without them.
-    """
-    if tokenizer is None:
-        return None
-    if tokenizer.is_fast:
-        parts = json.loads(tokenizer.backend_tokenizer.to_str())
-        parts["padding"] = parts["truncation"] = None
-    else:
-        parts = {"class": type(tokenizer).__name__, "vocabulary": sorted(tokenizer.get_vocab().items())}
-    return _digest(
-        {"tokenizer": parts, "split_special_tokens": bool(getattr(tokenizer, "split_special_tokens", False))}
-    )
-
-
-def _bytes_of(kept: Sequence[Row]) -> int:
-    return sum(array.nbytes for row in kept for array in (row.ids, row.documents, row.positions))
-
-
-def _digest(data: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
-
-
-def _need(tokenizer: Any | None) -> Any:
-    if tokenizer is None:
-        raise InputError("Text needs a tokenizer: pass the model's (bridge.tokenizer), or give token ids.")
-    return tokenizer
-
-
-def _pad_id(tokenizer: Any | None) -> int:
-    return 0 if tokenizer is None or tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
-
-
-def _separator_id(separator: Separator, packing: Packing, tokenizer: Any | None) -> int | None:
-    if separator is None:
-        separator = "eos" if packing == "packed" else "none"
-    if separator == "none":
-        return None
-    if separator == "eos":
-        if tokenizer is None or tokenizer.eos_token_id is None:
-            raise InputError(
-                'separator="eos" needs a tokenizer with an end-of-sequence token: give a token id, or separator="none".'
-            )
-        return int(tokenizer.eos_token_id)
-    if isinstance(separator, str | bool) or not isinstance(separator, int) or separator < 0:
-        raise InputError(f"separator is 'eos', 'none' or a token id; found {separator!r}.")
-    return separator
-
-
 def _check_labels(given: Any, argument: str) -> None:
     if not isinstance(given, Mapping) or not given:
         raise InputError(
@@ -699,9 +570,8 @@ def _check_labels(given: Any, argument: str) -> None:
         check_text(f"a label of {argument}", label)
 
 
-def _check_tokenizer(tokenizer: Any | None) -> None:
-    if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "pad_token_id")):
-        raise InputError(f"tokenizer is Hugging Face's, such as bridge.tokenizer; found {type(tokenizer).__name__}.")
+def _bytes_of(kept: Sequence[Row]) -> int:
+    return sum(array.nbytes for row in kept for array in (row.ids, row.documents, row.positions))
 
 
 def _pairs(places: Any) -> list[tuple[int, int]]:

@@ -23,8 +23,8 @@ from pellucid.corpora import Corpus
 from pellucid.errors import InputError
 from pellucid.hook_points import NoTorchHooks
 from pellucid.model_bridge.checkpoint import RANDOM_WEIGHTS
-from pellucid.model_bridge.collected import Collected
-from pellucid.model_bridge.collecting import Requests, collect
+from pellucid.model_bridge.corpus.collected import Collected
+from pellucid.model_bridge.corpus.collecting import Requests, collect
 from pellucid.model_bridge.hf_source import find_bloom, load_model, make_adapter, refuse_beside_model
 from pellucid.model_bridge.hooks import Hooks
 from pellucid.model_bridge.mounting import ComponentTree

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 from pellucid.arguments import check_number, check_path
 from pellucid.errors import InputError
-from pellucid.files import whole_file
 from pellucid.plots.extra import need
 from pellucid.plots.picture import Picture
 from pellucid.plots.png import draw_png
 from pellucid.plots.svg import svg_of
 from pellucid.plots.text import plain
+from pellucid.storage.whole_files import whole_file
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

@@ -15,8 +15,9 @@ from torch import Tensor
 from typing_extensions import Self
 
 from pellucid.arguments import check_kind, check_mapping, check_path
-from pellucid.errors import InputError
-from pellucid.files import whole_file
+from pellucid.errors import InputError, StoreError
+from pellucid.storage.json_text import to_line
+from pellucid.storage.safetensors_files import read_safetensors, write_safetensors
 
 
 @dataclass(frozen=True)
@@ -246,12 +247,9 @@ def _leaves(kind: type[Statistic]) -> list[type[Statistic]]:
     return [leaf for each in below for leaf in _leaves(each)] if below else [kind]
 
 
-METADATA = "pellucid"
-
-
 def _checksum(held: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over JSON and tensors, as they are read back: a flipped bit of a count is as legal as the count."""
-    digest = hashlib.sha256(json.dumps(held, sort_keys=True).encode())
+    digest = hashlib.sha256(to_line(held, ascii_only=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         if tensor.numel():
@@ -262,11 +260,13 @@ def _checksum(held: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 def save_statistics(path: Path, statistics: Mapping[str, Statistic], extra: Mapping[str, Any]) -> None:
     """Write statistics by name, and ``extra`` (JSON), into one safetensors file: equal states, equal bytes.
 
-    Written beside it, synced and put in its place, so that a file is whole or as it was before. It has a checksum over all
-    that is read back.
-    """
-    from safetensors.torch import save_file
+    A file is whole or as it was before, and has a checksum over all that is read back.
 
+
+    Raises:
+        InputError: no such names or statistics.
+        StorageFullError: no space is left.
+    """
     path = check_path("path", path)
     for key, statistic in check_mapping("statistics", statistics, "names to statistics").items():
         check_kind(f"statistics[{key!r}]", statistic, Statistic, "a statistic")
@@ -276,11 +276,9 @@ def save_statistics(path: Path, statistics: Mapping[str, Statistic], extra: Mapp
         described[key] = {"kind": statistic.kind, "settings": statistic.settings()}
         for name, tensor in statistic.state_dict().items():
             tensors[f"{key}|{name}"] = tensor.detach().cpu().contiguous()
-    # One key: several are written in an order that differs between processes.
     held = json.loads(json.dumps({"statistics": described, "extra": extra}))  # as it is read back
-    text = json.dumps({**held, "sha256": _checksum(held, tensors)}, sort_keys=True)
-    with whole_file(path) as draft:
-        save_file(tensors, draft, metadata={METADATA: text})
+    about = to_line({**held, "sha256": _checksum(held, tensors)}, ascii_only=True)
+    write_safetensors(path, tensors, about)
 
 
 def load_statistics(path: Path) -> tuple[dict[str, Statistic], dict[str, Any]]:
@@ -289,16 +287,12 @@ def load_statistics(path: Path) -> tuple[dict[str, Statistic], dict[str, Any]]:
     Raises:
         InputError: not such a file, or a damaged one.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = check_path("path", path)
     try:
-        with safe_open(path, framework="pt") as file:
-            described = json.loads((file.metadata() or {})[METADATA])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+        tensors, described = read_safetensors(path)
         held = {"statistics": described["statistics"], "extra": described["extra"]}
         found = described.get("sha256")
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+    except (StoreError, OSError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} holds no statistics, or is damaged: {error}") from None
     if found is None:
         raise InputError(

@@ -11,9 +11,9 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,16 +21,16 @@ from torch import Tensor
 from pellucid.arguments import check_choice, check_count, check_kind, check_path, check_text
 from pellucid.corpora import Corpus, CorpusBatch
 from pellucid.errors import CorpusError, InputError, StorageFullError
-from pellucid.model_bridge.job_identity import Watched
-from pellucid.model_bridge.tokens import ids_as_given
+from pellucid.model_bridge.corpus.corpus_pass import PaddingSide, PassBatch, RowPlan, Tap, corpus_pass, stop_after
+from pellucid.model_bridge.corpus.job_identity import Watched
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
-from pellucid.names import FROM_TOKENS, HookIndex, HookSpec, NamesFilter, runs_through
+from pellucid.names import HookIndex, HookSpec, NamesFilter
 from pellucid.progress import progress_bar
 from pellucid.scale.job_folder import Shard, ShardRecord
 from pellucid.scale.job_settings import refuse_writers, settings_of
-from pellucid.scale.shard_files import DTYPES
 from pellucid.scale.shard_store import ShardBuffers, ShardWriter, StoredHook, StoreFolder, StoreJob
 from pellucid.scale.workers import Worker, check_threads, fixed_threads, share_of
+from pellucid.storage.safetensors_files import DTYPES
 
 SHARD_BYTES = 64 * 2**20
 """About how large the file of the widest hook is, unless ``batches_per_shard`` is given."""
@@ -102,7 +102,7 @@ class Harvester:
         batches_per_shard: int | None = None,
         dtype: torch.dtype | None = None,
         threads: int = 1,
-        padding_side: Literal["left", "right"] = "right",
+        padding_side: PaddingSide = "right",
         model_name: str | None = None,
         revision: str | None = None,
         progress: bool | None = None,
@@ -122,10 +122,11 @@ class Harvester:
         check_choice("padding_side", padding_side, ("left", "right"))
         refuse_writers(bridge)
         self._specs = _chosen_hooks(bridge, hooks)
-        self._stop = _last_layer(self._specs, bridge.cfg.n_layers)
+        stop = stop_after(self._specs, bridge.cfg.n_layers)
+        self._stop = stop if stop is not None and stop <= bridge.cfg.n_layers else None  # a block, or all of the model
         self._bridge, self._corpus = bridge, corpus
         self._batch_size, self._threads = batch_size, threads
-        self._side: Literal["left", "right"] = padding_side
+        self._side: PaddingSide = padding_side
         counts = corpus.index(labels, progress)
         stored = tuple(_stored_hook(spec, bridge, dtype) for spec in self._specs)
         if batches_per_shard is None:
@@ -197,63 +198,22 @@ class Harvester:
                 writer.submit(shard, buffers)
         return self.folder.read_record(index)
 
-    def _compute(self, shard: Shard, buffers: ShardBuffers, bar: object | None = None) -> None:
+    def _compute(self, shard: Shard, buffers: ShardBuffers, bar: Any | None = None) -> None:
         self._watched.refuse_change()
+        plan = RowPlan([shard.label], self._batch_size, shard.first, shard.stop, self._side)
+        taps = {name: _copying_to(buffer, buffers) for name, buffer in buffers.tensors.items()}
         sequences = 0
-        batches = self._corpus.batches(
-            self._batch_size,
-            labels=shard.label,
-            start_row=shard.first,
-            stop_row=shard.stop,
-            padding_side=self._side,
-        )
-        with fixed_threads(self._threads), torch.no_grad(), ids_as_given():
-            for batch in batches:
-                sequences += len(batch.tokens)
-                if sequences > shard.stop - shard.first:
-                    break
-                before = buffers.rows
-                self._run_batch(batch, buffers)
-                if bar is not None:
-                    bar.update(buffers.rows - before)  # type: ignore[attr-defined]
+        with fixed_threads(self._threads):
+            for batch in corpus_pass(self._bridge, plan.batches(self._corpus), taps, stop=self._stop, bar=bar):
+                sequences += len(batch.rows.tokens)
+                batch.run()
+                _copy_columns(batch, buffers)
+                buffers.rows += batch.n_tokens
         if sequences != shard.stop - shard.first:
             raise CorpusError(
                 f"The corpus has changed since it was read: shard {shard.index} should hold sequences {shard.first} to "
                 f"{shard.stop - 1} of {shard.label!r}, and there are not as many. Begin in another folder."
             )
-
-    def _run_batch(self, batch: CorpusBatch, buffers: ShardBuffers) -> None:
-        """Run one batch and put its real tokens behind those that are in the buffers."""
-        mask = batch.attention_mask if batch.is_padded else None
-        at_stop = f"blocks.{self._stop}.hook_resid_pre"  # what a run that stops there returns, without a copy
-        names = [spec.name for spec in self._specs if spec.name != at_stop]
-        if names:
-            output, kept = self._bridge.run_with_cache(
-                batch.tokens,
-                names_filter=names,
-                stop_at_layer=self._stop,
-                attention_mask=mask,
-                return_type=None if self._stop is None else "logits",
-            )
-        else:
-            output, kept = self._bridge(batch.tokens, stop_at_layer=self._stop, attention_mask=mask), {}
-        run = self._bridge.positions_of(self._bridge.check_input(batch.tokens, attention_mask=mask))
-        places = None if mask is None else mask.flatten().nonzero().squeeze(1)
-        first = buffers.rows
-        stop = first + (batch.tokens.numel() if places is None else len(places))
-        for name, buffer in buffers.tensors.items():
-            values = run.of_input(output if name == at_stop else kept[name])
-            _take(values.reshape(batch.tokens.numel(), -1), places, buffer[first:stop])
-        rows = torch.arange(batch.first_row, batch.first_row + len(batch.tokens))[:, None].expand_as(batch.tokens)
-        columns = {
-            "token": batch.tokens,
-            "document": batch.documents,
-            "position": batch.positions,
-            "sequence": rows,
-        }
-        for name, values in columns.items():
-            _take(values.reshape(-1), places, buffers.columns[name][first:stop])
-        buffers.rows = stop
 
     def _refuse_full_disk(self) -> None:
         """Refuse before computing what will not fit; what other users of the disk take meanwhile is met on the way."""
@@ -282,7 +242,7 @@ def harvest(
     batches_per_shard: int | None = None,
     dtype: torch.dtype | None = None,
     threads: int = 1,
-    padding_side: Literal["left", "right"] = "right",
+    padding_side: PaddingSide = "right",
     model_name: str | None = None,
     revision: str | None = None,
     worker: Worker | None = None,
@@ -315,6 +275,24 @@ def harvest(
         progress=progress,
     )
     return harvester.run(worker, progress)
+
+
+def _copying_to(buffer: Tensor, buffers: ShardBuffers) -> Tap:
+    """A tap that copies real tokens' activations behind those of the batches before, from where the model has them."""
+
+    def copy(values: Tensor, batch: PassBatch[CorpusBatch]) -> None:
+        flat = values.reshape(batch.rows.tokens.numel(), -1)
+        _take(flat, batch.real, buffer[buffers.rows : buffers.rows + batch.n_tokens])
+
+    return copy
+
+
+def _copy_columns(batch: PassBatch[CorpusBatch], buffers: ShardBuffers) -> None:
+    rows = batch.rows
+    numbers = torch.arange(rows.first_row, rows.first_row + len(rows.tokens))[:, None].expand_as(rows.tokens)
+    columns = {"token": rows.tokens, "document": rows.documents, "position": rows.positions, "sequence": numbers}
+    for name, values in columns.items():
+        _take(values.reshape(-1), batch.real, buffers.columns[name][buffers.rows : buffers.rows + batch.n_tokens])
 
 
 def _take(values: Tensor, places: Tensor | None, target: Tensor) -> None:
@@ -364,15 +342,6 @@ def _stored_hook(spec: HookSpec, bridge: TransformerBridge, dtype: torch.dtype |
     own = torch.promote_types(bridge.dtype, torch.float32) if spec.kind == "wide" else bridge.dtype
     axes = spec.axes[2:]
     return StoredHook(spec.name, spec.aliases, axes, tuple(lengths[axis] for axis in axes), _CODES[dtype or own])
-
-
-def _last_layer(specs: Iterable[HookSpec], n_layers: int) -> int | None:
-    """The earliest block before which a run may stop and still pass through every point; ``None``: it may not stop."""
-    chosen = list(specs)
-    for stop in range(n_layers + 1):
-        if all(runs_through(spec, FROM_TOKENS, stop, n_layers) for spec in chosen):
-            return stop
-    return None
 
 
 def idle_threads(threads: int) -> int:

@@ -7,17 +7,22 @@ There are no locks: two that compute one shard write the same bytes.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pellucid.differences import differences
 from pellucid.errors import InputError, OtherJobError, StoreError
-from pellucid.files import FileRecord, Json, remove_abandoned_parts, sync_folder, write_new, write_whole
-from pellucid.scale.shard_files import hash_file, json_errors, to_json
+from pellucid.storage.json_text import Json, differences, json_errors, read_exact_json, to_json
+from pellucid.storage.whole_files import (
+    FileRecord,
+    hash_file,
+    remove_abandoned_parts,
+    sync_folder,
+    write_new,
+    write_whole,
+)
 
 JOB_FILE, MANIFEST_FILE = "job.json", "manifest.json"
 
@@ -72,7 +77,7 @@ def open_job(path: Path, document: Mapping[str, Json]) -> None:
                 f"{path} holds files that are no shards ({', '.join(strange[:3])}{', ...' * (len(strange) > 3)}): give "
                 "an empty folder, or one where this job was begun."
             )
-        write_new(path / JOB_FILE, to_json(document))
+        write_new(path / JOB_FILE, to_json(document, sort_keys=True))
     try:
         found = read_document(path)
     except StoreError as error:
@@ -95,18 +100,10 @@ def read_document(path: Path) -> dict[str, Any]:
     """
     file = path / JOB_FILE
     with json_errors(file):
-        found: dict[str, Any] = _exact_json(file)
+        found: dict[str, Any] = read_exact_json(file)
         if set(found) != {"job", "job_sha256", "remarks"}:
             raise ValueError("it has other entries")
     return found
-
-
-def _exact_json(file: Path) -> Any:
-    text = file.read_text("utf-8")
-    document = json.loads(text)
-    if to_json(document) != text:
-        raise ValueError("not as it was written")
-    return document
 
 
 def _is_ours(name: str) -> bool:
@@ -183,7 +180,8 @@ class JobFolder:
             StorageFullError: no space is left.
         """
         sync_folder(self.path)
-        text = to_json({"job_sha256": self.sha256, "shard": record.to_json()}).encode()
+        document: Json = {"job_sha256": self.sha256, "shard": record.to_json()}
+        text = to_json(document, sort_keys=True).encode()
         what = f"shard {record.shard} of {self.n_shards}"
         write_whole(self.record_file(record.shard), [text], what=what, size=len(text))
         sync_folder(self.path)
@@ -197,7 +195,7 @@ class JobFolder:
         """
         path = self.record_file(shard)
         with json_errors(path):
-            document = _exact_json(path)
+            document = read_exact_json(path)
             if document["job_sha256"] != self.sha256 or document["shard"]["shard"] != shard:
                 raise StoreError(f"{path} is of another job or shard: it was put here by hand.")
             return record_of_json(document["shard"], self.n_shards, self.names)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pellucid.corpora import Corpus
 from pellucid.errors import InputError
-from pellucid.files import Json
-from pellucid.model_bridge.job_identity import job_identity, refuse_torch_hooks
+from pellucid.model_bridge.corpus.job_identity import job_identity, refuse_torch_hooks
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
+from pellucid.storage.json_text import Json
 
 
 def settings_of(

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from pellucid.arguments import check_count, check_kind, check_path, check_texts
 from pellucid.errors import InputError, MissingExtraError
-from pellucid.files import whole_folder
 from pellucid.progress import progress_bar
-from pellucid.scale.shard_files import DTYPES
 from pellucid.scale.stored_activations import StoredActivations
+from pellucid.storage.safetensors_files import DTYPES
+from pellucid.storage.whole_files import whole_folder
 
 FILE_BYTES = 512 * 2**20
 """About how large an Arrow file is."""

@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 
 from pellucid.errors import InputError, StoreError
-from pellucid.files import Json, sync_folder, write_whole
 from pellucid.names import nearest
 from pellucid.scale.job_folder import (
     JOB_FILE,
@@ -40,7 +39,9 @@ from pellucid.scale.job_folder import (
     read_document,
     shards_of,
 )
-from pellucid.scale.shard_files import DTYPES, json_errors, safetensors_chunks, sha256_of_json, to_json
+from pellucid.storage.json_text import Json, json_errors, sha256_of_json, to_json, to_line
+from pellucid.storage.safetensors_files import DTYPES, safetensors_chunks
+from pellucid.storage.whole_files import sync_folder, write_whole
 from pellucid.tables import BriefFields
 
 FORMAT = "pellucid activations"
@@ -263,10 +264,10 @@ class StoreFolder(JobFolder):
         what, files = f"shard {shard.index} of {len(self.job.shards)}", {}
         for hook in self.job.hooks:
             tensor, more = tensors[hook.name], _hook_json(hook)
-            chunks = list(safetensors_chunks({hook.name: tensor}, about | {"hook": more}))
+            chunks = list(safetensors_chunks({hook.name: tensor}, to_line(about | {"hook": more}, compact=True)))
             path = self.file(shard.index, hook.name)
             files[hook.name] = write_whole(path, chunks, what=what, size=tensor.nbytes)
-        chunks = list(safetensors_chunks(columns, about))
+        chunks = list(safetensors_chunks(columns, to_line(about, compact=True)))
         size = sum(column.nbytes for column in columns.values())
         files[ROWS] = write_whole(self.file(shard.index, ROWS), chunks, what=what, size=size)
         return self.write_record(ShardRecord(shard.index, rows, files))
@@ -296,7 +297,7 @@ class StoreFolder(JobFolder):
                 return False
             records.append(record.to_json())
         rows = sum(int(str(record["rows"])) for record in records)
-        text = to_json(self.job.document() | {"rows": rows, "shards": records}).encode()
+        text = to_json(self.job.document() | {"rows": rows, "shards": records}, sort_keys=True).encode()
         write_whole(self.path / MANIFEST_FILE, [text], what="the manifest", size=len(text))
         sync_folder(self.path)
         return True

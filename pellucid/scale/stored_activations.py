@@ -20,10 +20,8 @@ from torch import Tensor
 
 from pellucid.arguments import check_choice, check_count, check_path, check_text, check_texts, check_wholes
 from pellucid.errors import InputError, StoreError
-from pellucid.files import Json
 from pellucid.names import nearest
 from pellucid.scale.job_folder import JOB_FILE, MANIFEST_FILE, ShardRecord, record_of_json
-from pellucid.scale.shard_files import DTYPES, TensorPlace, as_tensor, json_errors, map_tensor, read_header
 from pellucid.scale.shard_store import (
     COLUMNS,
     ROWS,
@@ -33,6 +31,8 @@ from pellucid.scale.shard_store import (
     job_of_json,
     read_job,
 )
+from pellucid.storage.json_text import Json, json_errors
+from pellucid.storage.safetensors_files import DTYPES, TensorPlace, as_tensor, map_tensor, read_header
 from pellucid.tables import BriefFields
 
 if TYPE_CHECKING:

@@ -25,8 +25,8 @@ from torch import Tensor
 from pellucid.arguments import check_choice, check_count, check_list, check_memory_limit
 from pellucid.errors import InputError
 from pellucid.model_bridge.cache_plan import EMBEDDING
+from pellucid.model_bridge.corpus.job_identity import marks
 from pellucid.model_bridge.generalized_components.weights import why_not_by_row
-from pellucid.model_bridge.job_identity import marks
 from pellucid.model_bridge.tokens import TextOrTokens
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.padding import before_first_real

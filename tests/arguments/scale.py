@@ -53,7 +53,7 @@ CALLS: dict[str, Call] = {
         made(saelens.export_to_saelens, store=Of(lambda bench: bench.store), hooks=POST, out="out")
     ),
     "collect_shards": made(
-        statistics.collect_shards,
+        collect_shards.collect_shards,
         bridge=BRIDGE,
         corpus=CORPUS,
         statistics={POST: [running_stats.CountPositive()]},

@@ -27,10 +27,9 @@ from pellucid.cli import run as run_module
 from pellucid.cli.app import app
 from pellucid.cli.check import ranges, summarise
 from pellucid.cli.options import ModelChoice
-from pellucid.cli.output import to_json
 from pellucid.demo import MODEL_FOLDER
-from pellucid.files import whole_file
 from pellucid.model_bridge.self_check import CheckReport, CheckResult
+from pellucid.storage.whole_files import whole_file
 
 ROOT = Path(__file__).parents[2]
 PATTERNS = "blocks.*.attn.hook_pattern"
@@ -529,14 +528,6 @@ def test_a_summary_keeps_the_worst() -> None:
 def test_ranges() -> None:
     assert ranges({0, 1, 2, 5, 7, 8}) == "0-2, 5, 7-8"
     assert ranges(set()) == ""
-
-
-def test_numbers_that_json_does_not_know() -> None:
-    assert json.loads(to_json({"a": [float("nan"), 1.5, float("inf")], "b": "NaN"})) == {
-        "a": [None, 1.5, None],
-        "b": "NaN",
-    }
-    assert to_json("é", ascii_only=True) == '"\\u00e9"'
 
 
 # -- demo --------------------------------------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ from pellucid import TransformerBridge
 from pellucid.corpora import Corpus, CorpusBatch
 from pellucid.demo import MODEL_FOLDER
 from pellucid.errors import HookNameError, InputError, OtherJobError, PellucidError
-from pellucid.model_bridge import collecting
-from pellucid.model_bridge.collected import Collected
+from pellucid.model_bridge.corpus.collected import Collected
+from pellucid.model_bridge.corpus.corpus_pass import PassBatch
 from pellucid.running_stats import (
     AveragePrecision,
     CountPositive,
@@ -343,7 +343,7 @@ def test_a_finished_job_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Mon
     corpus = packed_corpus()
     first = bridge.collect(corpus, {POST: [CountPositive()]}, checkpoint=tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(collecting, "run_to", None)
+        patch.setattr(PassBatch, "run", None)
         again = bridge.collect(corpus, {POST: [CountPositive()]}, checkpoint=tmp_path)
     assert again.array(POST, "count_positive").equals(first.array(POST, "count_positive"))
 

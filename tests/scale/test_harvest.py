@@ -25,6 +25,7 @@ from pellucid.errors import (
     StorageFullError,
     StoreError,
 )
+from pellucid.model_bridge.corpus.corpus_pass import PassBatch
 from pellucid.scale import harvest as harvest_module
 from pellucid.scale.harvest import Harvester, harvest
 from pellucid.scale.shard_store import StoreFolder
@@ -45,7 +46,7 @@ from tests.scale.jobs import (
     padded,
     run,
 )
-from tests.scale.test_shard_files import largest_file
+from tests.storage.test_safetensors_files import largest_file
 
 
 @pytest.fixture(scope="module")
@@ -185,13 +186,13 @@ def test_shards_one_by_one_in_any_order_make_the_same_folder(done: Path, tmp_pat
 def test_the_launchers_thread_count_does_not_reach_the_bytes(
     done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_batch, seen = Harvester._run_batch, set()
+    run_batch, seen = PassBatch.run, set()
 
-    def note(self: Harvester, *arguments: Any) -> None:
+    def note(self: PassBatch[Any]) -> Tensor:
         seen.add(torch.get_num_threads())
-        run_batch(self, *arguments)
+        return run_batch(self)
 
-    monkeypatch.setattr(Harvester, "_run_batch", note)
+    monkeypatch.setattr(PassBatch, "run", note)
     try:
         torch.set_num_threads(2)
         run(tmp_path / "x")

@@ -67,5 +67,5 @@ def test_an_array_and_torchrun_together_are_every_worker_once() -> None:
 
 
 def test_threads() -> None:
-    with pytest.raises(InputError, match="1 or more"), fixed_threads(0):
+    with pytest.raises(InputError, match="at least 1"), fixed_threads(0):
         pass

@@ -11,7 +11,7 @@ import torch
 
 from pellucid.errors import HookNameError, InputError, OtherJobError, StoreError
 from pellucid.running_stats import CountPositive, MeanVariance, MinMax, TopK
-from pellucid.scale.statistics import CollectReport, collect_shards, merge_shards
+from pellucid.scale.collect_shards import CollectReport, collect_shards, merge_shards
 from pellucid.scale.workers import Worker
 from tests.scale.jobs import BATCH, NEURONS, RESIDUAL, contents, make_bridge, padded
 
@@ -79,6 +79,6 @@ def test_damage_is_named_and_mended_and_other_jobs_are_refused(alone: Path, tmp_
         collect(out, threads=2)
     with pytest.raises(HookNameError):
         collect(tmp_path / "y", statistics={"blocks.0.mlp.hook_pots": [CountPositive()]})
-    with pytest.raises(InputError, match="1 or more"):
+    with pytest.raises(InputError, match="at least 1"):
         collect(tmp_path / "y", batches_per_shard=0)
     assert not (tmp_path / "y").exists()

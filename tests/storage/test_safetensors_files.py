@@ -7,9 +7,11 @@ import fcntl
 import json
 import os
 import resource
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,16 +20,18 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save
 
-from pellucid.errors import StorageFullError, StoreError
-from pellucid.files import remove_abandoned_parts, write_new, write_whole
-from pellucid.scale.shard_files import (
+from pellucid.errors import InputError, StorageFullError, StoreError
+from pellucid.storage.json_text import to_line
+from pellucid.storage.safetensors_files import (
     METADATA_KEY,
     as_tensor,
-    hash_file,
     map_tensor,
     read_header,
+    read_safetensors,
     safetensors_chunks,
+    write_safetensors,
 )
+from pellucid.storage.whole_files import hash_file, remove_abandoned_parts, write_new, write_whole
 
 TENSORS = {
     "token": torch.arange(7, dtype=torch.int32),
@@ -37,7 +41,8 @@ TENSORS = {
     "document": torch.arange(7) * 2**40,
     "double": torch.randn(7, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2)),
 }
-ABOUT = {"z": 1, "a": ["b", "ü"], "m": {"y": None, "x": 1.5}}
+SAID = {"z": 1, "a": ["b", "ü"], "m": {"y": None, "x": 1.5}}
+ABOUT = to_line(SAID, compact=True)
 
 
 @contextmanager
@@ -54,14 +59,14 @@ def largest_file(size: int) -> Iterator[None]:
 @pytest.mark.parametrize("names", [list(TENSORS), ["wide"], ["token", "brain"], ["half", "document", "token"]])
 def test_the_bytes_are_those_of_the_safetensors_library(names: list[str]) -> None:
     tensors = {name: TENSORS[name] for name in names}
-    text = json.dumps(ABOUT, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    text = json.dumps(SAID, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     assert b"".join(safetensors_chunks(tensors, ABOUT)) == save(tensors, metadata={METADATA_KEY: text})
 
 
 def test_the_order_in_which_things_are_given_does_not_reach_the_bytes() -> None:
     turned = dict(reversed(list(TENSORS.items())))
     expected = b"".join(safetensors_chunks(TENSORS, ABOUT))
-    assert b"".join(safetensors_chunks(turned, dict(reversed(list(ABOUT.items()))))) == expected
+    assert b"".join(safetensors_chunks(turned, to_line(dict(reversed(list(SAID.items()))), compact=True))) == expected
 
 
 def test_what_is_written_is_read_and_mapped(tmp_path: Path) -> None:
@@ -70,7 +75,7 @@ def test_what_is_written_is_read_and_mapped(tmp_path: Path) -> None:
     assert record == hash_file(path)
     assert record.bytes == path.stat().st_size
     places, about = read_header(path)
-    assert about == ABOUT
+    assert about == SAID
     with safe_open(path, "pt") as file:
         for name, place in places.items():
             mapped = as_tensor(map_tensor(path, place), place.dtype)
@@ -83,9 +88,43 @@ def test_what_is_written_is_read_and_mapped(tmp_path: Path) -> None:
 
 def test_an_empty_tensor(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    write_whole(path, list(safetensors_chunks({"x": torch.empty(0, 4)}, {})), what="it", size=0)
+    write_whole(path, list(safetensors_chunks({"x": torch.empty(0, 4)}, "{}")), what="it", size=0)
     places, _ = read_header(path)
     assert map_tensor(path, places["x"]).shape == (0, 4)
+
+
+def test_a_whole_file_is_read_into_memory_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    tensors = {**TENSORS, "number": torch.tensor(3), "none": torch.empty(0, 4)}
+    write_safetensors(path, tensors, ABOUT)
+    assert path.read_bytes() == save(tensors, metadata={METADATA_KEY: ABOUT})
+    before = hash_file(path)
+    found, about = read_safetensors(path)
+    assert about == SAID
+    assert found.keys() == tensors.keys()
+    for name, tensor in found.items():
+        assert tensor.dtype == tensors[name].dtype
+        assert tensor.shape == tensors[name].shape
+        assert torch.equal(tensor, tensors[name])
+        tensor.zero_()
+    assert hash_file(path) == before
+    with pytest.raises(StoreError, match=r"y\.safetensors is missing"):
+        read_safetensors(tmp_path / "y.safetensors")
+
+
+def test_tensors_that_share_memory_or_lie_apart_are_written_as_they_are(tmp_path: Path) -> None:
+    square = torch.arange(9.0).view(3, 3)
+    tensors = {"a": square, "b": square[1:], "c": square.T}
+    write_safetensors(tmp_path / "x", tensors, "{}")
+    found, _ = read_safetensors(tmp_path / "x")
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_type_that_cannot_be_written_is_named_and_nothing_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"before")
+    with pytest.raises(InputError, match=r"one of torch\.int64, .*; z is torch\.complex64"):
+        write_safetensors(tmp_path / "x", {"z": torch.zeros(2, dtype=torch.complex64)}, "{}")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("x", b"before")]
 
 
 @given(place=st.integers(0, 10_000), bit=st.integers(0, 7))
@@ -118,7 +157,7 @@ def test_a_file_that_is_cut_off_is_refused(tmp_path: Path, length: int) -> None:
 
 
 def test_no_space_leaves_nothing_behind_and_says_what_is_needed(tmp_path: Path) -> None:
-    path, chunks = tmp_path / "x.safetensors", list(safetensors_chunks({"x": torch.zeros(10_000)}, {}))
+    path, chunks = tmp_path / "x.safetensors", list(safetensors_chunks({"x": torch.zeros(10_000)}, "{}"))
     with largest_file(20_000):
         with pytest.raises(StorageFullError, match=r"shard 3 of 9: x\.safetensors needs 40,000 bytes") as caught:
             write_whole(path, chunks, what="shard 3 of 9", size=40_000)
@@ -156,15 +195,15 @@ def test_only_parts_that_nobody_writes_are_removed(tmp_path: Path) -> None:
 
 
 def test_a_part_that_was_cleared_away_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    replace, calls = os.replace, []
+    make, calls = tempfile.mkdtemp, []
 
-    def vanish_once(source: Path, target: Path) -> None:
-        calls.append(source)
-        if len(calls) == 1:
-            Path(source).unlink()
-        replace(source, target)
+    def vanish_once(**given: Any) -> str:
+        calls.append(make(**given))
+        if len(calls) == 1:  # before it is locked
+            Path(calls[0]).rmdir()
+        return calls[-1]
 
-    monkeypatch.setattr("pellucid.files.os.replace", vanish_once)
+    monkeypatch.setattr("pellucid.storage.whole_files.tempfile.mkdtemp", vanish_once)
     write_whole(tmp_path / "x", [b"data"], what="it", size=4)
     assert (tmp_path / "x").read_bytes() == b"data"
     assert len(calls) == 2

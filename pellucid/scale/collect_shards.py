@@ -8,24 +8,22 @@ otherwise than one ``collect`` over everything, which adds batch by batch: by th
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from pellucid.arguments import check_choice, check_count, check_kind, check_path
 from pellucid.corpora import Corpus
 from pellucid.errors import CorpusError, StoreError
-from pellucid.files import Json, write_whole
-from pellucid.model_bridge.collected import Collected, describe_request
-from pellucid.model_bridge.collecting import Requests, hooks_of
+from pellucid.model_bridge.corpus.collected import Collected, describe_request
+from pellucid.model_bridge.corpus.collecting import Requests, requested_hooks
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.progress import progress_bar
 from pellucid.scale.job_folder import JobFolder, Shard, ShardRecord, open_job, read_document, shards_of
 from pellucid.scale.job_settings import refuse_writers, settings_of
-from pellucid.scale.shard_files import json_errors, sha256_of_json
 from pellucid.scale.workers import Worker, check_threads, fixed_threads, share_of
+from pellucid.storage.json_text import Json, json_errors, sha256_of_json
+from pellucid.storage.whole_files import hash_file
 
 FORMAT = "pellucid statistics"
 FORMAT_VERSION = 1
@@ -92,7 +90,7 @@ def collect_shards(
     refuse_writers(bridge)
     counts = corpus.index(labels, progress)
     rows = {label: count.rows for label, count in counts.items()}
-    asked = describe_request(hooks_of(bridge.runner.tree, statistics))
+    asked = describe_request(requested_hooks(bridge, statistics))
     identity: dict[str, Json] = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -134,12 +132,8 @@ def _write(folder: JobFolder, shard: Shard, found: Collected) -> None:
             f"{shard.stop - 1} of {shard.label!r}, and there are not as many. Begin in another folder."
         )
     path = folder.file(shard.index, STATISTICS)
-    with tempfile.TemporaryDirectory() as scratch:
-        draft = Path(scratch) / path.name
-        found.save(draft)
-        data = draft.read_bytes()
-    record = write_whole(path, [data], what=f"shard {shard.index} of {folder.n_shards}", size=len(data))
-    folder.write_record(ShardRecord(shard.index, found.n_tokens[shard.label], {STATISTICS: record}))
+    found.save(path)
+    folder.write_record(ShardRecord(shard.index, found.n_tokens[shard.label], {STATISTICS: hash_file(path)}))
 
 
 def merge_shards(out: str | os.PathLike[str]) -> Collected:

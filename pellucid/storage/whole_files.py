@@ -1,9 +1,9 @@
 """The one writer of files: each is there whole, or not at all, and never written through a link that was planted.
 
-A file is first a draft in the same folder, which then takes its place in one step. A draft has a name that cannot be guessed
-and is made anew (``O_EXCL``, which follows no link); where a library is to write it by its name, it lies in a folder of its
-own that nobody else may enter. Whoever writes a draft holds a lock on it, which the kernel takes away with the process: so
-what a killed process left is known, and removed when the same file is written, or the same job is begun, again.
+A file is first a draft, which then takes its place in one step. The draft lies beside it in a folder whose name cannot be
+guessed and that nobody else may enter. Whoever writes a draft holds a lock on its folder, which the kernel takes away with
+the process: so what a killed process left is known, and removed when the same file is written, or the same job is begun,
+again.
 """
 
 from __future__ import annotations
@@ -12,29 +12,32 @@ import errno
 import hashlib
 import os
 import re
-import secrets
 import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
 from pellucid.errors import StorageFullError
 
 if sys.platform != "win32":
     import fcntl
 
-Json: TypeAlias = "str | int | float | bool | Sequence[Json] | Mapping[str, Json] | None"
-
 PART = ".part"
 """How the name of a draft ends; it begins with a dot and the name of its file."""
 
+CHUNK = 8 * 2**20
+"""Bytes that are hashed and written at a time."""
+
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+_AS_IT_WAS = "What was there before is as it was; make room and do it again."
+_GOES_ON = (
+    "What was written before is whole and stays. Make room and give the same command again; it goes on from there."
+)
 
 
 @contextmanager
@@ -45,15 +48,8 @@ def whole_file(path: Path) -> Iterator[Path]:
         StorageFullError: no space is left.
     """
     remove_abandoned_parts(path.parent, path.name)
-    with _draft_folder(path) as folder, full_disk_told(path):
-        draft = folder / path.name
-        draft.touch(exist_ok=False)
-        mode = stat.S_IMODE(draft.stat().st_mode)  # safetensors makes files that only their owner may read
+    with _full_disk_told(str(path), _AS_IT_WAS), _draft_file(path) as draft:
         yield draft
-        draft.chmod(mode)
-        with draft.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(draft, path)
 
 
 @contextmanager
@@ -64,7 +60,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         StorageFullError: no space is left.
     """
     remove_abandoned_parts(path.parent, path.name)
-    with _draft_folder(path) as folder, full_disk_told(path):
+    with _full_disk_told(str(path), _AS_IT_WAS), _draft_folder(path) as folder:
         draft = folder / path.name
         draft.mkdir()
         yield draft
@@ -74,10 +70,22 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def _draft_file(path: Path) -> Iterator[Path]:
+    with _draft_folder(path) as folder:
+        draft = folder / path.name
+        draft.touch(exist_ok=False)
+        mode = stat.S_IMODE(draft.stat().st_mode)  # some libraries make files that only their owner may read
+        yield draft
+        draft.chmod(mode)
+        with draft.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+
+
+@contextmanager
 def _draft_folder(path: Path) -> Iterator[Path]:
     """A locked folder beside ``path`` that only this user may enter; gone after the block, with what is in it."""
-    with full_disk_told(path):
-        folder, descriptor = _locked_folder(path)
+    folder, descriptor = _locked_folder(path)
     try:
         yield folder
     finally:
@@ -95,15 +103,16 @@ def _locked_folder(path: Path) -> tuple[Path, int]:
             descriptor = os.open(folder, os.O_RDONLY)
         except FileNotFoundError:  # cleared away as abandoned in the instant before it was locked
             continue
-        _lock(descriptor, wait=True)
+        with suppress(OSError):  # a file system without locks: drafts are cleared away by hand there
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         if folder.exists():
             return folder, descriptor
         os.close(descriptor)
 
 
 @contextmanager
-def full_disk_told(path: Path) -> Iterator[None]:
-    """Say that there is no space for a file, whatever library meets it.
+def _full_disk_told(subject: str, advice: str) -> Iterator[None]:
+    """Say that there is no space for something, whatever library meets it.
 
     Raises:
         StorageFullError: no space is left.
@@ -116,9 +125,7 @@ def full_disk_told(path: Path) -> Iterator[None]:
         number = _error_number(error)
         if number not in _FULL:
             raise
-        raise StorageFullError(
-            f"No space for {path} ({os.strerror(number)}). What was there before is as it was; make room and do it again."
-        ) from error
+        raise StorageFullError(f"No space for {subject} ({os.strerror(number)}). {advice}") from error
 
 
 def _error_number(error: Exception) -> int:
@@ -148,10 +155,11 @@ class FileRecord:
 
 
 def write_whole(path: Path, chunks: Iterable[bytes | memoryview], *, what: str, size: int) -> FileRecord:
-    """Write a file so that it is there with all its bytes, on the disk, or not at all.
+    """Write one of the files of a job that is gone on with: it is there with all its bytes, on the disk, or not at all.
 
     Whoever writes the same file at the same time writes the same bytes, and the last rename stands. The folder has to be
-    synced afterwards (:func:`sync_folder`) for the name to outlive a power failure.
+    synced afterwards (:func:`sync_folder`) for the name to outlive a power failure, and cleared of abandoned drafts when
+    the job begins (:func:`remove_abandoned_parts`): it may have too many files to look for them at each.
 
     Args:
         path: the file; one of that name is replaced.
@@ -163,59 +171,45 @@ def write_whole(path: Path, chunks: Iterable[bytes | memoryview], *, what: str, 
         StorageFullError: no space is left, with what is needed.
         OSError: the folder cannot be written.
     """
-    kept = list(chunks)  # references, not copies
-    for attempt in (1, 2, 3):
-        try:
-            return _write_once(path, kept)
-        except FileNotFoundError:
-            # Someone who cleared abandoned parts met ours in the instant before it was locked.
-            if attempt == 3 or not path.parent.is_dir():
-                raise
-        except OSError as error:
-            if error.errno in _FULL:
-                raise StorageFullError(
-                    f"No space for {what}: {path.name} needs {size:,} bytes ({error.strerror}). What was written before is "
-                    "whole and stays. Make room and give the same command again; it goes on from there."
-                ) from error
-            raise
-    raise AssertionError
-
-
-def _write_once(path: Path, chunks: Iterable[bytes | memoryview]) -> FileRecord:
-    draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}{PART}")
     digest, written = hashlib.sha256(), 0
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINK, 0o666)
-    try:
-        with open(descriptor, "wb", buffering=0) as file:
-            _lock(descriptor)
-            for chunk in chunks:
-                digest.update(chunk)
-                rest = memoryview(chunk)
-                while rest:
-                    rest = rest[file.write(rest) :]
-                written += len(chunk)
-            os.fsync(descriptor)
-            os.replace(draft, path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
+    with (
+        _full_disk_told(f"{what}: {path.name} needs {size:,} bytes", _GOES_ON),
+        _draft_file(path) as draft,
+        draft.open("wb") as file,
+    ):
+        for chunk in chunks:
+            digest.update(chunk)
+            written += file.write(chunk)
     return FileRecord(written, digest.hexdigest())
+
+
+def hash_file(path: Path) -> FileRecord:
+    """Length and SHA-256 of a file.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    digest, size = hashlib.sha256(), 0
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+    return FileRecord(size, digest.hexdigest())
 
 
 def write_new(path: Path, text: str) -> bool:
     """Write a small file unless one of that name is there; whether we did. Of several who try, one does."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}{PART}")
-    write_whole(draft, [text.encode()], what=path.name, size=len(text.encode()))
-    try:
-        os.link(draft, path)  # unlike a rename, this does not replace
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without hard links
-        if path.exists():
+    with _full_disk_told(str(path), _AS_IT_WAS), _draft_folder(path) as folder:
+        draft = folder / path.name
+        write_whole(draft, [text.encode()], what=path.name, size=len(text.encode()))
+        try:
+            os.link(draft, path)  # unlike a rename, this does not replace
+        except FileExistsError:
             return False
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+        except OSError:  # a file system without hard links
+            if path.exists():
+                return False
+            os.replace(draft, path)
     sync_folder(path.parent)
     return True
 
@@ -263,12 +257,3 @@ def remove_abandoned_parts(folder: Path, name: str | None = None) -> int:
         finally:
             os.close(descriptor)
     return removed
-
-
-def _lock(descriptor: int, wait: bool = False) -> None:
-    if sys.platform == "win32":
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # a file system without locks: parts are cleared away by hand there
-        return

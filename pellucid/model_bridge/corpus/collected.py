@@ -332,7 +332,11 @@ def feature_dims(spec: HookSpec) -> list[str]:
 
 
 def write_collected(path: Path, collected: Collected, extra: Mapping[str, Any]) -> None:
-    """Write a collection, and ``extra`` (JSON) beside it."""
+    """Write a collection, and ``extra`` (JSON) beside it.
+
+    Raises:
+        StorageFullError: no space is left.
+    """
     keys = list(collected._statistics)
     table = {
         "hooks": [asdict(hook.spec) for hook in collected.hooks],

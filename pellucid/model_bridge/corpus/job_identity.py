@@ -29,15 +29,14 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
 from pellucid.config import HANDLED
-from pellucid.differences import differences
 from pellucid.errors import InputError
-from pellucid.files import Json
 from pellucid.hook_points import describe_function
 from pellucid.model_bridge.function_hash import code_hash, function_hash
 from pellucid.model_bridge.generalized_components.weights import stored_parts
 from pellucid.model_bridge.mounting import StandIn
 from pellucid.model_bridge.running import RunnableModel
 from pellucid.model_bridge.weights_hash import tensor_hash, weights_hash
+from pellucid.storage.json_text import Json, differences
 from pellucid.version import __version__
 
 NO_SETTING = frozenset(vars(nn.Module())) - {"training"} | {"name_or_path", "warnings_issued", "forward"}

@@ -17,13 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from pellucid.errors import StorageFullError
-from pellucid.files import remove_abandoned_parts, whole_file, whole_folder, write_new, write_whole
 from pellucid.running_stats import CountPositive, save_statistics
+from pellucid.storage.whole_files import remove_abandoned_parts, whole_file, whole_folder, write_new, write_whole
 
 KILLED = """
 import os, signal
 from pathlib import Path
-from pellucid.files import whole_file, whole_folder, write_whole
+from pellucid.storage.whole_files import whole_file, whole_folder, write_whole
 path = Path({path!r})
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -34,7 +34,7 @@ elif {how!r} == "folder":
     with whole_folder(path) as draft:
         (draft / "a").write_bytes(b"half"); kill()
 else:
-    import pellucid.files as files
+    import pellucid.storage.whole_files as files
     files.os.fsync = lambda descriptor: kill()
     write_whole(path, [b"half"], what="it", size=4)
 """
@@ -60,7 +60,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {"file": write_file, "folder": writ
 @pytest.mark.parametrize("how", WRITERS)
 def test_what_a_kill_left_is_removed_by_the_next_start(how: str, tmp_path: Path) -> None:
     path = tmp_path / "x"
-    done = subprocess.run([sys.executable, "-c", KILLED.format(path=str(path), how=how)], cwd=Path(__file__).parents[1])
+    done = subprocess.run([sys.executable, "-c", KILLED.format(path=str(path), how=how)], cwd=Path(__file__).parents[2])
     assert done.returncode == -signal.SIGKILL
     left = [entry.name for entry in tmp_path.iterdir()]
     assert len(left) == 1
@@ -156,7 +156,7 @@ def test_a_full_disk_is_told_in_a_sentence_whoever_meets_it(fail: Callable[[], N
 
 
 def test_the_kernels_own_refusal_is_told_too(tmp_path: Path) -> None:
-    from tests.scale.test_shard_files import largest_file
+    from tests.storage.test_safetensors_files import largest_file
 
     def write() -> None:
         with whole_file(tmp_path / "x") as draft:

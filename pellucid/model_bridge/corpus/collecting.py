@@ -1,0 +1,146 @@
+"""Collecting statistics of activations over a corpus: a reader of the one pass, at several places, keeping nothing.
+
+A tap on each hook point shows what passes to the statistics of the label being run. The forward ends after the last layer
+that has a tap, and the unembedding is left out unless it has one. With a checkpoint folder the pass can be interrupted
+anywhere: the state is written between batches, and the same call goes on from there with equal bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+from torch import Tensor
+
+from pellucid.arguments import check_kind, check_number, check_path
+from pellucid.corpora import Corpus, CorpusBatch
+from pellucid.errors import InputError
+from pellucid.model_bridge.corpus.collected import Collected, Hook, describe_request
+from pellucid.model_bridge.corpus.corpus_pass import (
+    PaddingSide,
+    PassBatch,
+    RowPlan,
+    StateFolder,
+    corpus_pass,
+    stop_after,
+)
+from pellucid.model_bridge.corpus.job_identity import job_identity
+from pellucid.model_bridge.running import RunnableModel
+from pellucid.names import HookSpec, NamesFilter
+from pellucid.progress import progress_bar
+from pellucid.running_stats import Statistic
+
+Requests: TypeAlias = Mapping[Any, Sequence[Statistic]] | Sequence[tuple[NamesFilter, Sequence[Statistic]]]
+"""``{name, glob or predicate: [statistics]}``, or pairs, where a filter may also be a list."""
+
+
+def collect(
+    bridge: RunnableModel,
+    corpus: Corpus,
+    statistics: Requests,
+    *,
+    batch_size: int,
+    labels: str | Sequence[str] | None,
+    start_row: int,
+    stop_row: int | None,
+    padding_side: PaddingSide,
+    progress: bool | None,
+    checkpoint: str | Path | None,
+    every: float,
+) -> Collected:
+    """See :meth:`pellucid.TransformerBridge.collect`."""
+    check_number("every", every, at_least=0)
+    check_kind("corpus", corpus, Corpus, "a Corpus")
+    folder = None if checkpoint is None else check_path("checkpoint", checkpoint)
+    hooks = requested_hooks(bridge, statistics)
+    plan = RowPlan(corpus.chosen(labels), batch_size, start_row, stop_row, padding_side)
+    batches = plan.batches(corpus)  # refuses what it cannot do before anything is read
+    counts = corpus.index(plan.labels, progress)
+    if 0 < start_row != stop_row and all(count.rows <= start_row for count in counts.values()):
+        raise InputError(
+            f"start_row={start_row} is beyond the last row of {', '.join(plan.labels)}: nothing would be run."
+        )
+    state, saved = Collected.empty(hooks, plan.labels), None
+    if folder is not None:
+        job = {
+            "statistics": describe_request(hooks),
+            "corpus": corpus.content_hash,
+            **plan.settings(),
+            **job_identity(bridge),
+        }
+        saved = StateFolder(bridge, folder, job, every, state)
+        state = saved.state
+        batches = plan.batches(corpus, state.n_rows)
+    taps = {hook.spec.name: partial(_update, state, hook.spec.name) for hook in hooks}
+    _refuse_reshaped(bridge, taps)
+    stop = stop_after([hook.spec for hook in hooks], bridge.runner.cfg.n_layers)
+    with (
+        progress_bar(total=plan.n_tokens(counts), desc="collecting", unit=" tokens", show=progress) as bar,
+        nullcontext() if saved is None else saved.interrupt_put_off(),
+    ):
+        bar.update(sum(state.n_tokens.values()))
+        for batch in corpus_pass(bridge, batches, taps, stop=stop, bar=bar, saved=saved):
+            batch.run()
+            state.saw(batch.rows.label, len(batch.rows.tokens), batch.n_tokens)
+        if saved is not None:
+            saved.write()
+    return state
+
+
+def _update(state: Collected, hook: str, values: Tensor, batch: PassBatch[CorpusBatch]) -> None:
+    for statistic in state.of(hook, batch.rows.label):
+        statistic.update(values, batch.mask, batch.places)
+
+
+def requested_hooks(model: RunnableModel, requests: Requests) -> list[Hook]:
+    """Points with their statistics, in firing order.
+
+    Raises:
+        HookNameError: a name that matches nothing.
+        InputError: nothing asked for, a point without features, a statistic asked for twice.
+    """
+    tree, given_by_caller = model.runner.tree, cast(Any, requests)
+    if not isinstance(requests, Mapping | Sequence) or isinstance(given_by_caller, str) or not requests:
+        raise InputError(f"statistics maps hook names to lists of statistics; found {requests!r}.")
+    pairs = list(requests.items()) if isinstance(requests, Mapping) else list(requests)
+    found: dict[str, list[Statistic]] = {}
+    for pair in pairs:
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise InputError(f"statistics is a list of pairs (hook, statistics); found {pair!r} in it.")
+        names_filter, given = pair
+        wanted = [given] if isinstance(given, Statistic) else list(given) if isinstance(given, Iterable) else []
+        if not wanted or not all(isinstance(each, Statistic) for each in wanted):
+            raise InputError(
+                f"Each hook has a list of statistics, such as [CountPositive()]; found {given!r} for {names_filter!r}."
+            )
+        for spec, _ in tree.index.select(names_filter, tree.cfg.flags, argument="a hook's name"):
+            _refuse_shapeless(spec)
+            found.setdefault(spec.name, []).extend(wanted)
+    for name, wanted in found.items():
+        names = [each.name for each in wanted]
+        twice = next((each for each in names if names.count(each) > 1), None)
+        if twice is not None:
+            raise InputError(f"The statistic {twice} is asked for twice at {name}.")
+    return [Hook(tree.index[name], tuple(found[name])) for name in tree.index if name in found]
+
+
+def _refuse_shapeless(spec: HookSpec) -> None:
+    """Refuse a tensor that has no features of its own.
+
+    Raises:
+        InputError: token ids, or a tensor over pairs of positions.
+    """
+    if spec.kind == "int" or "key_pos" in spec.axes:
+        what = "holds token ids" if spec.kind == "int" else f"is over pairs of positions [{', '.join(spec.axes)}]"
+        raise InputError(
+            f"{spec.name} {what}: there are no features to keep statistics of. Leave it out of the filter."
+        )
+
+
+def _refuse_reshaped(model: RunnableModel, names: Iterable[str]) -> None:
+    reshaped = [name for name in names if model.runner.tree.point(name).hook_conversion is not None]
+    if reshaped:
+        raise InputError(f"collect cannot tell the axes of {reshaped[0]}, which is shown in another shape.")
