@@ -16,79 +16,36 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import psutil
 import torch
 from torch import Tensor
 
 from pellucid.arguments import check_count
+from pellucid.axes import ROWS_AT_ONCE
 from pellucid.errors import InputError
-from pellucid.model_bridge.cache_plan import EMBEDDING
-from pellucid.model_bridge.generalized_components.weights import why_not_by_row
-from pellucid.model_bridge.job_identity import marks
 from pellucid.model_bridge.tokens import TextOrTokens, check_choice
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.padding import before_first_real
 from pellucid.progress import progress_bar
-from pellucid.sweep.base_run import BaseRun, base_bytes, needed_names, run_base
-from pellucid.sweep.edits import Edit, Write, Zero, resolve
-from pellucid.sweep.lazy_logits import Asked
+from pellucid.sweep.base_run import BaseRun, KeptRun, base_bytes
+from pellucid.sweep.edits import Write
 from pellucid.sweep.metrics import Metric
 from pellucid.sweep.packing import PackedModel, State
-from pellucid.sweep.plan import Batch, Costs, Limits, SweepPlan, divide, make_batches, resident, widest_rows
-from pellucid.sweep.runs import Run, make_run, needs_whole, stage_of
-from pellucid.sweep.scoring import MetricLike, Scorer, Unembedding, by_reads, check_metrics, make_scorer
-from pellucid.tables import Table
-
-EditSet: TypeAlias = Edit | Sequence[Edit]
-"""One edit, or several that are made together in one run."""
-
-ROWS_AT_ONCE = 512
-"""Packed rows that go through a block together: enough for quick matrix products, few enough for a processor's cache."""
-
-
-@dataclass(frozen=True, repr=False)
-class SweepResult:
-    """What a sweep found.
-
-    Attributes:
-        values: by metric, ``[edit, *score]``: ``[edit, row]`` for one of our metrics; NaN for edits not done.
-        base: by metric, the base run's own score.
-        done: ``[edit]``, which edits were done; all, unless the sweep was interrupted.
-        plan: how it was done.
-    """
-
-    values: Mapping[str, Tensor]
-    base: Mapping[str, Tensor]
-    done: Tensor
-    plan: SweepPlan
-
-    def _table(self) -> Table:
-        """Of each metric the base run's score, and the least and the largest of an edit."""
-        rows = [
-            (name, f"{float(self.base[name].double().mean()):.4g}", _extreme(values, False), _extreme(values, True))
-            for name, values in self.values.items()
-        ]
-        done = int(self.done.sum())
-        heading = f"SweepResult: {done} of {len(self.done)} edits done; mean over rows"
-        return Table(heading, ("metric", "base run", "least", "largest"), rows)
-
-    def __repr__(self) -> str:
-        return str(self._table())
-
-    def _repr_html_(self) -> str:
-        return self._table().html()
-
-
-def _extreme(values: Tensor, largest: bool) -> str:
-    """``0.25 at edit 3``."""
-    means = values.detach().double().cpu().reshape(len(values), -1).mean(-1) if values.numel() else values.new_empty(0)
-    known = means.isfinite()
-    if not known.any():
-        return "no edit has one"
-    edit = int(means.where(known, -torch.inf).argmax() if largest else means.where(known, torch.inf).argmin())
-    return f"{float(means[edit]):.4g} at edit {edit}"
+from pellucid.sweep.plan import Batch, Costs, Limits, SweepPlan, divide, make_batches, peak_bytes, widest_rows
+from pellucid.sweep.result import SweepResult
+from pellucid.sweep.runs import Run, make_run, needs_whole
+from pellucid.sweep.scoring import (
+    MetricLike,
+    Scorer,
+    UneditedLogits,
+    Unembedding,
+    by_reads,
+    check_metrics,
+    make_scorer,
+)
+from pellucid.sweep.unedited import EditSet, Unedited, refuse_training
 
 
 @dataclass(eq=False)
@@ -144,104 +101,76 @@ class Sweep:
         prepend_bos: bool | None = None,
         padding_side: Literal["left", "right"] | None = None,
     ) -> None:
-        _refuse_training(bridge)
         check_count("rows_at_once", rows_at_once)
         check_count("reserved", reserved, at_least=0)
-        self.bridge = bridge
+        if base_cache is not None and not isinstance(base_cache, Mapping):
+            raise InputError(f"base_cache is a cache, or a dictionary by hook name; found {type(base_cache).__name__}.")
+        refuse_training(bridge)
+        prepared = bridge.check_input(
+            input, prepend_bos=prepend_bos, padding_side=padding_side, attention_mask=attention_mask
+        )
+        self._unedited = Unedited(bridge, prepared, base_cache)
+        self._set(metric, logit_positions, memory_limit, reserved, rows_at_once)
+
+    @classmethod
+    def of(
+        cls,
+        unedited: Unedited,
+        metric: MetricLike | Mapping[str, MetricLike],
+        *,
+        logit_positions: Sequence[int] | None = None,
+        memory_limit: int | None = None,
+        reserved: int = 0,
+        rows_at_once: int = ROWS_AT_ONCE,
+    ) -> Sweep:
+        """A sweep of a run that other sweeps may have made already; the arguments are those of the class."""
+        check_count("rows_at_once", rows_at_once)
+        made = cls.__new__(cls)
+        made._unedited = unedited
+        made._set(metric, logit_positions, memory_limit, reserved, rows_at_once)
+        return made
+
+    def _set(
+        self,
+        metric: MetricLike | Mapping[str, MetricLike],
+        logit_positions: Sequence[int] | None,
+        memory_limit: int | None,
+        reserved: int,
+        rows_at_once: int,
+    ) -> None:
         self.metrics: dict[str, MetricLike] = dict(metric) if isinstance(metric, Mapping) else {"metric": metric}
         if not self.metrics:
             raise InputError("No metric was given.")
-        self._prepared_input = bridge.check_input(
-            input, prepend_bos=prepend_bos, padding_side=padding_side, attention_mask=attention_mask
-        )
-        self._positions = bridge.positions_of(self._prepared_input)
-        check_metrics(self.metrics, self.tokens, self.attention_mask, bridge.cfg.d_vocab, logit_positions)
-        if base_cache is not None and not isinstance(base_cache, Mapping):
-            raise InputError(f"base_cache is a cache, or a dictionary by hook name; found {type(base_cache).__name__}.")
-        self._base_cache = base_cache
+        check_metrics(self.metrics, self.tokens, self.attention_mask, self.bridge.cfg.d_vocab, logit_positions)
         self._logit_positions = logit_positions
         self._memory_limit = memory_limit
         self._reserved = reserved
         self._rows_at_once = rows_at_once
-        self._base: BaseRun | None = None
-        self._base_marks: tuple[object, ...] = ()
-        self._base_first = 0
 
     def __repr__(self) -> str:
         rows, columns = self.tokens.shape
         return f"Sweep({rows} rows of {columns} tokens; metrics {', '.join(self.metrics)})"
 
     @property
+    def bridge(self) -> TransformerBridge:
+        """The model."""
+        return self._unedited.bridge
+
+    @property
     def tokens(self) -> Tensor:
         """``[row, pos]``, the token ids of the base run's positions; ``NO_TOKEN`` at virtual ones."""
-        tokens = self._positions.tokens
-        assert tokens is not None
-        return tokens
+        return self._unedited.tokens
 
     @property
     def attention_mask(self) -> Tensor | None:
         """``[row, pos]`` of the base run's positions, ``None`` if nothing is padding."""
-        return self._positions.attention_mask
-
-    # -- what is asked for ---------------------------------------------------------------------------------------------
-
-    def _sizes(self) -> dict[str, int]:
-        cfg, (rows, length) = self.bridge.cfg, self.tokens.shape
-        return {
-            "batch": rows,
-            "pos": length,
-            "key_pos": length,
-            "n_heads": cfg.n_heads,
-            "d_head": cfg.d_head,
-            "d_model": cfg.d_model,
-            "d_mlp": cfg.d_mlp or 4 * cfg.d_model,
-            "d_vocab": cfg.d_vocab,
-            "1": 1,
-        }
-
-    def _resolve(self, edits: Iterable[EditSet]) -> list[list[Write]]:
-        sizes = self._sizes()
-        writes = []
-        for edit_set in edits:
-            if not isinstance(edit_set, Edit | Sequence):
-                raise InputError(f"A sweep takes Edits, or lists of them; found {type(edit_set).__name__}.")
-            members = [edit_set] if isinstance(edit_set, Edit) else list(edit_set)
-            for member in members:
-                if not isinstance(member, Edit):
-                    raise InputError(f"A sweep takes Edits, or lists of them; found {type(member).__name__}.")
-                self._refuse_tokens_of_wrapped(member)
-            writes.append(
-                [write for member in members for write in resolve(member, self.bridge.hook_spec(member.hook), sizes)]
-            )
-        return writes
-
-    def _refuse_tokens_of_wrapped(self, edit: Edit) -> None:
-        if self._positions.virtual and self.bridge.hook_spec(edit.hook).component == EMBEDDING:
-            raise InputError(
-                f"{edit.hook} has the tokens only, not the {self._positions.virtual} virtual positions that the model's "
-                "wrapper puts before them, so its positions are not the run's. Edit embed.hook_out, or give other tokens."
-            )
-
-    def needed_names(self, edits: Iterable[EditSet]) -> list[str]:
-        """The hooks that a ``base_cache`` must hold for these edits."""
-        writes = self._resolve(edits)
-        return needed_names(self.bridge.cfg.n_layers, self._first_layer(writes), _sites(writes))
-
-    def _first_layer(self, writes: Sequence[Sequence[Write]]) -> int:
-        n_layers = self.bridge.cfg.n_layers
-        return min((stage_of(write.spec, n_layers) for chosen in writes for write in chosen), default=n_layers)
+        return self._unedited.attention_mask
 
     # -- the base run --------------------------------------------------------------------------------------------------
 
-    def _run_base(self, writes: Sequence[Sequence[Write]]) -> BaseRun:
-        """The base run, made anew when edits need more of it than was kept, or the model is no longer the same."""
-        _refuse_training(self.bridge)
-        first, sites = self._first_layer(writes), _sites(writes)
-        base, marks = self._base, self._marks()
-        if base is None or marks != self._base_marks or first < self._base_first or not set(sites) <= set(base.sites):
-            base = run_base(self.bridge, self._prepared_input, first, sites, self._base_cache)
-            self._base, self._base_first, self._base_marks = base, first, marks
-        return base
+    def needed_names(self, edits: Iterable[EditSet]) -> list[str]:
+        """The hooks that a ``base_cache`` must hold for these edits."""
+        return self._unedited.needed_names(edits)
 
     def base_activations(self, hooks: Iterable[str]) -> Mapping[str, Tensor]:
         """The base run's activations at these hooks, for edits that are worked out from them.
@@ -254,16 +183,30 @@ class Sweep:
         Returns:
             By canonical name, ``[row, ...]``; not to be written to.
         """
-        with torch.no_grad():
-            return self._run_base(self._resolve(Edit(name, Zero()) for name in hooks)).sites
+        return self._unedited.activations(hooks)
 
-    def _marks(self) -> tuple[object, ...]:
-        """What the base run depends on and may change between two calls."""
-        return marks(self.bridge)
+    def base_scores(self, edits: Iterable[EditSet]) -> dict[str, Tensor]:
+        """Each metric of the base run. A sweep of these edits that follows does not run the base again."""
+        with torch.no_grad():
+            return self.scores(self._unedited.base(self._unedited.resolve(edits)))
+
+    def scores(self, run: BaseRun | KeptRun) -> dict[str, Tensor]:
+        """Each metric of a run of this sweep's input that nothing was edited in."""
+        with torch.no_grad():
+            unedited = UneditedLogits(Unembedding(self.bridge), run.final, run.logits)
+            return {name: unedited.score(scorer) for name, scorer in self._scorers(unedited).items()}
+
+    def _scorers(self, unedited: UneditedLogits) -> dict[str, Scorer]:
+        return {
+            name: make_scorer(
+                name, metric, self.tokens, self.attention_mask, self.bridge, unedited, self._logit_positions
+            )
+            for name, metric in self.metrics.items()
+        }
 
     def forget(self) -> None:
         """Let go of the base run and its memory; the next call makes it anew."""
-        self._base = None
+        self._unedited.forget()
 
     # -- planning ------------------------------------------------------------------------------------------------------
 
@@ -273,24 +216,13 @@ class Sweep:
             return self._prepare(edits).plan
 
     def _prepare(self, edits: Iterable[EditSet]) -> _Prepared:
-        writes = self._resolve(edits)
         bridge, n_layers = self.bridge, self.bridge.cfg.n_layers
-        base = self._run_base(writes)
+        writes = self._unedited.resolve(edits)
+        base, blocked = self._unedited.base(writes), self._unedited.why_whole()
         on_logits = any(write.spec.component == "unembed" for chosen in writes for write in chosen)
-        plain_unembed = Unembedding(bridge)
-        unembed = Unembedding(bridge, whole=True) if on_logits else plain_unembed
-        blocked = self._why_everything_whole()
-        if blocked:
-            logits = bridge(**self._input())
-            base_logits = partial(_cells_of_whole, logits)
-        else:
-            base_logits = partial(self._base_cells, base, plain_unembed)
-        scorers = {
-            name: make_scorer(
-                name, metric, self.tokens, self.attention_mask, bridge, base_logits, self._logit_positions
-            )
-            for name, metric in self.metrics.items()
-        }
+        unedited = UneditedLogits(Unembedding(bridge), base.final, base.logits)
+        unembed = Unembedding(bridge, whole=True) if on_logits else unedited.unembed
+        scorers = self._scorers(unedited)
         why = blocked or self._why_padding_whole(scorers)
         read = self._read(scorers)
         runs: list[list[Run]] = []
@@ -320,8 +252,8 @@ class Sweep:
         if on_logits:
             read_cells = max(scorer.reads.columns.numel() for scorer in scorers.values()) * bridge.cfg.d_vocab
         limit = self._limit()
-        kept = base_bytes(bridge, base.n_rows, base.length, self._base_first)
-        kept += sum(site.nbytes for site in base.sites.values())
+        kept = base_bytes(bridge, base.n_rows, base.length, self._unedited.first_layer)
+        kept += sum(site.nbytes for site in base.sites.values()) + (0 if base.logits is None else base.logits.nbytes)
         widest = max((sum(widest_rows(run, costs) for run in runs[edit]) for edit in packed), default=0)
         limits = divide(costs, limit, kept, widest, read_cells, self._rows_at_once, self._reserved)
         batches = make_batches(runs, packed, costs, limits, read_cells)
@@ -335,13 +267,10 @@ class Sweep:
             flops=sum(batch.flops for batch in batches) + len(whole) * costs.whole_flops(),
             flops_whole=len(writes) * costs.whole_flops(),
             base_bytes=kept,
-            peak_bytes=_peak(kept, batches, costs, limits, read_cells, bool(whole)),
+            peak_bytes=peak_bytes(kept, batches, costs, limits, read_cells, bool(whole)),
             memory_limit=limit,
         )
-        base_scores = {
-            name: scorer.score_whole(logits) if blocked else self._base_score(base, plain_unembed, scorer)
-            for name, scorer in scorers.items()
-        }
+        base_scores = {name: unedited.score(scorer) for name, scorer in scorers.items()}
         return _Prepared(runs, writes, whole, packed, base, scorers, base_scores, read, limits, plan, unembed)
 
     def _limit(self) -> int:
@@ -350,22 +279,6 @@ class Sweep:
         if self.bridge.device.type == "cuda":
             return int(torch.cuda.mem_get_info(self.bridge.device)[0]) // 2
         return int(psutil.virtual_memory().available) // 2
-
-    def _input(self) -> dict[str, Any]:
-        """The base run's input as a run of the bridge takes it."""
-        return {"input": self._prepared_input.tokens, "attention_mask": self._prepared_input.attention_mask}
-
-    def _why_everything_whole(self) -> str:
-        """Why edits can only be made by whole forwards, if so."""
-        if self._positions.past:
-            return "the model's wrapper gives it a key/value cache"
-        names = sorted({str(handle.name) for handle in self.bridge.live_hooks()})
-        if names:
-            return f"hooks are on {', '.join(names[:3])}{' and others' if len(names) > 3 else ''}"
-        if self.bridge.has_torch_hooks():
-            return "torch hooks are on the model"
-        mixing = why_not_by_row(self.bridge.hf_model)
-        return "" if mixing is None else f"{mixing}, which may compute a row from the others of its batch, too"
 
     def _why_padding_whole(self, scorers: Mapping[str, Scorer]) -> str:
         """A row of padding before the first token attends to everything, later columns too: not what packing assumes."""
@@ -385,21 +298,6 @@ class Sweep:
             frozenset(column for scorer in scorers.values() for column in scorer.reads.columns[row].tolist())
             for row in rows
         ]
-
-    # -- scores --------------------------------------------------------------------------------------------------------
-
-    def _base_cells(self, base: BaseRun, unembed: Unembedding, asked: Asked) -> Tensor:
-        """``[row, column, token]`` of the base run's logits."""
-        columns = torch.tensor(sorted(asked.columns))
-        tokens = None if asked.tokens is None else tuple(sorted(asked.tokens))
-        return unembed(base.residual[self.bridge.cfg.n_layers][:, columns], tokens)
-
-    def _base_score(self, base: BaseRun, unembed: Unembedding, scorer: Scorer) -> Tensor:
-        rows = torch.arange(base.n_rows)[:, None]
-        residual = base.residual[self.bridge.cfg.n_layers][rows, scorer.reads.columns]
-        score = scorer.score(unembed(residual, scorer.reads.tokens)[None])[0]
-        assert score is not None
-        return score
 
     # -- running -------------------------------------------------------------------------------------------------------
 
@@ -529,16 +427,9 @@ class Sweep:
         for write in prepared.writes[edit]:
             by_name.setdefault(write.spec.name, []).append(write)
         hooks = [(name, partial(_make_whole, tuple(writes))) for name, writes in by_name.items()]
-        logits = self.bridge.run_with_hooks(**self._input(), fwd_hooks=hooks)
+        logits = self.bridge.run_with_hooks(**self._unedited.input, fwd_hooks=hooks)
         for name, scorer in prepared.scorers.items():
             _put(values, name, edit, scorer.score_whole(logits))
-
-
-def _refuse_training(bridge: TransformerBridge) -> None:
-    if bridge.hf_model.training:
-        raise InputError(
-            "The model is in training mode, where dropout makes every run another. Call bridge.eval() first."
-        )
 
 
 def _put(values: dict[str, Tensor], name: str, edit: int, score: Tensor) -> None:
@@ -562,26 +453,3 @@ def _make_whole(writes: Sequence[Write], tensor: Tensor, hook: Any) -> None:
 
 def _changes(writes: Sequence[Write], base: BaseRun) -> bool:
     return any(write.where_it_changes(base.sites[write.spec.name]).kept for write in writes)
-
-
-def _sites(writes: Sequence[Sequence[Write]]) -> list[str]:
-    return list(dict.fromkeys(write.spec.name for chosen in writes for write in chosen))
-
-
-def _cells_of_whole(logits: Tensor, asked: Asked) -> Tensor:
-    cells = logits[:, torch.tensor(sorted(asked.columns))]
-    return cells if asked.tokens is None else cells[..., torch.tensor(sorted(asked.tokens))]
-
-
-def _peak(kept: int, batches: Sequence[Batch], costs: Costs, limits: Limits, read_cells: int, whole: bool) -> int:
-    """Bytes that the process grows by at the worst moment."""
-    peaks = [resident(kept, costs.chunk_bytes(costs.n_rows * costs.length))]  # the base run itself
-    if whole:
-        peaks.append(resident(kept, costs.chunk_bytes(costs.n_rows * costs.length), costs.whole_logit_bytes()))
-    states = max((costs.state_bytes(batch.rows) for batch in batches), default=0)
-    for batch in batches:
-        rows, mlp_rows = (max(1, min(limits.rows_at_once, rows)) for rows in (batch.rows, batch.mlp_rows))
-        peaks.append(resident(kept, states + costs.chunk_bytes(rows, mlp_rows)))
-        logits = costs.logit_bytes(read_cells) * min(limits.logit_edits, len(batch.edits))
-        peaks.append(resident(kept, states, logits))
-    return max(peaks)

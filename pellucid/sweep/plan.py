@@ -237,6 +237,20 @@ def resident(base_bytes: int, alive: int, logits: int = 0, heap: float = HEAP) -
     return base_bytes + int(heap * alive) + int((LARGE_BLOCKS if mapped else heap) * logits) + WORKSPACE + 1
 
 
+def peak_bytes(kept: int, batches: Sequence[Batch], costs: Costs, limits: Limits, read_cells: int, whole: bool) -> int:
+    """Bytes that the process grows by at the worst moment."""
+    peaks = [resident(kept, costs.chunk_bytes(costs.n_rows * costs.length))]  # the base run itself
+    if whole:
+        peaks.append(resident(kept, costs.chunk_bytes(costs.n_rows * costs.length), costs.whole_logit_bytes()))
+    states = max((costs.state_bytes(batch.rows) for batch in batches), default=0)
+    for batch in batches:
+        rows, mlp_rows = (max(1, min(limits.rows_at_once, rows)) for rows in (batch.rows, batch.mlp_rows))
+        peaks.append(resident(kept, states + costs.chunk_bytes(rows, mlp_rows)))
+        logits = costs.logit_bytes(read_cells) * min(limits.logit_edits, len(batch.edits))
+        peaks.append(resident(kept, states, logits))
+    return max(peaks)
+
+
 def make_batches(
     edits: Sequence[Sequence[Run]], order: Sequence[int], costs: Costs, limits: Limits, read_cells: int
 ) -> tuple[Batch, ...]:
