@@ -62,6 +62,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("model_bridge.collecting",),
     ("model_bridge.transformer_bridge",),
     ("", "model_bridge", "sweep.*"),
+    ("experiments.*",),
     ("analysis.*", "demo.*", "patching.*", "scale.*"),
     ("plots.*", "report.*"),
     ("cli.*",),
