@@ -30,12 +30,13 @@ from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.padding import before_first_real
 from pellucid.progress import progress_bar
 from pellucid.sweep.base_run import BaseRun, KeptRun, base_bytes
+from pellucid.sweep.edited_rows import EditedRow, make_edited_row, needs_whole
 from pellucid.sweep.edits import Write
 from pellucid.sweep.metrics import Metric
-from pellucid.sweep.packing import PackedModel, State
+from pellucid.sweep.packed_attention import RowGroup
+from pellucid.sweep.packing import PackedModel
 from pellucid.sweep.plan import Batch, Costs, Limits, SweepPlan, divide, make_batches, peak_bytes, widest_rows
 from pellucid.sweep.result import SweepResult
-from pellucid.sweep.runs import Run, make_run, needs_whole
 from pellucid.sweep.scoring import (
     MetricLike,
     Scorer,
@@ -52,7 +53,7 @@ from pellucid.sweep.unedited import EditSet, Unedited, refuse_training
 class _Prepared:
     """Edits resolved against the base run."""
 
-    runs: list[list[Run]]
+    edited: list[list[EditedRow]]
     writes: list[list[Write]]
     whole: list[int]
     packed: list[int]
@@ -225,18 +226,18 @@ class Sweep:
         scorers = self._scorers(unedited)
         why = blocked or self._why_padding_whole(scorers)
         read = self._read(scorers)
-        runs: list[list[Run]] = []
+        edited: list[list[EditedRow]] = []
         whole, packed = [], []
         for edit, chosen in enumerate(writes):
             by_row: dict[int, list[Write]] = {}
             for write in chosen:
                 by_row.setdefault(write.row, []).append(write)
             made = [
-                run
+                each
                 for row, of_row in by_row.items()
-                if (run := make_run(edit, of_row, base.sites, n_layers, base.length, read[row])) is not None
+                if (each := make_edited_row(edit, of_row, base.sites, n_layers, base.length, read[row])) is not None
             ]
-            runs.append(made)
+            edited.append(made)
             if why or needs_whole(chosen):
                 if _changes(chosen, base):
                     whole.append(edit)
@@ -254,9 +255,9 @@ class Sweep:
         limit = self._limit()
         kept = base_bytes(bridge, base.n_rows, base.length, self._unedited.first_layer)
         kept += sum(site.nbytes for site in base.sites.values()) + (0 if base.logits is None else base.logits.nbytes)
-        widest = max((sum(widest_rows(run, costs) for run in runs[edit]) for edit in packed), default=0)
+        widest = max((sum(widest_rows(each, costs) for each in edited[edit]) for edit in packed), default=0)
         limits = divide(costs, limit, kept, widest, read_cells, self._rows_at_once, self._reserved)
-        batches = make_batches(runs, packed, costs, limits, read_cells)
+        batches = make_batches(edited, packed, costs, limits, read_cells)
         plan = SweepPlan(
             n_edits=len(writes),
             n_unchanged=len(writes) - len(whole) - len(packed),
@@ -271,7 +272,7 @@ class Sweep:
             memory_limit=limit,
         )
         base_scores = {name: unedited.score(scorer) for name, scorer in scorers.items()}
-        return _Prepared(runs, writes, whole, packed, base, scorers, base_scores, read, limits, plan, unembed)
+        return _Prepared(edited, writes, whole, packed, base, scorers, base_scores, read, limits, plan, unembed)
 
     def _limit(self) -> int:
         if self._memory_limit is not None:
@@ -354,14 +355,14 @@ class Sweep:
 
     def _run_batch(self, prepared: _Prepared, model: PackedModel, batch: Batch, values: dict[str, Tensor]) -> set[int]:
         """Run one batch; returns the edits that have to be run whole."""
-        base, states = prepared.base, model.run(batch.runs)
+        base, groups = prepared.base, model.run(batch.edited)
         again: set[int] = set()
         place = {edit: i for i, edit in enumerate(batch.edits)}
         for scorers in by_reads(prepared.scorers):
             reads = scorers[0].reads
             for start in range(0, len(batch.edits), prepared.limits.logit_edits):
                 chosen = batch.edits[start : start + prepared.limits.logit_edits]
-                residual = self._final_residual(base, states, reads.columns, place, start, len(chosen))
+                residual = self._final_residual(base, groups, reads.columns, place, start, len(chosen))
                 logits = self._final_logits(prepared, chosen, residual, reads.columns, reads.tokens)
                 for scorer in scorers:
                     for edit, score in zip(chosen, scorer.score(logits), strict=True):
@@ -369,28 +370,34 @@ class Sweep:
                             again.add(edit)
                         elif isinstance(scorer.metric, Metric):
                             # Rows that the edit leaves alone keep the base run's bits.
-                            rows = [run.row for run in prepared.runs[edit]]
+                            rows = [each.row for each in prepared.edited[edit]]
                             values[scorer.name][edit, rows] = score[rows]
                         else:
                             _put(values, scorer.name, edit, score)
         return again
 
     def _final_residual(
-        self, base: BaseRun, states: Sequence[State], columns: Tensor, place: Mapping[int, int], start: int, count: int
+        self,
+        base: BaseRun,
+        groups: Sequence[RowGroup],
+        columns: Tensor,
+        place: Mapping[int, int],
+        start: int,
+        count: int,
     ) -> Tensor:
         """``[edit, row, read, d_model]``: what leaves the last layer at the columns read."""
         rows = torch.arange(base.n_rows)[:, None]
         unedited = base.residual[self.bridge.cfg.n_layers][rows, columns]
         residual = unedited.expand(count, *unedited.shape).clone()
         read = columns.tolist()
-        for state in states:
-            for i, run in enumerate(state.runs):
-                edit = place[run.edit] - start
+        for group in groups:
+            for i, each in enumerate(group.edited):
+                edit = place[each.edit] - start
                 if not 0 <= edit < count:
                     continue
-                for j, column in enumerate(read[run.row]):
-                    if column in state.columns:
-                        residual[edit, run.row, j] = state.residual[i, state.columns.index(column)]
+                for j, column in enumerate(read[each.row]):
+                    if column in group.columns:
+                        residual[edit, each.row, j] = group.residual[i, group.columns.index(column)]
         return residual
 
     def _final_logits(
@@ -407,12 +414,12 @@ class Sweep:
         read = columns.tolist()
         placed: dict[str, list[tuple[Write, Tensor]]] = {}
         for e, edit in enumerate(edits):
-            for run in prepared.runs[edit]:
-                for write in run.writes.get(n_layers, ()):
-                    there = read[run.row]
+            for each in prepared.edited[edit]:
+                for write in each.writes.get(n_layers, ()):
+                    there = read[each.row]
                     kept = tuple(k for k in write.kept if write.declared[k] in there)
                     if kept:
-                        first = (e * n_rows + run.row) * n_read
+                        first = (e * n_rows + each.row) * n_read
                         at = torch.tensor([first + there.index(write.declared[k]) for k in kept])
                         placed.setdefault(write.spec.name, []).append((write.kept_to(kept), at))
         if not placed:

@@ -3,8 +3,8 @@
 Operations are counted as two a multiplication-addition. Per packed row a block costs ``24 d_model^2`` for its four
 projections and ``4 d_model`` for each key it attends to; unembedding a row costs ``2 d_model`` for each token read.
 
-Memory is what is alive at the worst moment, summed from the sizes of the tensors (the base run; the states of a batch's
-runs; the temporaries of one chunk in a block, of which the MLP's eager GELU has the most; the logits), times what the
+Memory is what is alive at the worst moment, summed from the sizes of the tensors (the base run; the groups of a batch's
+edited rows; the temporaries of one chunk in a block, of which the MLP's eager GELU has the most; the logits), times what the
 allocator makes of it.
 """
 
@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import InputError
+from pellucid.sweep.edited_rows import EditedRow
 from pellucid.sweep.packing import SCORES_AT_ONCE
-from pellucid.sweep.runs import Run
 from pellucid.tables import BriefFields
 
 BATCH_CHUNKS = 8
@@ -52,14 +52,14 @@ class Batch(BriefFields):
 
     Attributes:
         edits: which.
-        runs: their runs.
+        edited: their edited rows.
         rows: packed rows at the widest layer.
         mlp_rows: packed rows in the layers before the last, where all of them go through the MLP.
         flops: operations.
     """
 
     edits: tuple[int, ...]
-    runs: tuple[Run, ...]
+    edited: tuple[EditedRow, ...]
     rows: int
     mlp_rows: int
     flops: int
@@ -252,23 +252,23 @@ def peak_bytes(kept: int, batches: Sequence[Batch], costs: Costs, limits: Limits
 
 
 def make_batches(
-    edits: Sequence[Sequence[Run]], order: Sequence[int], costs: Costs, limits: Limits, read_cells: int
+    edits: Sequence[Sequence[EditedRow]], order: Sequence[int], costs: Costs, limits: Limits, read_cells: int
 ) -> tuple[Batch, ...]:
     """Gather edits to batches whose states fit, those that enter at one layer together.
 
     Args:
-        edits: the runs of each edit.
+        edits: the edited rows of each edit.
         order: edits that need running.
         costs: the model's.
         limits: what fits.
         read_cells: logits that one edit's metric reads.
     """
-    ordered = sorted(order, key=lambda edit: (min(run.stage for run in edits[edit]), edit))
+    ordered = sorted(order, key=lambda edit: (min(each.stage for each in edits[edit]), edit))
     batches: list[Batch] = []
     chosen: list[int] = []
     rows = 0
     for edit in ordered:
-        width = sum(widest_rows(run, costs) for run in edits[edit])
+        width = sum(widest_rows(each, costs) for each in edits[edit])
         if chosen and rows + width > limits.batch_rows:
             batches.append(_batch(chosen, edits, rows, costs, read_cells))
             chosen, rows = [], 0
@@ -279,21 +279,21 @@ def make_batches(
     return tuple(batches)
 
 
-def widest_rows(run: Run, costs: Costs) -> int:
-    """Packed rows of a run where it has most."""
-    if run.stage >= costs.cfg.n_layers - 1:
-        return len(run.columns)
-    return max(len(run.columns), costs.length - run.first)
+def widest_rows(edited: EditedRow, costs: Costs) -> int:
+    """Packed rows of an edited row where it has most."""
+    if edited.stage >= costs.cfg.n_layers - 1:
+        return len(edited.columns)
+    return max(len(edited.columns), costs.length - edited.first)
 
 
-def _batch(chosen: list[int], edits: Sequence[Sequence[Run]], rows: int, costs: Costs, read_cells: int) -> Batch:
-    runs = tuple(run for edit in chosen for run in edits[edit])
+def _batch(chosen: list[int], edits: Sequence[Sequence[EditedRow]], rows: int, costs: Costs, read_cells: int) -> Batch:
+    edited = tuple(each for edit in chosen for each in edits[edit])
     flops = len(chosen) * costs.unembed_flops(read_cells)
     n_layers = costs.cfg.n_layers
-    for run in runs:
-        if 0 <= run.stage < n_layers:
-            flops += costs.block_flops(len(run.columns))
-        later = n_layers - max(run.stage + 1, 0)
-        flops += later * costs.block_flops(costs.length - run.first)
-    mlp_rows = sum(widest_rows(run, costs) for run in runs if run.stage < n_layers - 1)
-    return Batch(tuple(chosen), runs, rows, mlp_rows, flops)
+    for each in edited:
+        if 0 <= each.stage < n_layers:
+            flops += costs.block_flops(len(each.columns))
+        later = n_layers - max(each.stage + 1, 0)
+        flops += later * costs.block_flops(costs.length - each.first)
+    mlp_rows = sum(widest_rows(each, costs) for each in edited if each.stage < n_layers - 1)
+    return Batch(tuple(chosen), edited, rows, mlp_rows, flops)

@@ -19,8 +19,8 @@ from pellucid.model_bridge.job_identity import marks
 from pellucid.model_bridge.running import Prepared
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.sweep.base_run import BaseRun, KeptRun, keep_run, needed_names, run_base
+from pellucid.sweep.edited_rows import stage_of
 from pellucid.sweep.edits import Edit, Write, Zero, resolve
-from pellucid.sweep.runs import stage_of
 
 EditSet: TypeAlias = Edit | Sequence[Edit]
 """One edit, or several that are made together in one run."""

@@ -412,6 +412,23 @@ def test_a_function_of_what_is_there() -> None:
         torch.testing.assert_close(found, last_real(logits, None), **CLOSE)
 
 
+def test_a_function_may_run_the_model() -> None:
+    """What it runs is neither edited nor packed."""
+    bridge = make_bridge()
+    tokens, other = random_tokens(2, 7), random_tokens(3, 5, seed=8)
+    apart = bridge.hf_model(other).logits[0, -1, :48]
+    edits = [
+        Edit(hook, Apply(lambda region: region + bridge.hf_model(other).logits[0, -1, :48]), positions=position)
+        for hook in ("blocks.1.hook_resid_pre", "blocks.1.hook_mlp_out", "blocks.2.hook_resid_pre")
+        for position in (3, 6)
+    ]
+    result = Sweep(bridge, tokens, LogitDifference(ANSWER, FOIL)).run(edits)
+    assert result.plan.n_whole == 0
+    for edit, found in zip(edits, result.values["metric"], strict=True):
+        added = Edit(edit.hook, Add(apart), positions=edit.positions)
+        torch.testing.assert_close(found, last_real(whole_logits(bridge, tokens, added), None), **CLOSE)
+
+
 def test_an_interrupted_sweep_gives_what_it_has() -> None:
     bridge = make_bridge()
     tokens = random_tokens(1, 9)
