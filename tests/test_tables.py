@@ -50,6 +50,7 @@ INTERNAL = {
     "Keeper": "inside a run",
     "Metric": "abstract",
     "Mounted": "abstract",
+    "PackedAttention": "inside a sweep",
     "PackedModel": "inside a sweep",
     "Processor": "inside process_weights",
     "Recorder": "inside a sweep",

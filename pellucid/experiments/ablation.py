@@ -122,7 +122,8 @@ class Ablation(Experiment):
             return Zero() if self.how == "zero" else FromRun(values, rows=drawn or None)
 
         grid = make_grid(bridge, prompts, found, words, value, options)
-        sweep = Sweep.of(
+        sweep = Sweep(
+            bridge,
             prompts.unedited(bridge),
             self.metric,
             logit_positions=options.logit_positions,
@@ -174,12 +175,8 @@ def ablation(
 ) -> xr.DataArray:
     """Run :class:`Ablation`: ablate every place of a site, one after the other: all heads of a model in one call.
 
-    Args:
-        bridge: the model, in eval mode.
-        input: prompt or prompts that are run: text, texts, or ids ``[row, pos]``.
-        metric: as in :func:`~pellucid.experiments.activation_patching.activation_patching`.
-        progress: show a bar on standard error; by default on a terminal.
-        on_interrupt: at a KeyboardInterrupt raise it, or return what is done, with NaN elsewhere.
+    Arguments are the fields of the experiment and of :class:`SweepOptions`; ``progress`` and ``on_interrupt`` those of its
+    ``run``.
 
     Returns:
         ``[*by]`` as ``activation_patching`` returns it.

@@ -155,7 +155,7 @@ class ActivationPatching(Experiment, PatchingChoices):
         if self.metric is None:
             raise InputError("No metric was given: experiment.with_metric(metric) has one.")
         pair, options, rows = self._pair(), self.options, self.options.rows
-        make_sweep = partial(Sweep.of, metric=self.metric, logit_positions=options.logit_positions)
+        make_sweep = partial(Sweep, self.bridge, metric=self.metric, logit_positions=options.logit_positions)
         make_sweep(pair.base)  # refuses what it cannot do, before anything is run
         source = pair.source_run()
         limit = left_of(options.memory_limit, source.nbytes)
@@ -215,14 +215,8 @@ def activation_patching(
 ) -> xr.DataArray:
     """Run :class:`ActivationPatching`: patch every place of a site, one after the other, from one run into another.
 
-    Args:
-        bridge: the model, in eval mode.
-        clean: prompt or prompts on which the model does what is studied: text, texts, or ids ``[row, pos]``.
-        corrupted: their counterparts, of as many tokens row by row.
-        metric: what is measured: a metric of :mod:`pellucid.sweep`, such as ``LogitDifference(answer, foil)``; a function
-            of logits ``[row, pos, d_vocab]`` that gives a number, or one a row; or several by name.
-        progress: show a bar on standard error; by default on a terminal.
-        on_interrupt: at a KeyboardInterrupt raise it, or return what is done, with NaN elsewhere.
+    Arguments are the fields of the experiment and of :class:`SweepOptions`; ``progress`` and ``on_interrupt`` those of its
+    ``run``.
 
     Returns:
         ``[*by]`` (with several metrics ``[metric, *by]``; with ``rows="each"`` a last axis ``row``), coordinates

@@ -147,7 +147,8 @@ class PathPatching(Experiment):
         grid = _grid(
             first, sending, hearing if self.each_receiver else None, columns if self.each_position else None, edits
         )
-        sweep = Sweep.of(
+        sweep = Sweep(
+            bridge,
             unedited,
             self.metric,
             logit_positions=options.logit_positions,
@@ -156,7 +157,7 @@ class PathPatching(Experiment):
         )
         reference = Reference(self.value)
         if self.value == "normalized":
-            new = Sweep.of(other, self.metric, logit_positions=options.logit_positions).scores(paths.new)
+            new = Sweep(bridge, other, self.metric, logit_positions=options.logit_positions).scores(paths.new)
             ends = [in_float32(sweep.scores(paths.original_run)), in_float32(new)]
             for end in ends:
                 check_scores(end, first.n_rows, options.rows)
@@ -205,15 +206,8 @@ def path_patching(
 ) -> xr.DataArray:
     """Run :class:`PathPatching`: the effect of each sender through the paths to given receivers.
 
-    Args:
-        bridge: the model, in eval mode.
-        original: prompt or prompts that are run: text, texts, or ids ``[row, pos]``.
-        new: their counterparts, from which senders are taken; of as many tokens row by row.
-        metric: as in :func:`~pellucid.experiments.activation_patching.activation_patching`.
-        senders: names or globs of :mod:`pellucid.experiments.paths`.
-        receivers: likewise.
-        progress: show a bar on standard error; by default on a terminal.
-        on_interrupt: at a KeyboardInterrupt raise it, or return what is done, with NaN elsewhere.
+    Arguments are the fields of the experiment and of :class:`SweepOptions`; ``progress`` and ``on_interrupt`` those of its
+    ``run``.
 
     Returns:
         ``[sender]``, ``[sender, receiver]``, and a last ``pos`` with ``each_position`` (``[metric, ...]`` for several

@@ -81,7 +81,8 @@ class CorruptedRun:
 
     def sweep(self, reserved: int = 0) -> Sweep:
         """A sweep of it, with ``reserved`` bytes of the limit kept for the values of edits."""
-        return Sweep.of(
+        return Sweep(
+            self.model,
             self.unedited,
             self.metrics,
             logit_positions=self.options.logit_positions,

@@ -71,7 +71,8 @@ class Sweep:
 
     Args:
         bridge: the model, in eval mode.
-        input: the base run's prompt or prompts: a string, strings, or token ids ``[row, pos]``.
+        input: the base run's prompt or prompts: a string, strings, or token ids ``[row, pos]``; or an :class:`Unedited`
+            run that other sweeps share, which has its own mask and cache.
         metric: a :class:`~pellucid.sweep.metrics.Metric`, a function of logits ``[row, pos, d_vocab]``, or several by
             name. A function is watched on the base run, and only the logits that it reads are computed for each edit.
         attention_mask: ``[row, pos]``, 1 at real tokens; inferred for strings.
@@ -83,6 +84,10 @@ class Sweep:
         prepend_bos: put the beginning-of-sequence token before strings.
         padding_side: of shorter strings.
 
+    Attributes:
+        tokens: ``[row, pos]``, the token ids of the base run's positions; ``NO_TOKEN`` at virtual ones.
+        attention_mask: ``[row, pos]`` of the base run's positions, ``None`` if nothing is padding.
+
     Raises:
         InputError: the model is in training mode; see also ``TransformerBridge.forward``.
     """
@@ -90,7 +95,7 @@ class Sweep:
     def __init__(
         self,
         bridge: TransformerBridge,
-        input: TextOrTokens,
+        input: TextOrTokens | Unedited,
         metric: MetricLike | Mapping[str, MetricLike],
         *,
         attention_mask: Tensor | None = None,
@@ -107,65 +112,23 @@ class Sweep:
         if base_cache is not None and not isinstance(base_cache, Mapping):
             raise InputError(f"base_cache is a cache, or a dictionary by hook name; found {type(base_cache).__name__}.")
         refuse_training(bridge)
-        prepared = bridge.check_input(
-            input, prepend_bos=prepend_bos, padding_side=padding_side, attention_mask=attention_mask
-        )
-        self._unedited = Unedited(bridge, prepared, base_cache)
-        self._set(metric, logit_positions, memory_limit, reserved, rows_at_once)
-
-    @classmethod
-    def of(
-        cls,
-        unedited: Unedited,
-        metric: MetricLike | Mapping[str, MetricLike],
-        *,
-        logit_positions: Sequence[int] | None = None,
-        memory_limit: int | None = None,
-        reserved: int = 0,
-        rows_at_once: int = ROWS_AT_ONCE,
-    ) -> Sweep:
-        """A sweep of a run that other sweeps may have made already; the arguments are those of the class."""
-        check_count("rows_at_once", rows_at_once)
-        made = cls.__new__(cls)
-        made._unedited = unedited
-        made._set(metric, logit_positions, memory_limit, reserved, rows_at_once)
-        return made
-
-    def _set(
-        self,
-        metric: MetricLike | Mapping[str, MetricLike],
-        logit_positions: Sequence[int] | None,
-        memory_limit: int | None,
-        reserved: int,
-        rows_at_once: int,
-    ) -> None:
+        if not isinstance(input, Unedited):
+            prepared = bridge.check_input(
+                input, prepend_bos=prepend_bos, padding_side=padding_side, attention_mask=attention_mask
+            )
+            input = Unedited(bridge, prepared, base_cache)
+        self.bridge, self._unedited = bridge, input
+        self.tokens, self.attention_mask = input.tokens, input.attention_mask
         self.metrics: dict[str, MetricLike] = dict(metric) if isinstance(metric, Mapping) else {"metric": metric}
         if not self.metrics:
             raise InputError("No metric was given.")
-        check_metrics(self.metrics, self.tokens, self.attention_mask, self.bridge.cfg.d_vocab, logit_positions)
-        self._logit_positions = logit_positions
-        self._memory_limit = memory_limit
-        self._reserved = reserved
-        self._rows_at_once = rows_at_once
+        check_metrics(self.metrics, self.tokens, self.attention_mask, bridge.cfg.d_vocab, logit_positions)
+        self._logit_positions, self._rows_at_once = logit_positions, rows_at_once
+        self._memory_limit, self._reserved = memory_limit, reserved
 
     def __repr__(self) -> str:
         rows, columns = self.tokens.shape
         return f"Sweep({rows} rows of {columns} tokens; metrics {', '.join(self.metrics)})"
-
-    @property
-    def bridge(self) -> TransformerBridge:
-        """The model."""
-        return self._unedited.bridge
-
-    @property
-    def tokens(self) -> Tensor:
-        """``[row, pos]``, the token ids of the base run's positions; ``NO_TOKEN`` at virtual ones."""
-        return self._unedited.tokens
-
-    @property
-    def attention_mask(self) -> Tensor | None:
-        """``[row, pos]`` of the base run's positions, ``None`` if nothing is padding."""
-        return self._unedited.attention_mask
 
     # -- the base run --------------------------------------------------------------------------------------------------
 

@@ -464,7 +464,7 @@ def test_a_function_takes_the_fields_of_its_experiment(function: Any, experiment
     for name, argument in arguments.items():
         if experiment is not ActivationPatching or name != "metric":
             assert argument.default == fields[name].default, name
-        assert f"{name}: " in (function.__doc__ or ""), name
+        assert f"{name}: " in (function.__doc__ or "") + (experiment.__doc__ or ""), name
 
 
 # -- the sweep ---------------------------------------------------------------------------------------------------------
