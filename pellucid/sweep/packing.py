@@ -275,9 +275,9 @@ class PackedModel:
             if once_a_group and by_group:
                 assert self._attention is not None
                 by_group = [by_group[self._attention.current]]
-            with mixing_by(None):  # a function of the user's may run the model
-                for place in chain.from_iterable(by_group):
-                    hooks_suppressed(place.write.make, tensor[place.number or 0], place.places)
+            for place in chain.from_iterable(by_group):
+                # A function of the user's may run the model, which is neither edited nor packed then.
+                hooks_suppressed(place.write.make, tensor[place.number or 0], place.places)
 
         return make
 

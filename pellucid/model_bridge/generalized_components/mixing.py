@@ -44,8 +44,8 @@ def current_mixing() -> Mixing | None:
 
 
 @contextmanager
-def mixing_by(mixing: Mixing | None) -> Iterator[None]:
-    """For the length of a ``with`` block let ``mixing`` make z; ``None`` for the component itself."""
+def mixing_by(mixing: Mixing) -> Iterator[None]:
+    """For the length of a ``with`` block let ``mixing`` make z. What is run with hooks suppressed knows nothing of it."""
     token = _MIXING.set(mixing)
     try:
         yield
