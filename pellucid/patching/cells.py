@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import psutil
@@ -55,7 +55,7 @@ class Cell:
     setter: PatchSetter
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class CorruptedRun:
     """The corrupted run, and how to sweep it.
 
@@ -73,11 +73,9 @@ class CorruptedRun:
     options: SweepOptions
     verbose: bool = True
 
-    @cached_property
-    def unedited(self) -> Unedited:
-        """The run itself, which all sweeps of it share."""
+    def __post_init__(self) -> None:
         prepared = self.model.check_input(self.tokens, attention_mask=self.options.attention_mask)
-        return Unedited(self.model, prepared)
+        self.unedited = Unedited(self.model, prepared)  # which all sweeps of it share
 
     def sweep(self, reserved: int = 0) -> Sweep:
         """A sweep of it, with ``reserved`` bytes of the limit kept for the values of edits."""

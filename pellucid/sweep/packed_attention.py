@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pellucid.model_bridge.generalized_components.mixing import Attends
+from pellucid.model_bridge.generalized_components.mixing import Attends, Projection
 from pellucid.sweep.base_run import BaseRun
 from pellucid.sweep.edited_rows import EditedRow
 
@@ -74,18 +74,18 @@ class PackedAttention:
         self.current = 0
         """The group whose scores and pattern are being computed; hooks on those fire once a group."""
 
-    def project(self, attention: Attends, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def project(self, attention: Attends, project: Projection) -> Tensor:
         """Keep what all rows project, for a pass of the wanted columns that follows; nothing else of this pass is used.
 
         Raises:
             Projected: always.
         """
-        self._projected = q, k, v
+        self._projected = project()
         raise Projected
 
-    def __call__(self, attention: Attends, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, attention: Attends, project: Projection) -> Tensor:
         """``[1, packed row, n_heads, d_head]`` of the wanted columns, from queries, keys and values of all of them."""
-        q, k, v = self._projected or (q, k, v)
+        q, k, v = self._projected or project()
         base, may_fuse = self._base, self._fast_bias is not None and attention.may_fuse()
         parts, start = [], 0
         for number, (group, wanted) in enumerate(zip(self._groups, self._wanted, strict=True)):

@@ -279,8 +279,8 @@ FAULTS = (
     Fault(
         "attention in the last layer has the wanted rows' keys alone",
         "pellucid/sweep/packed_attention.py",
-        "q, k, v = self._projected or (q, k, v)",
-        "q, k, v = q, k, v",
+        "q, k, v = self._projected or project()",
+        "q, k, v = project()",
         "tests/sweep/test_engine.py",
     ),
     Fault(

@@ -103,11 +103,12 @@ class BloomAttentionBridge(JointQKVAttentionBridge):
             _refuse_missing(hidden_states=hidden_states, residual=residual, alibi=alibi)
             raise AssertionError("unreachable")
         attention = self.module
-        q, k, v = self.project(self.fire("hook_in", hidden_states))
+        hidden_states = self.fire("hook_in", hidden_states)
         pattern, own, mixing = None, False, current_mixing()
         if mixing is not None:
-            z = mixing(self, q, k, v)
+            z = mixing(self, partial(self.project, hidden_states))
         else:
+            q, k, v = self.project(hidden_states)
             keys, values = k.transpose(1, 2), v.transpose(1, 2)
             if layer_past is not None:
                 keys, values = layer_past.update(keys, values, attention.layer_idx)

@@ -32,8 +32,11 @@ class Attends(Protocol):
         """Mixed values ``[batch, pos, n_heads, d_head]``, and the pattern if there is one."""
 
 
-Mixing: TypeAlias = Callable[[Attends, Tensor, Tensor, Tensor], Tensor]
-"""``(component, q, k, v)`` to ``z``, each ``[batch, pos, n_heads, d_head]``; the hook of z is still to fire."""
+Projection: TypeAlias = Callable[[], tuple[Tensor, Tensor, Tensor]]
+"""Queries, keys and values ``[batch, pos, n_heads, d_head]``, after their hooks; computed when it is called."""
+
+Mixing: TypeAlias = Callable[[Attends, Projection], Tensor]
+"""``(component, project)`` to ``z`` ``[batch, pos, n_heads, d_head]``, whose hook is still to fire."""
 
 _MIXING: ContextVar[Mixing | None] = ContextVar("pellucid_mixing", default=None)
 
