@@ -8,7 +8,7 @@ So whatever a setter does, a sweep computes only what the change can reach, and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -73,9 +73,15 @@ class CorruptedRun:
     options: SweepOptions
     verbose: bool = True
 
-    def __post_init__(self) -> None:
-        prepared = self.model.check_input(self.tokens, attention_mask=self.options.attention_mask)
-        self.unedited = Unedited(self.model, prepared)  # which all sweeps of it share
+    _unedited: Unedited | None = field(default=None, init=False)
+
+    @property
+    def unedited(self) -> Unedited:
+        """The run itself, which all sweeps of it share."""
+        if self._unedited is None:  # read here: a warning of it names the first line that is not Pellucid's
+            prepared = self.model.check_input(self.tokens, attention_mask=self.options.attention_mask)
+            self._unedited = Unedited(self.model, prepared)
+        return self._unedited
 
     def sweep(self, reserved: int = 0) -> Sweep:
         """A sweep of it, with ``reserved`` bytes of the limit kept for the values of edits."""
