@@ -339,9 +339,9 @@ def row_layers(plan: SweepPlan, n_layers: int, length: int) -> int:
     """Packed rows that go through blocks, summed over layers."""
     total = 0
     for batch in plan.batches:
-        for run in batch.runs:
-            entering = len(run.columns) if 0 <= run.stage < n_layers else 0
-            total += entering + (n_layers - max(run.stage + 1, 0)) * (length - run.first)
+        for each in batch.edited:
+            entering = len(each.columns) if 0 <= each.stage < n_layers else 0
+            total += entering + (n_layers - max(each.stage + 1, 0)) * (length - each.first)
     return total
 
 

@@ -6,7 +6,8 @@ static cache, its whole capacity); ``n_heads``; ``d_head``; ``d_model``; ``d_mlp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 AXES: Mapping[str, str] = {
     "batch": "rows of the batch (prompts, times beams under beam search)",
@@ -19,3 +20,10 @@ AXES: Mapping[str, str] = {
     "d_vocab": "entries of the vocabulary",
     "1": "a single number",
 }
+
+Index: TypeAlias = int | slice | Sequence[int] | None
+"""Which places of an axis: one index, a slice, several indices, or ``None`` for all; negative ones count from the end."""
+
+ROWS_AT_ONCE = 512
+"""Packed rows of a sweep that go through a block together: enough for quick matrix products, few enough for a processor's
+cache."""

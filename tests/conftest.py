@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import pytest
 import torch
+from transformers import BloomForCausalLM
 
 from pellucid import TransformerBridge
 
@@ -21,3 +25,18 @@ def demo() -> TransformerBridge:
     from pellucid.demo import load_demo_bridge
 
     return load_demo_bridge()
+
+
+@pytest.fixture
+def entered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many columns each call of the Hugging Face model is given, one after the other."""
+    calls: list[int] = []
+    forward = BloomForCausalLM.forward
+
+    @functools.wraps(forward)
+    def counting(self: Any, input_ids: Any = None, **settings: Any) -> Any:
+        calls.append(input_ids.shape[1])
+        return forward(self, input_ids, **settings)
+
+    monkeypatch.setattr(BloomForCausalLM, "forward", counting)
+    return calls

@@ -64,6 +64,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("model_bridge.corpus.*",),
     ("model_bridge.transformer_bridge",),
     ("", "model_bridge", "sweep.*"),
+    ("experiments.*",),
     ("analysis.*", "demo.*", "patching.*", "scale.*"),
     ("plots.*", "report.*"),
     ("cli.*",),

@@ -16,9 +16,9 @@ import torch
 import pellucid
 from pellucid import Corpus, TransformerBridge
 from pellucid.analysis.ablation import prepare_ablation
-from pellucid.analysis.cells import find_site, read_prompts
 from pellucid.analysis.neurons import force
 from pellucid.conversion_utils.conversion_steps import ChainTensorConversion, RearrangeTensorConversion
+from pellucid.experiments.places import find_site, read_prompts
 from pellucid.model_bridge.generalized_components import LinearBridge
 from pellucid.model_bridge.self_check import CheckReport, CheckResult
 from pellucid.patching import generic_activation_patch, layer_pos_patch_setter
@@ -52,6 +52,7 @@ INTERNAL = {
     "Hooks": "inside a bridge",
     "Metric": "abstract",
     "Mounted": "abstract",
+    "PackedAttention": "inside a sweep",
     "PackedModel": "inside a sweep",
     "Processor": "inside process_weights",
     "Recorder": "inside a sweep",
@@ -120,7 +121,9 @@ def objects(bridge: TransformerBridge, tmp_path_factory: pytest.TempPathFactory)
     for statistic in statistics.values():
         statistic.update(torch.randn(2, 40, 200), torch.ones(2, 40, dtype=torch.bool))
     store = tmp_path_factory.mktemp("store")
-    labelled = prepare_ablation(bridge, tokens[:1], LogitDifference(1, 2), "z", ("layer", "head"), how="zero")
+    labelled = prepare_ablation(
+        bridge, tokens[:1], LogitDifference(1, 2), "z", ("layer", "head"), how="zero"
+    ).labelled()
     made = {
         "bridge": bridge,
         "cfg": bridge.cfg,

@@ -28,11 +28,11 @@ from pellucid.cli.files import (
 from pellucid.cli.mistakes import INTERRUPTED, Commands, told_to_a_person
 from pellucid.cli.options import (
     DEMO,
+    Asked,
     Attention,
     AttentionOption,
     Debug,
     Device,
-    Direction,
     DocumentKind,
     Dtype,
     DtypeOption,
@@ -48,10 +48,11 @@ from pellucid.cli.options import (
     Revision,
     StoreDtype,
     Tail,
+    asks_for,
     example,
     layer_list,
-    number_list,
 )
+from pellucid.experiments.options import PatchingChoices, SweepOptions
 
 app = typer.Typer(
     cls=Commands,
@@ -290,7 +291,9 @@ def neurons(
     short_help="Activation patching between two prompts.",
     epilog=example("pellucid patch --site z --by layer,head --picture heads.html"),
 )
+@asks_for(PatchingChoices, SweepOptions)
 def patch(
+    *,
     model: Model = DEMO,
     clean: Annotated[
         str | None, typer.Option(help="A prompt on which MODEL does what you study. For demo there is one.")
@@ -305,32 +308,7 @@ def patch(
     metric: Annotated[
         MetricName, typer.Option(help="log-probability and probability are of --answer; kl-divergence needs no tokens.")
     ] = MetricName.logit_difference,
-    site: Annotated[
-        str, typer.Option(help="resid_pre, resid_mid, attn_out, mlp_out, z, q, k, v, pattern, mlp_post, ...")
-    ] = "resid_pre",
-    by: Annotated[
-        str | None,
-        typer.Option(
-            help="Axes of the result, such as layer,pos or layer,head or layer,head,pos or layer,neuron. What is not named "
-            "is patched together."
-        ),
-    ] = None,
-    direction: Annotated[
-        Direction, typer.Option(help="denoising puts clean values into the corrupted run, noising the other way round.")
-    ] = Direction.denoising,
-    normalize: Annotated[
-        bool, typer.Option(help="0 is the corrupted run's metric and 1 the clean run's; else the metric itself.")
-    ] = True,
-    layers: Annotated[str | None, typer.Option(help="Some layers only, such as 0,5,11.")] = None,
-    positions: Annotated[str | None, typer.Option(help="Some positions only, such as 3,-1.")] = None,
-    heads: Annotated[str | None, typer.Option(help="Some heads only.")] = None,
-    neurons: Annotated[
-        int | None, typer.Option(min=1, help="With neuron in --by: consecutive neurons in a cell.")
-    ] = None,
-    prepend_bos: Annotated[
-        bool,
-        typer.Option("--prepend-bos", help="Put the beginning-of-sequence token first; BLOOM was trained without."),
-    ] = False,
+    asked: Asked,
     out: Annotated[
         Path | None,
         typer.Option(help="A folder for patch.json (everything, to load again) and patch.csv (the numbers)."),
@@ -340,9 +318,6 @@ def patch(
     ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="How many of the strongest cells to list.")] = 10,
     plan: Annotated[bool, typer.Option("--plan", help="Say how much work it is, and stop.")] = False,
-    memory_limit: Annotated[
-        int | None, typer.Option(min=1, help="MiB to take beside the model; by default half of what is available.")
-    ] = None,
     revision: Revision = None,
     device: Device = None,
     dtype: DtypeOption = Dtype.auto,
@@ -368,21 +343,13 @@ def patch(
             answer=answer,
             foil=foil,
             metric=metric,
-            site=site,
-            by=None if by is None else tuple(word.strip() for word in by.split(",")),
-            direction=direction,
-            normalize=normalize,
-            layers=layer_list(layers),
-            positions=number_list(positions, "--positions"),
-            heads=number_list(heads, "--heads"),
-            neurons=neurons,
-            prepend_bos=prepend_bos,
+            choices=asked.make(PatchingChoices),
+            options=asked.make(SweepOptions),
             out=out,
             picture=picture,
             force=force,
             top_k=top_k,
             plan=plan,
-            memory_limit=None if memory_limit is None else memory_limit * 2**20,
         )
         whole = patch_model(choice, request, format)
     if not whole:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, dataclass
 from enum import Enum
-from typing import Annotated
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_origin
 
 import typer
 
+from pellucid.axes import Index
 from pellucid.errors import InputError
+from pellucid.experiments.options import NeuronGroups, options_of
 
 DEMO = "demo"
 """The MODEL that stands for the embedded one."""
@@ -75,13 +79,6 @@ class MetricName(str, Enum):
     log_probability = "log-probability"
     probability = "probability"
     kl_divergence = "kl-divergence"
-
-
-class Direction(str, Enum):
-    """Which run is edited."""
-
-    denoising = "denoising"
-    noising = "noising"
 
 
 @dataclass(frozen=True)
@@ -155,3 +152,98 @@ def number_list(text: str | None, option: str) -> list[int] | None:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise InputError(f"{option} takes numbers with commas between them, such as 0,5,11; found {text!r}.") from None
+
+
+# -- options that the library declares -----------------------------------------------------------------------------------
+
+Reader: TypeAlias = Callable[[Any, str], Any]
+"""What was typed, and the option it was typed for, to what the library takes."""
+
+Made = TypeVar("Made")
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+MIB = 2**20
+
+
+def _as_typed(typed: Any, option: str) -> Any:
+    return typed.value if isinstance(typed, Enum) else typed
+
+
+def _words(typed: str | None, option: str) -> tuple[str, ...] | None:
+    return None if typed is None else tuple(word.strip() for word in typed.split(","))
+
+
+TYPED: Mapping[Any, tuple[Any, Mapping[str, Any], str, Reader]] = {
+    Index: (str | None, {}, " Numbers with commas, such as 0,5,11.", number_list),
+    str | Sequence[str] | None: (str | None, {}, " Words with commas, such as layer,head.", _words),
+    int | NeuronGroups | None: (int | None, {"min": 1}, "", _as_typed),
+}
+"""For a type of the library: that of what is typed, how typer checks it, what the help adds, and its reader."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was typed for the options that :func:`asks_for` added."""
+
+    typed: Mapping[str, Any]
+
+    def make(self, kind: type[Made]) -> Made:
+        """An object of the library with the options that were typed.
+
+        Raises:
+            InputError: a list that is none, or what the object refuses.
+        """
+        return kind(**{each.name: _reader(each)(self.typed[each.name], _flag(each)) for each in _asked(kind)})
+
+
+def asks_for(*kinds: type) -> Callable[[Command], Callable[..., Any]]:
+    """Give a command the options that objects of the library declare; it gets what was typed as ``asked``."""
+
+    def decorate(command: Command) -> Callable[..., Any]:
+        signature = inspect.signature(command, eval_str=True)
+        parameters: list[inspect.Parameter] = []
+        for parameter in signature.parameters.values():
+            added = [_parameter(each) for kind in kinds for each in _asked(kind)]
+            parameters += added if parameter.name == "asked" else [parameter]
+
+        def call(**given: Any) -> Any:
+            own = {name: given.pop(name) for name in list(given) if name in signature.parameters}
+            return command(**own, asked=Asked(given))
+
+        call.__name__, call.__doc__ = command.__name__, command.__doc__
+        vars(call)["__signature__"] = signature.replace(parameters=parameters)
+        return call
+
+    return decorate
+
+
+def _asked(kind: type) -> list[Field[Any]]:
+    return [each for each in options_of(kind) if each.metadata["command"]]
+
+
+def _flag(each: Field[Any]) -> str:
+    return "--" + each.name.replace("_", "-")
+
+
+def _reader(each: Field[Any]) -> Reader:
+    if each.metadata["bytes"]:
+        return lambda typed, option: None if typed is None else typed * MIB
+    return TYPED[each.type][3] if each.type in TYPED else _as_typed
+
+
+def _parameter(each: Field[Any]) -> inspect.Parameter:
+    """The option of a field as typer declares one."""
+    kind, default, more = each.type, each.default, ""
+    checks: Mapping[str, Any] = {}
+    if kind in TYPED:
+        kind, checks, more, _ = TYPED[kind]
+    elif each.metadata["bytes"]:
+        checks, more = {"min": 1}, " In MiB."
+    elif get_origin(kind) is Literal:
+        choices = Enum(each.name.capitalize(), {word: word for word in get_args(kind)}, type=str)  # type: ignore[misc]
+        kind, default = choices, choices(default)
+    declared = [_flag(each)] if kind == bool | None else []  # given or not, with no --no-...
+    option = typer.Option(*declared, help=each.metadata["help"] + more, **checks)
+    return inspect.Parameter(
+        each.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
+    )

@@ -1,7 +1,7 @@
 """``pellucid patch``: activation patching from two prompts to a table, files and a picture.
 
 The folder of ``--out`` gets two files. ``patch.json`` is the whole document that ``--format json`` prints; its ``result``
-is read back by ``pellucid.analysis.labelled.from_document``. ``patch.csv`` has a line for each cell, for spreadsheets.
+is read back by ``pellucid.experiments.labelled.from_document``. ``patch.csv`` has a line for each cell, for spreadsheets.
 """
 
 from __future__ import annotations
@@ -9,25 +9,21 @@ from __future__ import annotations
 import csv
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 import xarray as xr
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
 import pellucid
-from pellucid.analysis.cells import check_by, find_site, read_prompts, refuse_different_lengths
-from pellucid.analysis.labelled import LabelledSweep, to_document
-from pellucid.analysis.patching import default_by, prepare_activation_patching
 from pellucid.cli.files import PATCH_FILES
 from pellucid.cli.models import commit_of, open_bridge
-from pellucid.cli.options import Direction, Format, MetricName, ModelChoice
+from pellucid.cli.options import Format, MetricName, ModelChoice
 from pellucid.cli.output import table, write_json
 from pellucid.cli.prompt import as_typed
 from pellucid.cli.terminal import messages, results
@@ -35,6 +31,9 @@ from pellucid.cli.tokens import expected, read_token
 from pellucid.demo.predictions import Prediction, next_tokens
 from pellucid.demo.prompts import PATCHING_PAIR
 from pellucid.errors import InputError
+from pellucid.experiments.activation_patching import ActivationPatching
+from pellucid.experiments.labelled import to_document
+from pellucid.experiments.options import PatchingChoices, SweepOptions
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.storage.json_text import Json, write_json_file
 from pellucid.storage.whole_files import whole_file
@@ -60,21 +59,13 @@ class PatchRequest:
     answer: str | None
     foil: str | None
     metric: MetricName
-    site: str
-    by: tuple[str, ...] | None
-    direction: Direction
-    normalize: bool
-    layers: list[int] | None
-    positions: list[int] | None
-    heads: list[int] | None
-    neurons: int | None
-    prepend_bos: bool
+    choices: PatchingChoices
+    options: SweepOptions
     out: Path | None
     picture: Path | None
     force: bool
     top_k: int
     plan: bool
-    memory_limit: int | None
 
 
 @dataclass(frozen=True)
@@ -143,42 +134,30 @@ def patch_model(choice: ModelChoice, request: PatchRequest, format: Format) -> b
     """
     prompts = _prompts(choice, request)
     bridge = open_bridge(choice)
-    site = find_site(bridge, request.site)
-    by = check_by(site, default_by(site) if request.by is None else request.by)
-    if request.picture is not None and len(by) > 3:
-        raise InputError(f"A picture has up to three axes; --by has {len(by)}. Leave one out, or take --out.")
-    pair = [read_prompts(bridge, text, prepend_bos=request.prepend_bos) for text in prompts]
-    refuse_different_lengths(pair[0], pair[1], ("--clean", "--corrupted"))
-    with torch.no_grad():
-        logits = [bridge(prompt.input()[0])[:, -1] for prompt in pair]
+    experiment = ActivationPatching(bridge, *prompts, metric=None, options=request.options, **vars(request.choices))
+    if request.picture is not None and len(experiment.axes) > 3:
+        raise InputError(
+            f"A picture has up to three axes; --by has {len(experiment.axes)}. Leave one out, or take --out."
+        )
+    logits = experiment.last_logits()
     metric, named = _metric(bridge, choice, request, logits)
-    prepared = prepare_activation_patching(
-        bridge,
-        pair[0].input()[0],
-        pair[1].input()[0],
-        metric,
-        request.site,
-        by,
-        direction=request.direction.value,
-        normalize=request.normalize,
-        layers=request.layers,
-        positions=request.positions,
-        heads=request.heads,
-        neurons=request.neurons,
-        memory_limit=request.memory_limit,
-    )
+    experiment = experiment.with_metric(metric)
     if request.plan:
-        _show_plan(prepared, format)
+        _show_plan(experiment, format)
         return True
-    messages().print(Text(str(prepared.plan()), "dim"))
-    result = prepared.run(on_interrupt="return")
-    scores = [float(metric(bridge_logits[:, None])) for bridge_logits in logits]
-    sides = [
-        Side(text, prompt.labels[0], next_tokens(bridge.tokenizer, after[0], 3), score)
-        for text, prompt, after, score in zip(prompts, pair, logits, scores, strict=True)
-    ]
-    base = 1 if request.direction is Direction.denoising else 0
-    normal = float(1 - base) if request.normalize else scores[base]
+    messages().print(Text(str(experiment.plan()), "dim"))
+    result = experiment.run(on_interrupt="return")
+    sides = {
+        name: Side(
+            text,
+            prompt.labels[0],
+            next_tokens(bridge.tokenizer, logits[name][0], 3),
+            float(metric(logits[name][:, None])),
+        )
+        for text, (name, prompt) in zip(prompts, experiment.prompts.items(), strict=True)
+    }
+    base = "corrupted" if request.choices.direction == "denoising" else "clean"
+    normal = float(base == "clean") if request.choices.normalize else sides[base].metric
     about: dict[str, Json] = {
         "pellucid": pellucid.__version__,
         "model": choice.name,
@@ -187,7 +166,7 @@ def patch_model(choice: ModelChoice, request: PatchRequest, format: Format) -> b
         "dtype": str(bridge.dtype).removeprefix("torch."),
         **named,
     }
-    found = Found(about, sides[0], sides[1], result.assign_attrs(model=choice.name), normal)
+    found = Found(about, sides["clean"], sides["corrupted"], result.assign_attrs(model=choice.name), normal)
     document = _document(found, request)
     written = _write(found, document, request)
     if format is Format.json:
@@ -222,24 +201,24 @@ def _prompts(choice: ModelChoice, request: PatchRequest) -> tuple[str, str]:
 
 
 def _metric(
-    bridge: TransformerBridge, choice: ModelChoice, request: PatchRequest, logits: Sequence[Tensor]
+    bridge: TransformerBridge, choice: ModelChoice, request: PatchRequest, logits: Mapping[str, Tensor]
 ) -> tuple[Metric, dict[str, Json]]:
     """The metric, and the tokens it reads as the document names them."""
     if request.metric not in READS_ANSWER:
         _refuse_token(request.answer, "--answer", request.metric)
         _refuse_token(request.foil, "--foil", request.metric)
-        return KLDivergence(logits[0]), {}
+        return KLDivergence(logits["clean"]), {}
     typed_answer, typed_foil = request.answer, request.foil
     if choice.is_demo and request.clean is None and typed_answer is None and typed_foil is None:
         typed_answer, typed_foil = PATCHING_PAIR.answer, PATCHING_PAIR.foil
         if request.metric is not MetricName.logit_difference:
             typed_foil = None
-    answer = _token(bridge, typed_answer, "--answer", "clean", logits[0][0])
+    answer = _token(bridge, typed_answer, "--answer", "clean", logits["clean"][0])
     if request.metric is not MetricName.logit_difference:
         _refuse_token(typed_foil, "--foil", request.metric)
         metric = LogProbability(answer) if request.metric is MetricName.log_probability else Probability(answer)
         return metric, {"answer": _named(bridge, answer)}
-    foil = _token(bridge, typed_foil, "--foil", "corrupted", logits[1][0])
+    foil = _token(bridge, typed_foil, "--foil", "corrupted", logits["corrupted"][0])
     if answer == foil:
         raise InputError(f"--answer and --foil are the same token, {token_label(bridge.tokenizer, answer)}.")
     return LogitDifference(answer, foil), {"answer": _named(bridge, answer), "foil": _named(bridge, foil)}
@@ -262,8 +241,8 @@ def _refuse_token(typed: str | None, option: str, metric: MetricName) -> None:
         raise InputError(f"{option} has no meaning for --metric {metric.value}: leave it out.")
 
 
-def _show_plan(prepared: LabelledSweep, format: Format) -> None:
-    plan = prepared.plan()
+def _show_plan(experiment: ActivationPatching, format: Format) -> None:
+    plan = experiment.plan()
     if format is Format.json:
         numbers: dict[str, Json] = {key: value for key, value in asdict(plan).items() if isinstance(value, int | str)}
         write_json(numbers | {"n_batches": len(plan.batches)})

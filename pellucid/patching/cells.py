@@ -8,7 +8,7 @@ So whatever a setter does, a sweep computes only what the change can reach, and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -16,13 +16,15 @@ import psutil
 import torch
 from torch import Tensor
 
-from pellucid.arguments import check_choice, check_mapping, check_memory_limit
+from pellucid.arguments import check_choice, check_mapping
 from pellucid.errors import CacheKeyError, HookValueError, InputError
+from pellucid.experiments.options import SweepOptions
 from pellucid.hook_points import bits_differ
 from pellucid.model_bridge.tokens import TextOrTokens
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.names import HookSpec, get_act_name
 from pellucid.sweep import Edit, EditSet, Metric, MetricLike, SetTo, Sweep, SweepResult
+from pellucid.sweep.unedited import Unedited
 
 MetricFn: TypeAlias = Callable[[Tensor], Any]
 """A function of logits ``[batch, pos, d_vocab]``."""
@@ -54,30 +56,42 @@ class Cell:
     setter: PatchSetter
 
 
-@dataclass(frozen=True, eq=False)
-class Run:
-    """The corrupted run, and how to sweep it: the keyword arguments that all functions share."""
+@dataclass(eq=False)
+class CorruptedRun:
+    """The corrupted run, and how to sweep it.
+
+    Attributes:
+        model: the bridge.
+        tokens: of the run.
+        metrics: by name.
+        options: of the sweep.
+        verbose: show a progress bar on a terminal.
+    """
 
     model: TransformerBridge
     tokens: TextOrTokens
     metrics: Mapping[str, MetricLike]
-    attention_mask: Tensor | None = None
-    logit_positions: Sequence[int] | None = None
-    memory_limit: int | None = None
+    options: SweepOptions
     verbose: bool = True
 
-    def __post_init__(self) -> None:
-        check_memory_limit(self.memory_limit)
+    _unedited: Unedited | None = field(default=None, init=False)
+
+    @property
+    def unedited(self) -> Unedited:
+        """The run itself, which all sweeps of it share."""
+        if self._unedited is None:  # read here: a warning of it names the first line that is not Pellucid's
+            prepared = self.model.check_input(self.tokens, attention_mask=self.options.attention_mask)
+            self._unedited = Unedited(self.model, prepared)
+        return self._unedited
 
     def sweep(self, reserved: int = 0) -> Sweep:
         """A sweep of it, with ``reserved`` bytes of the limit kept for the values of edits."""
         return Sweep(
             self.model,
-            self.tokens,
+            self.unedited,
             self.metrics,
-            attention_mask=self.attention_mask,
-            logit_positions=self.logit_positions,
-            memory_limit=self.memory_limit,
+            logit_positions=self.options.logit_positions,
+            memory_limit=self.options.memory_limit,
             reserved=reserved,
         )
 
@@ -153,7 +167,7 @@ def cell_of(model: TransformerBridge, activation_name: str, index: list[Any], se
 
 
 def run_cells(
-    run: Run, cells: Sequence[Cell], clean_cache: Mapping[str, Tensor]
+    run: CorruptedRun, cells: Sequence[Cell], clean_cache: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Score every cell.
 
@@ -162,7 +176,8 @@ def run_cells(
     """
     clean = {name: clean_activation(clean_cache, name) for name in dict.fromkeys(cell.hook for cell in cells)}
     sizes = run.model.estimate_cache(run.tokens, names_filter=list(clean)) if clean else {}
-    limit = run.memory_limit if run.memory_limit is not None else int(psutil.virtual_memory().available) // 2
+    given = run.options.memory_limit
+    limit = given if given is not None else int(psutil.virtual_memory().available) // 2
     share = min(limit // VALUES, len(cells) * max(sizes.values(), default=0))
     results = [
         result
@@ -173,7 +188,7 @@ def run_cells(
     return values, dict(results[0].base)
 
 
-def _run_group(run: Run, cells: Sequence[Cell], clean: Mapping[str, Tensor], share: int) -> list[SweepResult]:
+def _run_group(run: CorruptedRun, cells: Sequence[Cell], clean: Mapping[str, Tensor], share: int) -> list[SweepResult]:
     """Score some cells, a part of them whenever their new values fill ``share`` bytes."""
     sweep = run.sweep(reserved=share)
     base = sweep.base_activations(list(dict.fromkeys(cell.hook for cell in cells)))

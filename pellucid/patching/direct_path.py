@@ -8,8 +8,7 @@ nothing in between is recomputed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,12 +16,18 @@ from torch import Tensor
 
 from pellucid.arguments import check_choice, check_count
 from pellucid.errors import InputError, UnsupportedModelError
+from pellucid.experiments.labelled import switched
+from pellucid.experiments.options import SweepOptions
 from pellucid.model_bridge.tokens import TextOrTokens
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
-from pellucid.patching.cells import Run, clean_activation, metrics_of, reduced
+from pellucid.names import Flag
+from pellucid.patching.cells import CorruptedRun, clean_activation, metrics_of, reduced
 from pellucid.progress import progress_bar
 from pellucid.run_context import hooks_suppressed
 from pellucid.sweep import Add, Edit, MetricLike, Sweep
+
+SPLIT_INPUTS: tuple[Flag, ...] = ("use_split_qkv_input",)
+"""The heads' own inputs, which are switched on for the call."""
 
 
 def get_act_patch_direct_path(
@@ -65,19 +70,12 @@ def get_act_patch_direct_path(
         CacheKeyError: a run did not keep ``hook_z``.
         UnsupportedModelError: a norm's output is this model's residual stream, so that no path is direct.
     """
-    run = Run(
-        model,
-        corrupted_tokens,
-        metrics_of(patching_metric, "scalar"),
-        attention_mask,
-        logit_positions,
-        memory_limit,
-        verbose,
-    )
+    options = SweepOptions(attention_mask=attention_mask, logit_positions=logit_positions, memory_limit=memory_limit)
+    run = CorruptedRun(model, corrupted_tokens, metrics_of(patching_metric, "scalar"), options, verbose)
     _check(model, component)
     for word, given, size in (("src_layer", src_layer, model.cfg.n_layers), ("src_head", src_head, model.cfg.n_heads)):
         check_count(word, given, 0, size - 1)
-    with _split_inputs(model):
+    with switched(model, SPLIT_INPUTS):
         writes = _write_differences(model, src_layer, clean_cache, corrupted_cache)
         return _from_sender(run, run.sweep(), writes[:, :, src_head], src_layer, component, run.progress)
 
@@ -115,20 +113,13 @@ def get_act_patch_direct_path_all_sources(
     Raises:
         as :func:`get_act_patch_direct_path`.
     """
-    run = Run(
-        model,
-        corrupted_tokens,
-        metrics_of(patching_metric, "scalar"),
-        attention_mask,
-        logit_positions,
-        memory_limit,
-        verbose,
-    )
+    options = SweepOptions(attention_mask=attention_mask, logit_positions=logit_positions, memory_limit=memory_limit)
+    run = CorruptedRun(model, corrupted_tokens, metrics_of(patching_metric, "scalar"), options, verbose)
     _check(model, component)
     n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
     found = torch.zeros(n_layers, n_heads, n_layers, n_heads, dtype=run.dtype, device=model.device)
     bar = progress_bar(total=n_layers * n_heads, desc="direct paths", unit="sender", show=run.progress)
-    with _split_inputs(model), bar:
+    with switched(model, SPLIT_INPUTS), bar:
         sweep = run.sweep()
         for layer in range(n_layers):
             writes = _write_differences(model, layer, clean_cache, corrupted_cache)
@@ -145,23 +136,6 @@ def _check(model: TransformerBridge, component: str) -> None:
             "apply_residual_connection_post_layernorm=True: every block's norms stand in the residual stream itself, so no "
             "path from one head to another is direct. Use get_act_patch_attn_head_out_all_pos for whole effects."
         )
-
-
-@contextmanager
-def _split_inputs(model: TransformerBridge) -> Iterator[None]:
-    """Switch the heads' own inputs on, and back to what was."""
-    split, shared = model.cfg.use_split_qkv_input, model.cfg.use_attn_in
-    try:
-        if shared:
-            model.set_use_attn_in(False)
-        if not split:
-            model.set_use_split_qkv_input(True)
-        yield
-    finally:
-        if not split:
-            model.set_use_split_qkv_input(False)
-        if shared:
-            model.set_use_attn_in(True)
 
 
 def _write_differences(
@@ -182,7 +156,7 @@ def _write_differences(
 
 
 def _from_sender(
-    run: Run, sweep: Sweep, write: Tensor, src_layer: int, component: str, progress: bool | None
+    run: CorruptedRun, sweep: Sweep, write: Tensor, src_layer: int, component: str, progress: bool | None
 ) -> Tensor:
     """``[layer, head]`` by receiver."""
     n_layers, n_heads = run.model.cfg.n_layers, run.model.cfg.n_heads

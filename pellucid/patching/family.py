@@ -12,9 +12,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from pellucid.experiments.options import SweepOptions
 from pellucid.model_bridge.tokens import TextOrTokens
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
-from pellucid.patching.cells import Cell, PatchSetter, Reduce, Run, metrics_of
+from pellucid.patching.cells import Cell, CorruptedRun, PatchSetter, Reduce, metrics_of
 from pellucid.patching.generic import cells_of, generic_activation_patch, index_of, score_cells
 from pellucid.patching.result import PatchingResult, make_df_from_ranges
 from pellucid.patching.setters import (
@@ -157,9 +158,8 @@ def get_act_patch_attn_head_all_pos_every(
     Raises:
         as :func:`generic_activation_patch`.
     """
-    run = Run(
-        model, corrupted_tokens, metrics_of(metric, reduce), attention_mask, logit_positions, memory_limit, verbose
-    )
+    options = SweepOptions(attention_mask=attention_mask, logit_positions=logit_positions, memory_limit=memory_limit)
+    run = CorruptedRun(model, corrupted_tokens, metrics_of(metric, reduce), options, verbose)
     return _every(run, _ALL_POS, _LAYER_HEAD, clean_cache, reduce, baseline, isinstance(metric, Mapping))
 
 
@@ -178,17 +178,7 @@ def get_act_patch_attn_head_by_pos_every(
 ) -> Tensor | PatchingResult:
     """Patch each head's output, queries, keys, values and pattern, one position (of the query) at a time.
 
-    Args:
-        model: the bridge, in eval mode.
-        corrupted_tokens: ``[batch, pos]``.
-        clean_cache: the clean run's activations.
-        metric: see ``patching_metric`` of :func:`generic_activation_patch`, which has the other arguments too.
-        reduce: what the metric gives.
-        baseline: also score the corrupted run itself.
-        attention_mask: ``[batch, pos]``.
-        logit_positions: the positions that a function may read.
-        memory_limit: in bytes.
-        verbose: show a progress bar.
+    The arguments are those of :func:`get_act_patch_attn_head_all_pos_every`.
 
     Returns:
         ``[patch_type, layer, pos, head]``, five types in that order; a :class:`PatchingResult` with a ``patch_type`` axis
@@ -197,9 +187,8 @@ def get_act_patch_attn_head_by_pos_every(
     Raises:
         as :func:`generic_activation_patch`.
     """
-    run = Run(
-        model, corrupted_tokens, metrics_of(metric, reduce), attention_mask, logit_positions, memory_limit, verbose
-    )
+    options = SweepOptions(attention_mask=attention_mask, logit_positions=logit_positions, memory_limit=memory_limit)
+    run = CorruptedRun(model, corrupted_tokens, metrics_of(metric, reduce), options, verbose)
     return _every(run, _BY_POS, _LAYER_POS_HEAD, clean_cache, reduce, baseline, isinstance(metric, Mapping))
 
 
@@ -218,17 +207,7 @@ def get_act_patch_block_every(
 ) -> Tensor | PatchingResult:
     """Patch the residual stream entering each block, each attention's and each MLP's contribution, by position.
 
-    Args:
-        model: the bridge, in eval mode.
-        corrupted_tokens: ``[batch, pos]``.
-        clean_cache: the clean run's activations.
-        metric: see ``patching_metric`` of :func:`generic_activation_patch`, which has the other arguments too.
-        reduce: what the metric gives.
-        baseline: also score the corrupted run itself.
-        attention_mask: ``[batch, pos]``.
-        logit_positions: the positions that a function may read.
-        memory_limit: in bytes.
-        verbose: show a progress bar.
+    The arguments are those of :func:`get_act_patch_attn_head_all_pos_every`.
 
     Returns:
         ``[patch_type, layer, pos]``, three types in that order; a :class:`PatchingResult` with a ``patch_type`` axis where
@@ -238,14 +217,13 @@ def get_act_patch_block_every(
         as :func:`generic_activation_patch`.
     """
     sites = {"resid_pre": _RESID_PRE, "attn_out": _ATTN_OUT, "mlp_out": _MLP_OUT}
-    run = Run(
-        model, corrupted_tokens, metrics_of(metric, reduce), attention_mask, logit_positions, memory_limit, verbose
-    )
+    options = SweepOptions(attention_mask=attention_mask, logit_positions=logit_positions, memory_limit=memory_limit)
+    run = CorruptedRun(model, corrupted_tokens, metrics_of(metric, reduce), options, verbose)
     return _every(run, sites, _LAYER_POS, clean_cache, reduce, baseline, isinstance(metric, Mapping))
 
 
 def _every(
-    run: Run,
+    run: CorruptedRun,
     sites: Mapping[str, _Site],
     axes: tuple[str, ...],
     clean_cache: Mapping[str, Tensor],

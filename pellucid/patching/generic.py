@@ -11,10 +11,11 @@ from torch import Tensor
 
 from pellucid.arguments import check_function, check_mapping, check_text, check_texts
 from pellucid.errors import InputError
+from pellucid.experiments.options import SweepOptions
 from pellucid.model_bridge.tokens import TextOrTokens
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.names import nearest
-from pellucid.patching.cells import Cell, PatchSetter, Reduce, Run, cell_of, metrics_of, reduced, run_cells
+from pellucid.patching.cells import Cell, CorruptedRun, PatchSetter, Reduce, cell_of, metrics_of, reduced, run_cells
 from pellucid.patching.result import PatchingResult, make_df_from_ranges
 from pellucid.sweep import MetricLike
 
@@ -155,7 +156,8 @@ def generic_activation_patch(
             "return_index_df=True goes with a tensor. With several metrics, reduce='none' or baseline=True a PatchingResult "
             "is returned, which has index_df: leave return_index_df out."
         )
-    run = Run(model, corrupted_tokens, metrics, attention_mask, logit_positions, memory_limit, verbose)
+    options = SweepOptions(attention_mask=attention_mask, logit_positions=logit_positions, memory_limit=memory_limit)
+    run = CorruptedRun(model, corrupted_tokens, metrics, options, verbose)
     axis_names, index, shape = index_of(run, index_axis_names, index_df)
     cells = cells_of(model, activation_name, index, patch_setter)
     values, base = score_cells(run, cells, clean_cache, reduce)
@@ -174,7 +176,7 @@ def generic_activation_patch(
 
 
 def index_of(
-    run: Run, index_axis_names: Sequence[str] | None, index_df: pd.DataFrame | None
+    run: CorruptedRun, index_axis_names: Sequence[str] | None, index_df: pd.DataFrame | None
 ) -> tuple[list[str], pd.DataFrame, tuple[int, ...]]:
     """Names of the axes, the index, and the shape of the result.
 
@@ -192,7 +194,7 @@ def index_of(
         return [], index_df, (len(index_df),)
     assert index_axis_names is not None
     names = check_texts("index_axis_names", index_axis_names)
-    length = run.sweep().tokens.shape[1]
+    length = run.sweep().tokens.shape[1]  # of a sweep, which refuses what it cannot do before an index is made
     cfg = run.model.cfg
     sizes = {
         "layer": cfg.n_layers,
@@ -220,7 +222,7 @@ def cells_of(model: TransformerBridge, activation_name: str, index: pd.DataFrame
 
 
 def score_cells(
-    run: Run, cells: Sequence[Cell], clean_cache: Mapping[str, Tensor], reduce: str
+    run: CorruptedRun, cells: Sequence[Cell], clean_cache: Mapping[str, Tensor], reduce: str
 ) -> tuple[Tensor, Tensor]:
     """``[metric, cell, batch?]`` and the corrupted run's own ``[metric, batch?]``."""
     values, base = run_cells(run, cells, clean_cache)

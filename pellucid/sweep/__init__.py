@@ -1,7 +1,7 @@
 """Many edits of one run, computed only where each can matter: see :class:`Sweep`."""
 
 from pellucid.sweep.edits import Add, Apply, Edit, FromRun, Scale, SetTo, Value, Zero
-from pellucid.sweep.engine import EditSet, Sweep, SweepResult
+from pellucid.sweep.engine import Sweep
 from pellucid.sweep.metrics import (
     KLDivergence,
     LogitDifference,
@@ -13,7 +13,9 @@ from pellucid.sweep.metrics import (
     Reads,
 )
 from pellucid.sweep.plan import SweepPlan
+from pellucid.sweep.result import SweepResult
 from pellucid.sweep.scoring import MetricLike
+from pellucid.sweep.unedited import EditSet
 
 __all__ = [
     "Add",

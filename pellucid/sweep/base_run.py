@@ -6,7 +6,8 @@ Face made them, and the activations that edits change. All of it can come from a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ class BaseRun(BriefFields):
     Attributes:
         tokens: ``[row, pos]``, ``NO_TOKEN`` at virtual positions.
         embeddings: ``[row, pos, d_model]``, if those entered the model and not the tokens.
+        logits: ``[row, pos, d_vocab]``, if edits are whole forwards: hooks of the user's own may act on them.
         attention_mask: ``[row, pos]``, or ``None``.
         residual: by layer, ``[row, pos, d_model]``: what enters it; under ``n_layers`` what leaves the last.
         keys: by layer, ``[row, n_heads, key_pos, d_head]``.
@@ -45,6 +47,12 @@ class BaseRun(BriefFields):
     mask: Tensor | None
     sites: Mapping[str, Tensor]
     embeddings: Tensor | None = None
+    logits: Tensor | None = None
+
+    @property
+    def final(self) -> Tensor:
+        """``[row, pos, d_model]``: what leaves the last layer."""
+        return self.residual[max(self.residual)]
 
     @property
     def n_rows(self) -> int:
@@ -83,6 +91,7 @@ def run_base(
     first_layer: int,
     sites: Iterable[str],
     given: Mapping[str, Tensor] | None = None,
+    with_logits: bool = False,
 ) -> BaseRun:
     """Run the model once and keep what edits from ``first_layer`` on need.
 
@@ -92,6 +101,7 @@ def run_base(
         first_layer: see :func:`needed_names`.
         sites: hooks that edits change.
         given: a cache of this very run, to take activations from in place of running.
+        with_logits: keep the logits too.
 
     Raises:
         CacheKeyError: ``given`` did not keep what is needed.
@@ -100,22 +110,21 @@ def run_base(
     positions = bridge.positions_of(prepared)
     tokens = positions.tokens
     assert tokens is not None
-    names = needed_names(bridge.cfg.n_layers, first_layer, sites)
-    arguments, entering = _block_arguments(bridge, prepared)
-    cache: dict[str, Tensor]
-    if given is None:
-        cache = _run(bridge, prepared, names)
-    else:
-        _check_given(given, names, prepared, entering)
-        cache = {name: given[name] for name in names}
     n_layers = bridge.cfg.n_layers
-    residual = {
-        layer: cache[f"blocks.{layer}.hook_resid_pre"]
-        for layer in range(n_layers)
-        if f"blocks.{layer}.hook_resid_pre" in names
-    }
-    residual[n_layers] = cache[f"blocks.{n_layers - 1}.hook_resid_post"]
+    names = needed_names(n_layers, first_layer, sites)
+    cache: dict[str, Tensor]
+    with _block_arguments(bridge) as arguments:
+        if given is None:
+            logits, cache = _run(bridge, prepared, names, with_logits)
+        else:
+            entering = bridge(prepared.tokens, attention_mask=prepared.attention_mask, stop_at_layer=0)
+            _check_given(given, names, prepared, entering)
+            logits, cache = None, {name: given[name] for name in names}
+            if with_logits:
+                logits = bridge(prepared.tokens, attention_mask=prepared.attention_mask)
     layers = range(max(first_layer, 0), n_layers)
+    residual = {layer: cache[f"blocks.{layer}.hook_resid_pre"] for layer in layers}
+    residual[n_layers] = cache[f"blocks.{n_layers - 1}.hook_resid_post"]
     alibi: Tensor = arguments["alibi"]
     edited = {name: cache[name] for name in sites}
     # One layer after the other, letting go of the cached copy: both at once would double the base run's memory.
@@ -131,27 +140,60 @@ def run_base(
         mask=arguments["attention_mask"],
         sites=edited,
         embeddings=positions.embeddings,
+        logits=logits,
     )
 
 
-def _run(bridge: TransformerBridge, prepared: Prepared, names: list[str]) -> dict[str, Tensor]:
+@dataclass(eq=False, repr=False)
+class KeptRun(BriefFields):
+    """An unedited run that nothing is edited in: activations of it, and what its logits are made from.
+
+    Attributes:
+        activations: by hook name, ``[row, ...]``.
+        final: ``[row, pos, d_model]``, what leaves the last layer.
+        logits: ``[row, pos, d_vocab]``, if they were asked for.
+    """
+
+    activations: Mapping[str, Tensor]
+    final: Tensor
+    logits: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds."""
+        kept = [*self.activations.values(), self.final, *([] if self.logits is None else [self.logits])]
+        return sum(tensor.nbytes for tensor in kept)
+
+
+def keep_run(bridge: TransformerBridge, prepared: Prepared, names: Sequence[str], with_logits: bool = False) -> KeptRun:
+    """Run the model once and keep the activations at ``names``, canonical names of hooks.
+
+    Args:
+        bridge: the model.
+        prepared: its checked input.
+        names: hooks.
+        with_logits: keep the logits too, where they are not what the final norm and the unembedding alone make.
+    """
+    last = f"blocks.{bridge.cfg.n_layers - 1}.hook_resid_post"
+    logits, cache = _run(bridge, prepared, list(dict.fromkeys([*names, last])), with_logits)
+    return KeptRun({name: cache[name] for name in names}, cache[last], logits)
+
+
+def _run(
+    bridge: TransformerBridge, prepared: Prepared, names: list[str], with_logits: bool
+) -> tuple[Tensor | None, dict[str, Tensor]]:
     """Keep ``names`` of one run, which stops before the unembedding if nothing of it is kept."""
-    tokens, n_layers = prepared.tokens, bridge.cfg.n_layers
-    assert tokens is not None
-    after = [
-        name
-        for name in names
-        if bridge.hook_spec(name).layer is None and not bridge.hook_spec(name).component.startswith("embed")
-    ]
-    _, kept = bridge.run_with_cache(
-        tokens,
+    specs = [bridge.hook_spec(name) for name in names]
+    after = any(spec.layer is None and not spec.component.startswith("embed") for spec in specs)
+    output, kept = bridge.run_with_cache(
+        prepared.tokens,
         attention_mask=prepared.attention_mask,
         names_filter=names,
-        return_type="logits" if not after else None,
-        stop_at_layer=None if after else n_layers,
+        return_type=None if after and not with_logits else "logits",
+        stop_at_layer=None if after or with_logits else bridge.cfg.n_layers,
         return_cache_object=False,
     )
-    return dict(kept)
+    return output if with_logits else None, dict(kept)
 
 
 def _by_head(kv_bknh: Tensor) -> Tensor:
@@ -159,8 +201,9 @@ def _by_head(kv_bknh: Tensor) -> Tensor:
     return kv_bknh.transpose(1, 2).contiguous()
 
 
-def _block_arguments(bridge: TransformerBridge, prepared: Prepared) -> tuple[dict[str, Any], Tensor]:
-    """ALiBi and mask as Hugging Face hands them to its blocks, and what enters the first: by a run that stops there."""
+@contextmanager
+def _block_arguments(bridge: TransformerBridge) -> Iterator[dict[str, Any]]:
+    """ALiBi and mask as Hugging Face hands them to its blocks, filled in by a run inside the ``with`` block."""
     seen: dict[str, Any] = {}
 
     def look(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -168,10 +211,9 @@ def _block_arguments(bridge: TransformerBridge, prepared: Prepared) -> tuple[dic
 
     handle = bridge.blocks[0].module.register_forward_pre_hook(look, with_kwargs=True)
     try:
-        entering = bridge(prepared.tokens, attention_mask=prepared.attention_mask, stop_at_layer=0)
+        yield seen
     finally:
         handle.remove()
-    return seen, entering
 
 
 def _check_given(given: Mapping[str, Tensor], names: list[str], prepared: Prepared, entering: Tensor) -> None:

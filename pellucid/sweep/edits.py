@@ -17,14 +17,12 @@ import torch
 from torch import Tensor
 
 from pellucid.arguments import check_list, check_number, check_whole
+from pellucid.axes import Index
 from pellucid.dtypes import cast
 from pellucid.errors import CacheKeyError, HookValueError, InputError
 from pellucid.hook_points import bits_differ
 from pellucid.names import HookSpec
 from pellucid.tables import BriefFields
-
-Index: TypeAlias = int | slice | Sequence[int] | None
-"""One index, a slice, several indices, or ``None`` for all; negative ones count from the end."""
 
 Region: TypeAlias = tuple[tuple[int, ...] | None, ...]
 """Indices on each axis of a hook's tensor but the batch; ``None`` is all of an axis."""

@@ -16,86 +16,44 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import psutil
 import torch
 from torch import Tensor
 
-from pellucid.arguments import check_choice, check_count, check_list, check_memory_limit
+from pellucid.arguments import check_choice, check_count, check_memory_limit
+from pellucid.axes import ROWS_AT_ONCE
 from pellucid.errors import InputError
-from pellucid.model_bridge.cache_plan import EMBEDDING
-from pellucid.model_bridge.corpus.job_identity import marks
-from pellucid.model_bridge.generalized_components.weights import why_not_by_row
 from pellucid.model_bridge.tokens import TextOrTokens
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.padding import before_first_real
 from pellucid.progress import progress_bar
-from pellucid.sweep.base_run import BaseRun, base_bytes, needed_names, run_base
-from pellucid.sweep.edits import Edit, Write, Zero, resolve
-from pellucid.sweep.lazy_logits import Asked
+from pellucid.sweep.base_run import BaseRun, KeptRun, base_bytes
+from pellucid.sweep.edited_rows import EditedRow, make_edited_row, needs_whole
+from pellucid.sweep.edits import Write
 from pellucid.sweep.metrics import Metric
-from pellucid.sweep.packing import PackedModel, State
-from pellucid.sweep.plan import Batch, Costs, Limits, SweepPlan, divide, make_batches, resident, widest_rows
-from pellucid.sweep.runs import Run, make_run, needs_whole, stage_of
-from pellucid.sweep.scoring import MetricLike, Scorer, Unembedding, by_reads, check_metrics, make_scorer
-from pellucid.tables import Table
-
-EditSet: TypeAlias = Edit | Sequence[Edit]
-"""One edit, or several that are made together in one run."""
-
-ROWS_AT_ONCE = 512
-"""Packed rows that go through a block together: enough for quick matrix products, few enough for a processor's cache."""
-
-
-@dataclass(frozen=True, repr=False)
-class SweepResult:
-    """What a sweep found.
-
-    Attributes:
-        values: by metric, ``[edit, *score]``: ``[edit, row]`` for one of our metrics; NaN for edits not done.
-        base: by metric, the base run's own score.
-        done: ``[edit]``, which edits were done; all, unless the sweep was interrupted.
-        plan: how it was done.
-    """
-
-    values: Mapping[str, Tensor]
-    base: Mapping[str, Tensor]
-    done: Tensor
-    plan: SweepPlan
-
-    def _table(self) -> Table:
-        """Of each metric the base run's score, and the least and the largest of an edit."""
-        rows = [
-            (name, f"{float(self.base[name].double().mean()):.4g}", _extreme(values, False), _extreme(values, True))
-            for name, values in self.values.items()
-        ]
-        done = int(self.done.sum())
-        heading = f"SweepResult: {done} of {len(self.done)} edits done; mean over rows"
-        return Table(heading, ("metric", "base run", "least", "largest"), rows)
-
-    def __repr__(self) -> str:
-        return str(self._table())
-
-    def _repr_html_(self) -> str:
-        return self._table().html()
-
-
-def _extreme(values: Tensor, largest: bool) -> str:
-    """``0.25 at edit 3``."""
-    means = values.detach().double().cpu().reshape(len(values), -1).mean(-1) if values.numel() else values.new_empty(0)
-    known = means.isfinite()
-    if not known.any():
-        return "no edit has one"
-    edit = int(means.where(known, -torch.inf).argmax() if largest else means.where(known, torch.inf).argmin())
-    return f"{float(means[edit]):.4g} at edit {edit}"
+from pellucid.sweep.packed_attention import RowGroup
+from pellucid.sweep.packing import PackedModel
+from pellucid.sweep.plan import Batch, Costs, Limits, SweepPlan, divide, make_batches, peak_bytes, widest_rows
+from pellucid.sweep.result import SweepResult
+from pellucid.sweep.scoring import (
+    MetricLike,
+    Scorer,
+    UneditedLogits,
+    Unembedding,
+    by_reads,
+    check_metrics,
+    make_scorer,
+)
+from pellucid.sweep.unedited import EditSet, Unedited, refuse_training
 
 
 @dataclass(eq=False)
 class _Prepared:
     """Edits resolved against the base run."""
 
-    runs: list[list[Run]]
+    edited: list[list[EditedRow]]
     writes: list[list[Write]]
     whole: list[int]
     packed: list[int]
@@ -113,7 +71,8 @@ class Sweep:
 
     Args:
         bridge: the model, in eval mode.
-        input: the base run's prompt or prompts: a string, strings, or token ids ``[row, pos]``.
+        input: the base run's prompt or prompts: a string, strings, or token ids ``[row, pos]``; or an :class:`Unedited`
+            run that other sweeps share, which has its own mask and cache.
         metric: a :class:`~pellucid.sweep.metrics.Metric`, a function of logits ``[row, pos, d_vocab]``, or several by
             name. A function is watched on the base run, and only the logits that it reads are computed for each edit.
         attention_mask: ``[row, pos]``, 1 at real tokens; inferred for strings.
@@ -125,6 +84,10 @@ class Sweep:
         prepend_bos: put the beginning-of-sequence token before strings.
         padding_side: of shorter strings.
 
+    Attributes:
+        tokens: ``[row, pos]``, the token ids of the base run's positions; ``NO_TOKEN`` at virtual ones.
+        attention_mask: ``[row, pos]`` of the base run's positions, ``None`` if nothing is padding.
+
     Raises:
         InputError: the model is in training mode; see also ``TransformerBridge.forward``.
     """
@@ -132,7 +95,7 @@ class Sweep:
     def __init__(
         self,
         bridge: TransformerBridge,
-        input: TextOrTokens,
+        input: TextOrTokens | Unedited,
         metric: MetricLike | Mapping[str, MetricLike],
         *,
         attention_mask: Tensor | None = None,
@@ -144,105 +107,35 @@ class Sweep:
         prepend_bos: bool | None = None,
         padding_side: Literal["left", "right"] | None = None,
     ) -> None:
-        _refuse_training(bridge)
         check_count("rows_at_once", rows_at_once)
         check_count("reserved", reserved, at_least=0)
         check_memory_limit(memory_limit)
-        self.bridge = bridge
+        if base_cache is not None and not isinstance(base_cache, Mapping):
+            raise InputError(f"base_cache is a cache, or a dictionary by hook name; found {type(base_cache).__name__}.")
+        refuse_training(bridge)
+        if not isinstance(input, Unedited):
+            prepared = bridge.check_input(
+                input, prepend_bos=prepend_bos, padding_side=padding_side, attention_mask=attention_mask
+            )
+            input = Unedited(bridge, prepared, base_cache)
+        self.bridge, self._unedited = bridge, input
+        self.tokens, self.attention_mask = input.tokens, input.attention_mask
         self.metrics: dict[str, MetricLike] = dict(metric) if isinstance(metric, Mapping) else {"metric": metric}
         if not self.metrics:
             raise InputError("No metric was given: metric is an empty mapping.")
-        self._prepared_input = bridge.check_input(
-            input, prepend_bos=prepend_bos, padding_side=padding_side, attention_mask=attention_mask
-        )
-        self._positions = bridge.positions_of(self._prepared_input)
         check_metrics(self.metrics, self.tokens, self.attention_mask, bridge.cfg.d_vocab, logit_positions)
-        if base_cache is not None and not isinstance(base_cache, Mapping):
-            raise InputError(f"base_cache is a cache, or a dictionary by hook name; found {type(base_cache).__name__}.")
-        self._base_cache = base_cache
-        self._logit_positions = logit_positions
-        self._memory_limit = memory_limit
-        self._reserved = reserved
-        self._rows_at_once = rows_at_once
-        self._base: BaseRun | None = None
-        self._base_marks: tuple[object, ...] = ()
-        self._base_first = 0
+        self._logit_positions, self._rows_at_once = logit_positions, rows_at_once
+        self._memory_limit, self._reserved = memory_limit, reserved
 
     def __repr__(self) -> str:
         rows, columns = self.tokens.shape
         return f"Sweep({rows} rows of {columns} tokens; metrics {', '.join(self.metrics)})"
 
-    @property
-    def tokens(self) -> Tensor:
-        """``[row, pos]``, the token ids of the base run's positions; ``NO_TOKEN`` at virtual ones."""
-        tokens = self._positions.tokens
-        assert tokens is not None
-        return tokens
-
-    @property
-    def attention_mask(self) -> Tensor | None:
-        """``[row, pos]`` of the base run's positions, ``None`` if nothing is padding."""
-        return self._positions.attention_mask
-
-    # -- what is asked for ---------------------------------------------------------------------------------------------
-
-    def _sizes(self) -> dict[str, int]:
-        cfg, (rows, length) = self.bridge.cfg, self.tokens.shape
-        return {
-            "batch": rows,
-            "pos": length,
-            "key_pos": length,
-            "n_heads": cfg.n_heads,
-            "d_head": cfg.d_head,
-            "d_model": cfg.d_model,
-            "d_mlp": cfg.d_mlp or 4 * cfg.d_model,
-            "d_vocab": cfg.d_vocab,
-            "1": 1,
-        }
-
-    def _resolve(self, edits: Iterable[EditSet]) -> list[list[Write]]:
-        sizes = self._sizes()
-        writes = []
-        for edit_set in check_list("edits", edits, "Edits, or of lists of them", empty=True):
-            if not isinstance(edit_set, Edit | Sequence):
-                raise InputError(f"A sweep takes Edits, or lists of them; edits has {type(edit_set).__name__}.")
-            members = [edit_set] if isinstance(edit_set, Edit) else list(edit_set)
-            for member in members:
-                if not isinstance(member, Edit):
-                    raise InputError(f"A sweep takes Edits, or lists of them; edits has {type(member).__name__}.")
-                self._refuse_tokens_of_wrapped(member)
-            writes.append(
-                [write for member in members for write in resolve(member, self.bridge.hook_spec(member.hook), sizes)]
-            )
-        return writes
-
-    def _refuse_tokens_of_wrapped(self, edit: Edit) -> None:
-        if self._positions.virtual and self.bridge.hook_spec(edit.hook).component == EMBEDDING:
-            raise InputError(
-                f"{edit.hook} has the tokens only, not the {self._positions.virtual} virtual positions that the model's "
-                "wrapper puts before them, so its positions are not the run's. Edit embed.hook_out, or give other tokens."
-            )
+    # -- the base run --------------------------------------------------------------------------------------------------
 
     def needed_names(self, edits: Iterable[EditSet]) -> list[str]:
         """The hooks that a ``base_cache`` must hold for these edits."""
-        writes = self._resolve(edits)
-        return needed_names(self.bridge.cfg.n_layers, self._first_layer(writes), _sites(writes))
-
-    def _first_layer(self, writes: Sequence[Sequence[Write]]) -> int:
-        n_layers = self.bridge.cfg.n_layers
-        return min((stage_of(write.spec, n_layers) for chosen in writes for write in chosen), default=n_layers)
-
-    # -- the base run --------------------------------------------------------------------------------------------------
-
-    def _run_base(self, writes: Sequence[Sequence[Write]]) -> BaseRun:
-        """The base run, made anew when edits need more of it than was kept, or the model is no longer the same."""
-        _refuse_training(self.bridge)
-        first, sites = self._first_layer(writes), _sites(writes)
-        base, marks = self._base, self._marks()
-        if base is None or marks != self._base_marks or first < self._base_first or not set(sites) <= set(base.sites):
-            base = run_base(self.bridge, self._prepared_input, first, sites, self._base_cache)
-            self._base, self._base_first, self._base_marks = base, first, marks
-        return base
+        return self._unedited.needed_names(edits)
 
     def base_activations(self, hooks: Iterable[str]) -> Mapping[str, Tensor]:
         """The base run's activations at these hooks, for edits that are worked out from them.
@@ -255,16 +148,30 @@ class Sweep:
         Returns:
             By canonical name, ``[row, ...]``; not to be written to.
         """
-        with torch.no_grad():
-            return self._run_base(self._resolve(Edit(name, Zero()) for name in hooks)).sites
+        return self._unedited.activations(hooks)
 
-    def _marks(self) -> tuple[object, ...]:
-        """What the base run depends on and may change between two calls."""
-        return marks(self.bridge)
+    def base_scores(self, edits: Iterable[EditSet]) -> dict[str, Tensor]:
+        """Each metric of the base run. A sweep of these edits that follows does not run the base again."""
+        with torch.no_grad():
+            return self.scores(self._unedited.base(self._unedited.resolve(edits)))
+
+    def scores(self, run: BaseRun | KeptRun) -> dict[str, Tensor]:
+        """Each metric of a run of this sweep's input that nothing was edited in."""
+        with torch.no_grad():
+            unedited = UneditedLogits(Unembedding(self.bridge), run.final, run.logits)
+            return {name: unedited.score(scorer) for name, scorer in self._scorers(unedited).items()}
+
+    def _scorers(self, unedited: UneditedLogits) -> dict[str, Scorer]:
+        return {
+            name: make_scorer(
+                name, metric, self.tokens, self.attention_mask, self.bridge, unedited, self._logit_positions
+            )
+            for name, metric in self.metrics.items()
+        }
 
     def forget(self) -> None:
         """Let go of the base run and its memory; the next call makes it anew."""
-        self._base = None
+        self._unedited.forget()
 
     # -- planning ------------------------------------------------------------------------------------------------------
 
@@ -274,38 +181,27 @@ class Sweep:
             return self._prepare(edits).plan
 
     def _prepare(self, edits: Iterable[EditSet]) -> _Prepared:
-        writes = self._resolve(edits)
         bridge, n_layers = self.bridge, self.bridge.cfg.n_layers
-        base = self._run_base(writes)
+        writes = self._unedited.resolve(edits)
+        base, blocked = self._unedited.base(writes), self._unedited.why_whole()
         on_logits = any(write.spec.component == "unembed" for chosen in writes for write in chosen)
-        plain_unembed = Unembedding(bridge)
-        unembed = Unembedding(bridge, whole=True) if on_logits else plain_unembed
-        blocked = self._why_everything_whole()
-        if blocked:
-            logits = bridge(**self._input())
-            base_logits = partial(_cells_of_whole, logits)
-        else:
-            base_logits = partial(self._base_cells, base, plain_unembed)
-        scorers = {
-            name: make_scorer(
-                name, metric, self.tokens, self.attention_mask, bridge, base_logits, self._logit_positions
-            )
-            for name, metric in self.metrics.items()
-        }
+        unedited = UneditedLogits(Unembedding(bridge), base.final, base.logits)
+        unembed = Unembedding(bridge, whole=True) if on_logits else unedited.unembed
+        scorers = self._scorers(unedited)
         why = blocked or self._why_padding_whole(scorers)
         read = self._read(scorers)
-        runs: list[list[Run]] = []
+        edited: list[list[EditedRow]] = []
         whole, packed = [], []
         for edit, chosen in enumerate(writes):
             by_row: dict[int, list[Write]] = {}
             for write in chosen:
                 by_row.setdefault(write.row, []).append(write)
             made = [
-                run
+                each
                 for row, of_row in by_row.items()
-                if (run := make_run(edit, of_row, base.sites, n_layers, base.length, read[row])) is not None
+                if (each := make_edited_row(edit, of_row, base.sites, n_layers, base.length, read[row])) is not None
             ]
-            runs.append(made)
+            edited.append(made)
             if why or needs_whole(chosen):
                 if _changes(chosen, base):
                     whole.append(edit)
@@ -321,11 +217,11 @@ class Sweep:
         if on_logits:
             read_cells = max(scorer.reads.columns.numel() for scorer in scorers.values()) * bridge.cfg.d_vocab
         limit = self._limit()
-        kept = base_bytes(bridge, base.n_rows, base.length, self._base_first)
-        kept += sum(site.nbytes for site in base.sites.values())
-        widest = max((sum(widest_rows(run, costs) for run in runs[edit]) for edit in packed), default=0)
+        kept = base_bytes(bridge, base.n_rows, base.length, self._unedited.first_layer)
+        kept += sum(site.nbytes for site in base.sites.values()) + (0 if base.logits is None else base.logits.nbytes)
+        widest = max((sum(widest_rows(each, costs) for each in edited[edit]) for edit in packed), default=0)
         limits = divide(costs, limit, kept, widest, read_cells, self._rows_at_once, self._reserved)
-        batches = make_batches(runs, packed, costs, limits, read_cells)
+        batches = make_batches(edited, packed, costs, limits, read_cells)
         plan = SweepPlan(
             n_edits=len(writes),
             n_unchanged=len(writes) - len(whole) - len(packed),
@@ -336,14 +232,11 @@ class Sweep:
             flops=sum(batch.flops for batch in batches) + len(whole) * costs.whole_flops(),
             flops_whole=len(writes) * costs.whole_flops(),
             base_bytes=kept,
-            peak_bytes=_peak(kept, batches, costs, limits, read_cells, bool(whole)),
+            peak_bytes=peak_bytes(kept, batches, costs, limits, read_cells, bool(whole)),
             memory_limit=limit,
         )
-        base_scores = {
-            name: scorer.score_whole(logits) if blocked else self._base_score(base, plain_unembed, scorer)
-            for name, scorer in scorers.items()
-        }
-        return _Prepared(runs, writes, whole, packed, base, scorers, base_scores, read, limits, plan, unembed)
+        base_scores = {name: unedited.score(scorer) for name, scorer in scorers.items()}
+        return _Prepared(edited, writes, whole, packed, base, scorers, base_scores, read, limits, plan, unembed)
 
     def _limit(self) -> int:
         if self._memory_limit is not None:
@@ -351,22 +244,6 @@ class Sweep:
         if self.bridge.device.type == "cuda":
             return int(torch.cuda.mem_get_info(self.bridge.device)[0]) // 2
         return int(psutil.virtual_memory().available) // 2
-
-    def _input(self) -> dict[str, Any]:
-        """The base run's input as a run of the bridge takes it."""
-        return {"input": self._prepared_input.tokens, "attention_mask": self._prepared_input.attention_mask}
-
-    def _why_everything_whole(self) -> str:
-        """Why edits can only be made by whole forwards, if so."""
-        if self._positions.past:
-            return "the model's wrapper gives it a key/value cache"
-        names = sorted({str(handle.name) for handle in self.bridge.live_hooks()})
-        if names:
-            return f"hooks are on {', '.join(names[:3])}{' and others' if len(names) > 3 else ''}"
-        if self.bridge.has_torch_hooks():
-            return "torch hooks are on the model"
-        mixing = why_not_by_row(self.bridge.hf_model)
-        return "" if mixing is None else f"{mixing}, which may compute a row from the others of its batch, too"
 
     def _why_padding_whole(self, scorers: Mapping[str, Scorer]) -> str:
         """A row of padding before the first token attends to everything, later columns too: not what packing assumes."""
@@ -386,21 +263,6 @@ class Sweep:
             frozenset(column for scorer in scorers.values() for column in scorer.reads.columns[row].tolist())
             for row in rows
         ]
-
-    # -- scores --------------------------------------------------------------------------------------------------------
-
-    def _base_cells(self, base: BaseRun, unembed: Unembedding, asked: Asked) -> Tensor:
-        """``[row, column, token]`` of the base run's logits."""
-        columns = torch.tensor(sorted(asked.columns))
-        tokens = None if asked.tokens is None else tuple(sorted(asked.tokens))
-        return unembed(base.residual[self.bridge.cfg.n_layers][:, columns], tokens)
-
-    def _base_score(self, base: BaseRun, unembed: Unembedding, scorer: Scorer) -> Tensor:
-        rows = torch.arange(base.n_rows)[:, None]
-        residual = base.residual[self.bridge.cfg.n_layers][rows, scorer.reads.columns]
-        score = scorer.score(unembed(residual, scorer.reads.tokens)[None])[0]
-        assert score is not None
-        return score
 
     # -- running -------------------------------------------------------------------------------------------------------
 
@@ -457,14 +319,14 @@ class Sweep:
 
     def _run_batch(self, prepared: _Prepared, model: PackedModel, batch: Batch, values: dict[str, Tensor]) -> set[int]:
         """Run one batch; returns the edits that have to be run whole."""
-        base, states = prepared.base, model.run(batch.runs)
+        base, groups = prepared.base, model.run(batch.edited)
         again: set[int] = set()
         place = {edit: i for i, edit in enumerate(batch.edits)}
         for scorers in by_reads(prepared.scorers):
             reads = scorers[0].reads
             for start in range(0, len(batch.edits), prepared.limits.logit_edits):
                 chosen = batch.edits[start : start + prepared.limits.logit_edits]
-                residual = self._final_residual(base, states, reads.columns, place, start, len(chosen))
+                residual = self._final_residual(base, groups, reads.columns, place, start, len(chosen))
                 logits = self._final_logits(prepared, chosen, residual, reads.columns, reads.tokens)
                 for scorer in scorers:
                     for edit, score in zip(chosen, scorer.score(logits), strict=True):
@@ -472,28 +334,34 @@ class Sweep:
                             again.add(edit)
                         elif isinstance(scorer.metric, Metric):
                             # Rows that the edit leaves alone keep the base run's bits.
-                            rows = [run.row for run in prepared.runs[edit]]
+                            rows = [each.row for each in prepared.edited[edit]]
                             values[scorer.name][edit, rows] = score[rows]
                         else:
                             _put(values, scorer.name, edit, score)
         return again
 
     def _final_residual(
-        self, base: BaseRun, states: Sequence[State], columns: Tensor, place: Mapping[int, int], start: int, count: int
+        self,
+        base: BaseRun,
+        groups: Sequence[RowGroup],
+        columns: Tensor,
+        place: Mapping[int, int],
+        start: int,
+        count: int,
     ) -> Tensor:
         """``[edit, row, read, d_model]``: what leaves the last layer at the columns read."""
         rows = torch.arange(base.n_rows)[:, None]
         unedited = base.residual[self.bridge.cfg.n_layers][rows, columns]
         residual = unedited.expand(count, *unedited.shape).clone()
         read = columns.tolist()
-        for state in states:
-            for i, run in enumerate(state.runs):
-                edit = place[run.edit] - start
+        for group in groups:
+            for i, each in enumerate(group.edited):
+                edit = place[each.edit] - start
                 if not 0 <= edit < count:
                     continue
-                for j, column in enumerate(read[run.row]):
-                    if column in state.columns:
-                        residual[edit, run.row, j] = state.residual[i, state.columns.index(column)]
+                for j, column in enumerate(read[each.row]):
+                    if column in group.columns:
+                        residual[edit, each.row, j] = group.residual[i, group.columns.index(column)]
         return residual
 
     def _final_logits(
@@ -510,12 +378,12 @@ class Sweep:
         read = columns.tolist()
         placed: dict[str, list[tuple[Write, Tensor]]] = {}
         for e, edit in enumerate(edits):
-            for run in prepared.runs[edit]:
-                for write in run.writes.get(n_layers, ()):
-                    there = read[run.row]
+            for each in prepared.edited[edit]:
+                for write in each.writes.get(n_layers, ()):
+                    there = read[each.row]
                     kept = tuple(k for k in write.kept if write.declared[k] in there)
                     if kept:
-                        first = (e * n_rows + run.row) * n_read
+                        first = (e * n_rows + each.row) * n_read
                         at = torch.tensor([first + there.index(write.declared[k]) for k in kept])
                         placed.setdefault(write.spec.name, []).append((write.kept_to(kept), at))
         if not placed:
@@ -530,16 +398,9 @@ class Sweep:
         for write in prepared.writes[edit]:
             by_name.setdefault(write.spec.name, []).append(write)
         hooks = [(name, partial(_make_whole, tuple(writes))) for name, writes in by_name.items()]
-        logits = self.bridge.run_with_hooks(**self._input(), fwd_hooks=hooks)
+        logits = self.bridge.run_with_hooks(**self._unedited.input, fwd_hooks=hooks)
         for name, scorer in prepared.scorers.items():
             _put(values, name, edit, scorer.score_whole(logits))
-
-
-def _refuse_training(bridge: TransformerBridge) -> None:
-    if bridge.hf_model.training:
-        raise InputError(
-            "The model is in training mode, where dropout makes every run another. Call bridge.eval() first."
-        )
 
 
 def _put(values: dict[str, Tensor], name: str, edit: int, score: Tensor) -> None:
@@ -563,26 +424,3 @@ def _make_whole(writes: Sequence[Write], tensor: Tensor, hook: Any) -> None:
 
 def _changes(writes: Sequence[Write], base: BaseRun) -> bool:
     return any(write.where_it_changes(base.sites[write.spec.name]).kept for write in writes)
-
-
-def _sites(writes: Sequence[Sequence[Write]]) -> list[str]:
-    return list(dict.fromkeys(write.spec.name for chosen in writes for write in chosen))
-
-
-def _cells_of_whole(logits: Tensor, asked: Asked) -> Tensor:
-    cells = logits[:, torch.tensor(sorted(asked.columns))]
-    return cells if asked.tokens is None else cells[..., torch.tensor(sorted(asked.tokens))]
-
-
-def _peak(kept: int, batches: Sequence[Batch], costs: Costs, limits: Limits, read_cells: int, whole: bool) -> int:
-    """Bytes that the process grows by at the worst moment."""
-    peaks = [resident(kept, costs.chunk_bytes(costs.n_rows * costs.length))]  # the base run itself
-    if whole:
-        peaks.append(resident(kept, costs.chunk_bytes(costs.n_rows * costs.length), costs.whole_logit_bytes()))
-    states = max((costs.state_bytes(batch.rows) for batch in batches), default=0)
-    for batch in batches:
-        rows, mlp_rows = (max(1, min(limits.rows_at_once, rows)) for rows in (batch.rows, batch.mlp_rows))
-        peaks.append(resident(kept, states + costs.chunk_bytes(rows, mlp_rows)))
-        logits = costs.logit_bytes(read_cells) * min(limits.logit_edits, len(batch.edits))
-        peaks.append(resident(kept, states, logits))
-    return max(peaks)

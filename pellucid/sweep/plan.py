@@ -3,9 +3,9 @@
 Operations are counted as two a multiplication-addition. Per packed row a block costs ``24 d_model^2`` for its four
 projections and ``4 d_model`` for each key it attends to; unembedding a row costs ``2 d_model`` for each token read.
 
-Memory is what is alive at the worst moment, summed from the sizes of the tensors (the base run; the states of a batch's
-runs; the temporaries of one chunk in a block, of which the MLP's eager GELU has the most; the logits), times what the
-allocator makes of it.
+Memory is what is alive at the worst moment, summed from the sizes of the tensors (the base run; the groups of a batch's
+edited rows; the temporaries of one chunk in a block, of which the MLP's eager GELU has the most; the logits), times one
+measured factor for what the allocator makes of it.
 """
 
 from __future__ import annotations
@@ -16,31 +16,20 @@ from dataclasses import dataclass
 
 from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import InputError
+from pellucid.sweep.edited_rows import EditedRow
 from pellucid.sweep.packing import SCORES_AT_ONCE
-from pellucid.sweep.runs import Run
 from pellucid.tables import BriefFields
 
 BATCH_CHUNKS = 8
-"""A batch's states hold this many chunks: enough to keep chunks full, few enough to be interrupted between batches."""
+"""A batch's groups hold this many chunks: enough to keep chunks full, few enough to be interrupted between batches."""
 
 LOGIT_BYTES = 2**28
 """Logits computed at once, at most."""
 
-HEAP = 1.5
-"""What a process grows by for what is alive in it, usually: glibc keeps freed blocks of up to 32 MiB, and new ones rarely
-fit into the gaps. Measured (``benchmarks/bench_sweep_memory.py``): 1.05 to 2.1, differing from run to run of one sweep."""
-
-HEAP_AT_WORST = 2.25
-"""The same at worst: a memory limit is divided by this one."""
-
-LARGE_BLOCKS = 1.1
-"""The same for blocks that glibc maps and gives back one by one."""
-
-MAPPED_BLOCK = 2**25
-"""From this size on glibc maps a block by itself."""
-
-WORKSPACE = 16 * 2**20
-"""Buffers of the matrix library, made at the first large product."""
+SAFETY = 2.5
+"""What a process grows by, at most, for a byte that is alive beside the base run. Measured: 0.9 to 2.4, differing from run
+to run of one sweep (``benchmarks/bench_sweep_memory.py``): glibc keeps freed blocks of up to 32 MiB, new ones rarely fit
+into the gaps, and the matrix library makes buffers of its own."""
 
 GELU_TENSORS = 5
 """Tensors of ``[row, d_mlp]`` that Hugging Face's GELU has alive at once."""
@@ -52,14 +41,14 @@ class Batch(BriefFields):
 
     Attributes:
         edits: which.
-        runs: their runs.
+        edited: their edited rows.
         rows: packed rows at the widest layer.
         mlp_rows: packed rows in the layers before the last, where all of them go through the MLP.
         flops: operations.
     """
 
     edits: tuple[int, ...]
-    runs: tuple[Run, ...]
+    edited: tuple[EditedRow, ...]
     rows: int
     mlp_rows: int
     flops: int
@@ -161,8 +150,8 @@ class Costs:
         attention = rows * 7 * d_model + 3 * scores + 3 * own_keys * 2
         return max(mlp, attention) * self.itemsize
 
-    def state_bytes(self, rows: int) -> int:
-        """States of a batch: as they come into a layer and as they leave it."""
+    def group_bytes(self, rows: int) -> int:
+        """Groups of a batch: as they come into a layer and as they leave it."""
         return 2 * rows * self.cfg.d_model * self.itemsize
 
     def logit_bytes(self, cells: int) -> int:
@@ -176,7 +165,7 @@ class Limits:
 
     Attributes:
         rows_at_once: packed rows in a block together.
-        batch_rows: packed rows that a batch's states may have.
+        batch_rows: packed rows that a batch's groups may have.
         logit_edits: edits whose logits are computed together.
     """
 
@@ -202,15 +191,15 @@ def divide(
     Raises:
         InputError: not even one edit at a time fits; says what would.
     """
-    left = int((limit - reserved - base_bytes - WORKSPACE) / HEAP_AT_WORST)
-    one_edit = max(costs.chunk_bytes(costs.length), costs.logit_bytes(read_cells)) + costs.state_bytes(widest)
+    left = int((limit - reserved - base_bytes) / SAFETY)
+    one_edit = max(costs.chunk_bytes(costs.length), costs.logit_bytes(read_cells)) + costs.group_bytes(widest)
     least = max(one_edit, costs.chunk_bytes(costs.n_rows * costs.length))
     if left < least:
         # What is reserved may be a share of the limit, and then grows with it.
-        needed = math.ceil(resident(base_bytes, least, heap=HEAP_AT_WORST) * limit / max(1, limit - reserved))
+        needed = math.ceil(resident(base_bytes, least) * limit / max(1, limit - reserved))
         raise InputError(
             f"memory_limit={limit:,} bytes is too little: the base run takes {base_bytes:,} and one edit at a time "
-            f"{resident(base_bytes, least, heap=HEAP_AT_WORST) - base_bytes:,}"
+            f"{resident(base_bytes, least) - base_bytes:,}"
             + (f", with {reserved:,} kept for the edits' values" if reserved else "")
             + f". Give at least {needed:,}, or sweep fewer layers or shorter prompts."
         )
@@ -218,43 +207,53 @@ def divide(
     while rows_at_once > costs.length and costs.chunk_bytes(rows_at_once) > left // 2:
         rows_at_once = max(costs.length, rows_at_once // 2)
     rest = left - costs.chunk_bytes(rows_at_once)
-    batch_rows = max(widest, min(BATCH_CHUNKS * rows_at_once, rest // max(1, costs.state_bytes(1))))
-    for_logits = min(LOGIT_BYTES, left - costs.state_bytes(batch_rows))
+    batch_rows = max(widest, min(BATCH_CHUNKS * rows_at_once, rest // max(1, costs.group_bytes(1))))
+    for_logits = min(LOGIT_BYTES, left - costs.group_bytes(batch_rows))
     logit_edits = max(1, for_logits // max(1, costs.logit_bytes(read_cells)))
     return Limits(rows_at_once, batch_rows, logit_edits)
 
 
-def resident(base_bytes: int, alive: int, logits: int = 0, heap: float = HEAP) -> int:
-    """Bytes that the process grows by.
+def resident(base_bytes: int, alive: int) -> int:
+    """Bytes that the process grows by, at most.
 
     Args:
         base_bytes: of the base run.
-        alive: alive beside it at the worst moment, in blocks of all sizes.
-        logits: alive beside those, in three blocks that come and go together.
-        heap: what the allocator makes of a byte alive.
+        alive: alive beside it at the worst moment.
     """
-    mapped = logits // 3 >= MAPPED_BLOCK
-    return base_bytes + int(heap * alive) + int((LARGE_BLOCKS if mapped else heap) * logits) + WORKSPACE + 1
+    return base_bytes + math.ceil(SAFETY * alive) + 1
+
+
+def peak_bytes(kept: int, batches: Sequence[Batch], costs: Costs, limits: Limits, read_cells: int, whole: bool) -> int:
+    """Bytes that the process grows by, at most."""
+    alive = [costs.chunk_bytes(costs.n_rows * costs.length)]  # of the base run itself
+    if whole:
+        alive.append(alive[0] + costs.whole_logit_bytes())
+    groups = max((costs.group_bytes(batch.rows) for batch in batches), default=0)
+    for batch in batches:
+        rows, mlp_rows = (max(1, min(limits.rows_at_once, rows)) for rows in (batch.rows, batch.mlp_rows))
+        alive.append(groups + costs.chunk_bytes(rows, mlp_rows))
+        alive.append(groups + costs.logit_bytes(read_cells) * min(limits.logit_edits, len(batch.edits)))
+    return resident(kept, max(alive))
 
 
 def make_batches(
-    edits: Sequence[Sequence[Run]], order: Sequence[int], costs: Costs, limits: Limits, read_cells: int
+    edits: Sequence[Sequence[EditedRow]], order: Sequence[int], costs: Costs, limits: Limits, read_cells: int
 ) -> tuple[Batch, ...]:
-    """Gather edits to batches whose states fit, those that enter at one layer together.
+    """Gather edits to batches whose groups fit, those that enter at one layer together.
 
     Args:
-        edits: the runs of each edit.
+        edits: the edited rows of each edit.
         order: edits that need running.
         costs: the model's.
         limits: what fits.
         read_cells: logits that one edit's metric reads.
     """
-    ordered = sorted(order, key=lambda edit: (min(run.stage for run in edits[edit]), edit))
+    ordered = sorted(order, key=lambda edit: (min(each.stage for each in edits[edit]), edit))
     batches: list[Batch] = []
     chosen: list[int] = []
     rows = 0
     for edit in ordered:
-        width = sum(widest_rows(run, costs) for run in edits[edit])
+        width = sum(widest_rows(each, costs) for each in edits[edit])
         if chosen and rows + width > limits.batch_rows:
             batches.append(_batch(chosen, edits, rows, costs, read_cells))
             chosen, rows = [], 0
@@ -265,21 +264,21 @@ def make_batches(
     return tuple(batches)
 
 
-def widest_rows(run: Run, costs: Costs) -> int:
-    """Packed rows of a run where it has most."""
-    if run.stage >= costs.cfg.n_layers - 1:
-        return len(run.columns)
-    return max(len(run.columns), costs.length - run.first)
+def widest_rows(edited: EditedRow, costs: Costs) -> int:
+    """Packed rows of an edited row where it has most."""
+    if edited.stage >= costs.cfg.n_layers - 1:
+        return len(edited.columns)
+    return max(len(edited.columns), costs.length - edited.first)
 
 
-def _batch(chosen: list[int], edits: Sequence[Sequence[Run]], rows: int, costs: Costs, read_cells: int) -> Batch:
-    runs = tuple(run for edit in chosen for run in edits[edit])
+def _batch(chosen: list[int], edits: Sequence[Sequence[EditedRow]], rows: int, costs: Costs, read_cells: int) -> Batch:
+    edited = tuple(each for edit in chosen for each in edits[edit])
     flops = len(chosen) * costs.unembed_flops(read_cells)
     n_layers = costs.cfg.n_layers
-    for run in runs:
-        if 0 <= run.stage < n_layers:
-            flops += costs.block_flops(len(run.columns))
-        later = n_layers - max(run.stage + 1, 0)
-        flops += later * costs.block_flops(costs.length - run.first)
-    mlp_rows = sum(widest_rows(run, costs) for run in runs if run.stage < n_layers - 1)
-    return Batch(tuple(chosen), runs, rows, mlp_rows, flops)
+    for each in edited:
+        if 0 <= each.stage < n_layers:
+            flops += costs.block_flops(len(each.columns))
+        later = n_layers - max(each.stage + 1, 0)
+        flops += later * costs.block_flops(costs.length - each.first)
+    mlp_rows = sum(widest_rows(each, costs) for each in edited if each.stage < n_layers - 1)
+    return Batch(tuple(chosen), edited, rows, mlp_rows, flops)

@@ -98,6 +98,47 @@ class Scorer:
         return _as_tensor(self.metric(logits), self.name)
 
 
+@dataclass(eq=False)
+class UneditedLogits:
+    """Logits of an unedited run, made where they are read.
+
+    Attributes:
+        unembed: the final norm and the unembedding.
+        final: ``[row, pos, d_model]``, what leaves the last layer.
+        logits: ``[row, pos, d_vocab]``, if the run itself gave them; then they are what is read.
+    """
+
+    unembed: Unembedding
+    final: Tensor
+    logits: Tensor | None = None
+
+    def at(self, columns: Tensor, tokens: tuple[int, ...] | None = None) -> Tensor:
+        """``[row, column, token]``.
+
+        Args:
+            columns: ``[row, column]``.
+            tokens: which; by default the whole vocabulary.
+        """
+        rows = torch.arange(columns.shape[0])[:, None]
+        if self.logits is None:
+            return self.unembed(self.final[rows, columns], tokens)
+        cells = self.logits[rows, columns]
+        return cells if tokens is None else cells[..., torch.tensor(tokens)]
+
+    def asked(self, asked: Asked) -> Tensor:
+        """``[row, column, token]`` of what a function of logits asks for."""
+        columns = torch.tensor(sorted(asked.columns)).expand(self.final.shape[0], -1)
+        return self.at(columns, None if asked.tokens is None else tuple(sorted(asked.tokens)))
+
+    def score(self, scorer: Scorer) -> Tensor:
+        """One metric of the run."""
+        if self.logits is not None:
+            return scorer.score_whole(self.logits)
+        score = scorer.score(self.at(scorer.reads.columns, scorer.reads.tokens)[None])[0]
+        assert score is not None
+        return score
+
+
 def _as_tensor(value: Any, name: str) -> Tensor:
     value = plain(value)
     if isinstance(value, float | int):
@@ -147,7 +188,7 @@ def make_scorer(
     tokens: Tensor,
     attention_mask: Tensor | None,
     bridge: TransformerBridge,
-    base_logits: Callable[[Asked], Tensor],
+    unedited: UneditedLogits,
     logit_positions: Sequence[int] | None,
 ) -> Scorer:
     """Find out what a metric reads.
@@ -158,7 +199,7 @@ def make_scorer(
         tokens: ``[row, pos]`` of the base run.
         attention_mask: its mask.
         bridge: the model.
-        base_logits: cells of the base run's logits, ``[row, column, token]``.
+        unedited: the base run's logits.
         logit_positions: the columns that a plain function may read; others are refused.
 
     Raises:
@@ -180,7 +221,7 @@ def make_scorer(
                 "out by itself."
             )
         ids = None if asked.tokens is None else sorted(asked.tokens)
-        return Cells(base_logits(asked), sorted(asked.columns), ids, (rows, length, d_vocab))
+        return Cells(unedited.asked(asked), sorted(asked.columns), ids, (rows, length, d_vocab))
 
     recorder = Recorder(logits_of, (rows, length, d_vocab), bridge.dtype, bridge.device)
     _as_tensor(metric(recorder.logits), name)

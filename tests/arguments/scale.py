@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pellucid import running_stats
-from pellucid.scale import harvest, ray_engine, saelens, statistics, stored_activations, workers
+from pellucid.scale import collect_shards, harvest, ray_engine, saelens, stored_activations, workers
 from tests.arguments.bench import (
     BRIDGE,
     CORPUS,
@@ -60,7 +60,7 @@ CALLS: dict[str, Call] = {
         out="out",
         progress=False,
     ),
-    "merge_shards": not_run(made(statistics.merge_shards, out="out")),
+    "merge_shards": not_run(made(collect_shards.merge_shards, out="out")),
     "StoredActivations": made(stored_activations.StoredActivations, path=Of(lambda bench: bench.folder / "store")),
     "StoredActivations.batches": entered(store("batches", batch_size=2)),
     "StoredActivations.random_rows": store("random_rows", count=2),

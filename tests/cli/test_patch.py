@@ -17,11 +17,11 @@ import torch
 import xarray as xr
 
 from pellucid import TransformerBridge
-from pellucid.analysis.labelled import from_document
-from pellucid.analysis.patching import activation_patching
 from pellucid.cli import tokens
 from pellucid.cli.patch import CSV_FILE, JSON_FILE
 from pellucid.demo.prompts import PATCHING_PAIR
+from pellucid.experiments.activation_patching import activation_patching
+from pellucid.experiments.labelled import from_document
 from pellucid.sweep import KLDivergence, LogitDifference, LogProbability
 from pellucid.sweep.packing import PackedModel
 from tests.cli.test_cli import ROOT, cli, one_line
@@ -59,6 +59,12 @@ def test_the_default_pair_works_on_the_embedded_model(demo: TransformerBridge) -
     assert found.sel(layer=1, pos=7) > 0.9
     assert found.sel(layer=2, pos=7) < 0.2
     assert found.sel(layer=2, pos=16) > 0.9
+
+
+@pytest.mark.parametrize("arguments", [(), ("--metric", "kl-divergence"), ("--plan",), ("--direction", "noising")])
+def test_each_prompt_is_run_once(arguments: tuple[str, ...], entered: list[int]) -> None:
+    assert cli("patch", *arguments).exit_code == 0
+    assert entered == [17, 17]
 
 
 def test_the_table() -> None:
@@ -191,6 +197,8 @@ def test_a_plan_is_shown_and_nothing_is_run(monkeypatch: Any) -> None:
     plan = document("--plan", "--site", "z")
     assert plan["n_edits"] == 32
     assert plan["flops"] < plan["flops_whole"]
+    limited = document("--plan", "--memory-limit", "200")["memory_limit"]  # MiB, less what the kept run takes
+    assert 199 * 2**20 < limited < 200 * 2**20
 
 
 def test_an_interrupt_shows_what_was_done(monkeypatch: Any, tmp_path: Path) -> None:

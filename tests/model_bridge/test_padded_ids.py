@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from pellucid import TransformerBridge, patching
-from pellucid.analysis.ablation import ablation
-from pellucid.analysis.patching import activation_patching
-from pellucid.analysis.path_patching import path_patching
 from pellucid.corpora import Corpus
 from pellucid.errors import PellucidWarning
+from pellucid.experiments.ablation import ablation
+from pellucid.experiments.activation_patching import activation_patching
+from pellucid.experiments.path_patching import path_patching
 from pellucid.running_stats import CountPositive
 from pellucid.scale.harvest import harvest
 from pellucid.sweep import LogProbability, Sweep

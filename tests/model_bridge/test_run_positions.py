@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from pellucid import TransformerBridge
-from pellucid.analysis.ablation import ablation
-from pellucid.analysis.patching import activation_patching
-from pellucid.analysis.path_patching import path_patching
 from pellucid.analysis.perplexity import log_perplexity
 from pellucid.corpora import Corpus
 from pellucid.errors import HookUnreachableError, InputError
+from pellucid.experiments.ablation import ablation
+from pellucid.experiments.activation_patching import activation_patching
+from pellucid.experiments.path_patching import path_patching
 from pellucid.padding import NO_TOKEN
 from pellucid.patching import get_act_patch_resid_pre
 from pellucid.running_stats import MeanVariance

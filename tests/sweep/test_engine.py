@@ -145,6 +145,19 @@ def test_several_edits_in_one_run() -> None:
         torch.testing.assert_close(found, expected, **CLOSE, msg=lambda text, chosen=chosen: f"{chosen}: {text}")
 
 
+def test_an_edit_of_the_last_layer_is_made_once() -> None:
+    """That layer takes two passes where some columns are not read; a sum made in both would show."""
+    bridge = make_bridge(opt_in=True)
+    tokens = random_tokens(2, 7)
+    names = [name for name in bridge.hook_dict if name.startswith("blocks.2.") and not name.endswith("scale")]
+    edits = [Edit(name, Add(0.2)) for name in names]
+    edits += [Edit("blocks.2.hook_resid_pre", Add(torch.linspace(-1, 1, 48)), positions=p) for p in (2, [2, 6], 6)]
+    result = Sweep(bridge, tokens, LogitDifference(ANSWER, FOIL)).run(edits)
+    for edit, found in zip(edits, result.values["metric"], strict=True):
+        expected = last_real(whole_logits(bridge, tokens, edit), None)
+        torch.testing.assert_close(found, expected, **CLOSE, msg=lambda text, edit=edit: f"{edit}: {text}")
+
+
 def test_rows_of_one_edit() -> None:
     bridge = make_bridge()
     tokens = random_tokens(3, 7)
@@ -410,6 +423,23 @@ def test_a_function_of_what_is_there() -> None:
 
         logits = bridge.run_with_hooks(tokens, fwd_hooks=[("blocks.1.hook_mlp_out", hook)])
         torch.testing.assert_close(found, last_real(logits, None), **CLOSE)
+
+
+def test_a_function_may_run_the_model() -> None:
+    """What it runs is neither edited nor packed."""
+    bridge = make_bridge()
+    tokens, other = random_tokens(2, 7), random_tokens(3, 5, seed=8)
+    apart = bridge.hf_model(other).logits[0, -1, :48]
+    edits = [
+        Edit(hook, Apply(lambda region: region + bridge.hf_model(other).logits[0, -1, :48]), positions=position)
+        for hook in ("blocks.1.hook_resid_pre", "blocks.1.hook_mlp_out", "blocks.2.hook_resid_pre")
+        for position in (3, 6)
+    ]
+    result = Sweep(bridge, tokens, LogitDifference(ANSWER, FOIL)).run(edits)
+    assert result.plan.n_whole == 0
+    for edit, found in zip(edits, result.values["metric"], strict=True):
+        added = Edit(edit.hook, Add(apart), positions=edit.positions)
+        torch.testing.assert_close(found, last_real(whole_logits(bridge, tokens, added), None), **CLOSE)
 
 
 def test_an_interrupted_sweep_gives_what_it_has() -> None:

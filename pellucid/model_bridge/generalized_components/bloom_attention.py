@@ -19,7 +19,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Dict, cast  # noqa: UP035 (Dict: the specified signature)
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_modules
@@ -30,7 +29,7 @@ from pellucid.model_bridge.generalized_components.alibi_utils import add_mask_to
 from pellucid.model_bridge.generalized_components.base import GeneralizedComponent
 from pellucid.model_bridge.generalized_components.bloom_mlp import sum_of_slices
 from pellucid.model_bridge.generalized_components.joint_qkv_attention import JointQKVAttentionBridge
-from pellucid.model_bridge.generalized_components.packed_rows import PackedRuns
+from pellucid.model_bridge.generalized_components.mixing import current_mixing
 from pellucid.run_context import current_fast_attention
 
 
@@ -104,20 +103,19 @@ class BloomAttentionBridge(JointQKVAttentionBridge):
             _refuse_missing(hidden_states=hidden_states, residual=residual, alibi=alibi)
             raise AssertionError("unreachable")
         attention = self.module
-        q, k, v = self.project(self.fire("hook_in", hidden_states))
-        keys, values = k.transpose(1, 2), v.transpose(1, 2)
-        if layer_past is not None:
-            if isinstance(layer_past, PackedRuns):
-                return self._attend_packed(q, k, v, residual, layer_past)
-            keys, values = layer_past.update(keys, values, attention.layer_idx)
-        bias, pattern, own = None, None, False
-        if not output_attentions:
-            bias = self._fast_bias(q, keys, alibi, attention_mask)
-        if bias is None:
-            z, pattern = self.mix(q.transpose(1, 2), keys, values, attention_mask, alibi)
+        hidden_states = self.fire("hook_in", hidden_states)
+        pattern, own, mixing = None, False, current_mixing()
+        if mixing is not None:
+            z = mixing(self, partial(self.project, hidden_states))
         else:
-            z = self.fast_mix(q.transpose(1, 2), keys, values, bias, attention.inv_norm_factor)
-            own = z.requires_grad  # the kernel keeps it, or what it is a view of, for the backward pass
+            q, k, v = self.project(hidden_states)
+            keys, values = k.transpose(1, 2), v.transpose(1, 2)
+            if layer_past is not None:
+                keys, values = layer_past.update(keys, values, attention.layer_idx)
+            bias = None if output_attentions else self._fast_bias(q, keys, alibi, attention_mask)
+            z, pattern = self.attend(q, keys, values, attention_mask, alibi, bias)
+            # The kernel keeps z, or what it is a view of, for the backward pass.
+            own = bias is not None and z.requires_grad
         contribution = self.project_out(self.fire("hook_z", z, private=own))
         output = residual + F.dropout(contribution, p=attention.hidden_dropout, training=attention.training)
         return self.fire("hook_out", output), pattern
@@ -127,7 +125,7 @@ class BloomAttentionBridge(JointQKVAttentionBridge):
         fast = current_fast_attention()
         if fast is None or fast.root is not self.root:
             return None
-        if self.is_live("hook_attn_scores") or self.is_live("hook_pattern") or not _only_mixes(self.module):
+        if not self.may_fuse():
             return None
         for added in (alibi,) if attention_mask is None else (alibi, attention_mask):
             # Under autocast the exact path rounds where Hugging Face does; what does not fit, it refuses.
@@ -135,43 +133,33 @@ class BloomAttentionBridge(JointQKVAttentionBridge):
                 return None
         return fast.bias(alibi, attention_mask, partial(add_mask_to_alibi, num_heads=self.n_heads))
 
-    def _attend_packed(
-        self, q: Tensor, k: Tensor, v: Tensor, residual: Tensor, packed: PackedRuns
-    ) -> tuple[Tensor, Tensor]:
-        """Attention of a sweep's packed rows ``[1, row, ...]``, each run over its own keys and values.
+    def may_fuse(self) -> bool:
+        """Whether the fused kernel would do what the exact steps do: nothing looks at scores or pattern."""
+        return not (self.is_live("hook_attn_scores") or self.is_live("hook_pattern")) and _only_mixes(self.module)
 
-        Returns:
-            ``(output, z)``: the rows that are wanted, ``[1, row, d_model]``; there is no one pattern to give.
+    def attend(
+        self,
+        q_bqnh: Tensor,
+        k_bnkh: Tensor,
+        v_bnkh: Tensor,
+        attention_mask: Tensor | None,
+        alibi: Tensor,
+        bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mixed values ``[batch, pos, n_heads, d_head]`` and the pattern: :meth:`mix`, or :meth:`fast_mix` with ``bias``.
+
+        Args:
+            q_bqnh: queries ``[batch, pos, n_heads, d_head]``.
+            k_bnkh: keys ``[batch, n_heads, key_pos, d_head]``, the cached ones among them.
+            v_bnkh: values, as the keys.
+            attention_mask: additive ``[batch, 1, pos, key_pos]``.
+            alibi: ``[batch * n_heads, 1, key_pos]`` or ``[batch, n_heads, 1, key_pos]``.
+            bias: alibi and mask as one, for the fused kernel; then there is no pattern.
         """
-        attention = self.module
-        looked_into = self.is_live("hook_attn_scores") or self.is_live("hook_pattern") or not _only_mixes(attention)
-        z_parts, kept = [], []
-        for number, group in enumerate(packed.groups):
-            packed.current = number
-            here = slice(group.start, group.start + group.rows)
-            q_bnqh, k_bnqh, v_bnqh = (
-                part[0, here].unflatten(0, (group.runs, -1)).transpose(1, 2) for part in (q, k, v)
-            )
-            # The base run's keys and values, with the run's own in place of those it may change.
-            keys, values = packed.keys[group.base_rows], packed.values[group.base_rows]
-            keys[:, :, group.columns], values[:, :, group.columns] = k_bnqh, v_bnqh
-            columns, output = group.columns, residual[0, here].unflatten(0, (group.runs, -1))
-            if group.wanted is not None:
-                columns, output, q_bnqh = columns[group.wanted], output[:, group.wanted], q_bnqh[:, :, group.wanted]
-            bias = None if looked_into else packed.bias_of(group.base_rows, columns)
-            if bias is not None:
-                z_part = self.fast_mix(q_bnqh, keys, values, bias, attention.inv_norm_factor)
-            else:
-                mask = None if packed.mask is None else packed.mask[group.base_rows][:, :, columns]
-                z_part, _ = self.mix(q_bnqh, keys, values, mask, packed.alibi[group.base_rows])
-            z_parts.append(z_part.flatten(0, 1))
-            kept.append(output.flatten(0, 1))
-        z = self.fire("hook_z", torch.cat(z_parts)[None])
-        contribution = self.project_out(z)
-        output = torch.cat(kept)[None] + F.dropout(
-            contribution, p=attention.hidden_dropout, training=attention.training
-        )
-        return self.fire("hook_out", output), z
+        q_bnqh = q_bqnh.transpose(1, 2)
+        if bias is None:
+            return self.mix(q_bnqh, k_bnkh, v_bnkh, attention_mask, alibi)
+        return self.fast_mix(q_bnqh, k_bnkh, v_bnkh, bias, self.module.inv_norm_factor), None
 
     def _dense(self, z_flat: Tensor) -> Tensor:
         attention = self.module

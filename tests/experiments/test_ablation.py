@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from pellucid import TransformerBridge
-from pellucid.analysis.ablation import ablation, prepare_ablation
+from pellucid.analysis.ablation import prepare_ablation
 from pellucid.errors import CacheKeyError, HookNameError, InputError
+from pellucid.experiments.ablation import ablation
 from pellucid.sweep import LogitDifference, NextTokenLoss
 from tests.models import make_pair, random_tokens
 

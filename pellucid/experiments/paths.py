@@ -46,7 +46,7 @@ class Sender:
     """A part that adds to the residual stream.
 
     Attributes:
-        name: see :mod:`pellucid.analysis.paths`.
+        name: see :mod:`pellucid.experiments.paths`.
         kind: which part.
         layer: its layer.
         head: its head.
@@ -74,7 +74,7 @@ class Receiver:
     """An input that reads from the residual stream.
 
     Attributes:
-        name: see :mod:`pellucid.analysis.paths`.
+        name: see :mod:`pellucid.experiments.paths`.
         kind: which input.
         layer: its layer.
         head: its head.

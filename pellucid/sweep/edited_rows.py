@@ -1,9 +1,9 @@
 """What each edit makes necessary: from which layer on, and at which columns.
 
-An edit is one *run* for each row of the base run that it changes. A run enters the model at its first *stage* (the
+An edit is one *edited row* for each row of the base run that it changes. It enters the model at its first *stage* (the
 embedding, a layer, or the final norm), at the columns that it changes there. Attention is causal, so from then on it
 differs from the base run only at columns from its first one on, and in the last layer only the columns that the metric
-reads are wanted. A run whose columns cannot reach what is read is the base run itself.
+reads are wanted. An edited row whose columns cannot reach what is read is the base run's.
 """
 
 from __future__ import annotations
@@ -36,11 +36,8 @@ FEEDS_OTHER_COLUMNS = frozenset(
 )
 """Hooks of a block that reach its keys or values, and so every later column; the others stay in their column."""
 
-BEFORE_ATTENTION = FEEDS_OTHER_COLUMNS | {"hook_q_input", "attn.q.hook_in", "attn.hook_q"}
-"""Hooks of a block that fire on every packed row; those after attention fire on the wanted ones only."""
-
 BY_GROUP = frozenset({"attn.hook_attn_scores", "attn.hook_pattern"})
-"""Hooks that fire once for each group of packed runs, ``[run, n_heads, pos, key_pos]``."""
+"""Hooks that fire once for each group of packed rows, ``[edited row, n_heads, pos, key_pos]``."""
 
 
 def place_of(spec: HookSpec) -> str:
@@ -56,7 +53,7 @@ def stage_of(spec: HookSpec, n_layers: int) -> int:
 
 
 @dataclass(eq=False)
-class Run:
+class EditedRow:
     """One row of one edit, as far as it differs from the base run.
 
     Attributes:
@@ -76,15 +73,15 @@ class Run:
     first: int
 
 
-def make_run(
+def make_edited_row(
     edit: int,
     writes: Sequence[Write],
     sites: Mapping[str, Tensor],
     n_layers: int,
     length: int,
     read: frozenset[int],
-) -> Run | None:
-    """The run of one row of an edit, ``None`` if it is the base run.
+) -> EditedRow | None:
+    """One row of an edit, ``None`` if it is the base run's.
 
     Args:
         edit: which edit.
@@ -101,8 +98,8 @@ def make_run(
     first_stage = min(stage_of(write.spec, n_layers) for write in kept if write.kept)
     for write, changed in zip(writes, kept, strict=True):
         stage = stage_of(write.spec, n_layers)
-        # Where a run enters it still is the base run, and a write that changes nothing there is left out; several
-        # writes in that stage may meet, and later the run is another, so there they stay as they were declared.
+        # Where it enters it still is the base run's, and a write that changes nothing there is left out; several
+        # writes in that stage may meet, and later it is another, so there they stay as they were declared.
         alone = stage == first_stage and sum(stage_of(w.spec, n_layers) == stage for w in writes) == 1
         chosen = changed if alone else write
         if stage >= first_stage and chosen.kept:
@@ -114,13 +111,13 @@ def make_run(
     if first_stage == n_layers - 1 and len(by_stage) > 1 and not spreads and not read & touched:
         # What is written in the last layer stays in columns that nobody reads; left are the edits after it.
         later = [write for write in writes if stage_of(write.spec, n_layers) == n_layers]
-        return make_run(edit, later, sites, n_layers, length, read)
+        return make_edited_row(edit, later, sites, n_layers, length, read)
     columns = tuple(range(min(touched), length)) if spreads else tuple(sorted(touched))
     # With no attention left to go through, an edit stays in its column.
     stays = len(by_stage) == 1 and (first_stage == n_layers or (first_stage == n_layers - 1 and not spreads))
     if not (read & touched if stays else any(column >= first for column in read)):
         return None
-    return Run(edit, writes[0].row, first_stage, by_stage, columns, first)
+    return EditedRow(edit, writes[0].row, first_stage, by_stage, columns, first)
 
 
 def needs_whole(writes: Sequence[Write]) -> bool:

@@ -11,32 +11,34 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pellucid.analysis.labelled import Attribute, Grid
 from pellucid.arguments import check_list, check_text
+from pellucid.axes import Index
 from pellucid.errors import HookNameError, InputError
+from pellucid.experiments.labelled import Attribute, Grid
+from pellucid.experiments.options import NeuronGroups, SweepOptions
 from pellucid.model_bridge.running import Prepared
-from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens
+from pellucid.model_bridge.tokens import TextOrTokens
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.names import Flag, HookSpec, get_act_name, nearest
 from pellucid.padding import counts, real_positions
 from pellucid.sweep import Edit, Value
-from pellucid.sweep.edits import Index, indices
+from pellucid.sweep.edits import indices
+from pellucid.sweep.unedited import Unedited
 from pellucid.tables import BriefFields
 from pellucid.token_text import token_labels
-
-NeuronGroups: TypeAlias = Mapping[str, Mapping[int, Sequence[int]]]
-"""By name, the neurons of each layer that are edited together."""
 
 SITES = (
     *("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"),
     *("q", "k", "v", "z", "pattern", "attn_scores", "result", "mlp_pre", "mlp_post", "embed"),
 )
 """Sites as people ask for them; any other hook of a block is one too."""
+
+DEFAULTS = SweepOptions()
 
 SEVERAL = "⟦…⟧"
 """The label of a position where rows have different tokens."""
@@ -125,6 +127,20 @@ class Prompts(BriefFields):
             for row, real in zip(self.labels, self.real.tolist(), strict=True)
         ]
 
+    def differing(self, other: Prompts) -> list[int]:
+        """Columns at which any row has another token than its counterpart."""
+        columns: list[int] = (self.tokens != other.tokens).any(0).nonzero().flatten().tolist()
+        return columns
+
+    def unedited(self, bridge: TransformerBridge) -> Unedited:
+        """Their run, which is still to be made.
+
+        Raises:
+            InputError: the model is in training mode.
+        """
+        tokens, mask = self.input()
+        return Unedited(bridge, bridge.check_input(tokens, attention_mask=mask))
+
     def columns(self) -> list[str]:
         """The label of each column: its token, where all rows have the same."""
         return [row[0] if len(set(row)) == 1 else SEVERAL for row in zip(*self.labels, strict=True)]
@@ -133,17 +149,18 @@ class Prompts(BriefFields):
 def read_prompts(
     bridge: TransformerBridge,
     input: TextOrTokens,
-    attention_mask: Tensor | None = None,
-    prepend_bos: bool | None = None,
-    padding_side: PaddingSide | None = None,
+    options: SweepOptions = DEFAULTS,
 ) -> Prompts:
-    """Token ids, mask and labels of an input.
+    """Token ids, mask and labels of an input, read as ``options`` say.
 
     Raises:
         InputError: it cannot be run.
     """
     prepared: Prepared = bridge.check_input(
-        input, prepend_bos=prepend_bos, padding_side=padding_side, attention_mask=attention_mask
+        input,
+        prepend_bos=options.prepend_bos,
+        padding_side=options.padding_side,
+        attention_mask=options.attention_mask,
     )
     assert prepared.tokens is not None
     run = bridge.positions_of(prepared)
@@ -189,7 +206,7 @@ def find_site(bridge: TransformerBridge, site: str, layers: Index = None) -> Sit
 
     Args:
         bridge: the model.
-        site: see :mod:`pellucid.analysis.cells`.
+        site: see :mod:`pellucid.experiments.places`.
         layers: which layers; by default all.
 
     Raises:
@@ -249,10 +266,7 @@ def make_grid(
     site: Site,
     by: Sequence[str],
     value: Callable[[HookSpec], Value],
-    *,
-    positions: Index = None,
-    heads: Index = None,
-    neurons: int | NeuronGroups | None = None,
+    options: SweepOptions,
 ) -> Grid:
     """The cells and the edit of each.
 
@@ -262,15 +276,13 @@ def make_grid(
         site: where.
         by: axes, checked.
         value: what goes to a hook point.
-        positions: columns edited; by default all.
-        heads: heads edited; by default all.
-        neurons: with the axis ``neuron``, how many consecutive neurons a cell has (1 by default); with ``group``, the
-            groups.
+        options: ``positions``, ``heads`` and ``neurons`` of them.
 
     Raises:
         InputError: an index out of range, or one that the site has no axis for.
     """
     spec, words = site.first, site.words
+    positions, heads, neurons = options.positions, options.heads, options.neurons
     if heads is not None and "head" not in words:
         raise InputError(f"{site.name} has no heads: leave heads out. Its axes are {', '.join(spec.axes)}.")
     if neurons is not None and not {"neuron", "group"} & set(by):
@@ -314,6 +326,12 @@ def make_grid(
             coords[name] = (word, [labels[column] for column in places[word]])
     shape = tuple(len(places[word]) for word in by)
     return Grid(tuple(by), coords, shape, edits, of_columns)
+
+
+def default_by(site: Site, second: Sequence[str]) -> tuple[str, ...]:
+    """``layer`` and the first of ``second`` that the site has."""
+    others = [word for word in second if word in site.words][:1]
+    return tuple(word for word in ("layer", *others) if word in site.words) or site.words[:1]
 
 
 def _groups(

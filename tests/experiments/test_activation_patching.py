@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 from typing import Any
@@ -13,11 +14,15 @@ import xarray as xr
 from torch import Tensor
 
 from pellucid import TransformerBridge
-from pellucid.analysis import labelled
-from pellucid.analysis.cells import SITES, find_site
-from pellucid.analysis.labelled import from_document, switched, to_document
-from pellucid.analysis.patching import activation_patching, prepare_activation_patching
+from pellucid.analysis.patching import prepare_activation_patching
 from pellucid.errors import HookDisabledError, HookNameError, InputError
+from pellucid.experiments import labelled
+from pellucid.experiments.ablation import Ablation, ablation
+from pellucid.experiments.activation_patching import ActivationPatching, activation_patching
+from pellucid.experiments.labelled import from_document, switched, to_document
+from pellucid.experiments.options import SweepOptions
+from pellucid.experiments.path_patching import PathPatching, path_patching
+from pellucid.experiments.places import SITES, find_site
 from pellucid.sweep import KLDivergence, LogitDifference, LogProbability, Normalized
 from pellucid.sweep.packing import PackedModel
 from tests.models import make_bloom, make_pair, random_tokens
@@ -378,6 +383,88 @@ def test_training_mode_is_refused(clean: Tensor, corrupted: Tensor) -> None:
 def test_every_site_of_the_list_exists(bridge: TransformerBridge) -> None:
     for site in SITES:
         assert find_site(bridge, site).specs
+
+
+# -- runs of the model -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("direction", ["denoising", "noising"])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(
+    "metric", [METRIC, difference, {"LD": METRIC, "mine": difference}], ids=["ours", "any", "both"]
+)
+@pytest.mark.parametrize("site", ["resid_pre", "result"])
+def test_each_prompt_is_run_once(
+    clean: Tensor, corrupted: Tensor, entered: list[int], direction: Any, normalize: bool, metric: Any, site: str
+) -> None:
+    bridge = make_pair(torch.float64)[0]
+    entered.clear()
+    settings: Any = {"direction": direction, "normalize": normalize}
+    found = activation_patching(bridge, clean, corrupted, metric, site, **settings)
+    assert entered == [LENGTH, LENGTH]
+    entered.clear()
+    experiment = ActivationPatching(bridge, clean, corrupted, None, site=site, **settings)
+    logits = experiment.last_logits()
+    experiment = experiment.with_metric(metric)
+    experiment.plan()
+    xr.testing.assert_identical(experiment.run(), found)
+    xr.testing.assert_identical(experiment.run(), found)
+    assert entered == [LENGTH, LENGTH]
+    experiment.with_metric(LogProbability(3)).run()
+    assert entered == [LENGTH, LENGTH]
+    for name, tokens in (("clean", clean), ("corrupted", corrupted)):
+        assert (logits[name] - bridge(tokens)[:, -1]).abs().max() < BOUND
+
+
+def test_runs_of_another_model_are_made_anew(clean: Tensor, corrupted: Tensor, entered: list[int]) -> None:
+    bridge = make_pair(torch.float64)[0]
+    experiment = ActivationPatching(bridge, clean, corrupted, METRIC, site="z")
+    before = experiment.run()
+    with torch.no_grad():
+        bridge.hf_model.transformer.h[0].mlp.dense_h_to_4h.weight.mul_(1.5)
+    entered.clear()
+    after = experiment.run()
+    assert entered == [LENGTH, LENGTH]
+    assert not np.allclose(after.values, before.values)
+    xr.testing.assert_identical(after, activation_patching(bridge, clean, corrupted, METRIC, "z"))
+
+
+def test_an_experiment_without_a_metric_says_so(bridge: TransformerBridge, clean: Tensor, corrupted: Tensor) -> None:
+    with pytest.raises(InputError, match="with_metric"):
+        ActivationPatching(bridge, clean, corrupted, None).run()
+
+
+def test_options_that_say_nothing_here_are_refused(bridge: TransformerBridge, clean: Tensor, corrupted: Tensor) -> None:
+    for name in ("layers", "heads", "neurons"):
+        with pytest.raises(InputError, match=f"takes no {name}="):
+            PathPatching(
+                bridge, clean, corrupted, METRIC, "L*H*", "final", freeze_mlps=True, options=SweepOptions(**{name: 1})
+            )
+    with pytest.raises(InputError, match="rows_at_once"):
+        SweepOptions(rows_at_once=0)
+    with pytest.raises(InputError, match="Invalid rows"):
+        ActivationPatching(bridge, clean, corrupted, METRIC, options=SweepOptions(rows="all"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("function", "experiment"),
+    [(activation_patching, ActivationPatching), (ablation, Ablation), (path_patching, PathPatching)],
+)
+def test_a_function_takes_the_fields_of_its_experiment(function: Any, experiment: type) -> None:
+    """Names, defaults and meanings are written once: a function that differs from its experiment is a mistake."""
+    arguments = dict(inspect.signature(function).parameters)
+    for name in ("progress", "on_interrupt"):
+        del arguments[name]
+    fields = dict(inspect.signature(experiment).parameters) | dict(inspect.signature(SweepOptions).parameters)
+    del fields["options"]
+    if experiment is PathPatching:
+        for name in ("layers", "heads", "neurons"):
+            del fields[name]
+    assert arguments.keys() == fields.keys()
+    for name, argument in arguments.items():
+        if experiment is not ActivationPatching or name != "metric":
+            assert argument.default == fields[name].default, name
+        assert f"{name}: " in (function.__doc__ or "") + (experiment.__doc__ or ""), name
 
 
 # -- the sweep ---------------------------------------------------------------------------------------------------------

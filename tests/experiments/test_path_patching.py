@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from pellucid import TransformerBridge
-from pellucid.analysis.patching import activation_patching
-from pellucid.analysis.path_patching import by_head, path_patching, prepare_path_patching
-from pellucid.analysis.paths import chosen_names, receivers_of, senders_of
+from pellucid.analysis.path_patching import prepare_path_patching
 from pellucid.errors import InputError, UnsupportedModelError
+from pellucid.experiments.activation_patching import activation_patching
+from pellucid.experiments.path_patching import by_head, path_patching
+from pellucid.experiments.paths import chosen_names, receivers_of, senders_of
 from pellucid.sweep import LogitDifference
 from tests.models import make_bloom, make_pair, random_tokens
 
