@@ -26,7 +26,6 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from pellucid import FactoredMatrix, TransformerBridge, patching
-from pellucid.analysis.ablation import prepare_ablation
 from pellucid.analysis.expert_neurons import expertise
 from pellucid.analysis.language_neurons import lape
 from pellucid.analysis.neurons import add, force, scale
@@ -34,8 +33,9 @@ from pellucid.analysis.perplexity import log_perplexity, perplexity_change
 from pellucid.cli.app import app
 from pellucid.corpora import Corpus
 from pellucid.errors import InputError
-from pellucid.experiments.ablation import ablation
+from pellucid.experiments.ablation import Ablation, ablation
 from pellucid.experiments.activation_patching import activation_patching
+from pellucid.experiments.options import SweepOptions
 from pellucid.experiments.path_patching import path_patching
 from pellucid.plots import TokenExample, examples_page, heat_map
 from pellucid.running_stats import (
@@ -325,7 +325,7 @@ def test_a_mean_has_the_dtype_of_its_activation(site: str, dtype: torch.dtype) -
     found = ablation(bridge, A, scalar, site, by="layer", how="mean", layers=0, change=False, progress=False)
     assert abs(found.item() - float(scalar(logits.float()))) <= 4 * pair(dtype).error
     for how in ("mean", "position_mean"):
-        prepared = prepare_ablation(bridge, A, scalar, site, by="layer", how=how, layers=0)
+        prepared = Ablation(bridge, A, scalar, site=site, by="layer", how=how, options=SweepOptions(layers=0))
         (edit,) = prepared.labelled().grid.edits[0]
         taken = edit.value.run[name]
         assert taken.dtype == kept[name].dtype

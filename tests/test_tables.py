@@ -15,9 +15,9 @@ import torch
 
 import pellucid
 from pellucid import Corpus, TransformerBridge
-from pellucid.analysis.ablation import prepare_ablation
 from pellucid.analysis.neurons import force
 from pellucid.conversion_utils.conversion_steps import ChainTensorConversion, RearrangeTensorConversion
+from pellucid.experiments.ablation import Ablation
 from pellucid.experiments.places import find_site, read_prompts
 from pellucid.model_bridge.generalized_components import LinearBridge
 from pellucid.model_bridge.self_check import CheckReport, CheckResult
@@ -121,8 +121,8 @@ def objects(bridge: TransformerBridge, tmp_path_factory: pytest.TempPathFactory)
     for statistic in statistics.values():
         statistic.update(torch.randn(2, 40, 200), torch.ones(2, 40, dtype=torch.bool))
     store = tmp_path_factory.mktemp("store")
-    labelled = prepare_ablation(
-        bridge, tokens[:1], LogitDifference(1, 2), "z", ("layer", "head"), how="zero"
+    labelled = Ablation(
+        bridge, tokens[:1], LogitDifference(1, 2), site="z", by=("layer", "head"), how="zero"
     ).labelled()
     made = {
         "bridge": bridge,

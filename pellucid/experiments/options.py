@@ -120,10 +120,3 @@ class PatchingChoices:
     normalize: bool = option(
         True, "0 is the corrupted run's metric and 1 the clean run's; else the metric itself.", command=True
     )
-
-
-def gathered(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Keywords as an experiment takes them: those that all of them share in ``options``."""
-    shared = {each.name for each in options_of(SweepOptions)}
-    own = {name: value for name, value in settings.items() if name not in shared}
-    return own | {"options": SweepOptions(**{name: settings[name] for name in settings if name in shared})}

@@ -48,7 +48,7 @@ REFUSED: list[Line] = [
     ),
     ("heat_map", {"result": 3}, "the result is of type int"),
     ("attention_pattern", {"cache": 3}, "cache is the ActivationCache"),
-    ("attention_pattern", {"layer": 99}, "asks for 99"),
+    ("attention_pattern", {"layer": 99}, "The model has layers 0 to 3"),
     ("attention_pattern", {"row": 9}, "The cache has the rows 0 to 0; found 9"),
     ("attention_pattern", {"heads": [99]}, "has the heads 0 to"),
     ("attention_pattern", {"title": 3}, "title is a string"),

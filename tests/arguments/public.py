@@ -103,7 +103,7 @@ NOT_TRIED: dict[str, str] = {
     ),
     **dict.fromkeys(
         (
-            "Collected.empty", "Collected.saw", "Picture.hovers", "Picture.printed_in", "TransformerBridgeConfig.sizes", "HookPoint.detach", "HookPoint.drop", "HookPoint.fire", "HookPoint.forward",
+            "Collected.empty", "Collected.saw", "Picture.hovers", "Sweep.base_scores", "Sweep.scores", "Picture.printed_in", "TransformerBridgeConfig.sizes", "HookPoint.detach", "HookPoint.drop", "HookPoint.fire", "HookPoint.forward",
             "HookPoint.put", "HookPoint.enable_reshape", "TransformerBridge.positions_of", "Statistic.to", "Workspace.take",
             "NeuronEdit.job_identity", "NeuronChange.check", "NeuronChange.edits", "Text.batches", "Receiver.hears",
             "place_of", "unit_shape", "refuse_no_effect", "as_neurons", "check_units", "read_prompts",

@@ -96,6 +96,5 @@ EXPLAINED: dict[tuple[str, str], str] = {
     ("estimate_cache", "incl_bwd"): TRUTH,
     ("to_tokens", "prepend_bos"): TRUTH,
     ("ablation", "change"): TRUTH,
-    ("prepare_ablation", "change"): TRUTH,
 }
 """Of one call."""

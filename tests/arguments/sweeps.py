@@ -90,11 +90,8 @@ CALLS: dict[str, Call] = {
     "NextTokenLoss": of_metric(sweep.NextTokenLoss),
     "Normalized": of_metric(sweep.Normalized, metric=sweep.LogProbability(1), zero=0.0, one=1.0),
     "activation_patching": not_run(made(patching.activation_patching, **PAIR)),
-    "prepare_activation_patching": not_run(made(patching.prepare_activation_patching, **PAIR)),
     "ablation": not_run(made(ablation.ablation, **ABLATED)),
-    "prepare_ablation": not_run(made(ablation.prepare_ablation, **ABLATED)),
     "path_patching": not_run(made(path_patching.path_patching, **PATHS)),
-    "prepare_path_patching": not_run(made(path_patching.prepare_path_patching, **PATHS)),
     "by_head": not_run(made(path_patching.by_head, result=Of(lambda bench: bench.array))),
     "to_document": made(labelled.to_document, result=Of(lambda bench: bench.array)),
     "from_document": not_run(made(labelled.from_document, document={})),
@@ -228,7 +225,7 @@ REFUSED: list[Line] = [
     ("Normalized", {"one": True}, "Normalized: one is a number"),
     *(
         line
-        for name in ("path_patching", "prepare_path_patching")
+        for name in ("path_patching",)
         for line in (
             (name, {"original": ""}, "has no tokens"),
             (name, {"new": IDS}, "original and new have different numbers of tokens"),
@@ -275,8 +272,3 @@ REFUSED: list[Line] = [
     ("from_document", {"document": 3}, "document maps names"),
     ("from_document", {}, "document is no saved result"),
 ]
-PREPARED = {"activation_patching": "prepare_activation_patching", "ablation": "prepare_ablation"}
-REFUSED += [
-    (PREPARED[name], given, words) for name, given, words in REFUSED if name in PREPARED and "on_interrupt" not in given
-]
-"""The same, up to the sweep."""

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from pellucid import TransformerBridge
-from pellucid.analysis.ablation import prepare_ablation
 from pellucid.errors import CacheKeyError, HookNameError, InputError
-from pellucid.experiments.ablation import ablation
+from pellucid.experiments.ablation import Ablation, ablation
 from pellucid.sweep import LogitDifference, NextTokenLoss
 from tests.models import make_pair, random_tokens
 
@@ -259,4 +258,4 @@ def test_one_row_has_nothing_to_be_resampled_from(bridge: TransformerBridge, tok
 
 
 def test_a_plan_comes_before_the_run(bridge: TransformerBridge, tokens: Tensor) -> None:
-    assert prepare_ablation(bridge, tokens, METRIC, how="mean").plan().n_edits == LAYERS * HEADS
+    assert Ablation(bridge, tokens, METRIC, how="mean").plan().n_edits == LAYERS * HEADS

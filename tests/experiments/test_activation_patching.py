@@ -14,7 +14,6 @@ import xarray as xr
 from torch import Tensor
 
 from pellucid import TransformerBridge
-from pellucid.analysis.patching import prepare_activation_patching
 from pellucid.errors import HookDisabledError, HookNameError, InputError
 from pellucid.experiments import labelled
 from pellucid.experiments.ablation import Ablation, ablation
@@ -471,7 +470,7 @@ def test_a_function_takes_the_fields_of_its_experiment(function: Any, experiment
 
 
 def test_a_plan_comes_before_the_run(bridge: TransformerBridge, clean: Tensor, corrupted: Tensor) -> None:
-    prepared = prepare_activation_patching(bridge, clean, corrupted, METRIC)
+    prepared = ActivationPatching(bridge, clean, corrupted, METRIC)
     plan = prepared.plan()
     assert plan.n_edits == LAYERS * LENGTH
     assert plan.flops < plan.flops_whole
@@ -481,7 +480,7 @@ def test_a_plan_comes_before_the_run(bridge: TransformerBridge, clean: Tensor, c
 def test_an_interrupted_sweep_is_returned_with_gaps(
     bridge: TransformerBridge, clean: Tensor, corrupted: Tensor, monkeypatch: Any
 ) -> None:
-    prepared = prepare_activation_patching(bridge, clean, corrupted, METRIC, rows_at_once=1)
+    prepared = ActivationPatching(bridge, clean, corrupted, METRIC, options=SweepOptions(rows_at_once=1))
     whole = prepared.run()
     run, ran = PackedModel.run, []
 

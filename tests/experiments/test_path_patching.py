@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from pellucid import TransformerBridge
-from pellucid.analysis.path_patching import prepare_path_patching
 from pellucid.errors import InputError, UnsupportedModelError
 from pellucid.experiments.activation_patching import activation_patching
-from pellucid.experiments.path_patching import by_head, path_patching
+from pellucid.experiments.path_patching import PathPatching, by_head, path_patching
 from pellucid.experiments.paths import chosen_names, receivers_of, senders_of
 from pellucid.sweep import LogitDifference
 from tests.models import make_bloom, make_pair, random_tokens
@@ -367,9 +366,7 @@ def test_what_it_cannot_do_is_refused(bridge: TransformerBridge, original: Tenso
 
 
 def test_a_plan_comes_before_the_run(bridge: TransformerBridge, original: Tensor, new: Tensor) -> None:
-    prepared = prepare_path_patching(
-        bridge, original, new, METRIC, "L*H*", "L*H*.[qkv]", freeze_mlps=True, each_receiver=True
-    )
+    prepared = PathPatching(bridge, original, new, METRIC, "L*H*", "L*H*.[qkv]", freeze_mlps=True, each_receiver=True)
     plan = prepared.plan()
     assert plan.n_edits == 12 * 36
     # Layer 2 hears 8 heads in 12 inputs, layer 1 hears 4 in 12; in the last layer a path has to end where it is read.
