@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from pellucid.factored_matrix import FactoredMatrix as FactoredMatrix
     from pellucid.hook_points import HookPoint as HookPoint
     from pellucid.model_bridge.corpus.collected import Collected as Collected
-    from pellucid.model_bridge.self_check import CheckReport as CheckReport
     from pellucid.model_bridge.transformer_bridge import TransformerBridge as TransformerBridge
+    from pellucid.model_bridge.verification.self_check import CheckReport as CheckReport
     from pellucid.names import get_act_name as get_act_name
 
 _HOMES = {
     "ActivationCache": "pellucid.activation_cache",
-    "CheckReport": "pellucid.model_bridge.self_check",
+    "CheckReport": "pellucid.model_bridge.verification.self_check",
     "Collected": "pellucid.model_bridge.corpus.collected",
     "Corpus": "pellucid.corpora.corpus",
     "FactoredMatrix": "pellucid.factored_matrix",

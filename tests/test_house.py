@@ -27,40 +27,13 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "tables", "version"),
     ("arguments", "axes", "dtypes", "names", "padding", "progress", "storage.*", "token_text"),
-    ("config", "run_context", "factored_matrix", "running_stats.*", "corpora.*", "conversion_utils.*"),
+    ("config", "run_context", "factored_matrix", "losses", "running_stats.*", "corpora.*", "conversion_utils.*"),
     ("hook_points", "activation_cache", "weight_processing"),
     ("model_bridge.generalized_components.*",),
-    (
-        "model_bridge.architecture_adapter",
-        "model_bridge.cache_plan",
-        "model_bridge.checkpoint",
-        "model_bridge.losses",
-        "model_bridge.reference_edits",
-        "model_bridge.tokens",
-    ),
-    ("model_bridge.mounting",),
-    (
-        "model_bridge.hook_session",
-        "model_bridge.hooks",
-        "model_bridge.supported_architectures.*",
-        "model_bridge.token_methods",
-    ),
-    ("model_bridge.run_positions",),
-    (
-        "model_bridge.hf_source",
-        "model_bridge.hook_methods",
-        "model_bridge.running",
-        "model_bridge.self_check",
-        "model_bridge.weight_record",
-        "model_bridge.weights_hash",
-    ),
-    (
-        "model_bridge.caching",
-        "model_bridge.function_hash",
-        "model_bridge.generation",
-        "model_bridge.processed_weights",
-    ),
-    ("model_bridge.run_methods", "model_bridge.weight_methods"),
+    ("model_bridge.architecture_adapter", "model_bridge.reference_edits"),
+    ("model_bridge.hooking.*", "model_bridge.supported_architectures.*"),
+    ("model_bridge.running.*",),
+    ("model_bridge.verification.*", "model_bridge.weights.*"),
     ("model_bridge.corpus.*",),
     ("model_bridge.transformer_bridge",),
     ("", "model_bridge", "sweep.*"),
@@ -75,14 +48,14 @@ imports its own room and lower floors; rooms of one floor do not import each oth
 public names, and ``model_bridge`` that folder's."""
 
 USERS_OF_TRANSFORMERS = (
-    "model_bridge.checkpoint",
-    "model_bridge.generation",
-    "model_bridge.hf_source",
-    "model_bridge.self_check",
+    "model_bridge.running.checkpoint",
+    "model_bridge.running.generation",
+    "model_bridge.running.loading",
+    "model_bridge.verification.self_check",
 )
 """Who imports transformers, and only inside functions: it takes seconds to load."""
 
-USERS_OF_PEFT = ("model_bridge.checkpoint",)
+USERS_OF_PEFT = ("model_bridge.running.checkpoint",)
 """Who imports PEFT (extra ``adapters``), and only inside functions: to open an adapter's folder."""
 
 WITHOUT_TORCH = (
@@ -205,9 +178,9 @@ def test_a_module_imports_its_own_room_and_lower_floors(path: Path) -> None:
         ("names", "from . import config"),
         ("model_bridge.generalized_components.base", "from ..transformer_bridge import TransformerBridge"),
         ("model_bridge.generalized_components.base", "def f():\n    import transformers"),
-        ("model_bridge.hf_source", "import transformers"),
+        ("model_bridge.running.loading", "import transformers"),
         ("model_bridge.transformer_bridge", "from pellucid.demo import load_demo_bridge"),
-        ("model_bridge.losses", "import peft"),
+        ("losses", "import peft"),
         ("cli.app", "import transformers"),
         ("a_new_module", ""),
     ],

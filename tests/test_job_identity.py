@@ -26,8 +26,8 @@ from pellucid.corpora import Corpus
 from pellucid.errors import InputError, OtherJobError
 from pellucid.model_bridge.corpus import job_identity as identity_module
 from pellucid.model_bridge.corpus.corpus_pass import PassBatch
+from pellucid.model_bridge.corpus.function_hash import function_hash
 from pellucid.model_bridge.corpus.job_identity import job_identity
-from pellucid.model_bridge.function_hash import function_hash
 from pellucid.running_stats import CountPositive, MeanVariance
 from pellucid.scale.collect_shards import collect_shards
 from pellucid.scale.workers import Worker

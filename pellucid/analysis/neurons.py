@@ -23,7 +23,7 @@ from pellucid.arguments import check_choice, check_count, check_kind, check_list
 from pellucid.dtypes import cast
 from pellucid.errors import InputError, NoEffectError
 from pellucid.hook_points import HookPoint
-from pellucid.model_bridge.hooks import HookRequest
+from pellucid.model_bridge.hooking.hooks import HookRequest
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.names import HookSpec
 from pellucid.tables import BriefFields

@@ -28,9 +28,9 @@ from pellucid.arguments import (
     check_texts,
 )
 from pellucid.errors import InputError, NoEffectError
+from pellucid.losses import next_token_loss
 from pellucid.model_bridge.corpus.corpus_pass import LabelledRows, corpus_pass
 from pellucid.model_bridge.corpus.job_identity import Watched
-from pellucid.model_bridge.losses import next_token_loss
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.padding import targets
 from pellucid.progress import progress_bar

@@ -16,8 +16,8 @@ from pellucid.cli.files import model_folder
 from pellucid.cli.options import Dtype, ModelChoice
 from pellucid.demo import MODEL_FOLDER, load_demo_bridge
 from pellucid.errors import InputError
-from pellucid.model_bridge.checkpoint import ADAPTER_CONFIG, CONFIG
-from pellucid.model_bridge.hf_source import read_config
+from pellucid.model_bridge.running.checkpoint import ADAPTER_CONFIG, CONFIG
+from pellucid.model_bridge.running.loading import read_config
 from pellucid.model_bridge.supported_architectures.bloom import BloomArchitectureAdapter
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.names import HookIndex

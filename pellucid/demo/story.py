@@ -24,9 +24,9 @@ import pellucid
 from pellucid.demo.predictions import Prediction, next_tokens
 from pellucid.demo.prompts import PROMPTS
 from pellucid.hook_points import HookFunction, HookPoint
-from pellucid.model_bridge.hooks import HookRequest
-from pellucid.model_bridge.self_check import CheckReport
+from pellucid.model_bridge.hooking.hooks import HookRequest
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
+from pellucid.model_bridge.verification.self_check import CheckReport
 from pellucid.progress import progress_bar
 from pellucid.token_text import tokens_to_text
 

@@ -35,7 +35,7 @@ from pellucid.experiments.places import (
     make_grid,
     read_prompts,
 )
-from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens
+from pellucid.model_bridge.running.tokens import PaddingSide, TextOrTokens
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.names import HookSpec
 from pellucid.padding import places

@@ -53,7 +53,7 @@ from pellucid.experiments.places import (
     refuse_different_lengths,
 )
 from pellucid.model_bridge.corpus.job_identity import marks
-from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens
+from pellucid.model_bridge.running.tokens import PaddingSide, TextOrTokens
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.padding import last_real
 from pellucid.sweep import FromRun, Sweep

@@ -43,7 +43,7 @@ from pellucid.experiments.labelled import (
 from pellucid.experiments.options import OnInterrupt, Rows, SweepOptions, documented, option
 from pellucid.experiments.paths import PARTS, Receiver, Sender, chosen_names, receivers_of, senders_of
 from pellucid.experiments.places import Prompts, about_run, read_prompts, refuse_different_lengths
-from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens
+from pellucid.model_bridge.running.tokens import PaddingSide, TextOrTokens
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.names import Flag
 from pellucid.run_context import hooks_suppressed

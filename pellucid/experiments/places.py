@@ -21,8 +21,8 @@ from pellucid.axes import Index
 from pellucid.errors import HookNameError, InputError
 from pellucid.experiments.labelled import Attribute, Grid
 from pellucid.experiments.options import NeuronGroups, SweepOptions
-from pellucid.model_bridge.running import Prepared
-from pellucid.model_bridge.tokens import TextOrTokens
+from pellucid.model_bridge.running.runner import Prepared
+from pellucid.model_bridge.running.tokens import TextOrTokens
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.names import Flag, HookSpec, get_act_name, nearest
 from pellucid.padding import counts, real_positions

@@ -1,7 +1,7 @@
 """The bridge: a Hugging Face BLOOM under TransformerLens' names.
 
 It *has* what does the work: a tree of components (:mod:`mounting`), functions on their hook points (:mod:`hooks`), rules
-of tokens (:mod:`tokens`) and a runner (:mod:`running`). What it inherits are words alone: TransformerLens' names for runs,
+of tokens (:mod:`tokens`) and a runner (:mod:`runner`). What it inherits are words alone: TransformerLens' names for runs,
 hooks, weights and tokens, a class each. With nothing hooked a call goes straight to Hugging Face's model.
 """
 
@@ -22,25 +22,25 @@ from pellucid.arguments import check_choice, check_kind, check_path, check_text
 from pellucid.corpora import Corpus
 from pellucid.errors import InputError
 from pellucid.hook_points import NoTorchHooks
-from pellucid.model_bridge.checkpoint import RANDOM_WEIGHTS
 from pellucid.model_bridge.corpus.collected import Collected
 from pellucid.model_bridge.corpus.collecting import Requests, collect
-from pellucid.model_bridge.hf_source import find_bloom, load_model, make_adapter, refuse_beside_model
-from pellucid.model_bridge.hooks import Hooks
-from pellucid.model_bridge.mounting import ComponentTree
-from pellucid.model_bridge.processed_weights import portable_state
-from pellucid.model_bridge.run_methods import RunMethods
-from pellucid.model_bridge.running import (
+from pellucid.model_bridge.hooking.hooks import Hooks
+from pellucid.model_bridge.hooking.mounting import ComponentTree
+from pellucid.model_bridge.running.checkpoint import RANDOM_WEIGHTS
+from pellucid.model_bridge.running.loading import find_bloom, load_model, make_adapter, refuse_beside_model
+from pellucid.model_bridge.running.run_methods import RunMethods
+from pellucid.model_bridge.running.runner import (
     ATTN_IMPLEMENTATIONS,
     AttnImplementation,
     Runner,
 )
-from pellucid.model_bridge.self_check import CheckReport, run_checks
-from pellucid.model_bridge.token_methods import TokenMethods
-from pellucid.model_bridge.tokens import TextOrTokens, TokenRules, ids_as_given
-from pellucid.model_bridge.weight_methods import WeightMethods, refuse_early
-from pellucid.model_bridge.weight_record import record_of
-from pellucid.model_bridge.weights_hash import weights_hash
+from pellucid.model_bridge.running.token_methods import TokenMethods
+from pellucid.model_bridge.running.tokens import TextOrTokens, TokenRules, ids_as_given
+from pellucid.model_bridge.verification.self_check import CheckReport, run_checks
+from pellucid.model_bridge.weights.hashing import weights_hash
+from pellucid.model_bridge.weights.record import record_of
+from pellucid.model_bridge.weights.rewriting import portable_state
+from pellucid.model_bridge.weights.weight_methods import WeightMethods, refuse_early
 
 
 class TransformerBridge(RunMethods, WeightMethods, TokenMethods, NoTorchHooks):
@@ -311,7 +311,9 @@ class TransformerBridge(RunMethods, WeightMethods, TokenMethods, NoTorchHooks):
         layers: Sequence[int] | None = None,
         progress: bool | None = None,
     ) -> CheckReport:
-        """Check on this very model that what Pellucid promises holds; see :mod:`pellucid.model_bridge.self_check`.
+        """Check on this very model that what Pellucid promises holds.
+
+        The checks: :mod:`pellucid.model_bridge.verification.self_check`.
 
         Args:
             input: what to run, by default random tokens.

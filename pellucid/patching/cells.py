@@ -20,7 +20,7 @@ from pellucid.arguments import check_choice, check_mapping
 from pellucid.errors import CacheKeyError, HookValueError, InputError
 from pellucid.experiments.options import SweepOptions
 from pellucid.hook_points import bits_differ
-from pellucid.model_bridge.tokens import TextOrTokens
+from pellucid.model_bridge.running.tokens import TextOrTokens
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.names import HookSpec, get_act_name
 from pellucid.sweep import Edit, EditSet, Metric, MetricLike, SetTo, Sweep, SweepResult

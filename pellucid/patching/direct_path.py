@@ -18,7 +18,7 @@ from pellucid.arguments import check_choice, check_count
 from pellucid.errors import InputError, UnsupportedModelError
 from pellucid.experiments.labelled import switched
 from pellucid.experiments.options import SweepOptions
-from pellucid.model_bridge.tokens import TextOrTokens
+from pellucid.model_bridge.running.tokens import TextOrTokens
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.names import Flag
 from pellucid.patching.cells import CorruptedRun, clean_activation, metrics_of, reduced

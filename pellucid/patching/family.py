@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pellucid.experiments.options import SweepOptions
-from pellucid.model_bridge.tokens import TextOrTokens
+from pellucid.model_bridge.running.tokens import TextOrTokens
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.patching.cells import Cell, CorruptedRun, PatchSetter, Reduce, metrics_of
 from pellucid.patching.generic import cells_of, generic_activation_patch, index_of, score_cells

@@ -12,7 +12,7 @@ from torch import Tensor
 from pellucid.arguments import check_function, check_mapping, check_text, check_texts
 from pellucid.errors import InputError
 from pellucid.experiments.options import SweepOptions
-from pellucid.model_bridge.tokens import TextOrTokens
+from pellucid.model_bridge.running.tokens import TextOrTokens
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.names import nearest
 from pellucid.patching.cells import Cell, CorruptedRun, PatchSetter, Reduce, cell_of, metrics_of, reduced, run_cells

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pellucid.activation_cache import ActivationCache
 from pellucid.errors import CacheKeyError, InputError
-from pellucid.model_bridge.running import Prepared
+from pellucid.model_bridge.running.runner import Prepared
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.tables import BriefFields
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from pellucid.arguments import check_choice, check_count, check_memory_limit
 from pellucid.axes import ROWS_AT_ONCE
 from pellucid.errors import InputError
-from pellucid.model_bridge.tokens import TextOrTokens
+from pellucid.model_bridge.running.tokens import TextOrTokens
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.padding import before_first_real
 from pellucid.progress import progress_bar

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pellucid.arguments import check_kind, check_whole
 from pellucid.errors import InputError
-from pellucid.model_bridge.losses import next_token_loss
+from pellucid.losses import next_token_loss
 from pellucid.padding import last_real, targets
 from pellucid.tables import BriefFields
 

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from pellucid.arguments import check_list
 from pellucid.errors import InputError
-from pellucid.model_bridge.cache_plan import EMBEDDING
 from pellucid.model_bridge.corpus.job_identity import marks
 from pellucid.model_bridge.generalized_components.weights import why_not_by_row
-from pellucid.model_bridge.running import Prepared
+from pellucid.model_bridge.hooking.cache_plan import EMBEDDING
+from pellucid.model_bridge.running.runner import Prepared
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.sweep.base_run import BaseRun, KeptRun, keep_run, needed_names, run_base
 from pellucid.sweep.edited_rows import stage_of

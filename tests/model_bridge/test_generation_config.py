@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 
 from pellucid import TransformerBridge
 from pellucid.errors import PellucidWarning
-from pellucid.model_bridge.generation import KEPT, OURS, TOKENS_DO_NOT_DEPEND_ON
+from pellucid.model_bridge.running.generation import KEPT, OURS, TOKENS_DO_NOT_DEPEND_ON
 from tests.models import make_generator, random_tokens
 
 TOKENS = random_tokens(3, 6)

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from pellucid import TransformerBridge
 from pellucid.errors import HookValueError, InputError, PellucidWarning
-from pellucid.model_bridge import hf_source
+from pellucid.model_bridge.running import loading
 from tests.models import is_pristine, make_bloom, random_tokens
 
 
@@ -95,7 +95,7 @@ def test_mid_training_checkpoints_take_the_familys_tokenizer(
     with pytest.warns(
         PellucidWarning, match="bloom-560m-intermediate has no tokenizer.*using the one of bigscience/bloom-560m"
     ):
-        found = hf_source.load_tokenizer(
+        found = loading.load_tokenizer(
             "bigscience/bloom-560m-intermediate", revision="global_step1000", local_files_only=False
         )
     assert found is demo.tokenizer

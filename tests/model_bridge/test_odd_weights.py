@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from pellucid import TransformerBridge
 from pellucid.errors import WeightError
-from pellucid.model_bridge.weights_hash import weights_hash
+from pellucid.model_bridge.weights.hashing import weights_hash
 from pellucid.sweep import Edit, Sweep, Zero
 from tests.models import make_bloom, random_tokens
 from tests.sweep.reference import whole_logits

@@ -18,9 +18,9 @@ from transformers import BloomForCausalLM
 
 from pellucid import TransformerBridge
 from pellucid.errors import PellucidWarning, WeightError
-from pellucid.model_bridge import processed_weights
 from pellucid.model_bridge.generalized_components import BloomAttentionBridge
 from pellucid.model_bridge.generalized_components.base import all_finite
+from pellucid.model_bridge.weights import rewriting
 from pellucid.weight_processing import STEPS, process_block
 from tests.models import VOCAB, make_bloom, make_generator, make_pair, random_tokens
 
@@ -583,7 +583,7 @@ def test_an_interrupted_call_leaves_a_correct_model_and_a_repeat_finishes(
     tokens = random_tokens()
     before = log_probabilities(bridge, tokens)
     with monkeypatch.context() as patch:
-        patch.setattr(processed_weights, "process_block", _interrupt_after(1, process_block, error))
+        patch.setattr(rewriting, "process_block", _interrupt_after(1, process_block, error))
         with pytest.raises(error):
             bridge.process_weights(**EVERYTHING)
     assert largest(log_probabilities(bridge, tokens) - before) < 1e-12
@@ -608,12 +608,12 @@ def test_a_failing_write_is_put_back() -> None:
     before = [target.clone() for target in targets]
     writes = [(targets[0], torch.ones(3)), (targets[1], torch.ones(2)), (targets[2], torch.ones(3))]
     with pytest.raises(RuntimeError):
-        processed_weights.write_all(writes)
+        rewriting.write_all(writes)
     assert all(torch.equal(target, old) for target, old in zip(targets, before, strict=True))
     spare: list[Tensor] = [torch.empty(1)]
     for values in (torch.ones(3), torch.full((3,), 2.0)):  # the second call uses the first one's buffers
         kept = [buffer.data_ptr() for buffer in spare]
-        processed_weights.write_all([(targets[0], values)], spare)
+        rewriting.write_all([(targets[0], values)], spare)
         assert torch.equal(targets[0], values)
     assert [buffer.data_ptr() for buffer in spare] == kept
     assert torch.equal(spare[0], torch.ones(3))
@@ -623,7 +623,7 @@ def test_ctrl_c_waits_until_a_part_is_written() -> None:
     reached = []
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
     try:
-        with pytest.raises(KeyboardInterrupt), processed_weights.undisturbed():
+        with pytest.raises(KeyboardInterrupt), rewriting.undisturbed():
             signal.raise_signal(signal.SIGINT)
             reached.append("the end")
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -633,12 +633,12 @@ def test_ctrl_c_waits_until_a_part_is_written() -> None:
 
 
 def test_a_table_that_fails_half_way_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pellucid.model_bridge.weight_record.CHUNK", 48 * 16)
-    fails = _interrupt_after(3, processed_weights.rows_for_gain, MemoryError)
+    monkeypatch.setattr("pellucid.model_bridge.weights.record.CHUNK", 48 * 16)
+    fails = _interrupt_after(3, rewriting.rows_for_gain, MemoryError)
     for kept in (False, True):
         bridge, native = make_pair(torch.float64)
         with monkeypatch.context() as patch:
-            patch.setattr(processed_weights, "rows_for_gain", fails)
+            patch.setattr(rewriting, "rows_for_gain", fails)
             with pytest.raises(WeightError, match="left half done"):
                 bridge.process_weights(keep_originals=kept)
         assert bridge.weights_state.damaged == "embed"
@@ -652,7 +652,7 @@ def test_a_table_that_fails_half_way_is_reported(monkeypatch: pytest.MonkeyPatch
 def test_tables_in_chunks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, _ = make_pair(torch.float64)
     whole.process_weights()
-    monkeypatch.setattr("pellucid.model_bridge.weight_record.CHUNK", 48 * 10)
+    monkeypatch.setattr("pellucid.model_bridge.weights.record.CHUNK", 48 * 10)
     bridge, _ = make_pair(torch.float64)
     bridge.process_weights()
     for name, value in bridge.hf_model.state_dict().items():

@@ -28,7 +28,7 @@ class Fault:
     tests: str
 
 
-POSITIONS = "pellucid/model_bridge/run_positions.py"
+POSITIONS = "pellucid/model_bridge/running/run_positions.py"
 
 FAULTS = (
     Fault(
@@ -47,7 +47,7 @@ FAULTS = (
     ),
     Fault(
         "a residual goes through the wrapper again",
-        "pellucid/model_bridge/running.py",
+        "pellucid/model_bridge/running/runner.py",
         "prepared.behind_wrapper = prepared.start is not None and found.virtual > 0",
         "prepared.behind_wrapper = False",
         "tests/model_bridge/test_run_positions.py -k residual",
@@ -61,7 +61,7 @@ FAULTS = (
     ),
     Fault(
         "ids that look padded are run without a word",
-        "pellucid/model_bridge/tokens.py",
+        "pellucid/model_bridge/running/tokens.py",
         "            if bool(padded.any()):\n",
         "            if False:\n",
         "tests/model_bridge/test_padded_ids.py",
@@ -117,21 +117,21 @@ FAULTS = (
     ),
     Fault(
         "what was there before mounting is not put back",
-        "pellucid/model_bridge/mounting.py",
+        "pellucid/model_bridge/hooking/mounting.py",
         "            vars(self.module)[self.slot] = self.previous",
         "            del vars(self.module)[self.slot]",
         "tests/model_bridge/test_lifecycle.py",
     ),
     Fault(
         "offloaded weights stay in memory after an exception",
-        "pellucid/model_bridge/mounting.py",
+        "pellucid/model_bridge/hooking/mounting.py",
         "                    hook.post_forward(module, None)",
         "                    pass",
         "tests/model_bridge/test_lifecycle.py",
     ),
     Fault(
         "cached tensors are shared with edits to come",
-        "pellucid/model_bridge/cache_plan.py",
+        "pellucid/model_bridge/hooking/cache_plan.py",
         "        if self._copies:",
         "        if False:",
         "tests/oracles/test_hook_table.py",
@@ -194,7 +194,7 @@ FAULTS = (
     ),
     Fault(
         "a mask shorter than cache and input is accepted",
-        "pellucid/model_bridge/tokens.py",
+        "pellucid/model_bridge/running/tokens.py",
         "    if tuple(mask.shape) != (batch, past + length):",
         "    if tuple(mask.shape) not in ((batch, past + length), (batch, length)):",
         "tests/model_bridge/test_bad_input.py",
@@ -208,14 +208,14 @@ FAULTS = (
     ),
     Fault(
         "a copy of one module keeps what stands on the original",
-        "pellucid/model_bridge/mounting.py",
+        "pellucid/model_bridge/hooking/mounting.py",
         "if root is None or id(root) in memo:",
         "if True:",
         "tests/model_bridge/test_odd_code.py",
     ),
     Fault(
         "the estimate of a cache forgets cached keys",
-        "pellucid/model_bridge/running.py",
+        "pellucid/model_bridge/running/runner.py",
         "key_pos = positions.past + pos if past is None else int(past.get_mask_sizes(pos, 0)[0])",
         "key_pos = pos",
         "tests/model_bridge/test_running.py",
@@ -383,7 +383,7 @@ FAULTS = (
     ),
     Fault(
         "fast attention under gradient checkpointing",
-        "pellucid/model_bridge/running.py",
+        "pellucid/model_bridge/running/runner.py",
         'self.attn_implementation == "sdpa" and not self._checkpoints()',
         'self.attn_implementation == "sdpa"',
         "tests/model_bridge/test_fast_attention.py",
@@ -580,7 +580,7 @@ FAULTS = (
     ),
     Fault(
         "what is mounted again stands on a module that is no longer in the model",
-        "pellucid/model_bridge/mounting.py",
+        "pellucid/model_bridge/hooking/mounting.py",
         " or component.original_component is not mounted.module",
         "",
         "tests/model_bridge/test_run_again.py tests/model_bridge/test_lifecycle.py",
@@ -601,7 +601,7 @@ FAULTS = (
     ),
     Fault(
         "a copy of a hooked model runs the original's components",
-        "pellucid/model_bridge/mounting.py",
+        "pellucid/model_bridge/hooking/mounting.py",
         "vars(clone).update(copy.deepcopy(vars(self), memo))",
         "vars(clone).update(vars(self))",
         "tests/model_bridge/test_lifecycle.py",
@@ -629,7 +629,7 @@ FAULTS = (
     ),
     Fault(
         "a block of hooks goes on acting after its end",
-        "pellucid/model_bridge/hook_session.py",
+        "pellucid/model_bridge/hooking/hook_session.py",
         "            self.closed = True",
         "            pass",
         "tests/model_bridge/test_lifecycle.py",
@@ -650,7 +650,7 @@ FAULTS = (
     ),
     Fault(
         "a wrapper that was put on in a block brings a second firing",
-        "pellucid/model_bridge/mounting.py",
+        "pellucid/model_bridge/hooking/mounting.py",
         "if is_quiet() or not self.is_used():",
         "if is_quiet():",
         "tests/model_bridge/test_lifecycle.py",
@@ -664,7 +664,7 @@ FAULTS = (
     ),
     Fault(
         "a cache keeps the run that a hook makes inside its run",
-        "pellucid/model_bridge/cache_plan.py",
+        "pellucid/model_bridge/hooking/cache_plan.py",
         "not run.is_part_of(scope.run)",
         "False",
         "tests/model_bridge/test_whose_run.py",
@@ -685,7 +685,7 @@ FAULTS = (
     ),
     Fault(
         "a thread that is started inside a block is not told",
-        "pellucid/model_bridge/mounting.py",
+        "pellucid/model_bridge/hooking/mounting.py",
         "if elsewhere is not None and threading.current_thread() not in elsewhere.threads",
         "if False",
         "tests/model_bridge/test_whose_run.py",
@@ -909,7 +909,7 @@ FAULTS = (
     ),
     Fault(
         "what is no function is attached as a hook",
-        "pellucid/model_bridge/hook_methods.py",
+        "pellucid/model_bridge/hooking/hook_methods.py",
         '        check_function("hook_fn", hook_fn, "a function of a tensor and its hook point")\n',
         "",
         "tests/test_accepted_and_ignored.py -k hook_fn",

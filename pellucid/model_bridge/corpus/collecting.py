@@ -28,7 +28,7 @@ from pellucid.model_bridge.corpus.corpus_pass import (
     stop_after,
 )
 from pellucid.model_bridge.corpus.job_identity import job_identity
-from pellucid.model_bridge.running import RunnableModel
+from pellucid.model_bridge.running.runner import RunnableModel
 from pellucid.names import HookSpec, NamesFilter
 from pellucid.progress import progress_bar
 from pellucid.running_stats import Statistic

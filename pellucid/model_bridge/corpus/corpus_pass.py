@@ -31,10 +31,10 @@ from pellucid.errors import HookValueError, OtherJobError
 from pellucid.hook_points import HookPoint, LensHandle
 from pellucid.model_bridge.corpus.collected import Collected, read_collected, write_collected
 from pellucid.model_bridge.corpus.job_identity import Watched, hooks_on
-from pellucid.model_bridge.hook_session import HookSession
-from pellucid.model_bridge.run_positions import RunPositions
-from pellucid.model_bridge.running import Prepared, RunnableModel
-from pellucid.model_bridge.tokens import ids_as_given
+from pellucid.model_bridge.hooking.hook_session import HookSession
+from pellucid.model_bridge.running.run_positions import RunPositions
+from pellucid.model_bridge.running.runner import Prepared, RunnableModel
+from pellucid.model_bridge.running.tokens import ids_as_given
 from pellucid.names import FROM_TOKENS, HookSpec, runs_through
 from pellucid.padding import has_padding
 from pellucid.run_context import current_run

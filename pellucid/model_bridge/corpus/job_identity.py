@@ -5,7 +5,7 @@ description, which every reader of a corpus and every sweep asks (harvest, colle
 
 * ``model``: a hash of the weights, the dtype, the configuration, and each module's class, code and settings;
 * ``run``: attention, autocast, threads, processor, the build of torch and its switches that choose code;
-* ``hooks``: what users' functions on the bridge compute (see :mod:`pellucid.model_bridge.function_hash`);
+* ``hooks``: what users' functions on the bridge compute (see :mod:`pellucid.model_bridge.corpus.function_hash`);
 * ``versions``: of Pellucid, transformers and Python.
 
 Gradients on or off change no bit of a forward and are not part of it. A user's torch hooks are refused: they may write, and
@@ -31,11 +31,11 @@ from torch.nn.modules import module as torch_modules
 from pellucid.config import HANDLED
 from pellucid.errors import InputError
 from pellucid.hook_points import describe_function
-from pellucid.model_bridge.function_hash import code_hash, function_hash
+from pellucid.model_bridge.corpus.function_hash import code_hash, function_hash
 from pellucid.model_bridge.generalized_components.weights import stored_parts
-from pellucid.model_bridge.mounting import StandIn
-from pellucid.model_bridge.running import RunnableModel
-from pellucid.model_bridge.weights_hash import tensor_hash, weights_hash
+from pellucid.model_bridge.hooking.mounting import StandIn
+from pellucid.model_bridge.running.runner import RunnableModel
+from pellucid.model_bridge.weights.hashing import tensor_hash, weights_hash
 from pellucid.storage.json_text import Json, differences
 from pellucid.version import __version__
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pellucid.errors import InputError
 from pellucid.model_bridge.generalized_components.hf_arguments import by_name, given_cache
-from pellucid.model_bridge.mounting import ComponentTree
+from pellucid.model_bridge.hooking.mounting import ComponentTree
 from pellucid.padding import NO_TOKEN, last_columns
 from pellucid.run_context import hooks_suppressed, is_quiet
 

@@ -23,9 +23,9 @@ from pellucid.hook_points import (
 )
 from pellucid.model_bridge.generalized_components import GeneralizedComponent
 from pellucid.model_bridge.generalized_components.block import Blocks
-from pellucid.model_bridge.hook_session import HookSession
-from pellucid.model_bridge.hooks import HookDict, HookRequest, Hooks
-from pellucid.model_bridge.mounting import ComponentTree
+from pellucid.model_bridge.hooking.hook_session import HookSession
+from pellucid.model_bridge.hooking.hooks import HookDict, HookRequest, Hooks
+from pellucid.model_bridge.hooking.mounting import ComponentTree
 from pellucid.names import HookIndex, HookSpec, NamesFilter
 from pellucid.run_context import acts
 

@@ -18,13 +18,13 @@ from pellucid.arguments import check_choice, check_whole
 from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import GradientError, InputError, UnsupportedModelError
 from pellucid.hook_points import LensHandle
-from pellucid.model_bridge.cache_plan import RunSize
+from pellucid.losses import next_token_loss
 from pellucid.model_bridge.generalized_components.base import StopForward
-from pellucid.model_bridge.hook_session import HookSession
-from pellucid.model_bridge.losses import next_token_loss
-from pellucid.model_bridge.mounting import ComponentTree
-from pellucid.model_bridge.run_positions import RunPositions, positions_of_input, positions_of_wrapped
-from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, TokenRules, check_mask, check_past
+from pellucid.model_bridge.hooking.cache_plan import RunSize
+from pellucid.model_bridge.hooking.hook_session import HookSession
+from pellucid.model_bridge.hooking.mounting import ComponentTree
+from pellucid.model_bridge.running.run_positions import RunPositions, positions_of_input, positions_of_wrapped
+from pellucid.model_bridge.running.tokens import PaddingSide, TextOrTokens, TokenRules, check_mask, check_past
 from pellucid.names import FROM_EMBEDDINGS, FROM_TOKENS
 from pellucid.run_context import set_fast_attention, set_span
 
@@ -344,7 +344,7 @@ class Runner:
         if wants_loss and (start_at_layer is not None or inputs_embeds is not None):
             raise InputError(
                 "A loss needs tokens; this run was given embeddings or a residual. Take the logits, and the loss of the "
-                "tokens that you know: pellucid.model_bridge.losses.next_token_loss(logits, tokens, attention_mask)."
+                "tokens that you know: pellucid.losses.next_token_loss(logits, tokens, attention_mask)."
             )
         prepared = self.prepare(
             input,

@@ -15,7 +15,7 @@ from typing import TypeVar
 from weakref import WeakSet
 
 from pellucid.hook_points import LensHandle
-from pellucid.model_bridge.mounting import ComponentTree, refuse_parallel_gradients
+from pellucid.model_bridge.hooking.mounting import ComponentTree, refuse_parallel_gradients
 from pellucid.run_context import Scope, enter_scope, in_own_context, leave_scope
 
 T = TypeVar("T")

@@ -1,6 +1,6 @@
 """The bridge's words for weights, TransformerLens' names: accessors, right before and after processing, and processing.
 
-What is done, and what is refused, is in :mod:`pellucid.model_bridge.processed_weights`.
+What is done, and what is refused, is in :mod:`pellucid.model_bridge.weights.rewriting`.
 """
 
 from __future__ import annotations
@@ -17,15 +17,9 @@ from pellucid.arguments import check_path
 from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import PellucidWarning, warn
 from pellucid.factored_matrix import FactoredMatrix
-from pellucid.model_bridge.mounting import ComponentTree
-from pellucid.model_bridge.processed_weights import (
-    folded_unembedding,
-    folded_unembedding_bias,
-    process,
-    unprocess,
-)
-from pellucid.model_bridge.tokens import TokenRules, as_ids
-from pellucid.model_bridge.weight_record import (
+from pellucid.model_bridge.hooking.mounting import ComponentTree
+from pellucid.model_bridge.running.tokens import TokenRules, as_ids
+from pellucid.model_bridge.weights.record import (
     Request,
     WeightsState,
     is_tied,
@@ -33,6 +27,12 @@ from pellucid.model_bridge.weight_record import (
     refuse_adapters,
     refuse_by_config,
     state_of,
+)
+from pellucid.model_bridge.weights.rewriting import (
+    folded_unembedding,
+    folded_unembedding_bias,
+    process,
+    unprocess,
 )
 from pellucid.run_context import hooks_suppressed
 from pellucid.weight_processing import STEPS, Step

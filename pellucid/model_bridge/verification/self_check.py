@@ -26,11 +26,11 @@ from torch import Tensor, nn
 
 from pellucid.errors import InputError
 from pellucid.hook_points import HookPoint
-from pellucid.model_bridge.checkpoint import RANDOM_WEIGHTS
 from pellucid.model_bridge.generalized_components.weights import stored_parts, why_not_by_row
-from pellucid.model_bridge.mounting import ComponentTree
+from pellucid.model_bridge.hooking.mounting import ComponentTree
 from pellucid.model_bridge.reference_edits import REBUILT, reference_edit
-from pellucid.model_bridge.run_positions import RunPositions
+from pellucid.model_bridge.running.checkpoint import RANDOM_WEIGHTS
+from pellucid.model_bridge.running.run_positions import RunPositions
 from pellucid.names import Flag, HookSpec
 from pellucid.progress import progress_bar
 from pellucid.tables import Table

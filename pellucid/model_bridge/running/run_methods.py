@@ -1,6 +1,6 @@
 """The bridge's words for runs, TransformerLens' names: forward, with hooks, with a cache, generation.
 
-A run is checked and made in :mod:`running`, what a cache keeps is decided in :mod:`caching`, and generation is
+A run is checked and made in :mod:`runner`, what a cache keeps is decided in :mod:`caching`, and generation is
 :mod:`generation`'s.
 """
 
@@ -16,14 +16,14 @@ from torch import Tensor
 from pellucid.activation_cache import ActivationCache
 from pellucid.arguments import check_choice
 from pellucid.errors import GradientError, InputError
-from pellucid.model_bridge.cache_plan import CacheEstimate, PosSlice, cache_bytes
-from pellucid.model_bridge.caching import CacheRequest, cached_specs, caching_functions
-from pellucid.model_bridge.generation import GenerationSettings, check_settings, generate, prepare_generation
-from pellucid.model_bridge.hook_methods import HookMethods
-from pellucid.model_bridge.hook_session import HookSession
-from pellucid.model_bridge.hooks import HookRequest
-from pellucid.model_bridge.run_positions import RunPositions
-from pellucid.model_bridge.running import (
+from pellucid.model_bridge.hooking.cache_plan import CacheEstimate, PosSlice, cache_bytes
+from pellucid.model_bridge.hooking.hook_methods import HookMethods
+from pellucid.model_bridge.hooking.hook_session import HookSession
+from pellucid.model_bridge.hooking.hooks import HookRequest
+from pellucid.model_bridge.running.caching import CacheRequest, cached_specs, caching_functions
+from pellucid.model_bridge.running.generation import GenerationSettings, check_settings, generate, prepare_generation
+from pellucid.model_bridge.running.run_positions import RunPositions
+from pellucid.model_bridge.running.runner import (
     ATTN_IMPLEMENTATIONS,
     AttnImplementation,
     Prepared,
@@ -32,7 +32,7 @@ from pellucid.model_bridge.running import (
     refuse_rows,
     without_batch_dim,
 )
-from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, TokenRules, ids_as_given
+from pellucid.model_bridge.running.tokens import PaddingSide, TextOrTokens, TokenRules, ids_as_given
 from pellucid.names import NamesFilter
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pellucid.arguments import check_choice, check_count, check_list
 from pellucid.errors import InputError
-from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, TokenRules
+from pellucid.model_bridge.running.tokens import PaddingSide, TextOrTokens, TokenRules
 
 
 class TokenMethods:

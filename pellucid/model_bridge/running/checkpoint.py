@@ -161,7 +161,7 @@ def check_weight_files(checkpoint: Checkpoint, use_safetensors: bool | None) -> 
 
     Args:
         checkpoint: where the weights are.
-        use_safetensors: see :func:`~pellucid.model_bridge.hf_source.load_model`.
+        use_safetensors: see :func:`~pellucid.model_bridge.running.loading.load_model`.
 
     Raises:
         WeightError: with the index and the file it names.
@@ -205,7 +205,7 @@ def add_adapter(
     Args:
         model: the model that the adapter was trained on.
         checkpoint: where the adapter is.
-        use_safetensors: see :func:`~pellucid.model_bridge.hf_source.load_model`.
+        use_safetensors: see :func:`~pellucid.model_bridge.running.loading.load_model`.
         allow_missing: leave weights that the adapter's file lacks as they were made.
 
     Returns:

@@ -8,7 +8,7 @@ import torch
 
 from pellucid.errors import InputError
 from pellucid.hook_points import LensHandle
-from pellucid.model_bridge.cache_plan import (
+from pellucid.model_bridge.hooking.cache_plan import (
     EMBEDDING,
     ActivationRecorder,
     PosSlice,
@@ -17,9 +17,9 @@ from pellucid.model_bridge.cache_plan import (
     refuse_large,
     refuse_unseen,
 )
-from pellucid.model_bridge.hooks import Hooks
-from pellucid.model_bridge.mounting import ComponentTree
-from pellucid.model_bridge.running import Prepared, Runner
+from pellucid.model_bridge.hooking.hooks import Hooks
+from pellucid.model_bridge.hooking.mounting import ComponentTree
+from pellucid.model_bridge.running.runner import Prepared, Runner
 from pellucid.names import HookSpec, NamesFilter, runs_through
 
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from pellucid.arguments import check_choice, check_count, check_function, check_number, check_texts
 from pellucid.errors import InputError, warn
-from pellucid.model_bridge.hook_session import HookSession
-from pellucid.model_bridge.running import Prepared, Runner
-from pellucid.model_bridge.tokens import PaddingSide, TextOrTokens, TokenRules, check_past
+from pellucid.model_bridge.hooking.hook_session import HookSession
+from pellucid.model_bridge.running.runner import Prepared, Runner
+from pellucid.model_bridge.running.tokens import PaddingSide, TextOrTokens, TokenRules, check_past
 from pellucid.run_context import set_fast_attention
 
 KEPT = frozenset({"bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id", "transformers_version"})

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from pellucid.errors import InputError
 from pellucid.hook_points import HookPoint, LensHandle, NamedHook
-from pellucid.model_bridge.weights_hash import tensor_hash
+from pellucid.model_bridge.weights.hashing import tensor_hash
 
 LIBRARIES = frozenset(
     {"torch", "numpy", "transformers", "accelerate", "peft", "xarray", "einops", "safetensors", "tqdm", "pellucid"}

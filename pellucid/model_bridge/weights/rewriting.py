@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from pellucid.errors import WeightError
-from pellucid.model_bridge.mounting import ComponentTree
-from pellucid.model_bridge.weight_record import (
+from pellucid.model_bridge.hooking.mounting import ComponentTree
+from pellucid.model_bridge.weights.record import (
     Request,
     Unit,
     WeightsRecord,

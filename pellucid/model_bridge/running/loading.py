@@ -27,7 +27,7 @@ from pellucid.config import (
 )
 from pellucid.errors import InputError, UnsupportedModelError, WeightError, warn
 from pellucid.model_bridge.architecture_adapter import ArchitectureAdapter
-from pellucid.model_bridge.checkpoint import (
+from pellucid.model_bridge.running.checkpoint import (
     CONFIG,
     NO_ADAPTER,
     Checkpoint,

@@ -19,7 +19,7 @@ from pellucid.errors import WeightError
 from pellucid.model_bridge.generalized_components import GeneralizedComponent
 from pellucid.model_bridge.generalized_components.base import all_finite, readable_parameter
 from pellucid.model_bridge.generalized_components.weights import adapted
-from pellucid.model_bridge.mounting import ComponentTree
+from pellucid.model_bridge.hooking.mounting import ComponentTree
 from pellucid.tables import BriefFields
 from pellucid.weight_processing import BLOCK_STEPS, STEPS, Step
 

@@ -12,7 +12,7 @@ from pellucid.arguments import check_list
 from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import GradientError, HookDisabledError, HookUnreachableError, InputError
 from pellucid.hook_points import Direction, Directions, HookFunction, HookPoint, LensHandle
-from pellucid.model_bridge.mounting import ComponentTree
+from pellucid.model_bridge.hooking.mounting import ComponentTree
 from pellucid.names import FROM_EMBEDDINGS, Flag, HookSpec, NamesFilter, runs_through, table_of_points
 from pellucid.run_context import acts
 from pellucid.tables import NamesView, Table

@@ -1,0 +1,1 @@
+"""A run from input to output: loading, tokens, the runner, caching, generation."""

@@ -1,0 +1,1 @@
+"""A model checked against what is promised of it."""

@@ -1,0 +1,1 @@
+"""The weights of a model: by name, rewritten in place, hashed."""
