@@ -21,7 +21,6 @@ that were attached when it began, whatever other threads attach and detach meanw
 from __future__ import annotations
 
 import copy
-import inspect
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -29,13 +28,23 @@ from functools import partial
 from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pellucid.arguments import check_function
+from pellucid.arguments import check_choice, check_function
 from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
 from pellucid.errors import GradientError, HookValueError, InputError, NoEffectError
+from pellucid.hook_values import (
+    add_note,
+    bits_differ,
+    check_returned,
+    describe_function,
+    is_delicate,
+    laid_out_as,
+    mismatch,
+)
 from pellucid.names import layer_of
 from pellucid.run_context import RunContext, Scope, acts, current_run, outside_run
+from pellucid.torch_hooks import NoTorchHooks
 
 HookFunction: TypeAlias = Callable[..., Any]
 """``fn(tensor, hook=point) -> Tensor | None``."""
@@ -45,71 +54,6 @@ Directions = Literal["fwd", "bwd", "both"]
 
 HOOKS_LOCK = threading.RLock()
 """Held while the functions of points are attached or detached, and while components are mounted for them."""
-
-
-class NoTorchHooks(nn.Module):
-    """A module that runs of a bridge pass by: they call the Hugging Face model, so torch's own hooks here would be silent.
-
-    Used on its own (a component with :meth:`set_original_component`, a point in a user's own module) it is called as any
-    module is, and takes them.
-    """
-
-    def torch_hooks_go_to(self) -> str | None:
-        """Where torch hooks belong instead, in words; ``None`` if they are called here."""
-        return None
-
-    def _refuse_torch_hooks(self) -> None:
-        instead = self.torch_hooks_go_to()
-        if instead is not None:
-            raise InputError(
-                f"A torch hook on this {type(self).__name__} would not be called: a bridge runs the Hugging Face model's "
-                f"own modules. {instead}"
-            )
-
-    def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
-        """As torch's; refused in a bridge.
-
-        Raises:
-            InputError: it would not be called.
-        """
-        self._refuse_torch_hooks()
-        return super().register_forward_pre_hook(*args, **kwargs)
-
-    def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
-        """As torch's; refused in a bridge.
-
-        Raises:
-            InputError: it would not be called.
-        """
-        self._refuse_torch_hooks()
-        return super().register_forward_hook(*args, **kwargs)
-
-    def register_full_backward_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
-        """As torch's; refused in a bridge.
-
-        Raises:
-            InputError: it would not be called.
-        """
-        self._refuse_torch_hooks()
-        return super().register_full_backward_pre_hook(*args, **kwargs)
-
-    def register_full_backward_hook(self, *args: Any, **kwargs: Any) -> Any:
-        """As torch's; refused in a bridge.
-
-        Raises:
-            InputError: it would not be called.
-        """
-        self._refuse_torch_hooks()
-        return super().register_full_backward_hook(*args, **kwargs)
-
-    def register_backward_hook(self, *args: Any, **kwargs: Any) -> Any:
-        """As torch's; refused in a bridge.
-
-        Raises:
-            InputError: it would not be called.
-        """
-        self._refuse_torch_hooks()
-        return super().register_backward_hook(*args, **kwargs)
 
 
 class PointOwner(Protocol):
@@ -159,6 +103,11 @@ class LensHandle:
     def context_level(self) -> int | None:
         """Depth of the ``hooks()`` block it belongs to, ``None`` outside one."""
         return None if self.scope.everywhere else self.scope.level
+
+    @property
+    def who(self) -> str:
+        """What an error calls it."""
+        return f"{'hook' if self.direction == 'fwd' else 'backward hook'} {describe_function(self.user_hook)} on {self.name}"
 
     def is_attached(self) -> bool:
         """Whether it is still on its point."""
@@ -329,7 +278,8 @@ class HookPoint(NoTorchHooks):
             InputError: another direction.
         """
         check_function("hook", hook, "a function of a tensor and its hook point")
-        handle = LensHandle(self, hook, _direction(dir), self.name, is_permanent)
+        check_choice("dir", dir, ("fwd", "bwd"))
+        handle = LensHandle(self, hook, dir, self.name, is_permanent)
         return attach_for_good((handle,), self.owner, prepend)[0]
 
     def add_perma_hook(self, hook: HookFunction, dir: Direction = "fwd") -> LensHandle:
@@ -366,8 +316,7 @@ class HookPoint(NoTorchHooks):
 
     def handles(self, dir: Directions = "both", including_permanent: bool = True) -> list[LensHandle]:
         """The attached functions, forward ones first."""
-        if dir not in ("fwd", "bwd", "both"):
-            raise InputError(f"dir is 'fwd', 'bwd' or 'both'; found {dir!r}.")
+        check_choice("dir", dir, ("fwd", "bwd", "both"))
         found = [] if dir == "bwd" else list(self.fwd_hooks)
         found += [] if dir == "fwd" else self.bwd_hooks
         return [handle for handle in found if including_permanent or not handle.is_permanent]
@@ -467,7 +416,7 @@ class HookPoint(NoTorchHooks):
     def _run_forward(self, value: Tensor, handles: Sequence[LensHandle], private: bool) -> Tensor:
         conversion = self.hook_conversion
         shown = value
-        if not all(handle.reads_only for handle in handles) and (private or _is_delicate(value)):
+        if not all(handle.reads_only for handle in handles) and (private or is_delicate(value)):
             shown = value.clone()
         if conversion is not None:
             shown = conversion.convert(shown)
@@ -475,8 +424,8 @@ class HookPoint(NoTorchHooks):
             shown = _call(handle, shown)
         if conversion is not None:
             shown = conversion.revert(shown)
-            _check(shown, value, handles[-1], "the conversion rule's revert gave")
-        return _laid_out_as(value, shown)
+            check_returned(shown, value, handles[-1].who, "the conversion rule's revert gave")
+        return laid_out_as(value, shown)
 
     def _register_backward(self, value: Tensor, handles: Sequence[LensHandle]) -> Tensor:
         if not torch.is_grad_enabled():
@@ -528,12 +477,6 @@ def _is_closed(handle: LensHandle) -> bool:
     return handle.scope.closed
 
 
-def _direction(dir: str) -> Direction:
-    if dir not in ("fwd", "bwd"):
-        raise InputError(f"dir is 'fwd' or 'bwd'; found {dir!r}.")
-    return "fwd" if dir == "fwd" else "bwd"
-
-
 def _run_backward(point: HookPoint, handles: tuple[LensHandle, ...], gradient: Tensor) -> Tensor:
     conversion = point.hook_conversion
     shown = gradient if all(handle.reads_only for handle in handles) else gradient.clone()
@@ -542,18 +485,6 @@ def _run_backward(point: HookPoint, handles: tuple[LensHandle, ...], gradient: T
     for handle in handles:
         shown = _call(handle, shown)
     return shown if conversion is None else conversion.revert(shown)
-
-
-def _is_delicate(value: Tensor) -> bool:
-    """Whether a function must not write to ``value`` itself, for autograd's sake.
-
-    A leaf cannot be written to. A part of a larger tensor (queries of the fused projection) can, but then a backward hook
-    on another part is lost or crashes the process: torch rewrites the history of all views of a tensor that one of them
-    changed.
-    """
-    if not value.requires_grad:
-        return False
-    return value.is_leaf or (value._is_view() and value.untyped_storage().nbytes() != value.nbytes)
 
 
 def _call(handle: LensHandle, shown: Tensor) -> Tensor:
@@ -571,72 +502,12 @@ def _call(handle: LensHandle, shown: Tensor) -> Tensor:
     if result is None:
         result = shown
         if shown.shape != shape:
-            raise HookValueError(_mismatch(handle, "left its tensor with shape", tuple(shape), tuple(shown.shape)))
+            raise HookValueError(mismatch(handle.who, "left its tensor with shape", tuple(shape), tuple(shown.shape)))
     elif result is not shown:
-        _check(result, shown, handle, "returned")
+        check_returned(result, shown, handle.who, "returned")
         if result.data_ptr() != shown.data_ptr():
             result = result.clone()  # the function may have kept it; a later one may write in place
     handle.calls += 1
     if before is not None:
         handle.changed = handle.changed or bool(bits_differ(before, result).any())
     return result  # type: ignore[no-any-return]
-
-
-def _check(result: object, expected: Tensor, handle: LensHandle, verb: str) -> None:
-    if not isinstance(result, Tensor):
-        raise HookValueError(_mismatch(handle, f"{verb} a", "Tensor", type(result).__name__))
-    for aspect, wanted, found in (
-        ("shape", tuple(expected.shape), tuple(result.shape)),
-        ("dtype", expected.dtype, result.dtype),
-        ("device", expected.device, result.device),
-    ):
-        if wanted != found:
-            raise HookValueError(_mismatch(handle, f"{verb} a tensor of {aspect}", wanted, found))
-
-
-def _mismatch(handle: LensHandle, what: str, expected: object, found: object) -> str:
-    kind = "hook" if handle.direction == "fwd" else "backward hook"
-    return (
-        f"The {kind} {describe_function(handle.user_hook)} on {handle.name} {what} {found}; expected {expected}. "
-        "Nothing is broadcast or cast on the way back into the model."
-    )
-
-
-def describe_function(function: HookFunction) -> str:
-    """``name (file:line)`` of a user's function, as far as Python knows them."""
-    while isinstance(function, partial):
-        function = function.func
-    code = inspect.unwrap(function).__code__ if inspect.isfunction(inspect.unwrap(function)) else None
-    if code is not None:
-        return f"{code.co_name} ({code.co_filename}:{code.co_firstlineno})"
-    return repr(function)
-
-
-def add_note(error: BaseException, note: str) -> None:
-    """Say where an exception came from without changing its type."""
-    if hasattr(error, "add_note"):  # Python 3.11
-        error.add_note(f"[pellucid] {note}")
-    elif error.args and isinstance(error.args[0], str):
-        error.args = (f"{error.args[0]} [pellucid: {note}]", *error.args[1:])
-
-
-def _laid_out_as(value: Tensor, shown: Tensor) -> Tensor:
-    """``shown`` in the memory layout of the tensor it takes the place of."""
-    if shown is not value and shown.stride() != value.stride() and not _overlaps(value):
-        laid_out = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
-        return laid_out.copy_(shown)
-    return shown
-
-
-def _overlaps(tensor: Tensor) -> bool:
-    """Whether several elements share one place in memory, as after ``expand``."""
-    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
-
-
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def bits_differ(a: Tensor, b: Tensor) -> Tensor:
-    """Elementwise: whether two tensors of one dtype differ in any bit (a NaN equals itself)."""
-    integers = _INTEGERS[a.element_size()]
-    return a.detach().view(integers) != b.detach().view(integers)

@@ -27,7 +27,17 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "tables", "version"),
     ("arguments", "axes", "dtypes", "names", "padding", "progress", "storage.*", "token_text"),
-    ("config", "run_context", "factored_matrix", "losses", "running_stats.*", "corpora.*", "conversion_utils.*"),
+    (
+        "config",
+        "run_context",
+        "factored_matrix",
+        "hook_values",
+        "losses",
+        "torch_hooks",
+        "running_stats.*",
+        "corpora.*",
+        "conversion_utils.*",
+    ),
     ("hook_points", "activation_cache", "weight_processing"),
     ("model_bridge.generalized_components.*",),
     ("model_bridge.architecture_adapter", "model_bridge.reference_edits"),

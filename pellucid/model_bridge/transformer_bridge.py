@@ -21,7 +21,6 @@ from typing_extensions import Self
 from pellucid.arguments import check_choice, check_kind, check_path, check_text
 from pellucid.corpora import Corpus
 from pellucid.errors import InputError
-from pellucid.hook_points import NoTorchHooks
 from pellucid.model_bridge.corpus.collected import Collected
 from pellucid.model_bridge.corpus.collecting import Requests, collect
 from pellucid.model_bridge.hooking.hooks import Hooks
@@ -41,6 +40,7 @@ from pellucid.model_bridge.weights.hashing import weights_hash
 from pellucid.model_bridge.weights.record import record_of
 from pellucid.model_bridge.weights.rewriting import portable_state
 from pellucid.model_bridge.weights.weight_methods import WeightMethods, refuse_early
+from pellucid.torch_hooks import NoTorchHooks
 
 
 class TransformerBridge(RunMethods, WeightMethods, TokenMethods, NoTorchHooks):

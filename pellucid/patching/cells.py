@@ -19,7 +19,7 @@ from torch import Tensor
 from pellucid.arguments import check_choice, check_mapping
 from pellucid.errors import CacheKeyError, HookValueError, InputError
 from pellucid.experiments.options import SweepOptions
-from pellucid.hook_points import bits_differ
+from pellucid.hook_values import bits_differ
 from pellucid.model_bridge.running.tokens import TextOrTokens
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.names import HookSpec, get_act_name

@@ -20,7 +20,7 @@ from pellucid.arguments import check_list, check_number, check_whole
 from pellucid.axes import Index
 from pellucid.dtypes import cast
 from pellucid.errors import CacheKeyError, HookValueError, InputError
-from pellucid.hook_points import bits_differ
+from pellucid.hook_values import bits_differ
 from pellucid.names import HookSpec
 from pellucid.tables import BriefFields
 

@@ -233,7 +233,7 @@ def test_keywords_and_choices(bridge: TransformerBridge) -> None:
         bridge.generate(tokens, max_new_tokenz=3, verbose=False)
     with pytest.raises(InputError, match="at least 1"):
         bridge.generate(tokens, max_new_tokens=0)
-    with pytest.raises(InputError, match="dir is"):
+    with pytest.raises(InputError, match="Invalid dir"):
         bridge.add_hook("hook_embed", look, dir="forward")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="as the function"):
         bridge.run_with_hooks(tokens, fwd_hooks=[("hook_embed", "not callable")])  # type: ignore[list-item]

@@ -96,7 +96,7 @@ FAULTS = (
     ),
     Fault(
         "a returned tensor keeps its own memory layout",
-        "pellucid/hook_points.py",
+        "pellucid/hook_values.py",
         "if shown is not value and shown.stride() != value.stride() and not _overlaps(value):",
         "if False:",
         "tests/oracles/test_hook_table.py",
@@ -657,7 +657,7 @@ FAULTS = (
     ),
     Fault(
         "with gradients on, an edit in place writes into what other points share",
-        "pellucid/hook_points.py",
+        "pellucid/hook_values.py",
         "return value.is_leaf or (value._is_view() and value.untyped_storage().nbytes() != value.nbytes)",
         "return value.is_leaf",
         "tests/oracles/test_pairs.py",

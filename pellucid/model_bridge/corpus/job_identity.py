@@ -30,7 +30,7 @@ from torch.nn.modules import module as torch_modules
 
 from pellucid.config import HANDLED
 from pellucid.errors import InputError
-from pellucid.hook_points import describe_function
+from pellucid.hook_values import describe_function
 from pellucid.model_bridge.corpus.function_hash import code_hash, function_hash
 from pellucid.model_bridge.generalized_components.weights import stored_parts
 from pellucid.model_bridge.hooking.mounting import StandIn

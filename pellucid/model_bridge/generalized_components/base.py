@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
 from pellucid.errors import HookNameError, NotSetUpError, UnsupportedModelError, WeightError
-from pellucid.hook_points import HookPoint, LensHandle, NoTorchHooks, PointOwner
+from pellucid.hook_points import HookPoint, LensHandle, PointOwner
 from pellucid.model_bridge.generalized_components.weights import plain_weight as plain_weight
 from pellucid.model_bridge.generalized_components.weights import readable_parameter as readable_parameter
 from pellucid.tables import Table
+from pellucid.torch_hooks import NoTorchHooks
 
 
 class Site:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
 from pellucid.errors import GradientError, HookNotFiredError
-from pellucid.hook_points import LensHandle, describe_function
+from pellucid.hook_points import LensHandle
+from pellucid.hook_values import describe_function
 from pellucid.model_bridge.generalized_components.base import GeneralizedComponent, StopForward
 from pellucid.model_bridge.generalized_components.block import BlockBridge
 from pellucid.model_bridge.generalized_components.hf_arguments import by_name, given_cache

@@ -24,7 +24,8 @@ from pellucid.conversion_utils.conversion_steps.chain_tensor_conversion import C
 from pellucid.conversion_utils.conversion_steps.rearrange_tensor_conversion import RearrangeTensorConversion
 from pellucid.conversion_utils.fused_qkv import PARTS, Part
 from pellucid.errors import InputError, NotSetUpError
-from pellucid.hook_points import PointOwner, bits_differ
+from pellucid.hook_points import PointOwner
+from pellucid.hook_values import bits_differ
 from pellucid.model_bridge.generalized_components.attention import AttentionBridge
 from pellucid.model_bridge.generalized_components.base import (
     GeneralizedComponent,

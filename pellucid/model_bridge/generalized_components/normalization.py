@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
 from pellucid.errors import WeightError
-from pellucid.hook_points import bits_differ
+from pellucid.hook_values import bits_differ
 from pellucid.model_bridge.generalized_components.base import (
     GeneralizedComponent,
     Site,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from pellucid.arguments import check_list
+from pellucid.arguments import check_choice, check_list
 from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import GradientError, HookDisabledError, HookUnreachableError, InputError
 from pellucid.hook_points import Direction, Directions, HookFunction, HookPoint, LensHandle
@@ -126,8 +126,7 @@ class Hooks:
         Raises:
             GradientError: the gradient of token ids is asked for by name.
         """
-        if direction not in ("fwd", "bwd"):
-            raise InputError(f"dir is 'fwd' or 'bwd'; found {direction!r}.")
+        check_choice("dir", direction, ("fwd", "bwd"))
         everything: Any = names_filter
         if everything is True:
             names_filter = None
