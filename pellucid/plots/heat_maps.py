@@ -179,7 +179,8 @@ def _without_outliers(finite: np.ndarray, centre: float | None) -> np.ndarray:
         return finite
     away = np.abs(finite - (np.median(finite) if centre is None else centre))
     farthest = np.sort(away)[::-1][: max(1, finite.size // 100) + 1]
-    gaps = (farthest[:-1] > _FAR * farthest[1:]) & (farthest[1:] > _LEAST_SHARE * farthest[0])
+    nearer = farthest[1:]
+    gaps = (farthest[: len(nearer)] > _FAR * nearer) & (nearer > _LEAST_SHARE * farthest[0])
     return finite[away <= farthest[np.flatnonzero(gaps)[-1] + 1]] if gaps.any() else finite
 
 

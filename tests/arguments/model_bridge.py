@@ -271,7 +271,10 @@ REFUSED: list[Line] = [
             "HookPoint.handles",
         )
     ),
-    *((name, {"direction": "forward"}, "'both'. Did you mean 'fwd'") for name in ("reset_hooks", "remove_all_hook_fns")),
+    *(
+        (name, {"direction": "forward"}, "'both'. Did you mean 'fwd'")
+        for name in ("reset_hooks", "remove_all_hook_fns")
+    ),
     ("to_tokens", {"input": 3}, "input is a list of strings"),
     ("to_tokens", {"input": []}, "input is a list of strings; found an empty one"),
     ("to_str_tokens", {"input": 3}, "input is a list of strings"),

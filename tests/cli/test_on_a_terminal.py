@@ -24,8 +24,8 @@ termios = pytest.importorskip("termios")
 ROOT = Path(__file__).parents[2]
 
 
-def on_a_terminal(*arguments: str, **environment: str) -> str:
-    """What a command writes to standard error, where that is a terminal."""
+def on_a_terminal(*arguments: str, until: str | None = None, **environment: str) -> str:
+    """What a command writes to standard error, where that is a terminal; up to ``until``, after which it is ended."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))  # a new one has no columns
     with subprocess.Popen(
@@ -45,8 +45,11 @@ def on_a_terminal(*arguments: str, **environment: str) -> str:
             if not chunk:
                 break
             seen += chunk
+            if until is not None and until.encode() in seen:
+                running.kill()
+                break
         os.close(ours)
-        assert running.wait() == 0, seen.decode()
+        assert running.wait() == 0 or until is not None, seen.decode()
     return seen.decode(errors="replace")
 
 
@@ -61,7 +64,7 @@ BARS = {
 @pytest.mark.parametrize("command", BARS)
 def test_a_bar_shows_on_the_embedded_model(command: str) -> None:
     arguments, bar = BARS[command]
-    seen = on_a_terminal(*arguments)
+    seen = on_a_terminal(*arguments, until=bar)
     assert bar in seen, seen
     assert "Loading weights" not in seen
 

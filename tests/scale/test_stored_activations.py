@@ -92,9 +92,9 @@ def test_names_labels_and_what_is_not_there(store: StoredActivations) -> None:
     for wrong, message in (
         (lambda: store.shard(0, "blocks.1.hook_resid_pots"), "Nearest of what is: blocks.1.hook_resid_post"),
         (lambda: store.shard(99, RESIDUAL), "index must be at most"),
-        (lambda: store.rows([len(store)]), f"rows 0 to {len(store) - 1:,}"),
+        (lambda: store.rows([len(store)]), f"0 to {len(store) - 1:,}; found"),
         (lambda: store.rows([-1]), "found -1"),
-        (lambda: store.rows([0.5]), "a list of numbers"),  # type: ignore[list-item]
+        (lambda: store.rows([0.5]), "numbers is a whole number"),  # type: ignore[list-item]
         (lambda: store.rows([0], hooks=RESIDUAL), "is a list of names"),
         (lambda: store.random_rows(10**6), "were asked for"),
         (lambda: store.batches(0), "at least 1"),
