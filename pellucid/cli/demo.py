@@ -50,6 +50,7 @@ def show_demo(out: Path | None, seed: int, format: Format) -> bool:
 
 def write_files(story: Story, folder: Path) -> None:
     """``demo.json``, the arrays as ``demo.safetensors``, and ``induction.svg``."""
+    folder.mkdir(parents=True, exist_ok=True)
     about: dict[str, Json] = {"pellucid": story.pellucid, "model": DEMO, "dtype": story.dtype, "seed": story.seed}
     write_json_file(folder / JSON_FILE, asdict(story))
     write_safetensors(folder / ARRAYS_FILE, story.tensors(), to_line(about, sort_keys=False))

@@ -78,14 +78,17 @@ def refuse_activations(out: Path, hooks: Sequence[str] | None, force: bool) -> N
 
 
 def refuse_folder(folder: Path, names: Iterable[str] = (), force: bool = False) -> None:
-    """Make a folder for results, and see that nothing in it is in the way.
+    """See that results can be written to a folder, which is made with the first of them.
 
     Raises:
         InputError: it is a file or cannot be written, or a result is there and ``force`` is off.
     """
     refuse_file(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in names:
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    refuse_file(there)
+    if not os.access(there, os.W_OK):
+        raise InputError(f"--out: the folder {there} cannot be written: give another one.")
+    for name in names if folder.exists() else ():
         refuse_out(folder / name, force)
 
 

@@ -81,6 +81,18 @@ class Commands(TyperGroup):
         with _quoted_visibly():
             return super().make_context(*arguments, **keywords)
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command, its name and its arguments; an option that is given nothing is refused.
+
+        An empty path would mean the folder one is in, and an empty word the default.
+        """
+        name, command, left = super().resolve_command(ctx, args)
+        for before, given in zip(["", *left], left, strict=False):
+            option = given if given.endswith("=") else f"{before}=" if not given else ""
+            if option.startswith("--") and option.index("=") == len(option) - 1:
+                raise typer.BadParameter(f"{option[:-1]} is empty: give it a value, or leave it out.")
+        return name, command, left
+
     def invoke(self, ctx: Any) -> Any:
         """Read the command's own arguments and run it."""
         with _quoted_visibly():

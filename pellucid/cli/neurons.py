@@ -111,6 +111,7 @@ def find_neurons(choice: ModelChoice, request: NeuronRequest, format: Format) ->
         )
     bridge = open_bridge(choice)
     if request.out is not None:
+        request.out.mkdir(parents=True, exist_ok=True)
         _refuse_full_disk(bridge, request, len(counted_files) or len(PROMPTS))
     context = request.context or (128 if choice.is_demo else 512)
     top_rate = request.top_rate if request.top_rate is not None else (0.05 if choice.is_demo else 0.01)

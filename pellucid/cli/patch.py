@@ -268,6 +268,7 @@ def _write(found: Found, document: dict[str, Json], request: PatchRequest) -> li
     """Write what is asked for; the files that were written."""
     written = []
     if request.out is not None:
+        request.out.mkdir(parents=True, exist_ok=True)
         write_json_file(request.out / JSON_FILE, document)
         with whole_file(request.out / CSV_FILE) as draft, draft.open("w", encoding="utf-8", newline="") as file:
             _write_csv(found, csv.writer(file))

@@ -221,7 +221,7 @@ def test_an_interrupt_shows_what_was_done(monkeypatch: Any, tmp_path: Path) -> N
         (("--answer", "freedom"), "3 tokens, f re edom; the metric reads one. With its leading space it is one"),
         (("--answer", " leisure", "--foil", " le"), "it begins with ·le (id:353). The model expects next: ·work 86%"),
         (("--answer", "leisure", "--foil", " le"), "it begins with ·le (id:353)"),
-        (("--answer", ""), "0 tokens"),
+        (("--answer", ""), "is empty"),
         (("--answer", "id:9999"), "ids 0 to 2047"),
         (("--answer", "id:x"), "a whole number"),
         (("--answer", "\udcff"), "not UTF-8"),

@@ -32,6 +32,13 @@ POSITIONS = "pellucid/model_bridge/running/run_positions.py"
 
 FAULTS = (
     Fault(
+        "an option that is given nothing takes its default",
+        "pellucid/cli/mistakes.py",
+        'if option.startswith("--") and option.index("=") == len(option) - 1:',
+        "if False:",
+        "tests/cli/test_options.py -k demo",
+    ),
+    Fault(
         "virtual positions are counted as tokens",
         POSITIONS,
         "value=NO_TOKEN)",

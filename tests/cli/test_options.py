@@ -1,0 +1,118 @@
+"""No option is accepted and ignored: every option of every command is refused by its name when it is out of range.
+
+``WRONG`` has values for each option; a second test asks the commands, so that a new option without a line fails. What is
+refused by the type of an option ("x" for a number) is the parser's, and tried all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from pellucid.cli.app import app
+
+WRONG: Mapping[str, Sequence[str]] = {
+    "--activation-bar-ratio": ("x", "-1", "2", "nan"),
+    "--answer": ("",),
+    "--attn-implementation": ("x",),
+    "--batch-size": ("x", "0", "1.5"),
+    "--batches-per-shard": ("x", "0"),
+    "--by": ("nonsense", ""),
+    "--clean": ("",),
+    "--context": ("x", "0"),
+    "--corpus": ("", "en=", "en=nowhere.txt"),
+    "--corrupted": ("",),
+    "--device": ("nowhere", ""),
+    "--direction": ("x",),
+    "--document": ("x",),
+    "--dtype": ("x",),
+    "--examples": ("x", "-1"),
+    "--expert-documents": ("x", "0"),
+    "--experts": ("x", "-1"),
+    "--field": ("",),
+    "--filter-rate": ("x", "-1", "2", "nan"),
+    "--foil": ("",),
+    "--format": ("x",),
+    "--heads": ("x", "99", ""),
+    "--held-out": ("", "en=nowhere.txt"),
+    "--held-out-share": ("x", "-1", "2", "nan"),
+    "--hooks": ("nonsense", ""),
+    "--layers": ("x", "99", ""),
+    "--match": ("x",),
+    "--measured-tokens": ("x", "-1"),
+    "--memory-limit": ("x", "-1", "nan"),
+    "--metric": ("x",),
+    "--neurons": ("x", "0"),
+    "--out": ("",),
+    "--packing": ("x",),
+    "--picture": ("", "x.gif"),
+    "--positions": ("x", "99", ""),
+    "--prompt": ("",),
+    "--prompt-file": ("", "nowhere.txt"),
+    "--random-sets": ("x", "-1"),
+    "--ray": ("x", "-1"),
+    "--revision": ("",),
+    "--saelens": ("",),
+    "--seed": ("x", "1.5"),
+    "--separator": ("x",),
+    "--shown-neurons": ("x", "-1"),
+    "--site": ("nonsense", ""),
+    "--store-dtype": ("x",),
+    "--tail": ("x",),
+    "--text": ("", "en=nowhere.txt"),
+    "--threads": ("x", "-1"),
+    "--top-k": ("x", "0"),
+    "--top-rate": ("x", "-1", "2", "nan"),
+    "--worker": ("x", "3/2"),
+}
+
+COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
+OPTIONS = {
+    (name, option.opts[0])
+    for name, command in COMMANDS.items()
+    for option in command.params
+    if option.param_type_name == "option" and not option.is_flag
+}
+
+
+@pytest.fixture
+def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mapping[str, list[str]]:
+    """A call of each command that would work, started in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "en.txt").write_text("Everyone has the right to life.\n" * 20)
+    return {
+        "check": ["check", "demo", "--layers", "0"],
+        "demo": ["demo"],
+        "harvest": [
+            "harvest",
+            "demo",
+            "--out",
+            "store",
+            "--corpus",
+            "en=en.txt",
+            "--hooks",
+            "blocks.0.hook_resid_post",
+        ],
+        "neurons": ["neurons", "demo", "--out", "study"],
+        "patch": ["patch"],
+        "run": ["run", "demo", "Everyone has"],
+    }
+
+
+@pytest.mark.parametrize(("command", "option"), sorted(OPTIONS))
+def test_refused_by_name(command: str, option: str, call: Mapping[str, list[str]], tmp_path: Path) -> None:
+    for value in WRONG[option]:
+        asked = [*call[command], f"{option}={value}"]
+        done = CliRunner().invoke(app, asked)
+        assert done.exit_code == 2, (asked, done.exit_code, done.output[-500:], done.exception)
+        named = option.removeprefix("--") in done.stderr.replace("_", "-") or (value and repr(value) in done.stderr)
+        assert named, (asked, done.stderr)
+        assert [path.name for path in tmp_path.iterdir()] == ["en.txt"], asked
+
+
+def test_every_line_is_of_an_option() -> None:
+    assert {option for _, option in OPTIONS} == WRONG.keys()
