@@ -343,8 +343,7 @@ def _measure(
     check_count("batch_size", batch_size)
     if not callable(getattr(text, "batches", None)):
         raise InputError(f"text is a Corpus, or has batches as one has; found {type(text).__name__}.")
-    if bridge.training or bridge.hf_model.training:
-        raise InputError("The model is in training mode, where dropout is random: call bridge.eval() first.")
+    bridge.runner.refuse_training()
     sums: dict[str, list[_Sum]] = {}
     watched = Watched(bridge, "the measurement")
     with progress_bar(desc="perplexity", unit=" tokens", show=progress) as bar:

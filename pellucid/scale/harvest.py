@@ -329,16 +329,7 @@ def _chosen_hooks(bridge: TransformerBridge, hooks: NamesFilter) -> list[HookSpe
 
 
 def _stored_hook(spec: HookSpec, bridge: TransformerBridge, dtype: torch.dtype | None) -> StoredHook:
-    cfg = bridge.cfg
-    assert cfg.d_mlp is not None
-    lengths = {
-        "n_heads": cfg.n_heads,
-        "d_head": cfg.d_head,
-        "d_model": cfg.d_model,
-        "d_mlp": cfg.d_mlp,
-        "d_vocab": cfg.d_vocab,
-        "1": 1,
-    }
+    lengths = bridge.cfg.sizes()
     own = torch.promote_types(bridge.dtype, torch.float32) if spec.kind == "wide" else bridge.dtype
     axes = spec.axes[2:]
     return StoredHook(spec.name, spec.aliases, axes, tuple(lengths[axis] for axis in axes), _CODES[dtype or own])

@@ -36,8 +36,7 @@ def refuse_writers(bridge: TransformerBridge) -> None:
     Raises:
         InputError: training mode, a function hooked on it, or a point that is shown in another shape.
     """
-    if bridge.training or bridge.hf_model.training:
-        raise InputError("The model is in training mode, where dropout is random: call bridge.eval() first.")
+    bridge.runner.refuse_training()
     refuse_torch_hooks(bridge)
     points = bridge.hook_points()
     hooked = [str(point.name) for point in points if point.has_hooks()]

@@ -46,7 +46,7 @@ from pellucid.sweep.scoring import (
     check_metrics,
     make_scorer,
 )
-from pellucid.sweep.unedited import EditSet, Unedited, refuse_training
+from pellucid.sweep.unedited import EditSet, Unedited
 
 
 @dataclass(eq=False)
@@ -112,7 +112,7 @@ class Sweep:
         check_memory_limit(memory_limit)
         if base_cache is not None and not isinstance(base_cache, Mapping):
             raise InputError(f"base_cache is a cache, or a dictionary by hook name; found {type(base_cache).__name__}.")
-        refuse_training(bridge)
+        bridge.runner.refuse_training()
         if not isinstance(input, Unedited):
             prepared = bridge.check_input(
                 input, prepend_bos=prepend_bos, padding_side=padding_side, attention_mask=attention_mask

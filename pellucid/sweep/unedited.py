@@ -42,7 +42,7 @@ class Unedited:
     def __init__(
         self, bridge: TransformerBridge, prepared: Prepared, base_cache: Mapping[str, Tensor] | None = None
     ) -> None:
-        refuse_training(bridge)
+        bridge.runner.refuse_training()
         self.bridge, self._prepared, self._base_cache = bridge, prepared, base_cache
         self._positions = bridge.positions_of(prepared)
         self._base: BaseRun | None = None
@@ -127,7 +127,7 @@ class Unedited:
 
     def base(self, writes: Sequence[Sequence[Write]]) -> BaseRun:
         """What these writes need of the run; run anew when not enough was kept, or the model is no longer the same."""
-        refuse_training(self.bridge)
+        self.bridge.runner.refuse_training()
         first, sites = self._first_layer(writes), _sites(writes)
         base, now = self._base, marks(self.bridge)
         if base is None or now != self._base_marks or first < self.first_layer or not set(sites) <= set(base.sites):
@@ -147,7 +147,7 @@ class Unedited:
 
     def observe(self, hooks: Iterable[str]) -> KeptRun:
         """Run it once for its activations at these hooks and its logits alone; nothing is kept here."""
-        refuse_training(self.bridge)
+        self.bridge.runner.refuse_training()
         names = [self.bridge.hook_spec(name).name for name in hooks]
         with torch.no_grad():
             return keep_run(self.bridge, self._prepared, names, bool(self.why_whole()))
@@ -155,18 +155,6 @@ class Unedited:
     def forget(self) -> None:
         """Let go of the run and its memory; it is made anew when it is needed."""
         self._base = None
-
-
-def refuse_training(bridge: TransformerBridge) -> None:
-    """Refuse a model with dropout on.
-
-    Raises:
-        InputError: the model is in training mode.
-    """
-    if bridge.hf_model.training:
-        raise InputError(
-            "The model is in training mode, where dropout makes every run another. Call bridge.eval() first."
-        )
 
 
 def _sites(writes: Sequence[Sequence[Write]]) -> list[str]:

@@ -130,6 +130,15 @@ class Runner:
         if not parameter.is_meta:
             self.cfg.device = str(parameter.device)
 
+    def refuse_training(self) -> None:
+        """Refuse a model with dropout on, of which every run is another.
+
+        Raises:
+            InputError: it is in training mode.
+        """
+        if self.model.training:
+            raise InputError("The model is in training mode, where dropout is random: call bridge.eval() first.")
+
     def refuse_other_blocks(self) -> None:
         """Refuse a model whose list of blocks was made longer or shorter after wrapping.
 
