@@ -156,11 +156,6 @@ class RunContext:
         return self._given.device
 
     @property
-    def _own(self) -> slice:
-        """This forward's part of a mask."""
-        return slice(self.past_length, self.past_length + self.length)
-
-    @property
     def columns(self) -> Tensor:
         """``[pos]``: index of each position in the padded sequence, cached positions counted.
 

@@ -50,7 +50,7 @@ from pellucid.cli.options import (
     Tail,
     asks_for,
     example,
-    layer_list,
+    number_list,
 )
 from pellucid.experiments.options import PatchingChoices, SweepOptions
 
@@ -131,7 +131,7 @@ def check(
     with told_to_a_person(debug):
         choice = ModelChoice(model, revision, device, dtype, allow_pickle, attn_implementation)
         refuse_model(choice)
-        chosen = layer_list(layers)
+        chosen = number_list(layers, "--layers")
         if out is not None:
             refuse_out(out, force)
         from pellucid.cli.check import check_model

@@ -87,10 +87,12 @@ class Commands(TyperGroup):
         An empty path would mean the folder one is in, and an empty word the default.
         """
         name, command, left = super().resolve_command(ctx, args)
-        for before, given in zip(["", *left], left, strict=False):
-            option = given if given.endswith("=") else f"{before}=" if not given else ""
-            if option.startswith("--") and option.index("=") == len(option) - 1:
-                raise typer.BadParameter(f"{option[:-1]} is empty: give it a value, or leave it out.")
+        assert command is not None  # an unknown name was refused
+        of_values = {word for option in command.params if not getattr(option, "is_flag", True) for word in option.opts}
+        for given, value in zip(left, [*left[1:], None], strict=False):
+            option, equals, beside = given.partition("=")
+            if option in of_values and (beside if equals else value) == "":
+                raise typer.BadParameter(f"{option} is empty: give it a value, or leave it out.")
         return name, command, left
 
     def invoke(self, ctx: Any) -> Any:

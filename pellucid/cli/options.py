@@ -131,15 +131,6 @@ def example(*lines: str) -> str:
     return "\b\n" + "\n".join(["Example:", *(f"  {line}" for line in lines)])
 
 
-def layer_list(text: str | None) -> list[int] | None:
-    """``0,5,11`` as numbers.
-
-    Raises:
-        InputError: anything else.
-    """
-    return number_list(text, "--layers")
-
-
 def number_list(text: str | None, option: str) -> list[int] | None:
     """``0,5,11`` as numbers.
 

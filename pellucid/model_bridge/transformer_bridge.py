@@ -62,7 +62,7 @@ class TransformerBridge(RunMethods, WeightMethods, TokenMethods, NoTorchHooks):
         self._tree = ComponentTree.of(bloom, partial(make_adapter, bloom))
         self._hooks = Hooks(self._tree)
         self._rules = TokenRules(tokenizer, self.cfg.d_vocab, self.cfg.default_prepend_bos)
-        self.runner = Runner(hf_model, self._tree, self._rules)
+        self.runner = Runner(self._modules, self._tree, self._rules)
         self.training = hf_model.training
 
     @classmethod

@@ -9,7 +9,7 @@ import numpy as np
 import xarray
 
 from pellucid.errors import InputError
-from pellucid.plots.axis import Axis, Labels, axis_of, check_labels
+from pellucid.plots.axis import Axis, Labels, axis_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,7 +81,6 @@ def shared_axes(results: Mapping[str, xarray.DataArray], dims: Sequence[str], la
         InputError: results with other axes or labels; labels that do not fit (:func:`axis_of`).
     """
     first = next(iter(results.values()))
-    check_labels(labels, [str(dim) for dim in first.dims])
     axes = [axis_of(first, dim, labels) for dim in dims]
     for name, other in results.items():
         if dict(other.sizes) != dict(first.sizes):

@@ -129,3 +129,24 @@ def test_sizes_follow_a_resized_vocabulary(size: int) -> None:
         result.values["difference"].flatten().float(), (logits[size - 1] - logits[3])[None], atol=1e-5
     )
     assert bridge.verify(layers=[1]).ok
+
+
+class Doubled(nn.Module):
+    """A wrapper whose logits are twice those of the model inside."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        logits: Tensor = self.inside(*args, **kwargs).logits * 2
+        return logits
+
+
+def test_a_wrapper_that_takes_the_models_place_is_run() -> None:
+    bridge = TransformerBridge(make_bloom())
+    tokens = random_tokens()
+    plain = bridge(tokens)
+    bridge.original_model = Doubled(bridge.hf_model)
+    assert torch.equal(bridge(tokens), plain * 2)
+    assert torch.equal(bridge.run_with_hooks(tokens, fwd_hooks=[("hook_embed", lambda tensor, hook: None)]), plain * 2)

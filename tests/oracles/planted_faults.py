@@ -34,7 +34,7 @@ FAULTS = (
     Fault(
         "an option that is given nothing takes its default",
         "pellucid/cli/mistakes.py",
-        'if option.startswith("--") and option.index("=") == len(option) - 1:',
+        'if option in of_values and (beside if equals else value) == "":',
         "if False:",
         "tests/cli/test_options.py -k demo",
     ),

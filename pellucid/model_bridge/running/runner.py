@@ -91,7 +91,8 @@ class Runner:
     """What runs one model.
 
     Args:
-        model: the model as the user has it, wrapped or not.
+        modules: the bridge's, of which ``"original_model"`` is the model as the user has it, wrapped or not. It is looked up
+            when used: whoever puts another wrapper there runs through that.
         tree: its components.
         rules: of its tokens.
 
@@ -99,12 +100,19 @@ class Runner:
         attn_implementation: how runs compute attention.
     """
 
-    def __init__(self, model: nn.Module, tree: ComponentTree, rules: TokenRules) -> None:
-        self.model, self.tree, self.rules = model, tree, rules
+    def __init__(self, modules: Mapping[str, nn.Module | None], tree: ComponentTree, rules: TokenRules) -> None:
+        self._modules, self.tree, self.rules = modules, tree, rules
         self.attn_implementation: AttnImplementation = "eager"
         self.refuse_other_blocks()
         for component in tree.components.values():
             _ = component.original_component  # another bridge's tree may be older than a change of the model
+
+    @property
+    def model(self) -> nn.Module:
+        """The model as the user has it."""
+        model = self._modules["original_model"]
+        assert model is not None
+        return model
 
     @property
     def cfg(self) -> TransformerBridgeConfig:
@@ -437,8 +445,9 @@ class Runner:
             self._clean_up(error, tokens)
             raise
 
-    def finish(self, prepared: Prepared, output: Tensor, return_type: ReturnType, loss_per_token: bool) -> Any:
-        """What ``return_type`` asks for, of the logits (or residual) ``[batch, pos, ...]`` of a run."""
+    def to_end(self, prepared: Prepared, return_type: ReturnType, loss_per_token: bool, backward: bool = False) -> Any:
+        """Run, and give what ``return_type`` asks for; with ``backward`` also run ``backward()`` on it, a loss."""
+        output = self.run(prepared)
         if return_type is None:
             return None
         if return_type == "logits":
@@ -446,14 +455,9 @@ class Runner:
         positions = self.positions_of(prepared)
         assert positions.tokens is not None  # see prepare_run
         loss = next_token_loss(output, positions.tokens, positions.attention_mask, loss_per_token)
-        return loss if return_type == "loss" else (output, loss)
-
-    def to_end(self, prepared: Prepared, return_type: ReturnType, loss_per_token: bool, backward: bool = False) -> Any:
-        """Run and give what was asked for; with ``backward`` also run ``backward()`` on it."""
-        output = self.finish(prepared, self.run(prepared), return_type, loss_per_token)
         if backward:
-            output.backward()
-        return output
+            loss.backward()
+        return loss if return_type == "loss" else (output, loss)
 
     def span(self, prepared: Prepared) -> tuple[int, int] | None:
         """Where a run begins and ends, as ``runs_through`` takes it; ``None`` if it is whole."""
