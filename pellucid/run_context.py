@@ -198,9 +198,9 @@ class RunContext:
         return torch.arange(self.batch, device=self.device) // (self.batch // n_prompts)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerSpan:
-    """Which blocks a run passes through: from ``start`` (its residual is given) up to, not including, ``stop``.
+    """Which blocks a run passes through: from ``start``, which ``residual`` enters, up to, not including, ``stop``.
 
     ``generation`` is the call of ``generate`` that it is a step of, if it is one.
     """
@@ -208,6 +208,7 @@ class LayerSpan:
     start: int | None = None
     stop: int | None = None
     generation: GenerationRun | None = None
+    residual: Tensor | None = None
 
 
 WHOLE = LayerSpan()
@@ -317,10 +318,10 @@ def leave_scope(scope: Scope) -> None:
     _SCOPES.set(tuple(each for each in _SCOPES.get() if each is not scope and not each.closed))
 
 
-def set_span(start: int | None, stop: int | None) -> None:
-    """Say that the run of this context goes from block ``start`` up to block ``stop``."""
+def set_span(start: int | None, stop: int | None, residual: Tensor | None = None) -> None:
+    """Say that the run of this context goes from block ``start``, which ``residual`` enters, up to block ``stop``."""
     _RUN.set(None)  # of its own, wherever it is called
-    _SPAN.set(LayerSpan(start, stop, _SPAN.get().generation))
+    _SPAN.set(LayerSpan(start, stop, _SPAN.get().generation, residual))
 
 
 def set_whole() -> None:
@@ -333,7 +334,7 @@ def set_generation(run: GenerationRun) -> None:
     """Say that the forwards of this context are those of one ``generate``."""
     span = _SPAN.get()
     _RUN.set(None)
-    _SPAN.set(LayerSpan(span.start, span.stop, run))
+    _SPAN.set(LayerSpan(span.start, span.stop, run, span.residual))
 
 
 def set_kept(kept: int | Tensor) -> None:

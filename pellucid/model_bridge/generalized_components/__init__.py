@@ -2,17 +2,27 @@
 
 from pellucid.model_bridge.generalized_components.alibi_utils import build_alibi_slopes, build_alibi_tensor
 from pellucid.model_bridge.generalized_components.attention import AttentionBridge
+from pellucid.model_bridge.generalized_components.backbone import BackboneBridge
 from pellucid.model_bridge.generalized_components.base import GeneralizedComponent
 from pellucid.model_bridge.generalized_components.block import BlockBridge
 from pellucid.model_bridge.generalized_components.bloom_attention import BloomAttentionBridge
-from pellucid.model_bridge.generalized_components.bloom_block import BackboneBridge, BloomBlockBridge
+from pellucid.model_bridge.generalized_components.bloom_block import BloomBlockBridge
 from pellucid.model_bridge.generalized_components.bloom_mlp import BloomMLPBridge
 from pellucid.model_bridge.generalized_components.causal_lm import CausalLMBridge, GenerateBridge
 from pellucid.model_bridge.generalized_components.embedding import EmbeddingBridge
+from pellucid.model_bridge.generalized_components.hf_attention import HuggingFaceAttentionBridge
+from pellucid.model_bridge.generalized_components.hf_mlp import HuggingFaceMLPBridge
 from pellucid.model_bridge.generalized_components.joint_qkv_attention import JointQKVAttentionBridge
-from pellucid.model_bridge.generalized_components.linear import LinearBridge
+from pellucid.model_bridge.generalized_components.linear import (
+    FusedLinearBridge,
+    HeadNormBridge,
+    LinearBridge,
+    OutputProjectionBridge,
+)
 from pellucid.model_bridge.generalized_components.mlp import MLPBridge
 from pellucid.model_bridge.generalized_components.normalization import NormalizationBridge
+from pellucid.model_bridge.generalized_components.pos_embed import PosEmbedBridge
+from pellucid.model_bridge.generalized_components.rms_normalization import RMSNormalizationBridge
 from pellucid.model_bridge.generalized_components.unembedding import UnembeddingBridge
 
 __all__ = [
@@ -24,12 +34,19 @@ __all__ = [
     "BloomMLPBridge",
     "CausalLMBridge",
     "EmbeddingBridge",
+    "FusedLinearBridge",
     "GeneralizedComponent",
     "GenerateBridge",
+    "HeadNormBridge",
+    "HuggingFaceAttentionBridge",
+    "HuggingFaceMLPBridge",
     "JointQKVAttentionBridge",
     "LinearBridge",
     "MLPBridge",
     "NormalizationBridge",
+    "OutputProjectionBridge",
+    "PosEmbedBridge",
+    "RMSNormalizationBridge",
     "UnembeddingBridge",
     "build_alibi_slopes",
     "build_alibi_tensor",

@@ -14,6 +14,7 @@ class AttentionBridge(GeneralizedComponent):
     """
 
     runs_original = False
+    widens = True
 
     hook_q = Site("queries, ``[batch, pos, n_heads, d_head]``")
     hook_k = Site("keys of the new positions")

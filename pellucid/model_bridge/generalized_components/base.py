@@ -107,6 +107,9 @@ class GeneralizedComponent(NoTorchHooks):
     runs_original: ClassVar[bool] = True
     """Whether the forward that was there runs inside this component's. Attention and MLP compute step by step instead."""
 
+    widens: ClassVar[bool] = False
+    """Whether it computes a float64 model in float64 where Hugging Face goes through float32."""
+
     weight_names: ClassVar[tuple[str, ...]] = ("weight", "bias")
     """Keys that :meth:`set_processed_weights` takes for the module itself."""
 
@@ -249,6 +252,13 @@ class GeneralizedComponent(NoTorchHooks):
         if site in self._conversions:
             target._conversions.setdefault(target_site, self._conversions[site])
 
+    def fired_by(self, site: str) -> tuple[GeneralizedComponent, str]:
+        """The component that fires ``site``, and its own name of it."""
+        if site in self._links:
+            target, target_site = self._links[site]
+            return target.fired_by(target_site)
+        return self, site
+
     def point(self, site: str) -> HookPoint:
         """The hook point at ``site``, made on first use.
 
@@ -276,6 +286,20 @@ class GeneralizedComponent(NoTorchHooks):
         """Show ``value`` to the functions at ``site``, if there are any. See :meth:`HookPoint.fire`."""
         point = self._points.get(site)
         return value if point is None else point.fire(value, private=private)
+
+    def fire_into(self, site: str, value: Tensor) -> None:
+        """Fire on a tensor that Hugging Face's code goes on with, whatever is returned: an edit is written into it.
+
+        A residual is one: the block's frame holds it and adds to it after the branch. Autograd may have saved it, and a
+        gradient has to pass through what a function was shown, so with gradients a copy is shown and written back.
+        """
+        point = self._points.get(site)
+        if point is None or not self.is_live(site):
+            return
+        shown = value.clone() if value.requires_grad and not point.only_reads() else value
+        edited = point.fire(shown)
+        if edited is not value:
+            value.copy_(edited)
 
     def is_live(self, site: str) -> bool:
         """Whether a function acts at ``site`` in this thread now."""

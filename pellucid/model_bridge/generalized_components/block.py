@@ -1,10 +1,33 @@
-"""A transformer block: residual in, residual out."""
+"""A transformer block: residual in, residual out, and where a run from or to a layer begins and ends.
+
+It repeats none of Hugging Face's arithmetic: it calls the forward that was there, and remembers the residual before its
+first norm for the per-head inputs of attention.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from contextvars import ContextVar
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
 from pellucid.hook_points import HookPoint
-from pellucid.model_bridge.generalized_components.base import GeneralizedComponent, Site
+from pellucid.model_bridge.generalized_components.base import GeneralizedComponent, Site, StopForward
+from pellucid.model_bridge.generalized_components.joint_qkv_attention import PRE_NORM
+from pellucid.run_context import current_span
 from pellucid.tables import ranges
+
+Link: TypeAlias = tuple[str, str, str, str]
+"""A child of a block (``""`` for the block), its site, the component that fires the same tensor, and its site there."""
+
+RETURNED_INPUTS: ContextVar[dict[int, Tensor] | None] = ContextVar("pellucid_returned_inputs", default=None)
+"""By layer, residuals that a hook returned in the place of what Hugging Face collects for ``output_hidden_states``.
+
+``None`` where nothing is collected. Hugging Face keeps a block's input before it calls the block, so that an edit in place
+was among its hidden states and a returned one was not.
+"""
 
 
 class Blocks(list[GeneralizedComponent]):
@@ -19,7 +42,19 @@ class Blocks(list[GeneralizedComponent]):
 
 
 class BlockBridge(GeneralizedComponent):
-    """The hook points of a block, under TransformerLens' names; its branches' points are linked here."""
+    """Stands for a block; its points and its branches' have TransformerLens' names.
+
+    Args:
+        name: the module's name inside its parent.
+        config: the bridge's configuration.
+        submodules: ``ln1``, ``attn``, ``ln2``, ``mlp`` and whatever else it has.
+        conversion_rule: shape rule for ``hook_in`` and ``hook_out``.
+        links: where its children meet at one tensor; links of children that are not there are left out.
+        gives_tuple: whether Hugging Face's block gives ``(residual, ...)``, not the residual alone.
+
+    Attributes:
+        layer_index: which block of the model it is, ``None`` outside one.
+    """
 
     hook_attn_in = Site("``attn.hook_attn_in``")
     hook_q_input = Site("``attn.hook_q_input``")
@@ -30,6 +65,23 @@ class BlockBridge(GeneralizedComponent):
     hook_mlp_in = Site("a copy of ``hook_resid_mid`` that feeds the MLP branch only (opt-in)")
     hook_mlp_out = Site("``mlp.hook_mlp_out``")
 
+    def __init__(
+        self,
+        name: str | None,
+        config: Any | None = None,
+        submodules: Mapping[str, GeneralizedComponent] | None = None,
+        conversion_rule: BaseTensorConversion | None = None,
+        links: Iterable[Link] = (),
+        gives_tuple: bool = False,
+    ) -> None:
+        super().__init__(name, config, submodules, conversion_rule)
+        self.gives_tuple = gives_tuple
+        self.layer_index: int | None = None
+        present: dict[str, GeneralizedComponent] = {"": self, **self.submodules}
+        for child, site, source, source_site in links:
+            if child in present and source in present:
+                present[child].link(site, present[source], source_site)
+
     @property
     def hook_resid_pre(self) -> HookPoint:
         """The residual that enters the block: ``hook_in``."""
@@ -39,3 +91,37 @@ class BlockBridge(GeneralizedComponent):
     def hook_resid_post(self) -> HookPoint:
         """The residual that leaves the block: ``hook_out``."""
         return self.hook_out
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """``hidden_states`` ``[batch, pos, d_model]`` and Hugging Face's arguments to Hugging Face's output."""
+        span = current_span()
+        begins = False
+        if self.layer_index is not None and span.start is not None:
+            if self.layer_index < span.start:
+                return (hidden_states, None) if self.gives_tuple else hidden_states
+            begins = self.layer_index == span.start
+        original = self.original()
+        entering = hidden_states
+        if begins and span.residual is not None:  # what Hugging Face made of it before the blocks is not it (GPT-2)
+            entering = span.residual.to(hidden_states.device)
+        # A residual that the run was given belongs to the caller.
+        residual = self.fire("hook_in", entering, private=begins)
+        if self.layer_index is not None and self.layer_index == span.stop:
+            raise StopForward(residual)
+        if residual is not hidden_states:
+            returned = RETURNED_INPUTS.get()
+            if returned is not None and self.layer_index is not None:
+                returned[self.layer_index] = residual
+        cfg = self.config
+        if cfg is not None and (cfg.use_attn_in or cfg.use_split_qkv_input):
+            # Attention's per-head inputs are switched on, which are copies of this block's residual.
+            token = PRE_NORM.set((residual, self.submodules["ln1"].module))
+            try:
+                output = original(residual, *args, **kwargs)
+            finally:
+                PRE_NORM.reset(token)
+        else:
+            output = original(residual, *args, **kwargs)
+        if isinstance(output, tuple):
+            return (self.fire("hook_out", output[0]), *output[1:])
+        return self.fire("hook_out", output)

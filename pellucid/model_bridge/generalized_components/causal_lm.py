@@ -1,7 +1,8 @@
 """The whole model: which ``generate`` a forward belongs to, and which positions its unembedding is given.
 
-Neither component has hook points. One stands for ``generate``, so that hooks know prompts and steps whoever calls it; the
-other for the forward, which alone is told ``logits_to_keep``.
+One component stands for ``generate``, so that hooks know prompts and steps whoever calls it; the other for the forward,
+which alone is told ``logits_to_keep``, and whose output has the logits where Hugging Face caps or scales what the head
+gives.
 """
 
 from __future__ import annotations
@@ -13,20 +14,31 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from pellucid.hook_points import LensHandle
-from pellucid.model_bridge.generalized_components.base import GeneralizedComponent
-from pellucid.model_bridge.generalized_components.bloom_block import refuse_unfired
+from pellucid.model_bridge.generalized_components.backbone import refuse_unfired
+from pellucid.model_bridge.generalized_components.base import GeneralizedComponent, Site
 from pellucid.model_bridge.generalized_components.hf_arguments import by_name, given_cache
-from pellucid.run_context import GenerationRun, acts, finished_run, in_own_context, set_generation, set_kept
+from pellucid.run_context import (
+    GenerationRun,
+    acts,
+    finished_run,
+    in_own_context,
+    set_generation,
+    set_kept,
+    set_run,
+    take_finished,
+)
 
 
 class CausalLMBridge(GeneralizedComponent):
-    """Stands for the forward of a ``BloomForCausalLM`` while anything in it is hooked.
+    """Stands for the forward of a causal language model (``BloomForCausalLM``) while anything in it is hooked.
 
     What the forward leaves in context variables (the run that the unembedding is part of) ends with it.
 
     Attributes:
-        head_handles: the functions on the unembedding; the bridge gives it.
+        head_handles: the functions on the unembedding and on the logits; the bridge gives it.
     """
+
+    hook_logits = Site("logits, capped or scaled, ``[batch, pos, d_vocab]``")
 
     head_handles: Callable[[], list[LensHandle]]
 
@@ -40,13 +52,23 @@ class CausalLMBridge(GeneralizedComponent):
         set_kept(kept)
         output = call()
         run = finished_run()
+        if self.is_live("hook_logits"):
+            output = self._with_logits(output)
         if run is not None:
             refuse_unfired(head, run)
         return output
 
+    def _with_logits(self, output: Any) -> Any:
+        """Hugging Face's output, its logits those that hooks leave."""
+        set_run(take_finished())
+        if isinstance(output, tuple):
+            return (self.fire("hook_logits", output[0]), *output[1:])
+        output.logits = self.fire("hook_logits", output.logits)
+        return output
+
 
 class GenerateBridge(GeneralizedComponent):
-    """Stands for the ``generate`` of a ``BloomForCausalLM`` while anything in it is hooked."""
+    """Stands for the ``generate`` of a causal language model while anything in it is hooked."""
 
     slot: ClassVar[str] = "generate"
 

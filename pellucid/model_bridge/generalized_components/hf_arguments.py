@@ -16,8 +16,8 @@ from torch import nn
 
 from pellucid.errors import UnsupportedModelError
 
-CACHE_NAMES: tuple[str, ...] = ("cache", "past_key_values")
-"""What Hugging Face's releases call the key/value cache, the newest name first."""
+CACHE_NAMES: tuple[str, ...] = ("cache", "past_key_values", "layer_past")
+"""What Hugging Face's releases and modules call the key/value cache, the newest name first."""
 
 
 _FOUND: WeakKeyDictionary[type[nn.Module], tuple[str, ...]] = WeakKeyDictionary()

@@ -1,18 +1,188 @@
-"""A linear map of the model; its input and output are hook points."""
+"""Linear maps of the model: their inputs and outputs are hook points, by head where they belong to heads."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
 
-from pellucid.model_bridge.generalized_components.base import GeneralizedComponent
+import torch
+from torch import Tensor, nn
+
+from pellucid.hook_values import bits_differ
+from pellucid.model_bridge.generalized_components.base import GeneralizedComponent, Site, plain_weight, splice
+from pellucid.model_bridge.generalized_components.fused_layouts import PartsOfFused
+from pellucid.model_bridge.generalized_components.hf_code import in_float64
+from pellucid.model_bridge.generalized_components.random_numbers import Draws
+from pellucid.run_context import hooks_suppressed
 
 
 class LinearBridge(GeneralizedComponent):
-    """Stands for an ``nn.Linear`` (adapted or quantised ones included).
+    """Stands for an ``nn.Linear`` (GPT-2's ``Conv1D``, adapted and quantised ones included).
 
     Inside attention and MLP its points are linked to theirs: ``attn.o.hook_in`` is ``attn.hook_z``.
+
+    Args:
+        name: the module's name inside its parent.
+        config: the bridge's configuration.
+        heads_in: heads that a function at ``hook_in`` sees on the last axis, ``None`` for none.
+        heads_out: the same at ``hook_out``.
+        owns_input: whether nothing else reads the input, so that a function may write to it.
     """
+
+    def __init__(
+        self,
+        name: str | None,
+        config: Any | None = None,
+        *,
+        heads_in: int | None = None,
+        heads_out: int | None = None,
+        owns_input: bool = True,
+    ) -> None:
+        super().__init__(name, config)
+        self.heads_in, self.heads_out, self.owns_input = heads_in, heads_out, owns_input
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
-        return super().forward(input)  # type: ignore[no-any-return]
+        original = self.original()
+        given = self.fire_by_head("hook_in", input, self.heads_in, private=not self.owns_input)
+        return self.fire_by_head("hook_out", self._mapped(original, given), self.heads_out)
+
+    def _mapped(self, original: Any, input: Tensor) -> Tensor:
+        """The map itself."""
+        output: Tensor = original(input)
+        return output
+
+    def fire_by_head(self, site: str, value: Tensor, heads: int | None, private: bool = False) -> Tensor:
+        """Fire with the last axis seen as ``[..., heads, d_head]``."""
+        if not self.is_live(site):
+            return value
+        if heads is None:
+            return self.fire(site, value, private=private)
+        seen = value.unflatten(-1, (heads, -1))
+        edited = self.fire(site, seen, private=private)
+        # With gradients on, what a function saw has to be on the way, or its backward hook is not.
+        return value if edited is seen and not value.requires_grad else edited.flatten(-2)
+
+
+class OutputProjectionBridge(LinearBridge):
+    """Stands for attention's output projection, which sums what the heads write.
+
+    Args:
+        name: the module's name inside its parent.
+        config: the bridge's configuration.
+        n_heads: heads.
+    """
+
+    hook_result = Site("each head's contribution, without b_O, ``[batch, pos, n_heads, d_model]`` (opt-in)")
+
+    def __init__(self, name: str | None, config: Any | None = None, *, n_heads: int) -> None:
+        super().__init__(name, config, heads_in=n_heads)
+        self.n_heads = n_heads
+
+    def _mapped(self, original: Any, input: Tensor) -> Tensor:
+        """``[..., n_heads * d_head]`` to ``[..., d_model]``."""
+        if not self.is_live("hook_result"):
+            return super()._mapped(original, input)
+        draws = Draws(self.module, input.device)
+        native = super()._mapped(original, input)
+        result = self._results(original, input, draws)
+        looks = self.only_reads("hook_result")
+        edited = self.fire("hook_result", result, private=True)
+        if looks:
+            return native
+        changed = bits_differ(edited, result).flatten(-2).any(-1, keepdim=True)
+        with draws.again():
+            bias = original(torch.zeros_like(input[:1, :1]))
+        return splice(native, edited.sum(dim=-2) + bias, changed)
+
+    def results(self, z: Tensor) -> Tensor:
+        """Each head's contribution without b_O, ``[batch, pos, n_heads, d_model]``, from ``z``, nothing firing."""
+        flat = z.flatten(-2)
+        return hooks_suppressed(self._results, self.module, flat, Draws(self.module, z.device))
+
+    def _results(self, original: Any, flat: Tensor, draws: Draws) -> Tensor:
+        layer: Any = self.module
+        z = flat.unflatten(-1, (self.n_heads, -1))
+        if plain_weight(layer, nn.Linear):
+            return torch.einsum("bqnh,mnh->bqnm", z, layer.weight.unflatten(1, (self.n_heads, -1)))
+        # Conv1D, adapted, quantised or offloaded: it is called with one head at a time.
+        none = torch.zeros_like(z)
+        with draws.again():
+            bias = original(none[:1, :1].flatten(-2))
+        heads = []
+        for head in range(self.n_heads):
+            only = none.clone()
+            only[:, :, head] = z[:, :, head]
+            with draws.again():
+                heads.append(original(only.flatten(-2)) - bias)
+        return torch.stack(heads, dim=2)
+
+
+class FusedLinearBridge(GeneralizedComponent):
+    """Stands for one projection that gives several parts: queries, keys and values, or gate and up.
+
+    Args:
+        name: the module's name inside its parent.
+        config: the bridge's configuration.
+        layout: where each part is, by the site that shows it.
+    """
+
+    hook_q = Site("queries, ``[batch, pos, n_heads, d_head]``")
+    hook_k = Site("keys of the new positions, ``[batch, pos, n_key_value_heads, d_head]``")
+    hook_v = Site("values of the new positions")
+    hook_pre = Site("before the activation, ``[batch, pos, d_mlp]``")
+    hook_pre_linear = Site("what the activated gate is multiplied with, ``[batch, pos, d_mlp]``")
+
+    def __init__(self, name: str | None, config: Any | None = None, *, layout: PartsOfFused) -> None:
+        super().__init__(name, config)
+        self.layout = layout
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``."""
+        fused: Tensor = self.original()(input)
+        for site, part in self.layout.parts(fused).items():
+            if not self.is_live(site):
+                continue
+            if part.dim() == 5:
+                self._fire_groups(site, part)
+            else:
+                self.fire_into(site, part)
+        return fused
+
+    def _fire_groups(self, site: str, part: Tensor) -> None:
+        """Heads in groups, ``[batch, pos, groups, heads, d_head]``: a function sees no groups."""
+        looks = self.only_reads(site)
+        edited = self.fire(site, part.flatten(2, 3))
+        if not looks:
+            part.copy_(edited.unflatten(2, part.shape[2:4]))
+
+
+class HeadNormBridge(GeneralizedComponent):
+    """Stands for an RMS norm of queries or keys; functions see ``[batch, pos, heads, d_head]``.
+
+    Args:
+        name: the module's name inside its parent.
+        config: the bridge's configuration.
+        heads: how many, where the norm is over all heads' features together; ``None`` where each has its own.
+        heads_first: whether the module is given ``[batch, heads, pos, d_head]``.
+    """
+
+    widens = True
+
+    def __init__(
+        self, name: str | None, config: Any | None = None, *, heads: int | None = None, heads_first: bool = False
+    ) -> None:
+        super().__init__(name, config)
+        self.heads, self.heads_first = heads, heads_first
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The module's input to its output."""
+        output: Tensor = in_float64(self.original(), self.module)(input)
+        if not self.is_live("hook_out"):
+            return output
+        seen = output if self.heads is None else output.unflatten(-1, (self.heads, -1))
+        seen = seen.transpose(1, 2) if self.heads_first else seen
+        edited = self.fire("hook_out", seen)
+        if edited is seen and not output.requires_grad:
+            return output
+        edited = edited.transpose(1, 2) if self.heads_first else edited
+        return edited if self.heads is None else edited.flatten(-2)

@@ -1,7 +1,7 @@
-"""A layer norm, with its inside: the scale it divides by and what is left before gain and bias.
+"""A norm, with its inside: the scale it divides by and what is left before gain and bias.
 
-Hugging Face computes neither (one fused kernel does it all), so they are computed beside it, in float32 at least
-(float16 would overflow in the square), and take its place only in the rows where a hook changed them.
+Hugging Face gives neither, so they are computed beside it, in float32 at least (float16 would overflow in the square), and
+take its place only in the rows where a hook changed them.
 """
 
 from __future__ import annotations
@@ -26,6 +26,11 @@ from pellucid.run_context import current_span
 
 Role = Literal["embedding", "block", "final"]
 
+InputIs = Literal["own", "stream", "copy"]
+"""What a norm is given: a tensor that nothing else reads; the residual stream, to which Hugging Face's block adds
+afterwards, so that an edit of it is written into the stream; or the stream as one branch of a parallel block reads it, so
+that an edit is that branch's alone."""
+
 
 class NormalizationBridge(GeneralizedComponent):
     """Stands for an ``nn.LayerNorm`` over ``d_model``.
@@ -36,6 +41,7 @@ class NormalizationBridge(GeneralizedComponent):
         conversion_rule: shape rule for ``hook_in`` and ``hook_out``.
         role: where in the model it stands. The embedding's norm is passed by when a run starts at a later layer, the
             final one ends a run that stops before it.
+        input_is: see :data:`InputIs`.
     """
 
     hook_branch_in = Site("a copy of the residual that feeds this norm only (``hook_mlp_in``)")
@@ -48,19 +54,27 @@ class NormalizationBridge(GeneralizedComponent):
         config: Any | None = None,
         conversion_rule: BaseTensorConversion | None = None,
         role: Role = "block",
+        input_is: InputIs = "own",
     ) -> None:
         super().__init__(name, config, conversion_rule=conversion_rule)
-        self.role = role
+        self.role, self.input_is = role, input_is
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[batch, pos, d_model]`` to the same shape, gain and bias applied."""
         span = current_span()
         if self.role == "embedding" and span.start is not None:
             return hidden_states  # already a residual
-        if self.role == "final" and self.config is not None and span.stop == self.config.n_layers:
-            raise StopForward(hidden_states)
+        if self.role == "final" and self.config is not None:
+            if span.start == self.config.n_layers and span.residual is not None:
+                hidden_states = span.residual.to(hidden_states.device)
+            if span.stop == self.config.n_layers:
+                raise StopForward(hidden_states)
         original = self.original()
-        x = self.fire("hook_in", hidden_states)
+        if self.input_is == "stream":
+            self.fire_into("hook_in", hidden_states)
+            x = hidden_states
+        else:
+            x = self.fire("hook_in", hidden_states, private=self.input_is == "copy")
         x = self.fire("hook_branch_in", x, private=True)
         output: Tensor = original(x)
         if self.is_live("hook_scale") or self.is_live("hook_normalized"):
@@ -102,4 +116,5 @@ class NormalizationBridge(GeneralizedComponent):
     def _affine(self, normalized: Tensor) -> Tensor:
         module = self._layer_norm()
         with align_module_device(module):  # an offloaded norm's weights are in memory only inside this block
-            return normalized * module.weight + module.bias
+            scaled = normalized * module.weight
+            return scaled if module.bias is None else scaled + module.bias

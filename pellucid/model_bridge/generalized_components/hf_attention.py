@@ -1,0 +1,221 @@
+"""Attention that Hugging Face computes, with hook points where its parts meet.
+
+Queries, keys, values and ``z`` are outputs and inputs of the projections, whose own components show them. Between those lie
+the rotation, the key/value cache and one call of Hugging Face's attention function. What stands there:
+
+* keys after the rotation (``hook_rot_k``), as they go into the cache: what attention is given as its cache is ours, and
+  hands on to the real one;
+* queries after the rotation (``hook_rot_q``), as they go into the attention function;
+* scores and pattern, inside that function: Hugging Face's eager one, with a softmax and a dropout that show them
+  (:mod:`hf_code`). A layer of a model that runs a fused kernel runs the eager function while scores or pattern are looked
+  at.
+
+None of the arithmetic is written here; a family says where its softmax is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pellucid.errors import UnsupportedModelError
+from pellucid.model_bridge.generalized_components.attention import AttentionBridge
+from pellucid.model_bridge.generalized_components.base import GeneralizedComponent, Site
+from pellucid.model_bridge.generalized_components.hf_arguments import cache_name
+from pellucid.model_bridge.generalized_components.hf_code import (
+    Standing,
+    TappedFunctional,
+    names_of,
+    rebound,
+    tapped_names,
+)
+
+EAGER, REGISTRY = "eager_attention_forward", "ALL_ATTENTION_FUNCTIONS"
+"""What Hugging Face's attention modules call their eager function and the table of the others."""
+
+OTHER_FUNCTIONS = ("sdpa",)
+"""Attention functions whose mask can be made into the one that the eager function takes."""
+
+INSIDE = ("hook_attn_scores", "hook_pattern")
+OWN_SITES = ("hook_rot_q", "hook_rot_k", *INSIDE)
+
+
+class KeyTap(Standing):
+    """What an attention is given as its key/value cache: shows new keys, then hands on to the cache, if there is one.
+
+    Args:
+        cache: the real one.
+        show: shown ``[batch, heads, pos, d_head]``, gives what goes on.
+    """
+
+    def __init__(self, cache: Any | None, show: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(cache, {"_show": show})
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """See Hugging Face's ``Cache.update``."""
+        keys, cache = self._show(keys), self._real
+        return (keys, values) if cache is None else cache.update(keys, values, *args, **kwargs)
+
+
+class HuggingFaceAttentionBridge(AttentionBridge):
+    """Stands for an attention whose forward runs as Hugging Face wrote it.
+
+    Args:
+        name: the module's name inside its parent.
+        config: the bridge's configuration.
+        submodules: ``q``, ``k``, ``v`` or ``qkv``; ``o``; ``q_norm`` and ``k_norm`` where there are some.
+        softmax_in: see :class:`~pellucid.model_bridge.family.Attention`.
+        pattern_at: the same; a module's name is a key of ``submodules``.
+    """
+
+    runs_original = True
+
+    hook_rot_q = Site("queries after the rotation, ``[batch, pos, n_heads, d_head]``")
+    hook_rot_k = Site("keys of the new positions after the rotation, as they go into the cache")
+    hook_q_normed = Site("queries after their norm, ``[batch, pos, n_heads, d_head]``")
+    hook_k_normed = Site("keys after their norm")
+
+    def __init__(
+        self,
+        name: str,
+        config: Any,
+        submodules: Mapping[str, GeneralizedComponent],
+        softmax_in: str = "function",
+        pattern_at: str = "dropout",
+    ) -> None:
+        super().__init__(name, config, submodules)
+        self.softmax_in, self.pattern_at = softmax_in, pattern_at
+        for part in "qkv":
+            if part in self.submodules:
+                self.link(f"hook_{part}", self.submodules[part], "hook_out")
+                self.link(f"hook_{part}_in", self.submodules[part], "hook_in")
+            else:
+                self.link(f"hook_{part}", self.submodules["qkv"], f"hook_{part}")
+            if f"{part}_norm" in self.submodules:
+                self.link(f"hook_{part}_normed", self.submodules[f"{part}_norm"], "hook_out")
+        if pattern_at in self.submodules:
+            self.link("hook_pattern", self.submodules[pattern_at], "hook_out")
+        output = self.submodules["o"]
+        self.link("hook_z", output, "hook_in")
+        self.link("hook_result", output, "hook_result")
+        self.link("hook_attn_out", output, "hook_out")
+        self.link("hook_out", output, "hook_out")
+        self._bound: tuple[Any, Any, Callable[..., Any]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is bound to this component's points is none of a copy's.
+        return {**vars(self), "_bound": None}
+
+    # -- Hugging Face's code with our names ----------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Hugging Face's arguments to Hugging Face's output."""
+        original = self.original()
+        if not (any(self.is_live(site) for site in OWN_SITES) or self._is_float64()):
+            return original(*args, **kwargs)
+        forward = self._with_our_names(original)
+        if self.is_live("hook_rot_k"):
+            name = cache_name(type(self.module))
+            kwargs[name] = KeyTap(kwargs.get(name), partial(self._by_head, "hook_rot_k"))
+        return forward(*args, **kwargs)
+
+    def _is_float64(self) -> bool:
+        return self.config is not None and self.config.dtype is torch.float64
+
+    def _with_our_names(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """The forward that was there, some of the names that it looks up standing for ours."""
+        module: nn.Module = self.module
+        plain = getattr(original, "__func__", None)
+        known = self._bound
+        if known is not None and known[0] is module and known[1] is plain:
+            return known[2]
+        if plain is None or getattr(original, "__self__", None) is not module:
+            raise UnsupportedModelError(
+                f"{self.path} has a forward that is not its class' own ({original!r}): its scores, its pattern and its "
+                "rotated queries and keys cannot be reached. Take the wrapper off, or hook points outside it."
+            )
+        tapped = TappedFunctional(partial(self.fire, "hook_attn_scores"), self._show_pattern, self.pattern_at)
+        ours = tapped_names(tapped)
+        there, names = names_of(plain), dict[str, Any]()
+        subject: Any = module
+        if EAGER in there:
+            eager = there[EAGER]
+            tapped_eager = rebound(eager, ours)
+            names[EAGER] = partial(self._attend, tapped_eager, eager, "eager")
+            functions = there[REGISTRY]
+            names[REGISTRY] = Standing(
+                functions, {"get_interface": partial(self._interface, functions, tapped_eager, eager)}
+            )
+        if self.softmax_in == "forward":
+            names |= ours
+        elif self.softmax_in != "function":
+            # A method of the attention: the forward is given a stand-in of the module, of which that method is ours.
+            method = vars(type(module))[self.softmax_in]
+            subject = Standing(module, {})
+            tapped_method = partial(rebound(method, ours), subject)
+            vars(subject)[self.softmax_in] = partial(self._in_method, tapped_method)
+        made = partial(rebound(plain, names), subject)
+        self._bound = (module, plain, made)
+        return made
+
+    def _interface(
+        self, functions: Any, tapped_eager: Callable[..., Any], eager: Callable[..., Any], name: str, default: Any
+    ) -> Callable[..., Any]:
+        """What the table of attention functions gives: the function asked for, with our points."""
+        chosen = functions.get_interface(name, eager)
+        return partial(self._attend, tapped_eager, chosen, "eager" if chosen is eager else name)
+
+    def _attend(
+        self,
+        tapped_eager: Callable[..., Any],
+        chosen: Callable[..., Any],
+        name: str,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """In the place of an attention function."""
+        query = self._by_head("hook_rot_q", query)
+        if query.dtype is torch.float64 or any(self.is_live(site) for site in INSIDE):
+            if name != "eager":
+                attention_mask = self._mask_for_eager(name, attention_mask, query, key)
+            chosen = tapped_eager
+        return chosen(module, query, key, value, attention_mask, **kwargs)
+
+    def _in_method(self, method: Callable[..., Any], query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """In the place of a method that holds the softmax."""
+        return method(self._by_head("hook_rot_q", query), *args, **kwargs)
+
+    def _mask_for_eager(self, name: str, mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+        """The additive mask ``[batch, 1, pos, key_pos]`` of the eager function, from what another one is given."""
+        if name not in OTHER_FUNCTIONS:
+            raise UnsupportedModelError(
+                f"The model's attention is {name!r}, whose scores and pattern cannot be looked at: its mask is of another "
+                f"kind. Call bridge.set_attn_implementation('eager'), or 'sdpa'."
+            )
+        if mask is None:  # no padding: everything before a position, itself included; a single query sees all keys
+            length, keys = query.shape[-2], key.shape[-2]
+            mask = torch.ones(length, keys, dtype=torch.bool, device=query.device).tril(keys - length)[None, None]
+        if mask.dtype is not torch.bool:
+            return mask
+        added = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
+        return added.masked_fill(~mask, torch.finfo(query.dtype).min)
+
+    # -- points --------------------------------------------------------------------------------------------------------
+
+    def _by_head(self, site: str, value_bnqh: Tensor) -> Tensor:
+        """Show ``[batch, heads, pos, d_head]`` as ``[batch, pos, heads, d_head]``."""
+        if not self.is_live(site):
+            return value_bnqh
+        return self.fire(site, value_bnqh.transpose(1, 2)).transpose(1, 2)
+
+    def _show_pattern(self, pattern: Tensor) -> Tensor:
+        # The softmax keeps its output for the backward pass: a hook that writes must not write there.
+        return self.fire("hook_pattern", pattern, private=pattern.requires_grad)

@@ -1,0 +1,79 @@
+"""A norm by root mean square: no mean is subtracted, and there is no bias. Llama's, and Gemma's, whose gain is 1 +
+weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate.utils import align_module_device
+from torch import Tensor
+
+from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
+from pellucid.hook_values import bits_differ
+from pellucid.model_bridge.generalized_components.base import splice
+from pellucid.model_bridge.generalized_components.hf_code import in_float64
+from pellucid.model_bridge.generalized_components.normalization import InputIs, NormalizationBridge, Role
+
+
+class RMSNormalizationBridge(NormalizationBridge):
+    """Stands for an RMS norm over ``d_model``.
+
+    Args:
+        name: the module's name inside its parent.
+        config: the bridge's configuration.
+        conversion_rule: shape rule for ``hook_in`` and ``hook_out``.
+        role: see :class:`NormalizationBridge`.
+        input_is: see :data:`~pellucid.model_bridge.generalized_components.normalization.InputIs`.
+        adds_one: whether the gain is 1 + weight (Gemma).
+        rounds_first: whether the normalised input is rounded to the model's dtype before the gain (Llama) or after it.
+    """
+
+    widens = True
+
+    def __init__(
+        self,
+        name: str | None,
+        config: Any | None = None,
+        conversion_rule: BaseTensorConversion | None = None,
+        role: Role = "block",
+        input_is: InputIs = "own",
+        adds_one: bool = False,
+        rounds_first: bool = True,
+    ) -> None:
+        super().__init__(name, config, conversion_rule, role, input_is)
+        self.adds_one, self.rounds_first = adds_one, rounds_first
+
+    def original(self) -> Callable[..., Any]:
+        """See :meth:`GeneralizedComponent.original`; Hugging Face's code in float64 throughout for a float64 model."""
+        return in_float64(super().original(), self.module)
+
+    def _with_inside(self, x: Tensor, native: Tensor) -> Tensor:
+        """See :meth:`NormalizationBridge._with_inside`."""
+        module = self.module
+        eps = vars(module).get("variance_epsilon", vars(module).get("eps"))
+        reads = self.only_reads("hook_scale", "hook_normalized")
+        wide = x.detach() if reads else x
+        wide = wide if wide.dtype is torch.float64 else wide.float()
+        variance = wide.pow(2).mean(-1, keepdim=True) + eps
+        scale, normalized = variance.sqrt(), wide * torch.rsqrt(variance)
+        if reads:
+            self.fire("hook_scale", scale)
+            self.fire("hook_normalized", normalized)
+            return native
+        edited_scale = self.fire("hook_scale", scale, private=True)
+        rescaled = bits_differ(scale, edited_scale)
+        normalized = splice(normalized, wide / edited_scale, rescaled)
+        edited = self.fire("hook_normalized", normalized, private=True)
+        changed = rescaled | bits_differ(normalized, edited).any(-1, keepdim=True)
+        return splice(native, self._with_gain(edited, x.dtype), changed)
+
+    def _with_gain(self, normalized: Tensor, dtype: torch.dtype) -> Tensor:
+        module = self.module
+        with align_module_device(module):  # see NormalizationBridge
+            gain: Tensor = module.weight
+            if self.adds_one:
+                gain = 1.0 + (gain if dtype is torch.float64 else gain.float())
+            return gain * normalized.to(dtype) if self.rounds_first else (normalized * gain).to(dtype)
