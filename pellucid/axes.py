@@ -1,7 +1,7 @@
 """The axis words, once. Every shape in the documentation, in errors and in the hook table is written with these.
 
 ``batch`` rows; ``pos`` positions of the tokens of this forward; ``key_pos`` key positions (cached ones included; with a
-static cache, its whole capacity); ``n_heads``; ``d_head``; ``d_model``; ``d_mlp`` (4 d_model in BLOOM); ``d_vocab``.
+static cache, its whole capacity); ``n_heads``; ``n_key_value_heads``; ``d_head``; ``d_model``; ``d_mlp``; ``d_vocab``.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ AXES: Mapping[str, str] = {
     "pos": "positions of the tokens given to this forward",
     "key_pos": "key positions, cached ones included",
     "n_heads": "attention heads",
-    "d_head": "features of one head, d_model / n_heads",
+    "n_key_value_heads": "heads of keys and values, where several heads of queries share one",
+    "d_head": "features of one head",
     "d_model": "features of the residual stream",
-    "d_mlp": "neurons of one MLP, 4 d_model in BLOOM",
+    "d_mlp": "neurons of one MLP",
     "d_vocab": "entries of the vocabulary",
     "1": "a single number",
 }

@@ -81,7 +81,8 @@ class TransformerBridgeConfig:
     """Sizes and switches of a bridged model, under TransformerLens' names.
 
     ``d_model`` features, ``n_heads`` heads of ``d_head`` features, ``n_layers`` blocks, ``d_mlp`` neurons a block,
-    ``d_vocab`` tokens, ``n_ctx`` the length it was trained on (BLOOM itself has no limit), ``eps`` of the layer norms.
+    ``d_vocab`` tokens, ``n_ctx`` the length it was trained on (BLOOM itself has no limit), ``eps`` of the norms;
+    ``n_key_value_heads`` heads of keys and values, as many as of queries unless several queries share one.
     The four ``use_*`` flags say which opt-in hook points are on; set them through the bridge's ``set_use_*`` methods.
     """
 
@@ -91,6 +92,7 @@ class TransformerBridgeConfig:
     d_head: int
     d_vocab: int
     n_ctx: int = 2048
+    n_key_value_heads: int = 0
     d_mlp: int | None = None
     eps: float = 1e-5
     architecture: str = "BloomForCausalLM"
@@ -104,6 +106,9 @@ class TransformerBridgeConfig:
     post_embedding_ln: bool = True
     final_rms: bool = False
     gated_mlp: bool = False
+    parallel_attn_mlp: bool = False
+    output_logits_soft_cap: float = 0.0
+    output_logits_scale: float = 1.0
     attn_only: bool = False
     tie_word_embeddings: bool = True
     apply_residual_connection_post_layernorm: bool = False
@@ -115,10 +120,10 @@ class TransformerBridgeConfig:
     use_hook_mlp_in: bool = False
 
     def __post_init__(self) -> None:
-        if self.n_heads * self.d_head != self.d_model:
+        self.n_key_value_heads = self.n_key_value_heads or self.n_heads
+        if self.n_heads % self.n_key_value_heads:
             raise UnsupportedModelError(
-                f"d_model must be n_heads * d_head: found d_model {self.d_model}, n_heads {self.n_heads}, "
-                f"d_head {self.d_head}."
+                f"n_heads must be a multiple of n_key_value_heads: found {self.n_heads} and {self.n_key_value_heads}."
             )
         if self.d_mlp is None:
             self.d_mlp = 4 * self.d_model
@@ -140,6 +145,7 @@ class TransformerBridgeConfig:
             "pos": pos,
             "key_pos": key_pos,
             "n_heads": self.n_heads,
+            "n_key_value_heads": self.n_key_value_heads,
             "d_head": self.d_head,
             "d_model": self.d_model,
             "d_mlp": self.d_mlp or 4 * self.d_model,
@@ -202,6 +208,10 @@ def config_from_huggingface(
             + "\nTake what is not used out of the configuration, or give hf_config_overrides another value, such as None."
         )
     d_model, n_heads = int(attributes["hidden_size"]), int(attributes["n_head"])
+    if d_model % n_heads:
+        raise UnsupportedModelError(
+            f"hidden_size must be n_head * d_head: found hidden_size {d_model} and n_head {n_heads}."
+        )
     return TransformerBridgeConfig(
         n_layers=int(attributes["n_layer"]),
         n_heads=n_heads,

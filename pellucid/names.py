@@ -275,6 +275,10 @@ FROM_TOKENS, FROM_EMBEDDINGS = -2, -1
 """Where a run begins that is not given the residual of a block."""
 
 
+BEFORE_BLOCKS = ("embed", "embed_ln", "pos_embed")
+"""Components that run before the blocks."""
+
+
 def runs_through(spec: HookSpec, start: int, stop: int, n_layers: int) -> bool:
     """Whether a run that is given the residual entering block ``start`` and ends before block ``stop`` fires a point.
 
@@ -286,7 +290,7 @@ def runs_through(spec: HookSpec, start: int, stop: int, n_layers: int) -> bool:
         return start <= spec.layer < stop or enters
     if spec.component == "embed":
         return start == FROM_TOKENS
-    return start < 0 if spec.component == "embed_ln" else stop > n_layers
+    return start < 0 if spec.component in BEFORE_BLOCKS else stop > n_layers
 
 
 _IN_ATTENTION = frozenset("q k v z attn_scores pattern result".split())

@@ -37,6 +37,11 @@ def places(mask: Tensor) -> Tensor:
     return (real.long().cumsum(-1) - 1).masked_fill(~real, -1)
 
 
+def position_ids(mask: Tensor) -> Tensor:
+    """``[batch, pos]`` int64: the ids that Hugging Face's ``generate`` makes of a mask: :func:`places`, 0 at padding."""
+    return places(mask).clamp(min=0)
+
+
 def counts(mask: Tensor) -> Tensor:
     """``[batch]`` int64: real positions of each row."""
     return mask.bool().sum(-1)

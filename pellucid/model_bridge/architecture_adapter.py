@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from pellucid.config import TransformerBridgeConfig
+from pellucid.model_bridge.family import Family
 from pellucid.model_bridge.generalized_components.base import GeneralizedComponent
 from pellucid.names import HookIndex, HookSpec
 
@@ -19,6 +20,8 @@ class ArchitectureAdapter(ABC):
         cfg: the bridge's configuration.
     """
 
+    family: Family
+    """The family, as the model has it."""
     hooks_before: tuple[HookSpec, ...]
     """Hook points fired before the blocks, in firing order."""
     hooks_in_block: tuple[HookSpec, ...]

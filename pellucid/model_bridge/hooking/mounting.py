@@ -36,7 +36,6 @@ from pellucid.model_bridge.generalized_components import (
     CausalLMBridge,
     GeneralizedComponent,
     GenerateBridge,
-    LinearBridge,
 )
 from pellucid.model_bridge.generalized_components.base import Mounted
 from pellucid.model_bridge.generalized_components.weights import adapted
@@ -125,6 +124,10 @@ class StandIn(Mounted):
         return self._native(memo[id(self.module)])
 
 
+AFTER_BACKBONE = ("unembed", "model")
+"""Components whose points fire when the backbone's forward has ended."""
+
+
 class ComponentTree:
     """All components of one model, their hook points by name, and which of them are mounted.
 
@@ -144,13 +147,13 @@ class ComponentTree:
         self.backbone.expected_handles = self.expected_handles
         self.components["backbone"] = self.backbone
         model = CausalLMBridge("", cfg)
-        model.head_handles = self.components["unembed"].handles
+        model.head_handles = self._head_handles
         self.components |= {"model": model, "generate": GenerateBridge("", cfg)}  # the root, twice
         for layer, block in enumerate(self.blocks):
             self.components[f"blocks.{layer}"] = block
-            for name, child in block.submodules.items():
-                self.components[f"blocks.{layer}.{name}"] = child
+            self.components |= {f"blocks.{layer}.{name}": child for name, child in block.submodules.items()}
         adapter.link_outer(self.components, self.blocks)
+        self.fired_by: dict[str, str] = {}
         self._holders: list[Scope] = []
         self.in_use: dict[HookPoint, None] = {}
         self.notes: dict[str, Any] = {}  # what others remember of this model, each under its own word; copied with it
@@ -168,16 +171,22 @@ class ComponentTree:
             return tree
 
     def _place_all(self) -> None:
-        sites: dict[str, dict[str, str]] = {name: {} for name in self.components}
-        for spec in self.index.values():
-            sites[spec.component][spec.site] = spec.name
+        everywhere = dict(self.components)
         for name, component in self.components.items():
+            everywhere |= _below(name, component)
+        names = {id(component): name for name, component in everywhere.items()}
+        sites: dict[str, dict[str, str]] = {name: {} for name in everywhere}
+        for spec in self.index.values():
+            component, site = everywhere[spec.component].fired_by(spec.site)
+            name = self.fired_by[spec.name] = names[id(component)]
+            sites[name][site] = spec.name
+        for name, component in everywhere.items():
             parent, _, _ = name.rpartition(".")
-            inside = self.components[parent].path + "." if parent and parent != "blocks" else ""
-            component.place(self.root, inside + str(component.name), sites[name], self)
-            for child in component.submodules.values():
-                if isinstance(child, LinearBridge) and child.original_component is None:
-                    child.place(self.root, f"{component.path}.{child.name}", {}, self)
+            inside = everywhere[parent].path + "." if parent and parent != "blocks" else ""
+            if component.original_component is None:  # else a part of a fused projection, which its attention gave it
+                component.place(self.root, inside + str(component.name), sites[name], self)
+            if sites[name]:
+                self.components[name] = component
 
     @property
     def cfg(self) -> TransformerBridgeConfig:
@@ -209,6 +218,10 @@ class ComponentTree:
         for point in list(self.in_use):
             yield from point.handles()
 
+    def _head_handles(self) -> list[LensHandle]:
+        """Functions on what comes after the backbone."""
+        return [handle for name in AFTER_BACKBONE for handle in self.components[name].handles()]
+
     def check_attachable(self, point: HookPoint) -> None:
         """Refuse a function on an opt-in point that is off.
 
@@ -234,7 +247,7 @@ class ComponentTree:
         for handle in self.handles():
             if acts(handle.scope):
                 spec = self.index[str(handle.point.name)]
-                if spec.component != "unembed" and runs_through(spec, start, stop, n_layers):
+                if spec.component not in AFTER_BACKBONE and runs_through(spec, start, stop, n_layers):
                     acting.append(handle)
             elif handle.scope.is_block and not (handle.scope.closed or handle.scope.everywhere or open_scopes()):
                 elsewhere = handle.scope
@@ -288,7 +301,7 @@ class ComponentTree:
                 del self.in_use[point]
                 continue
             spec = self.index[str(point.name)]
-            needed.add(spec.component)
+            needed.add(self.fired_by[spec.name])
             if spec.flag in ("use_attn_in", "use_split_qkv_input"):
                 needed.add(f"blocks.{spec.layer}")  # it knows the residual before the norm
         if needed:
@@ -376,9 +389,22 @@ class ComponentTree:
         """Canonical names of the attentions."""
         return [f"blocks.{layer}.attn" for layer in range(self.cfg.n_layers)]
 
+    @property
+    def computing_in_float64(self) -> list[str]:
+        """Names of components that have to be mounted in a float64 run, where Hugging Face would go through float32."""
+        return [name for name, component in self.components.items() if component.widens]
+
     def is_float64(self) -> bool:
         """Whether the model runs in float64, where the attention is always ours."""
         return self.cfg.dtype == torch.float64
+
+
+def _below(name: str, component: GeneralizedComponent) -> dict[str, GeneralizedComponent]:
+    """Components inside one, at any depth, by canonical name; parents first."""
+    found = {f"{name}.{key}": child for key, child in component.submodules.items()}
+    for key, child in component.submodules.items():
+        found |= _below(f"{name}.{key}", child)
+    return found
 
 
 def refuse_parallel_gradients(index: HookIndex, handles: Iterable[LensHandle]) -> None:

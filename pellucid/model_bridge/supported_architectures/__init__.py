@@ -1,5 +1,7 @@
-"""One file an architecture: its table of components and hooks."""
+"""The families that are known: one file each, made into components by :mod:`decoder`."""
 
 from pellucid.model_bridge.supported_architectures.bloom import BloomArchitectureAdapter
+from pellucid.model_bridge.supported_architectures.decoder import DecoderAdapter
+from pellucid.model_bridge.supported_architectures.registry import ARCHITECTURES, Architecture, architecture_of
 
-__all__ = ["BloomArchitectureAdapter"]
+__all__ = ["ARCHITECTURES", "Architecture", "BloomArchitectureAdapter", "DecoderAdapter", "architecture_of"]

@@ -1,237 +1,43 @@
-"""BLOOM as a table: which component stands for which Hugging Face module, and every hook point with its names and shape.
+"""BLOOM, BLOOMZ and their fine-tuned and mid-training checkpoints.
 
 Peculiar to BLOOM: the embedding has a layer norm of its own, so ``hook_embed`` is *its* output; there is no position
 embedding; attention and MLP add the residual themselves, so contributions are read at ``dense`` and ``dense_4h_to_h``.
 With ``apply_residual_connection_post_layernorm`` the residual that attention (MLP) adds to is ``ln1.hook_out``
-(``ln2.hook_out``), not ``hook_resid_pre`` (``hook_resid_mid``).
+(``ln2.hook_out``), not ``hook_resid_pre`` (``hook_resid_mid``). Attention and MLP are computed step by step, as
+:class:`~pellucid.model_bridge.generalized_components.bloom_attention.BloomAttentionBridge` fixes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import cast
 
 from torch import nn
 
-from pellucid.model_bridge.architecture_adapter import ArchitectureAdapter
+from pellucid.config import TransformerBridgeConfig
+from pellucid.model_bridge.family import LAYER_NORM, MLP, Attention, Block, Family, Outside, Settings
 from pellucid.model_bridge.generalized_components import (
+    BlockBridge,
     BloomAttentionBridge,
     BloomBlockBridge,
     BloomMLPBridge,
-    EmbeddingBridge,
-    GeneralizedComponent,
-    NormalizationBridge,
-    UnembeddingBridge,
 )
 from pellucid.model_bridge.generalized_components.hf_arguments import cache_name, check_parameters
 from pellucid.model_bridge.generalized_components.joint_qkv_attention import split_fused
-from pellucid.names import HookSpec
+from pellucid.model_bridge.supported_architectures.decoder import DecoderAdapter
 
-_RESIDUAL = ("batch", "pos", "d_model")
-_PER_HEAD = ("batch", "pos", "n_heads", "d_head")
-_PER_HEAD_RESIDUAL = ("batch", "pos", "n_heads", "d_model")
-_SCORES = ("batch", "n_heads", "pos", "key_pos")
-_NEURONS = ("batch", "pos", "d_mlp")
-_ONE = ("batch", "pos", "1")
-
-_B = "blocks.{i}"
-_ATTN = "blocks.{i}.attn"
-
-
-def _norm(component: str) -> tuple[HookSpec, HookSpec]:
-    """The inside of a norm."""
-    return (
-        HookSpec(f"{component}.hook_scale", component, "hook_scale", _ONE, "sqrt(variance + eps)", kind="wide"),
-        HookSpec(
-            f"{component}.hook_normalized",
-            component,
-            "hook_normalized",
-            _RESIDUAL,
-            "(x - mean) / scale, before gain and bias",
-            kind="wide",
-        ),
-    )
-
-
-BEFORE: tuple[HookSpec, ...] = (
-    HookSpec("embed.hook_in", "embed", "hook_in", ("batch", "pos"), "token ids; an edit replaces tokens", kind="int"),
-    HookSpec(
-        "embed.hook_out",
-        "embed_ln",
-        "hook_in",
-        _RESIDUAL,
-        "output of word_embeddings, before the embedding norm",
-        aliases=("embed_ln.hook_in",),
+BLOOM = Family(
+    model_type="bloom",
+    title="BLOOM",
+    outside=Outside("transformer", "h", "word_embeddings", "", "word_embeddings_layernorm", "ln_f"),
+    block=Block(gives_tuple=True, adds_residual=True),
+    attention=Attention("self_attention", qkv="query_key_value", layout="grouped", o="dense", rotary=False),
+    mlp=MLP(up="dense_h_to_4h", down="dense_4h_to_h", gate=""),
+    norm=LAYER_NORM,
+    settings=Settings(
+        "n_layer", "n_head", n_ctx="seq_length", n_key_value_heads="", d_head="", eps="layer_norm_epsilon"
     ),
-    *_norm("embed_ln"),
-    HookSpec(
-        "hook_embed",
-        "embed_ln",
-        "hook_out",
-        _RESIDUAL,
-        "output of word_embeddings_layernorm: what enters the residual stream",
-        aliases=("embed_ln.hook_out",),
-    ),
-)
-
-IN_BLOCK: tuple[HookSpec, ...] = (
-    HookSpec(
-        f"{_B}.hook_resid_pre",
-        _B,
-        "hook_in",
-        _RESIDUAL,
-        "what enters the block; feeds both the attention branch and the stream",
-        aliases=(f"{_B}.hook_in", f"{_B}.ln1.hook_in"),
-    ),
-    *_norm(f"{_B}.ln1"),
-    HookSpec(
-        f"{_B}.ln1.hook_out",
-        f"{_B}.ln1",
-        "hook_out",
-        _RESIDUAL,
-        "output of the first norm, gain and bias applied",
-        aliases=(f"{_ATTN}.hook_in",),
-    ),
-    HookSpec(
-        f"{_B}.hook_attn_in",
-        _ATTN,
-        "hook_attn_in",
-        _PER_HEAD_RESIDUAL,
-        "the residual before ln1, one copy a head, for queries, keys and values",
-        aliases=(f"{_ATTN}.hook_attn_in",),
-        flag="use_attn_in",
-    ),
-    *(
-        HookSpec(
-            f"{_B}.hook_{part}_input",
-            _ATTN,
-            f"hook_{part}_input",
-            _PER_HEAD_RESIDUAL,
-            f"the residual before ln1, one copy a head, for the {word}",
-            aliases=(f"{_ATTN}.hook_{part}_input",),
-            flag="use_split_qkv_input",
-        )
-        for part, word in (("q", "queries"), ("k", "keys"), ("v", "values"))
-    ),
-    *(
-        HookSpec(
-            f"{_ATTN}.{part}.hook_in",
-            _ATTN,
-            f"hook_{part}_in",
-            _RESIDUAL,
-            f"output of the first norm, a copy that feeds the {word} only",
-        )
-        for part, word in (("q", "queries"), ("k", "keys"), ("v", "values"))
-    ),
-    *(
-        HookSpec(
-            f"{_ATTN}.hook_{part}",
-            _ATTN,
-            f"hook_{part}",
-            _PER_HEAD,
-            f"{word} of the new positions",
-            aliases=(f"{_ATTN}.{part}.hook_out",),
-        )
-        for part, word in (("q", "queries"), ("k", "keys"), ("v", "values"))
-    ),
-    HookSpec(
-        f"{_ATTN}.hook_attn_scores",
-        _ATTN,
-        "hook_attn_scores",
-        _SCORES,
-        "ALiBi added, scaled, masked, before the softmax",
-    ),
-    HookSpec(f"{_ATTN}.hook_pattern", _ATTN, "hook_pattern", _SCORES, "after the softmax, in the model's dtype"),
-    HookSpec(f"{_ATTN}.hook_z", _ATTN, "hook_z", _PER_HEAD, "pattern times values", aliases=(f"{_ATTN}.o.hook_in",)),
-    HookSpec(
-        f"{_ATTN}.hook_result",
-        _ATTN,
-        "hook_result",
-        _PER_HEAD_RESIDUAL,
-        "each head's contribution, without b_O",
-        flag="use_attn_result",
-    ),
-    HookSpec(
-        f"{_B}.hook_attn_out",
-        _ATTN,
-        "hook_attn_out",
-        _RESIDUAL,
-        "attention's additive contribution: output of dense, before the residual is added",
-        aliases=(f"{_ATTN}.o.hook_out",),
-    ),
-    HookSpec(
-        f"{_B}.hook_resid_mid",
-        _ATTN,
-        "hook_out",
-        _RESIDUAL,
-        "attention module's output, residual added; feeds both the MLP branch and the stream",
-        aliases=(f"{_ATTN}.hook_out", f"{_ATTN}.hook_hidden_states", f"{_B}.ln2.hook_in"),
-    ),
-    HookSpec(
-        f"{_B}.hook_mlp_in",
-        f"{_B}.ln2",
-        "hook_branch_in",
-        _RESIDUAL,
-        "the residual before ln2, a copy that feeds the MLP branch only",
-        flag="use_hook_mlp_in",
-    ),
-    *_norm(f"{_B}.ln2"),
-    HookSpec(
-        f"{_B}.mlp.hook_in",
-        f"{_B}.ln2",
-        "hook_out",
-        _RESIDUAL,
-        "what enters the MLP: output of the second norm",
-        aliases=(f"{_B}.mlp.in.hook_in", f"{_B}.ln2.hook_out"),
-    ),
-    HookSpec(
-        f"{_B}.mlp.hook_pre", f"{_B}.mlp", "hook_pre", _NEURONS, "before GELU", aliases=(f"{_B}.mlp.in.hook_out",)
-    ),
-    HookSpec(
-        f"{_B}.mlp.hook_post",
-        f"{_B}.mlp",
-        "hook_post",
-        _NEURONS,
-        "after GELU: the neurons",
-        aliases=(f"{_B}.mlp.out.hook_in",),
-    ),
-    HookSpec(
-        f"{_B}.hook_mlp_out",
-        f"{_B}.mlp",
-        "hook_mlp_out",
-        _RESIDUAL,
-        "MLP's additive contribution: output of dense_4h_to_h, before the residual is added",
-        aliases=(f"{_B}.mlp.out.hook_out",),
-    ),
-    HookSpec(
-        f"{_B}.hook_resid_post",
-        _B,
-        "hook_out",
-        _RESIDUAL,
-        "what leaves the block",
-        aliases=(f"{_B}.hook_out", f"{_B}.mlp.hook_out"),
-    ),
-)
-
-AFTER: tuple[HookSpec, ...] = (
-    *_norm("ln_final"),
-    HookSpec(
-        "ln_final.hook_out",
-        "ln_final",
-        "hook_out",
-        _RESIDUAL,
-        "output of ln_f, gain and bias applied",
-        aliases=("unembed.hook_in",),
-    ),
-    HookSpec(
-        "hook_unembed",
-        "unembed",
-        "hook_out",
-        ("batch", "pos", "d_vocab"),
-        "logits",
-        aliases=("unembed.hook_out",),
-    ),
+    takes_position_ids=False,
+    notes="ALiBi; a norm after the embedding; attention and MLP add the residual themselves.",
 )
 
 BLOCK_MODULES: tuple[str, ...] = (
@@ -245,7 +51,6 @@ BLOCK_MODULES: tuple[str, ...] = (
     "mlp.dense_4h_to_h",
 )
 """Hugging Face's modules of one block, by path inside it."""
-
 
 FORWARD_ARGUMENTS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
     (
@@ -268,45 +73,29 @@ FORWARD_ARGUMENTS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
 """Arguments that Pellucid names, by module, and whether it computes in that module's place; the cache is named apart."""
 
 
-class BloomArchitectureAdapter(ArchitectureAdapter):
-    """BLOOM, BLOOMZ and their fine-tuned and mid-training checkpoints."""
+class BloomArchitectureAdapter(DecoderAdapter):
+    """BLOOM, whose attention and MLP Pellucid computes step by step.
 
-    hooks_before = BEFORE
-    hooks_in_block = IN_BLOCK
-    hooks_after = AFTER
-    last_block_aliases = MappingProxyType({"ln_final.hook_in": "blocks.{i}.hook_resid_post"})
-    backbone_path = "transformer"
-    blocks_path = "transformer.h"
+    Args:
+        cfg: the bridge's configuration.
+        family: the family.
+    """
 
-    def make_outer(self) -> dict[str, GeneralizedComponent]:
-        """Embedding, its norm, the last norm, the unembedding."""
-        return {
-            "embed": EmbeddingBridge("transformer.word_embeddings", self.cfg),
-            "embed_ln": NormalizationBridge("transformer.word_embeddings_layernorm", self.cfg, role="embedding"),
-            "ln_final": NormalizationBridge("transformer.ln_f", self.cfg, role="final"),
-            "unembed": UnembeddingBridge("lm_head", self.cfg),
-        }
+    def __init__(self, cfg: TransformerBridgeConfig, family: Family = BLOOM) -> None:
+        super().__init__(cfg, family)
 
-    def make_block(self, layer: int | None) -> GeneralizedComponent:
+    def _block(self, name: str) -> BlockBridge:
         """Norm, attention, norm, MLP."""
-        block = BloomBlockBridge(
-            self.blocks_path if layer is None else f"{self.blocks_path}.{layer}",
+        return BloomBlockBridge(
+            name,
             self.cfg,
             submodules={
-                "ln1": NormalizationBridge("input_layernorm", self.cfg),
+                "ln1": self._norm("input_layernorm"),
                 "attn": BloomAttentionBridge("self_attention", self.cfg),
-                "ln2": NormalizationBridge("post_attention_layernorm", self.cfg),
+                "ln2": self._norm("post_attention_layernorm"),
                 "mlp": BloomMLPBridge("mlp", self.cfg),
             },
         )
-        block.layer_index = layer
-        return block
-
-    def link_outer(self, outer: Mapping[str, GeneralizedComponent], blocks: list[GeneralizedComponent]) -> None:
-        """The embedding's output is its norm's input; the last norm's output is the unembedding's input."""
-        outer["embed"].link("hook_out", outer["embed_ln"], "hook_in")
-        outer["unembed"].link("hook_in", outer["ln_final"], "hook_out")
-        outer["ln_final"].link("hook_in", blocks[-1], "hook_out")
 
     def split_qkv_matrix(self, original_attention_component: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
         """Queries, keys and values as linear transformations that read the fused layer, copying nothing."""

@@ -1,0 +1,218 @@
+"""A family of models as data: what its modules are called, how they meet, and what its configurations say.
+
+One :class:`Family` describes every decoder that shares a layout. The table of hook points, the components, the oracle of
+edits and the reading of a configuration are made from it, so that nothing above the adapter asks for a family's name. What
+two configurations of one family do differently is two families: :attr:`Family.variant` chooses. A switch that only one
+family needs is no field here but a subclass of a component.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+FusedLayout = Literal["stacked", "grouped"]
+"""Queries, keys and values one after the other, or each key/value head's queries, its key and its value together."""
+
+
+@dataclass(frozen=True)
+class NormKind:
+    """How the norms of a family compute.
+
+    Attributes:
+        kind: ``"layer"`` subtracts the mean and has a bias; ``"rms"`` divides by the root mean square.
+        gain: what the normalised input is multiplied with; Gemma's weight is the gain less 1.
+        rounds_first: whether it is rounded to the model's dtype before it is multiplied with the gain.
+    """
+
+    kind: Literal["layer", "rms"] = "rms"
+    gain: Literal["weight", "1 + weight"] = "weight"
+    rounds_first: bool = True
+
+
+LAYER_NORM = NormKind("layer")
+RMS_NORM = NormKind("rms")
+
+
+@dataclass(frozen=True)
+class Outside:
+    """Paths of the modules outside the blocks: those of the backbone inside it, the head's in the model; ``""``: none."""
+
+    backbone: str = "model"
+    blocks: str = "layers"
+    embed: str = "embed_tokens"
+    pos_embed: str = ""
+    embed_norm: str = ""
+    final_norm: str = "norm"
+    head: str = "lm_head"
+
+
+@dataclass(frozen=True)
+class Block:
+    """Norms of a block and how its branches meet.
+
+    Attributes:
+        ln1: norm before attention, ``""`` where there is none.
+        ln2: norm before the MLP.
+        ln1_post: norm after attention, before the residual is added.
+        ln2_post: norm after the MLP, before the residual is added.
+        parallel: attention and MLP read the residual that enters the block, and both are added to it.
+        gives_tuple: Hugging Face's block gives ``(residual, ...)``, not the residual alone.
+        adds_residual: attention and MLP add the residual themselves (BLOOM).
+    """
+
+    ln1: str = "input_layernorm"
+    ln2: str = "post_attention_layernorm"
+    ln1_post: str = ""
+    ln2_post: str = ""
+    parallel: bool = False
+    gives_tuple: bool = False
+    adds_residual: bool = False
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Attention and its children.
+
+    Attributes:
+        name: in the block.
+        q: projection to queries; unused where ``qkv`` is given.
+        k: projection to keys.
+        v: projection to values.
+        qkv: one projection to all three, ``""`` where there are three.
+        layout: how they lie in it.
+        o: output projection.
+        q_norm: norm of the queries before they are rotated, ``""`` where there is none.
+        k_norm: norm of the keys.
+        head_norm: that norm is over one head's features, ``[..., pos, head, d_head]``; over those of one head,
+            ``[..., head, pos, d_head]``; or over all heads' together.
+        rotary: queries and keys are rotated by position.
+        softmax_in: where Hugging Face's softmax is: in the attention function that the forward looks up, in the forward
+            itself, or in a method of the attention, by its name.
+        pattern_at: the pattern is what the dropout function after the softmax gives, or what a dropout module (by its
+            name) gives, or what the softmax gives where there is no dropout.
+    """
+
+    name: str = "self_attn"
+    q: str = "q_proj"
+    k: str = "k_proj"
+    v: str = "v_proj"
+    qkv: str = ""
+    layout: FusedLayout = "stacked"
+    o: str = "o_proj"
+    q_norm: str = ""
+    k_norm: str = ""
+    head_norm: Literal["positions first", "heads first", "flat"] = "positions first"
+    rotary: bool = True
+    softmax_in: str = "function"
+    pattern_at: str = "dropout"
+
+
+@dataclass(frozen=True)
+class MLP:
+    """The MLP and its children.
+
+    Attributes:
+        name: in the block.
+        up: projection that is activated, or in a gated MLP the one that is multiplied with the activated gate.
+        down: projection back.
+        gate: projection that is activated in a gated MLP, ``""`` where there is none.
+        gate_up: gate and up as one projection.
+    """
+
+    name: str = "mlp"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    gate: str = "gate_proj"
+    gate_up: str = ""
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether two projections make the neurons."""
+        return bool(self.gate or self.gate_up)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where a configuration says what we have to know.
+
+    Attributes:
+        n_layers: attribute that holds the number of blocks.
+        n_heads: the number of heads.
+        d_model: features of the residual stream.
+        n_ctx: the length it was trained on.
+        d_mlp: neurons of an MLP; where it holds ``None``, there are ``4 * d_model``.
+        n_key_value_heads: heads of keys and values, ``""`` where there are as many as of queries.
+        d_head: features of a head, ``""`` where they are ``d_model / n_heads``.
+        eps: of the norms.
+        activation: of the MLP.
+        final_cap: bound of the logits, ``""`` where they have none.
+        logit_scale: factor on the logits, ``""`` where they have none.
+    """
+
+    n_layers: str = "num_hidden_layers"
+    n_heads: str = "num_attention_heads"
+    d_model: str = "hidden_size"
+    n_ctx: str = "max_position_embeddings"
+    d_mlp: str = "intermediate_size"
+    n_key_value_heads: str = "num_key_value_heads"
+    d_head: str = "head_dim"
+    eps: str = "rms_norm_eps"
+    activation: str = "hidden_act"
+    final_cap: str = ""
+    logit_scale: str = ""
+
+
+Refused: TypeAlias = Mapping[str, tuple[tuple[Any, ...], str]]
+"""Attributes of a configuration: the values that are handled, and what is wrong with any other."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One layout of a decoder.
+
+    Attributes:
+        model_type: what its configurations say.
+        title: what people call it.
+        outside: modules outside the blocks.
+        block: norms of a block.
+        attention: its attention.
+        mlp: its MLP.
+        norm: how its norms compute.
+        settings: where its configuration says what.
+        refused: values of its configuration that are not handled.
+        takes_position_ids: whether its forward takes ``position_ids``.
+        logits_change: whether Hugging Face caps or scales what the head gives.
+        float64: whether a float64 model computes in float64 throughout.
+        notes: what is peculiar, for the page of families.
+        variant: the family as a model of some configuration has it.
+    """
+
+    model_type: str
+    title: str
+    outside: Outside = Outside()
+    block: Block = Block()
+    attention: Attention = Attention()
+    mlp: MLP = MLP()
+    norm: NormKind = RMS_NORM
+    settings: Settings = Settings()
+    refused: Refused = field(default_factory=dict)
+    takes_position_ids: bool = True
+    logits_change: bool = False
+    float64: bool = True
+    notes: str = ""
+    variant: Callable[[Family, Any], Family] | None = None
+
+    @property
+    def blocks_path(self) -> str:
+        """Path of the list of blocks in the model."""
+        return f"{self.outside.backbone}.{self.outside.blocks}"
+
+    def inside(self, name: str) -> str:
+        """Path in the model of a module of the backbone."""
+        return f"{self.outside.backbone}.{name}"
+
+    def of(self, config: Any) -> Family:
+        """This family as a model of this configuration has it."""
+        return self if self.variant is None else self.variant(self, config)

@@ -1,0 +1,72 @@
+"""Every family by the ``model_type`` of its configurations, with what reads its configuration and makes its components."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
+
+from pellucid.config import TransformerBridgeConfig, config_from_huggingface
+from pellucid.errors import UnsupportedModelError
+from pellucid.model_bridge.family import Family
+from pellucid.model_bridge.supported_architectures.bloom import BLOOM, BloomArchitectureAdapter
+from pellucid.model_bridge.supported_architectures.decoder import DecoderAdapter
+from pellucid.model_bridge.supported_architectures.gemma import GEMMA, GEMMA2, GEMMA3
+from pellucid.model_bridge.supported_architectures.gpt2 import GPT2
+from pellucid.model_bridge.supported_architectures.gpt_neox import GPT_NEOX
+from pellucid.model_bridge.supported_architectures.llama import LLAMA, MISTRAL, QWEN2, QWEN3
+from pellucid.model_bridge.supported_architectures.olmo2 import OLMO2
+from pellucid.model_bridge.supported_architectures.phi3 import PHI3
+from pellucid.model_bridge.supported_architectures.reading import read_settings
+
+ReadSettings: TypeAlias = Callable[..., TransformerBridgeConfig]
+"""``(config, dtype, device)`` to our configuration."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A family, and what is made of it.
+
+    Attributes:
+        family: the family.
+        adapter: makes its components.
+        read: reads its configuration.
+    """
+
+    family: Family
+    adapter: type[DecoderAdapter]
+    read: ReadSettings
+
+
+def _as_data(family: Family) -> Architecture:
+    return Architecture(family, DecoderAdapter, partial(read_settings, family))
+
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    BLOOM.model_type: Architecture(BLOOM, BloomArchitectureAdapter, config_from_huggingface),
+    **{
+        family.model_type: _as_data(family)
+        for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, GPT_NEOX, GEMMA, GEMMA2, GEMMA3, OLMO2, PHI3)
+    },
+}
+"""By ``model_type``."""
+
+
+def architecture_of(model_type: object, what: str) -> Architecture:
+    """The architecture of a configuration.
+
+    Args:
+        model_type: what it says.
+        what: what to call it in an error.
+
+    Raises:
+        UnsupportedModelError: no family that is known.
+    """
+    found = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
+    if found is None:
+        raise UnsupportedModelError(
+            f"{what} says model_type={model_type!r}, a family that Pellucid does not open. It opens: "
+            f"{', '.join(sorted(ARCHITECTURES))}."
+        )
+    return found
