@@ -159,8 +159,8 @@ FAULTS = (
     ),
     Fault(
         "a residual given to start at is written to",
-        f"{COMPONENTS}/bloom_block.py",
-        "private=span.start is not None",
+        f"{COMPONENTS}/block.py",
+        "private=begins",
         "private=False",
         "tests/model_bridge/test_running.py",
     ),
@@ -650,7 +650,7 @@ FAULTS = (
     ),
     Fault(
         "the unembedding does not know the run it is part of",
-        f"{COMPONENTS}/bloom_block.py",
+        f"{COMPONENTS}/backbone.py",
         "        keep_finished(run)\n",
         "",
         "tests/model_bridge/test_odd_code.py",
@@ -678,14 +678,14 @@ FAULTS = (
     ),
     Fault(
         "a point that does not fire is passed over",
-        f"{COMPONENTS}/bloom_block.py",
+        f"{COMPONENTS}/backbone.py",
         "        refuse_unfired(expected, run)\n",
         "",
         "tests/model_bridge/test_whose_run.py",
     ),
     Fault(
         "a block that is run again has no hooks in autograd's thread",
-        f"{COMPONENTS}/bloom_block.py",
+        f"{COMPONENTS}/checkpointing.py",
         "        if handles is None:\n            return self.checkpoint(function",
         "        if True:\n            return self.checkpoint(function",
         "tests/model_bridge/test_whose_run.py",

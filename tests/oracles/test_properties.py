@@ -93,7 +93,7 @@ def test_any_hooks_on_any_batch(config: int, dtype: torch.dtype, batch: int, len
         ours = bridge.run_with_hooks(tokens, fwd_hooks=hooks, attention_mask=mask)
         for name in edited:
             spec = bridge._tree.index[name]
-            stack.enter_context(reference_edit(model, spec, edit_of(spec, seed)))
+            stack.enter_context(reference_edit(model, spec, edit_of(spec, seed), bridge.adapter))
             exact = exact and spec.site not in REBUILT
         native = model(tokens, attention_mask=mask).logits
     assert is_pristine(bridge.hf_model)

@@ -30,7 +30,7 @@ from pellucid.model_bridge.generalized_components.weights import stored_parts, w
 from pellucid.model_bridge.hooking.mounting import ComponentTree
 from pellucid.model_bridge.reference_edits import REBUILT, reference_edit
 from pellucid.model_bridge.running.checkpoint import RANDOM_WEIGHTS
-from pellucid.model_bridge.running.run_positions import RunPositions
+from pellucid.model_bridge.running.run_positions import RunPositions, puts_prompts_before
 from pellucid.names import Flag, HookSpec
 from pellucid.progress import progress_bar
 from pellucid.tables import Table
@@ -250,7 +250,8 @@ class _Checker:
     def _computed(self) -> tuple[Tensor, torch.dtype]:
         """Hugging Face's logits, and the dtype in which its linear layers give what they compute."""
         seen: list[torch.dtype] = []
-        linear = self.tree.components["blocks.0.attn"].module.query_key_value
+        attention = self.tree.adapter.family.attention
+        linear = self.tree.components["blocks.0.attn"].module.get_submodule(attention.qkv or attention.q)
         handle = linear.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
         try:
             base = self.native(self.tokens)
@@ -258,16 +259,26 @@ class _Checker:
         finally:
             handle.remove()
 
-    def native(self, tokens: Tensor, **kwargs: Any) -> Tensor:
-        """Hugging Face's logits."""
-        return self.bridge.hf_model(input_ids=tokens, use_cache=False, **kwargs).logits  # type: ignore[no-any-return]
+    def native(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Hugging Face's logits; with a mask, at the positions that its ``generate`` numbers."""
+        given = self.masked(attention_mask, tokens.shape[1])
+        return self.bridge.hf_model(input_ids=tokens, use_cache=False, **given).logits  # type: ignore[no-any-return]
+
+    def masked(self, mask: Tensor | None, length: int) -> dict[str, Tensor]:
+        """A mask as Hugging Face's forward takes it: with the ids of the last ``length`` positions where it takes some."""
+        if mask is None:
+            return {}
+        if not self.tree.adapter.family.takes_position_ids or puts_prompts_before(self.bridge.hf_model):
+            return {"attention_mask": mask}
+        ids = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
+        return {"attention_mask": mask, "position_ids": ids[:, -length:]}
 
     def native_cached(
         self, model: nn.Module, tokens: Tensor, cache: Any, attention_mask: Tensor | None = None
     ) -> Tensor:
         """Hugging Face's logits of tokens that come after those in ``cache``, which is extended."""
         past = {self.tree.adapter.cache_name: cache}
-        output = model(input_ids=tokens, attention_mask=attention_mask, use_cache=True, **past)
+        output = model(input_ids=tokens, use_cache=True, **self.masked(attention_mask, tokens.shape[1]), **past)
         return output.logits  # type: ignore[no-any-return]
 
     def steps(self) -> list[Callable[[], Check]]:
@@ -321,6 +332,11 @@ class _Checker:
         _, cache = self.bridge.run_with_cache(self.tokens)
         post_norm = self.cfg.apply_residual_connection_post_layernorm
         for layer in range(self.cfg.n_layers):
+            if self.cfg.parallel_attn_mlp:
+                added = cache["mlp_out", layer] + cache["attn_out", layer]
+                difference = added + cache["resid_pre", layer] - cache["resid_post", layer]
+                yield self.line(f"layer {layer}: mlp_out + attn_out + resid = resid_post", difference, 0)
+                continue
             pre = cache[f"blocks.{layer}.ln1.hook_out"] if post_norm else cache["resid_pre", layer]
             mid = cache[f"blocks.{layer}.mlp.hook_in"] if post_norm else cache["resid_mid", layer]
             yield self.line(
@@ -385,7 +401,40 @@ class _Checker:
         )
 
     def positions(self) -> Check:
-        """What ``hook.run`` says in each step with a key/value cache, against the ALiBi that Hugging Face computes there."""
+        """What ``hook.run`` says in each step with a key/value cache, against what Hugging Face computes there."""
+        if self.tree.adapter.family.takes_position_ids:
+            yield self.numbered_positions()
+            return
+        yield from self.positions_by_alibi()
+
+    def numbered_positions(self) -> CheckResult:
+        """Against the ``position_ids`` that Hugging Face's own ``generate`` gives its backbone, step by step."""
+        mask = torch.ones_like(self.tokens)
+        mask[0, 0] = 0
+        told: list[tuple[Tensor, Tensor]] = []
+        numbered: list[Tensor] = []
+        root: Any = self.tree.root
+
+        def note(tensor: Tensor, hook: HookPoint) -> None:
+            told.append((hook.run.positions, hook.run.real))
+
+        def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            numbered.append(kwargs["position_ids"])
+
+        handle = self.tree.backbone.module.register_forward_pre_hook(read, with_kwargs=True)
+        try:
+            with self.bridge.hooks([("hook_embed", note)]):
+                root.generate(self.tokens, attention_mask=mask, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        finally:
+            handle.remove()
+        wrong = abs(len(told) - 3) + sum(
+            int((positions != ids)[real].sum()) for (positions, real), ids in zip(told, numbered, strict=True)
+        )
+        name = "key/value cache: positions that hooks are told"
+        return self.line(name, float(wrong), 0, "hook.run is wrong in a step")
+
+    def positions_by_alibi(self) -> Check:
+        """Against the ALiBi that Hugging Face gives its blocks."""
         from transformers import DynamicCache
 
         mask = torch.ones_like(self.tokens)
@@ -475,7 +524,7 @@ class _Checker:
             returned = self.edited(spec, lambda tensor, hook: edit(tensor))
             in_place = self.edited(spec, _in_place(edit))
         yield self.of_hook(spec, "returned = in place", returned.double() - in_place.double(), 0)
-        with reference_edit(self.tree.root, spec, edit):
+        with reference_edit(self.tree.root, spec, edit, self.tree.adapter):
             reference = self.native(self.tokens)
         bound = max(self.exact, self.bound if spec.site in REBUILT else 0.0)
         yield self.of_hook(spec, "as by Hugging Face", returned.double() - reference.double(), bound)

@@ -1,79 +1,25 @@
-"""Every hook point a second time, with nothing but Hugging Face's modules and torch's own hooks.
-
-This is the oracle that the self-check and the tests hold the bridge against. It shares no code with the components: an
-edit is made by a forward hook on the module whose input or output the tensor is, or, for what Hugging Face computes
-inside one function, by standing between the model and the torch function it calls.
-"""
+"""Edits on a bare BLOOM, whose attention and MLP add the residual themselves."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
-from pellucid.names import HookSpec
-
-Edit = Callable[[Tensor], Tensor]
-"""The tensor at a hook point to what goes on in its place. Must not write in place."""
-
-REBUILT = frozenset(
-    "hook_scale hook_normalized hook_result hook_attn_in hook_q_input hook_k_input hook_v_input".split()
+from pellucid.model_bridge.reference_edits.tools import (
+    Edit,
+    Intercept,
+    Remover,
+    by_head,
+    on_input,
+    on_output,
+    recompute,
 )
-"""Sites that Hugging Face does not compute: an edit there agrees up to rounding, not to the bit."""
-
-
-class _Intercept(TorchFunctionMode):
-    """Edits the ``number``-th call of a torch function: its first argument, or its result."""
-
-    def __init__(self, function: Callable[..., Any], number: int, edit: Edit, on_input: bool) -> None:
-        super().__init__()
-        self._function, self._number, self._edit, self._on_input = function, number, edit, on_input
-        self._seen = 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not self._function:
-            return func(*args, **kwargs)
-        mine = self._seen == self._number
-        self._seen += 1
-        if mine and self._on_input:
-            return func(self._edit(args[0]), *args[1:], **kwargs)
-        output = func(*args, **kwargs)
-        return self._edit(output) if mine else output
-
-
-def _on_output(module: nn.Module, edit: Edit) -> Any:
-    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-        return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
-
-    return module.register_forward_hook(hook)
-
-
-def _on_input(module: nn.Module, edit: Edit) -> Any:
-    return module.register_forward_pre_hook(lambda _module, args: (edit(args[0]), *args[1:]))
-
-
-def _recompute(module: nn.Module, again: Callable[[Tensor, Tensor], Tensor]) -> Any:
-    """Replace a module's output by ``again(input, output)``, which may call the module."""
-    busy = False
-
-    def hook(_module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        nonlocal busy
-        if busy:
-            return None
-        busy = True
-        try:
-            return again(args[0], output)
-        finally:
-            busy = False
-
-    return module.register_forward_hook(hook)
+from pellucid.names import HookSpec
 
 
 def _norm_inside(norm: nn.Module, edit: Edit, of_scale: bool) -> Any:
@@ -89,7 +35,7 @@ def _norm_inside(norm: nn.Module, edit: Edit, of_scale: bool) -> Any:
         with align_module_device(layer_norm):  # offloaded weights are in memory only inside this block
             return (normalized * layer_norm.weight + layer_norm.bias).to(output.dtype)
 
-    return _recompute(norm, again)
+    return recompute(norm, again)
 
 
 _PART = {"q": 0, "k": 1, "v": 2}
@@ -109,33 +55,15 @@ def _take_part(fused: Tensor, n_heads: int, index: int) -> Tensor:
     return fused.reshape(batch, length, n_heads, 3, width // n_heads // 3)[:, :, :, index]
 
 
-@contextmanager
-def reference_edit(bloom: nn.Module, spec: HookSpec, edit: Edit) -> Iterator[None]:
-    """Make one edit on a bare ``BloomForCausalLM`` for the length of a block.
-
-    Args:
-        bloom: the model, unhooked by us.
-        spec: the hook point whose tensor is edited.
-        edit: the edit.
-    """
-    model = cast(Any, bloom)
-    with ExitStack() as stack:
-        for handle in _install(model, spec, edit):
-            if isinstance(handle, TorchFunctionMode):
-                stack.enter_context(handle)
-            else:
-                stack.callback(handle.remove)
-        yield
-
-
-def _install(model: Any, spec: HookSpec, edit: Edit) -> list[Any]:
+def install_bloom(model: Any, spec: HookSpec, edit: Edit) -> list[Any]:
+    """Handles (with ``remove``) or function modes that make one edit on a bare ``BloomForCausalLM``."""
     backbone = model.transformer
     outer = {
-        "embed.hook_in": lambda: _on_input(backbone.word_embeddings, edit),
-        "embed.hook_out": lambda: _on_input(backbone.word_embeddings_layernorm, edit),
-        "hook_embed": lambda: _on_output(backbone.word_embeddings_layernorm, edit),
-        "ln_final.hook_out": lambda: _on_output(backbone.ln_f, edit),
-        "hook_unembed": lambda: _on_output(model.lm_head, edit),
+        "embed.hook_in": lambda: on_input(backbone.word_embeddings, edit),
+        "embed.hook_out": lambda: on_input(backbone.word_embeddings_layernorm, edit),
+        "hook_embed": lambda: on_output(backbone.word_embeddings_layernorm, edit),
+        "ln_final.hook_out": lambda: on_output(backbone.ln_f, edit),
+        "hook_unembed": lambda: on_output(model.lm_head, edit),
     }
     if spec.name in outer:
         return [outer[spec.name]()]
@@ -152,24 +80,24 @@ def _install_in_block(block: Any, spec: HookSpec, edit: Edit) -> list[Any]:
     if tail.endswith((".hook_scale", ".hook_normalized")):
         norm = block.input_layernorm if tail.startswith("ln1") else block.post_attention_layernorm
         return [_norm_inside(norm, edit, tail.endswith("hook_scale"))]
-    on_heads = _per_head_edit(edit, n_heads)
+    on_heads = by_head(edit, n_heads)
     simple: dict[str, Callable[[], Any]] = {
-        "hook_resid_pre": lambda: _on_input(block, edit),
-        "ln1.hook_out": lambda: _on_output(block.input_layernorm, edit),
-        "attn.hook_attn_scores": lambda: _Intercept(F.softmax, layer, edit, on_input=True),
-        "attn.hook_pattern": lambda: _on_output(attention.attention_dropout, edit),
+        "hook_resid_pre": lambda: on_input(block, edit),
+        "ln1.hook_out": lambda: on_output(block.input_layernorm, edit),
+        "attn.hook_attn_scores": lambda: Intercept(F.softmax, layer, edit, on_input=True),
+        "attn.hook_pattern": lambda: on_output(attention.attention_dropout, edit),
         "attn.hook_z": lambda: _merged_heads(attention, on_heads),
         # Three dropouts a block, in this order: the pattern's, attention's contribution, the MLP's.
-        "hook_attn_out": lambda: _Intercept(F.dropout, 3 * layer + 1, edit, on_input=True),
-        "hook_mlp_out": lambda: _Intercept(F.dropout, 3 * layer + 2, edit, on_input=True),
-        "hook_resid_mid": lambda: _on_output(attention, edit),
-        "mlp.hook_in": lambda: _on_output(block.post_attention_layernorm, edit),
-        "hook_mlp_in": lambda: _recompute(
+        "hook_attn_out": lambda: Intercept(F.dropout, 3 * layer + 1, edit, on_input=True),
+        "hook_mlp_out": lambda: Intercept(F.dropout, 3 * layer + 2, edit, on_input=True),
+        "hook_resid_mid": lambda: on_output(attention, edit),
+        "mlp.hook_in": lambda: on_output(block.post_attention_layernorm, edit),
+        "hook_mlp_in": lambda: recompute(
             block.post_attention_layernorm, lambda x, _: block.post_attention_layernorm(edit(x))
         ),
-        "mlp.hook_pre": lambda: _on_output(mlp.dense_h_to_4h, edit),
-        "mlp.hook_post": lambda: _on_output(mlp.gelu_impl, edit),
-        "hook_resid_post": lambda: _on_output(block, edit),
+        "mlp.hook_pre": lambda: on_output(mlp.dense_h_to_4h, edit),
+        "mlp.hook_post": lambda: on_output(mlp.gelu_impl, edit),
+        "hook_resid_post": lambda: on_output(block, edit),
     }
     if tail == "attn.hook_result":
         return _result_handles(attention, layer, edit)
@@ -178,22 +106,11 @@ def _install_in_block(block: Any, spec: HookSpec, edit: Edit) -> list[Any]:
     return _install_on_fused(block, tail, edit)
 
 
-def _per_head_edit(edit: Edit, n_heads: int) -> Edit:
-    return lambda flat: edit(flat.unflatten(-1, (n_heads, -1))).flatten(-2)
-
-
-class _Remover:
-    """A handle that puts an attribute back."""
-
-    def __init__(self, undo: Callable[[], None]) -> None:
-        self.remove = undo
-
-
-def _merged_heads(attention: Any, edit: Edit) -> _Remover:
+def _merged_heads(attention: Any, edit: Edit) -> Remover:
     """Edit what ``BloomAttention._merge_heads`` gives: the heads' outputs, side by side."""
     original = attention._merge_heads
     attention._merge_heads = lambda x: edit(original(x))
-    return _Remover(lambda: delattr(attention, "_merge_heads"))
+    return Remover(lambda: delattr(attention, "_merge_heads"))
 
 
 def _result_handles(attention: Any, layer: int, edit: Edit) -> list[Any]:
@@ -217,7 +134,7 @@ def _result_handles(attention: Any, layer: int, edit: Edit) -> list[Any]:
             heads.append(attention.dense(alone.flatten(-2)) - bias)
         return edit(torch.stack(heads, dim=2)).sum(2) + (0 if slices else bias)
 
-    return [_merged_heads(attention, remember), _Intercept(F.dropout, 3 * layer + 1, summed, on_input=True)]
+    return [_merged_heads(attention, remember), Intercept(F.dropout, 3 * layer + 1, summed, on_input=True)]
 
 
 def _install_on_fused(block: Any, tail: str, edit: Edit) -> list[Any]:
@@ -228,12 +145,12 @@ def _install_on_fused(block: Any, tail: str, edit: Edit) -> list[Any]:
     if site in ("hook_q", "hook_k", "hook_v"):
         index = _PART[site[-1]]
         return [
-            _on_output(fused, lambda out: _replace_parts(out, n_heads, {index: edit(_take_part(out, n_heads, index))}))
+            on_output(fused, lambda out: _replace_parts(out, n_heads, {index: edit(_take_part(out, n_heads, index))}))
         ]
     if site in ("q.hook_in", "k.hook_in", "v.hook_in"):
         index = _PART[site[0]]
         return [
-            _recompute(
+            recompute(
                 fused,
                 lambda x, out: _replace_parts(out, n_heads, {index: _take_part(fused(edit(x)), n_heads, index)}),
             )
@@ -257,4 +174,4 @@ def _install_on_fused(block: Any, tail: str, edit: Edit) -> list[Any]:
         }
         return _replace_parts(out, n_heads, replaced)
 
-    return [_on_input(block, remember), _recompute(fused, again)]
+    return [on_input(block, remember), recompute(fused, again)]
