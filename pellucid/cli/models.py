@@ -17,8 +17,7 @@ from pellucid.cli.options import Dtype, ModelChoice
 from pellucid.demo import MODEL_FOLDER, load_demo_bridge
 from pellucid.errors import InputError
 from pellucid.model_bridge.running.checkpoint import ADAPTER_CONFIG, CONFIG
-from pellucid.model_bridge.running.loading import read_config
-from pellucid.model_bridge.supported_architectures.bloom import BloomArchitectureAdapter
+from pellucid.model_bridge.running.loading import read_adapter
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.names import HookIndex
 
@@ -36,11 +35,10 @@ def read_hook_index(choice: ModelChoice) -> HookIndex:
 
     Raises:
         InputError: no such folder, or a file in it that is damaged.
-        UnsupportedModelError: not a BLOOM, or one configured in a way we do not handle.
+        UnsupportedModelError: a family that is not known, or one configured in a way we do not handle.
         OSError: no such model, or no network to ask.
     """
-    cfg = read_config(_folder(choice) or choice.name, choice.revision)
-    return BloomArchitectureAdapter(cfg).hook_index()
+    return read_adapter(_folder(choice) or choice.name, choice.revision).hook_index()
 
 
 def open_bridge(choice: ModelChoice) -> TransformerBridge:
@@ -49,7 +47,7 @@ def open_bridge(choice: ModelChoice) -> TransformerBridge:
     Raises:
         InputError: no such folder or device, or no safetensors weights.
         WeightError: weights that are damaged, missing or of other sizes.
-        UnsupportedModelError: not a BLOOM, or one configured in a way we do not handle.
+        UnsupportedModelError: a family that is not known, or one configured in a way we do not handle.
         OSError: no such model, or no network to ask.
     """
     if choice.is_demo or not sys.stderr.isatty():

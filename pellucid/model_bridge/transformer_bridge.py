@@ -26,7 +26,7 @@ from pellucid.model_bridge.corpus.collecting import Requests, collect
 from pellucid.model_bridge.hooking.hooks import Hooks
 from pellucid.model_bridge.hooking.mounting import ComponentTree
 from pellucid.model_bridge.running.checkpoint import RANDOM_WEIGHTS
-from pellucid.model_bridge.running.loading import find_bloom, load_model, make_adapter, refuse_beside_model
+from pellucid.model_bridge.running.loading import find_decoder, load_model, make_adapter, refuse_beside_model
 from pellucid.model_bridge.running.run_methods import RunMethods
 from pellucid.model_bridge.running.runner import (
     ATTN_IMPLEMENTATIONS,
@@ -57,9 +57,11 @@ class TransformerBridge(RunMethods, WeightMethods, TokenMethods, NoTorchHooks):
 
     def __init__(self, hf_model: nn.Module, tokenizer: Any | None = None) -> None:
         super().__init__()
-        bloom = find_bloom(check_kind("hf_model", hf_model, nn.Module, "a torch module with a BLOOM in it"))
+        decoder = find_decoder(
+            check_kind("hf_model", hf_model, nn.Module, "a torch module with a language model in it")
+        )
         self.original_model = hf_model
-        self._tree = ComponentTree.of(bloom, partial(make_adapter, bloom))
+        self._tree = ComponentTree.of(decoder, partial(make_adapter, decoder))
         self._hooks = Hooks(self._tree)
         self._rules = TokenRules(tokenizer, self.cfg.d_vocab, self.cfg.default_prepend_bos)
         self.runner = Runner(self._modules, self._tree, self._rules)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BloomConfig, DynamicCache, GPT2Config, GPT2LMHeadModel
+from transformers import BloomConfig, CTRLConfig, CTRLLMHeadModel, DynamicCache
 
 from pellucid import TransformerBridge
 from pellucid.errors import (
@@ -298,11 +298,11 @@ def test_edits_that_do_nothing_are_told(bridge: TransformerBridge) -> None:
     assert is_pristine(bridge.hf_model)
 
 
-def test_models_that_are_not_bloom() -> None:
-    gpt = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=11))
-    with pytest.raises(UnsupportedModelError, match="word_embeddings"):
-        TransformerBridge(gpt)
-    with pytest.raises(UnsupportedModelError, match="nn.Linear|Linear has no BLOOM"):
+def test_models_of_no_family_that_is_known() -> None:
+    other = CTRLLMHeadModel(CTRLConfig(n_layer=1, n_embd=8, n_head=2, dff=8, vocab_size=11))
+    with pytest.raises(UnsupportedModelError, match=r"(?s)CTRLLMHeadModel has no.*transformer\.word_embeddings"):
+        TransformerBridge(other)
+    with pytest.raises(UnsupportedModelError, match="Linear has no causal language model inside"):
         TransformerBridge(nn.Linear(2, 2))
 
 
@@ -370,8 +370,8 @@ def test_boot_arguments(tmp_path: Any) -> None:
         TransformerBridge.boot_transformers(tmp_path, attn_implementation="flash")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="both say where"):
         TransformerBridge.boot_transformers(tmp_path, device="cpu", device_map="auto")
-    GPT2Config().save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match="model_type='gpt2'"):
+    CTRLConfig().save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="model_type='ctrl'.*It opens: bloom"):
         TransformerBridge.boot_transformers(tmp_path)
     BloomConfig(n_layer=1, hidden_size=8, n_head=2, vocab_size=11).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="n_inner = 9"):

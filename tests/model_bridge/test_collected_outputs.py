@@ -15,13 +15,13 @@ from torch import Tensor
 
 from pellucid import TransformerBridge
 from pellucid.hook_points import HookPoint
-from pellucid.model_bridge.supported_architectures.bloom import AFTER, BEFORE, IN_BLOCK
+from pellucid.model_bridge.running.loading import make_adapter
 from pellucid.names import HookSpec
 from tests.models import VOCAB, make_bloom, make_generator, random_tokens
 
 LAYER, N_LAYERS = 1, 3
 TABLE: dict[str, HookSpec] = {
-    spec.name: spec for spec in (*BEFORE, *(spec.at_layer(LAYER) for spec in IN_BLOCK), *AFTER)
+    name: spec for name, spec in make_adapter(make_bloom()).hook_index().items() if spec.layer in (None, LAYER)
 }
 TOKENS = random_tokens(2, 6)
 MASK = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])

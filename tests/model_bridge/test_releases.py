@@ -12,7 +12,7 @@ from transformers.models.bloom import modeling_bloom
 
 from pellucid import TransformerBridge
 from pellucid.errors import UnsupportedModelError
-from pellucid.model_bridge.generalized_components import bloom_block
+from pellucid.model_bridge.generalized_components import backbone
 from pellucid.model_bridge.generalized_components.hf_arguments import cache_name, forward_parameters
 from tests.models import make_bloom, random_tokens
 
@@ -65,7 +65,7 @@ def test_verify_sees_positions_that_are_wrong(monkeypatch: pytest.MonkeyPatch) -
     name = "key/value cache: positions that hooks are told"
     assert [result.measured for result in bridge.verify(layers=[0]).results if result.name == name] == [0]
     # As transformers 5.24 made it: the cache has a name that we do not look for.
-    monkeypatch.setattr(bloom_block, "given_cache", lambda arguments: arguments.get("no_such_name"))
+    monkeypatch.setattr(backbone, "given_cache", lambda arguments: arguments.get("no_such_name"))
     report = bridge.verify(layers=[0])
     assert [result.name for result in report.failed] == [name]
 

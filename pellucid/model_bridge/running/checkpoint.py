@@ -25,6 +25,7 @@ from pellucid.errors import (
     WeightError,
     warn,
 )
+from pellucid.model_bridge.supported_architectures import architecture_of
 
 CONFIG, ADAPTER_CONFIG, GENERATION_CONFIG = "config.json", "adapter_config.json", "generation_config.json"
 SAFE_WEIGHTS, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -124,11 +125,11 @@ def read_json(path: str | os.PathLike[str], error: type[PellucidError] = InputEr
 
 
 def read_configuration(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Any:
-    """Hugging Face's configuration of a BLOOM checkpoint.
+    """Hugging Face's configuration of a checkpoint.
 
     Raises:
         InputError: a file of a local folder that is damaged.
-        UnsupportedModelError: not a BLOOM, or values that Hugging Face does not accept.
+        UnsupportedModelError: a family that is not known, or values that Hugging Face does not accept.
         OSError: no such model on the hub, or no network to ask.
     """
     import transformers
@@ -137,7 +138,8 @@ def read_configuration(checkpoint: Checkpoint, trust_remote_code: bool = False) 
         kind = read_json(os.path.join(checkpoint.name, CONFIG)).get("model_type")
         if not isinstance(kind, str):
             raise UnsupportedModelError(
-                f"{os.path.join(checkpoint.name, CONFIG)} says model_type={kind!r}; a BLOOM's says 'bloom'."
+                f"{os.path.join(checkpoint.name, CONFIG)} says model_type={kind!r}; it is the name of a family, such as "
+                "'bloom' or 'llama'."
             )
         generation = os.path.join(checkpoint.name, GENERATION_CONFIG)
         if os.path.lexists(generation):
@@ -149,10 +151,7 @@ def read_configuration(checkpoint: Checkpoint, trust_remote_code: bool = False) 
             trust_remote_code=trust_remote_code,
             local_files_only=checkpoint.is_local,
         )
-    if config.model_type != "bloom":
-        raise UnsupportedModelError(
-            f"Pellucid opens BLOOM models; {checkpoint.name} says model_type={config.model_type!r}."
-        )
+    architecture_of(config.model_type, checkpoint.name)
     return config
 
 

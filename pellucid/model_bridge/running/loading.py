@@ -1,8 +1,8 @@
 """From what a user has (a hub name, a folder, a live model, a wrapped one) to a model, a tokenizer and a configuration.
 
-Nothing is patched and no list of names is consulted: a model is BLOOM if it has BLOOM's modules and says ``bloom``.
-Weights come from safetensors unless the user says otherwise, code from the hub is not run unless the user says so, and
-a local folder is opened without a network.
+Nothing is patched and no list of names is consulted: a model is of a family if it has its modules and says its
+``model_type``. Weights come from safetensors unless the user says otherwise, code from the hub is not run unless the user
+says so, and a local folder is opened without a network.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from pellucid.config import (
     IGNORED,
     REFUSED,
     TransformerBridgeConfig,
-    config_from_huggingface,
     unread_attributes,
 )
 from pellucid.errors import InputError, UnsupportedModelError, WeightError, warn
 from pellucid.model_bridge.architecture_adapter import ArchitectureAdapter
+from pellucid.model_bridge.family import Family
 from pellucid.model_bridge.running.checkpoint import (
     CONFIG,
     NO_ADAPTER,
@@ -41,7 +41,7 @@ from pellucid.model_bridge.running.checkpoint import (
     read_configuration,
     refuse_missing,
 )
-from pellucid.model_bridge.supported_architectures.bloom import BloomArchitectureAdapter
+from pellucid.model_bridge.supported_architectures import ARCHITECTURES, architecture_of
 from pellucid.names import nearest
 from pellucid.tables import BriefFields
 
@@ -49,7 +49,7 @@ FAMILY_TOKENIZER = "bigscience/bloom"
 """Every BLOOM and BLOOMZ checkpoint has this tokenizer; its mid-training repositories ship none that loads."""
 
 HUGGING_FACE_ATTENTION = "eager"
-"""The only one that Hugging Face has for BLOOM; the fast one is the bridge's own."""
+"""What a model is made with: the one whose scores and pattern can be looked at in every family."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -79,7 +79,7 @@ def load_model(
     tokenizer: Any | None = None,
     inspect: Callable[[TransformerBridgeConfig], None] | None = None,
 ) -> LoadedModel:
-    """Load a BLOOM checkpoint with Hugging Face.
+    """Load a checkpoint with Hugging Face.
 
     Args:
         name_or_path: a hub name, or a folder with ``config.json``; or those of a PEFT adapter, which names its model.
@@ -99,7 +99,7 @@ def load_model(
 
     Raises:
         InputError: contradicting arguments, no such folder, a damaged configuration, or no safetensors file.
-        UnsupportedModelError: not a BLOOM, or one configured in a way we do not handle.
+        UnsupportedModelError: a family that is not known, or one configured in a way we do not handle.
         WeightError: weights that are damaged, missing or of other sizes; an index that names files which must not be
             loaded.
     """
@@ -110,19 +110,23 @@ def load_model(
     checkpoint = find_checkpoint(name_or_path, revision)
     config = read_configuration(checkpoint, trust_remote_code)
     _override(config, hf_config_overrides or {})
-    cfg = config_from_huggingface(config)
+    architecture = architecture_of(config.model_type, name_or_path)
+    cfg = architecture.read(config)
     if inspect is not None:
         inspect(cfg)
     missing: list[str] = []
     if not load_weights:
-        model = transformers.BloomForCausalLM._from_config(
-            config, dtype=dtype if isinstance(dtype, torch.dtype) else None, attn_implementation=HUGGING_FACE_ATTENTION
+        model = transformers.AutoModelForCausalLM.from_config(
+            config,
+            dtype=dtype if isinstance(dtype, torch.dtype) else None,
+            attn_implementation=HUGGING_FACE_ATTENTION,
+            trust_remote_code=trust_remote_code,
         )
     else:
         check_weight_files(checkpoint, use_safetensors)
         try:
             with named_weights(checkpoint.name):
-                model, found = transformers.BloomForCausalLM.from_pretrained(
+                model, found = transformers.AutoModelForCausalLM.from_pretrained(
                     checkpoint.name,
                     config=config,
                     dtype=dtype if dtype is not None else "auto",
@@ -166,9 +170,22 @@ def read_config(name_or_path: str, revision: str | None = None) -> TransformerBr
 
     Raises:
         InputError: no such folder, or a file in it that is damaged.
-        UnsupportedModelError: not a BLOOM, or one configured in a way we do not handle.
+        UnsupportedModelError: a family that is not known, or one configured in a way we do not handle.
     """
-    return config_from_huggingface(read_configuration(find_checkpoint(name_or_path, revision)))
+    config = read_configuration(find_checkpoint(name_or_path, revision))
+    return architecture_of(config.model_type, name_or_path).read(config)
+
+
+def read_adapter(name_or_path: str, revision: str | None = None) -> ArchitectureAdapter:
+    """Hook points and components of a checkpoint, as its configuration says, without its weights.
+
+    Raises:
+        InputError: no such folder, or a file in it that is damaged.
+        UnsupportedModelError: a family that is not known, or one configured in a way we do not handle.
+    """
+    config = read_configuration(find_checkpoint(name_or_path, revision))
+    architecture = architecture_of(config.model_type, name_or_path)
+    return architecture.adapter(architecture.read(config), architecture.family.of(config))
 
 
 def _override(config: Any, overrides: Mapping[str, Any]) -> None:
@@ -176,7 +193,7 @@ def _override(config: Any, overrides: Mapping[str, Any]) -> None:
     for key, value in overrides.items():
         if key not in known:
             raise InputError(
-                f"hf_config_overrides: BLOOM's configuration has no {key!r}, and it would have no effect. Nearest: "
+                f"hf_config_overrides: {type(config).__name__} has no {key!r}, and it would have no effect. Nearest: "
                 f"{', '.join(nearest(key, sorted(known)))}."
             )
         try:
@@ -211,7 +228,7 @@ def _check_loaded(model: Any, found: Mapping[str, Any], name: str, allow_missing
     unused = sorted(found["unexpected_keys"])
     if unused:
         warn(
-            f"{name} holds {len(unused)} weights that this BLOOM has no place for. Hugging Face leaves them out, and so do "
+            f"{name} holds {len(unused)} weights that this model has no place for. Hugging Face leaves them out, and so do "
             f"we:\n{listed(unused)}"
         )
     return missing
@@ -264,58 +281,75 @@ def _family_tokenizers(name: str) -> list[str]:
     return [candidate for candidate in (final, FAMILY_TOKENIZER) if candidate != name]
 
 
-def find_bloom(model: nn.Module) -> nn.Module:
-    """The ``BloomForCausalLM`` in ``model``: itself, or inside a wrapper (PEFT), found by its modules.
+def find_decoder(model: nn.Module) -> nn.Module:
+    """The causal language model in ``model``: itself, or inside a wrapper (PEFT), found by its modules.
 
     Raises:
         UnsupportedModelError: there is none.
     """
     for candidate in model.modules():
-        children = candidate._modules
-        if "lm_head" in children and "word_embeddings" in getattr(children.get("transformer"), "_modules", {}):
+        if any(_has_ends(candidate, architecture.family) for architecture in ARCHITECTURES.values()):
             return candidate
+    looked_for = sorted(
+        {
+            f"{each.family.outside.head} and {each.family.inside(each.family.outside.embed)}"
+            for each in ARCHITECTURES.values()
+        }
+    )
+    families = ", ".join(sorted(ARCHITECTURES))
     raise UnsupportedModelError(
-        f"{type(model).__name__} has no BLOOM causal language model inside: no module with children 'lm_head' and "
-        "'transformer.word_embeddings'. Pass a BloomForCausalLM, or a wrapper around one."
+        f"{type(model).__name__} has no causal language model inside that Pellucid knows: no module has one of\n"
+        f"{listed(looked_for, len(looked_for))}\nPass a Hugging Face causal language model ({families}), or a wrapper "
+        "around one."
     )
 
 
-def make_adapter(bloom: nn.Module) -> ArchitectureAdapter:
+def _has_ends(candidate: nn.Module, family: Family) -> bool:
+    """Whether a module has a family's head and, in its backbone, the embedding."""
+    children, outside = candidate._modules, family.outside
+    return outside.head in children and outside.embed in getattr(children.get(outside.backbone), "_modules", {})
+
+
+def make_adapter(model: nn.Module) -> ArchitectureAdapter:
     """Read the model's configuration and check its modules.
 
     Raises:
-        UnsupportedModelError: a configuration we do not handle, missing modules, all listed, or a transformers release
-            whose forwards take other arguments.
+        UnsupportedModelError: a family that is not known, a configuration we do not handle, missing modules, all listed, or
+            a transformers release whose code is not as we know it.
     """
-    embedding = bloom.get_submodule("transformer.word_embeddings")
-    config: Any = bloom.config
-    cfg = config_from_huggingface(config, _dtype_of(bloom), str(_device_of(embedding)))
-    adapter = BloomArchitectureAdapter(cfg)
-    missing = adapter.missing_modules(bloom)
+    config: Any = model.config
+    architecture = architecture_of(config.model_type, "The model's configuration")
+    family = architecture.family.of(config)
+    embedding = _submodule(model, family.inside(family.outside.embed))
+    device = "cpu" if embedding is None else str(_device_of(embedding))
+    adapter = architecture.adapter(architecture.read(config, _dtype_of(model), device), family)
+    missing = adapter.missing_modules(model)
     if missing:
-        raise UnsupportedModelError(f"The model lacks modules that BLOOM has: {', '.join(missing)}.")
-    adapter.check_arguments(bloom)
-    warn_of_unread(config)
-    if cfg.sums_weight_slices:
-        _refuse_adapted_slices(bloom)
+        raise UnsupportedModelError(f"The model lacks modules that {family.title} has: {', '.join(missing)}.")
+    adapter.check_arguments(model)
+    warn_of_unread(config, family.title)
+    if adapter.cfg.sums_weight_slices:
+        _refuse_adapted_slices(model)
     return adapter
 
 
-def warn_of_unread(config: Any) -> None:
-    """Name the attributes of a configuration that change nothing, whatever their writer meant by them."""
-    from transformers import BloomConfig
+def _submodule(model: nn.Module, path: str) -> nn.Module | None:
+    return dict(model.named_modules()).get(path)
 
-    unread = unread_attributes(config, frozenset(BloomConfig().to_dict()))
+
+def warn_of_unread(config: Any, title: str) -> None:
+    """Name the attributes of a configuration that change nothing, whatever their writer meant by them."""
+    unread = unread_attributes(config, frozenset(type(config)().to_dict()))
     if unread:
         shown = [f"{name} = {textwrap.shorten(repr(value), 60)}" for name, value in sorted(unread.items())]
         warn(
-            "This configuration has keys that BLOOM's code in transformers never reads. They change no number, here as in "
-            f"Hugging Face:\n{listed(shown)}"
+            f"This configuration has keys that {title}'s code in transformers never reads. They change no number, here as "
+            f"in Hugging Face:\n{listed(shown)}"
         )
 
 
-def _refuse_adapted_slices(bloom: nn.Module) -> None:
-    for name, module in bloom.named_modules():
+def _refuse_adapted_slices(model: nn.Module) -> None:
+    for name, module in model.named_modules():
         if name.endswith((".dense", ".dense_4h_to_h")) and type(module) is not nn.Linear:
             raise UnsupportedModelError(
                 f"{name} is a {type(module).__name__}, but with slow_but_exact and pretraining_tp > 1 Hugging Face never "
@@ -323,8 +357,8 @@ def _refuse_adapted_slices(bloom: nn.Module) -> None:
             )
 
 
-def _dtype_of(bloom: nn.Module) -> torch.dtype:
-    return next(parameter.dtype for parameter in bloom.parameters() if parameter.is_floating_point())
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
 
 
 def _device_of(embedding: nn.Module) -> torch.device:

@@ -121,6 +121,15 @@ def positions_of_wrapped(
     )
 
 
+def puts_prompts_before(model: nn.Module) -> bool:
+    """Whether a wrapper puts a learnt prompt before what it is given (PEFT's prompt and prefix tuning).
+
+    It then numbers the positions itself and takes no ``position_ids``.
+    """
+    active = getattr(model, "active_peft_config", None)
+    return active is not None and bool(active.is_prompt_learning)
+
+
 class _BackboneReached(Exception):  # noqa: N818 (a signal, never seen by a user)
     """Ends the call of a wrapper where the backbone would begin."""
 

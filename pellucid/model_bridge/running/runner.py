@@ -23,9 +23,15 @@ from pellucid.model_bridge.generalized_components.base import StopForward
 from pellucid.model_bridge.hooking.cache_plan import RunSize
 from pellucid.model_bridge.hooking.hook_session import HookSession
 from pellucid.model_bridge.hooking.mounting import ComponentTree
-from pellucid.model_bridge.running.run_positions import RunPositions, positions_of_input, positions_of_wrapped
+from pellucid.model_bridge.running.run_positions import (
+    RunPositions,
+    positions_of_input,
+    positions_of_wrapped,
+    puts_prompts_before,
+)
 from pellucid.model_bridge.running.tokens import PaddingSide, TextOrTokens, TokenRules, check_mask, check_past
 from pellucid.names import FROM_EMBEDDINGS, FROM_TOKENS
+from pellucid.padding import last_columns, position_ids
 from pellucid.run_context import set_fast_attention, set_span
 
 ReturnType: TypeAlias = Literal["logits", "loss", "both"] | None
@@ -157,7 +163,7 @@ class Runner:
         if found != known:
             raise UnsupportedModelError(
                 f"{self.tree.adapter.blocks_path} has {found} blocks, and had {known} when the model was wrapped. Put them "
-                "back, or set config.n_layer, delete its bridges and make a new one."
+                "back, or set the configuration's number of layers, delete its bridges and make a new one."
             )
 
     def fast_root(self) -> nn.Module | None:
@@ -386,6 +392,9 @@ class Runner:
             arguments["inputs_embeds"] = prepared.residual
         if prepared.attention_mask is not None:
             arguments["attention_mask"] = prepared.attention_mask
+            if self.tree.adapter.family.takes_position_ids and not puts_prompts_before(self.model):
+                ids = position_ids(prepared.attention_mask)
+                arguments["position_ids"] = last_columns(ids, prepared.given.shape[1])
         if prepared.past_key_values is not None:
             arguments[self.tree.adapter.cache_name] = prepared.past_key_values
         return arguments
@@ -404,7 +413,7 @@ class Runner:
 
     def _run_part(self, prepared: Prepared, arguments: dict[str, Any]) -> Tensor:
         """A run that needs more than a call of the model, in a context of its own."""
-        set_span(prepared.start, prepared.stop)
+        set_span(prepared.start, prepared.stop, None if prepared.start is None else prepared.residual)
         set_fast_attention(self.fast_root())
         try:
             return self._logits(arguments, prepared.behind_wrapper)
@@ -429,10 +438,14 @@ class Runner:
         """Components that a run needs mounted for itself, hooks or not."""
         names: list[str] = []
         if start is not None:
-            names += ["embed_ln", *(f"blocks.{layer}" for layer in range(start))]
+            names += [name for name in ("embed_ln", "pos_embed") if name in self.tree.components]
+            names += [f"blocks.{layer}" for layer in range(min(start + 1, self.cfg.n_layers))]
+            names += ["ln_final"] if start == self.cfg.n_layers else []
         if stop is not None:
             names.append("ln_final" if stop == self.cfg.n_layers else f"blocks.{stop}")
-        if self.tree.is_float64() or self.fast_root() is not None:
+        if self.tree.is_float64():
+            names += self.tree.computing_in_float64
+        elif self.fast_root() is not None:
             names += self.tree.attentions()
         return names
 
@@ -471,7 +484,7 @@ class Runner:
 
 
 def logits_of(output: Any, model: nn.Module, arguments: Mapping[str, Any], cfg: TransformerBridgeConfig) -> Tensor:
-    """The logits that a module around BLOOM gives: its output's ``logits``, the first entry of a tuple, or the output.
+    """The logits that a module around the model gives: its output's ``logits``, the first entry of a tuple, or the output.
 
     Raises:
         UnsupportedModelError: they are nothing like ``[batch, pos, d_vocab]``.
@@ -486,8 +499,8 @@ def logits_of(output: Any, model: nn.Module, arguments: Mapping[str, Any], cfg: 
             return found
     what = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(output).__name__}"
     raise UnsupportedModelError(
-        f"{type(model).__module__}.{type(model).__name__} is around the BLOOM, and its forward gives {what}; expected "
-        f"logits [batch, pos, {cfg.d_vocab}], in an output with .logits, a tuple or alone. Bridge the BLOOM inside it."
+        f"{type(model).__module__}.{type(model).__name__} is around the model, and its forward gives {what}; expected "
+        f"logits [batch, pos, {cfg.d_vocab}], in an output with .logits, a tuple or alone. Bridge the model inside it."
     )
 
 

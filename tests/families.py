@@ -1,0 +1,99 @@
+"""A tiny random model of each family, all of whose parameters are moved at random.
+
+A fresh model has gains of 1 and biases of 0, which hides most faults. Sizes differ from each other, so that an axis in the
+wrong place shows; where heads may share keys, they do.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+VOCAB = 97
+
+_LLAMA = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+_WINDOW = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+_GEMMA = _LLAMA | {"head_dim": 10}
+
+CONFIGS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", _LLAMA),
+    "llama-biased": ("LlamaConfig", _LLAMA | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "mistral": ("MistralConfig", _LLAMA | {"sliding_window": 5}),
+    "qwen2": ("Qwen2Config", _LLAMA),
+    "qwen3": ("Qwen3Config", _LLAMA | {"head_dim": 10}),
+    "gpt2": ("GPT2Config", {"n_embd": 48, "n_layer": 3, "n_head": 6, "n_positions": 64}),
+    "gpt2-upcast": (
+        "GPT2Config",
+        {"n_embd": 48, "n_layer": 3, "n_head": 6, "n_positions": 64, "reorder_and_upcast_attn": True},
+    ),
+    "gpt_neox": (
+        "GPTNeoXConfig",
+        {key: value for key, value in _LLAMA.items() if key != "num_key_value_heads"},
+    ),
+    "gpt_neox-sequential": (
+        "GPTNeoXConfig",
+        {key: value for key, value in _LLAMA.items() if key != "num_key_value_heads"}
+        | {"use_parallel_residual": False},
+    ),
+    "gemma": ("GemmaConfig", _GEMMA),
+    "gemma2": ("Gemma2Config", _GEMMA | {"num_hidden_layers": 4, "sliding_window": 5, "layer_types": _WINDOW}),
+    "gemma3": ("Gemma3TextConfig", _GEMMA | {"num_hidden_layers": 4, "sliding_window": 5, "layer_types": _WINDOW}),
+    "olmo2": ("Olmo2Config", _LLAMA),
+    "phi3": ("Phi3Config", _LLAMA | {"sliding_window": 5}),
+}
+"""By a name of ours: the class of the configuration, and its arguments."""
+
+
+@cache
+def _built(name: str, settings: tuple[tuple[str, Any], ...], attention: str) -> Any:
+    kind, arguments = CONFIGS[name]
+    config = vars(transformers)[kind] if kind in vars(transformers) else getattr(transformers, kind)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(
+            config(vocab_size=VOCAB, **{**arguments, **dict(settings)}), attn_implementation=attention
+        ).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+def make_family(name: str, dtype: torch.dtype = torch.float32, attention: str = "eager", **settings: Any) -> Any:
+    """A model of a family; the same arguments give the same weights.
+
+    It is not cast with ``.to(dtype)`` alone: that rounds tables of rotations, which ``from_pretrained`` leaves in float32.
+    """
+    model = copy.deepcopy(_built(name, tuple(sorted(settings.items())), attention))
+    tables = {key: buffer.clone() for key, buffer in model.named_buffers() if buffer.is_floating_point()}
+    model.to(dtype)
+    if dtype is not torch.float64:
+        for key, buffer in tables.items():
+            owner, _, last = key.rpartition(".")
+            model.get_submodule(owner)._buffers[last] = buffer
+    return model
+
+
+def mask_of(tokens: Tensor, side: str | None) -> Tensor | None:
+    """A mask that pads the first row by three positions, the second by one."""
+    if side is None:
+        return None
+    mask = torch.ones_like(tokens)
+    for row, count in ((0, 3), (1, 1)):
+        mask[row, slice(0, count) if side == "left" else slice(tokens.shape[1] - count, None)] = 0
+    return mask
