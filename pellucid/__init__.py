@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pellucid.hook_points import HookPoint as HookPoint
     from pellucid.model_bridge.corpus.collected import Collected as Collected
     from pellucid.model_bridge.transformer_bridge import TransformerBridge as TransformerBridge
-    from pellucid.model_bridge.verification.self_check import CheckReport as CheckReport
+    from pellucid.model_bridge.verification.check_report import CheckReport as CheckReport
     from pellucid.names import get_act_name as get_act_name
 
 _HOMES = {

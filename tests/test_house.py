@@ -58,6 +58,7 @@ imports its own room and lower floors; rooms of one floor do not import each oth
 public names, and ``model_bridge`` that folder's."""
 
 USERS_OF_TRANSFORMERS = (
+    "demo.smollm2",
     "model_bridge.running.checkpoint",
     "model_bridge.running.generation",
     "model_bridge.running.loading",

@@ -20,7 +20,7 @@ from pellucid.conversion_utils.conversion_steps import ChainTensorConversion, Re
 from pellucid.experiments.ablation import Ablation
 from pellucid.experiments.places import find_site, read_prompts
 from pellucid.model_bridge.generalized_components import LinearBridge
-from pellucid.model_bridge.verification.self_check import CheckReport, CheckResult
+from pellucid.model_bridge.verification.check_report import CheckReport, CheckResult
 from pellucid.patching import generic_activation_patch, layer_pos_patch_setter
 from pellucid.plots import TokenExample
 from pellucid.running_stats import Covariance, MeanVariance, MinMax

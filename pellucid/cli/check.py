@@ -16,7 +16,7 @@ from pellucid.cli.options import Format, ModelChoice
 from pellucid.cli.output import table, write_json
 from pellucid.cli.terminal import results
 from pellucid.errors import InputError
-from pellucid.model_bridge.verification.self_check import MOVES, CheckReport, CheckResult
+from pellucid.model_bridge.verification.check_report import MOVES, CheckReport, CheckResult
 from pellucid.storage.json_text import Json, write_json_file
 from pellucid.tables import ranges
 

@@ -10,13 +10,13 @@ from typing import Any, Literal, TypeAlias
 from pellucid.arguments import (
     check_choice,
     check_count,
-    check_list,
     check_mapping,
     check_text,
     check_texts,
     check_wholes,
 )
 from pellucid.corpora.batches import CorpusBatch, LabelCount, TokenContext, batch_of
+from pellucid.corpora.examples import checked_pairs, contexts_in, read_documents
 from pellucid.corpora.packing import Checkpoint, Encoder, Packing, Row, Rules, Tally, chunks, rows
 from pellucid.corpora.sources import (
     LONGEST_DOCUMENT,
@@ -493,27 +493,9 @@ class Corpus:
             InputError: a number that the label does not have.
         """
         self._need_label(label)
-        wanted = sorted(set(check_wholes("numbers", numbers, empty=True)))
-        found: dict[int, Document] = {}
         marks = [(0, self._sources[label].start)]
         marks += [(mark.document, mark.cursor) for mark in self._checkpoints.get(label, ())]
-        reader: Iterator[tuple[Document, list[int]]] = iter(())
-        at = -1
-        for number in wanted:
-            mark = next(((start, cursor) for start, cursor in reversed(marks) if start <= number), None)
-            if mark is None:
-                break
-            if at < mark[0]:
-                at, reader = mark[0], self._sources[label].read(mark[1])
-            for document, _ in reader:
-                at += 1
-                if at > number:
-                    found[number] = document
-                    break
-        missing = [number for number in wanted if number not in found]
-        if missing:
-            raise InputError(f"The label {label!r} has no document {missing[0]}.")
-        return found
+        return read_documents(self._sources[label], label, marks, check_wholes("numbers", numbers, empty=True))
 
     def text_of(self, label: str, document: int) -> str:
         """The text of a document.
@@ -542,19 +524,10 @@ class Corpus:
         tokenizer = need_tokenizer(self.tokenizer)
         check_count("before", before, at_least=0)
         check_count("after", after, at_least=0)
-        places = _pairs(places)
-        found = self.documents(label, [document for document, _ in places])
+        pairs = checked_pairs(places)
+        found = self.documents(label, [document for document, _ in pairs])
         encoded = dict(zip(found, Encoder(label, tokenizer)(list(found.values())), strict=True))
-        contexts = []
-        for document, position in places:
-            ids = [*map(int, encoded[document])]
-            ids += [] if self.rules.separator is None else [self.rules.separator]
-            if not 0 <= position < len(ids):
-                raise InputError(f"Document {document} of {label!r} has {len(ids)} tokens; asked for {position}.")
-            parts = (ids[max(0, position - before) : position], ids[position : position + 1])
-            rest = ids[position + 1 : position + 1 + after]
-            contexts.append(TokenContext(*(tokens_to_text(tokenizer, part) for part in (*parts, rest))))
-        return contexts
+        return contexts_in(encoded, label, pairs, tokenizer, self.rules.separator, before, after)
 
 
 # -- small helpers -----------------------------------------------------------------------------------------------------
@@ -572,14 +545,3 @@ def _check_labels(given: Any, argument: str) -> None:
 
 def _bytes_of(kept: Sequence[Row]) -> int:
     return sum(array.nbytes for row in kept for array in (row.ids, row.documents, row.positions))
-
-
-def _pairs(places: Any) -> list[tuple[int, int]]:
-    """``(document, position)`` pairs; of none there are no contexts."""
-    pairs = []
-    for place in check_list("places", places, "(document, position) pairs", empty=True):
-        if not isinstance(place, Sequence) or len(place) != 2:
-            raise InputError(f"places is a list of (document, position) pairs; found {place!r} in it.")
-        document, position = (check_count("an entry of places", part, at_least=0) for part in place)
-        pairs.append((document, position))
-    return pairs

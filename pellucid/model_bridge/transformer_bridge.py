@@ -35,7 +35,8 @@ from pellucid.model_bridge.running.runner import (
 )
 from pellucid.model_bridge.running.token_methods import TokenMethods
 from pellucid.model_bridge.running.tokens import TextOrTokens, TokenRules, ids_as_given
-from pellucid.model_bridge.verification.self_check import CheckReport, run_checks
+from pellucid.model_bridge.verification.check_report import CheckReport
+from pellucid.model_bridge.verification.self_check import run_checks
 from pellucid.model_bridge.weights.hashing import weights_hash
 from pellucid.model_bridge.weights.record import record_of
 from pellucid.model_bridge.weights.rewriting import portable_state

@@ -28,7 +28,7 @@ from pellucid.cli.app import app
 from pellucid.cli.check import ranges, summarise
 from pellucid.cli.options import ModelChoice
 from pellucid.demo import MODEL_FOLDER
-from pellucid.model_bridge.verification.self_check import CheckReport, CheckResult
+from pellucid.model_bridge.verification.check_report import CheckReport, CheckResult
 from pellucid.storage.whole_files import whole_file
 
 ROOT = Path(__file__).parents[2]

@@ -22,16 +22,9 @@ from pellucid.model_bridge.hooking.hook_session import HookSession
 from pellucid.model_bridge.hooking.hooks import HookRequest
 from pellucid.model_bridge.running.caching import CacheRequest, cached_specs, caching_functions
 from pellucid.model_bridge.running.generation import GenerationSettings, check_settings, generate, prepare_generation
+from pellucid.model_bridge.running.outputs import refuse_rows, without_batch_dim
 from pellucid.model_bridge.running.run_positions import RunPositions
-from pellucid.model_bridge.running.runner import (
-    ATTN_IMPLEMENTATIONS,
-    AttnImplementation,
-    Prepared,
-    ReturnType,
-    Runner,
-    refuse_rows,
-    without_batch_dim,
-)
+from pellucid.model_bridge.running.runner import ATTN_IMPLEMENTATIONS, AttnImplementation, Prepared, ReturnType, Runner
 from pellucid.model_bridge.running.tokens import PaddingSide, TextOrTokens, TokenRules, ids_as_given
 from pellucid.names import NamesFilter
 

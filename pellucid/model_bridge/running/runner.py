@@ -23,6 +23,7 @@ from pellucid.model_bridge.generalized_components.base import StopForward
 from pellucid.model_bridge.hooking.cache_plan import RunSize
 from pellucid.model_bridge.hooking.hook_session import HookSession
 from pellucid.model_bridge.hooking.mounting import ComponentTree
+from pellucid.model_bridge.running.outputs import logits_of
 from pellucid.model_bridge.running.run_positions import (
     RunPositions,
     positions_of_input,
@@ -481,37 +482,3 @@ class Runner:
             start if prepared.start is None else prepared.start,
             self.cfg.n_layers + 1 if prepared.stop is None else prepared.stop,
         )
-
-
-def logits_of(output: Any, model: nn.Module, arguments: Mapping[str, Any], cfg: TransformerBridgeConfig) -> Tensor:
-    """The logits that a module around the model gives: its output's ``logits``, the first entry of a tuple, or the output.
-
-    Raises:
-        UnsupportedModelError: they are nothing like ``[batch, pos, d_vocab]``.
-    """
-    found = getattr(output, "logits", output)
-    if isinstance(found, tuple | list) and found:
-        found = found[0]
-    given = arguments.get("input_ids", arguments.get("inputs_embeds"))
-    if isinstance(found, Tensor) and found.dim() == 3 and given is not None:
-        batch, pos, width = found.shape
-        if batch == given.shape[0] and pos >= given.shape[1] and width == cfg.d_vocab:
-            return found
-    what = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(output).__name__}"
-    raise UnsupportedModelError(
-        f"{type(model).__module__}.{type(model).__name__} is around the model, and its forward gives {what}; expected "
-        f"logits [batch, pos, {cfg.d_vocab}], in an output with .logits, a tuple or alone. Bridge the model inside it."
-    )
-
-
-def refuse_rows(given: Tensor) -> None:
-    """Refuse a batch of several rows where its axis is to be removed."""
-    if given.shape[0] != 1:
-        raise InputError(f"remove_batch_dim needs a batch of one row; found {given.shape[0]}.")
-
-
-def without_batch_dim(output: Any) -> Any:
-    """The first row of every tensor that has rows; a mean loss has none."""
-    if isinstance(output, tuple):
-        return tuple(map(without_batch_dim, output))
-    return output[0] if isinstance(output, Tensor) and output.dim() > 0 else output
