@@ -1,4 +1,4 @@
-"""The embedded model: a small trained BLOOM, and what can be shown on it. Offline and in seconds.
+"""The embedded model: a small trained BLOOM, and what can be shown on it. Offline and in seconds. Beside it, SmolLM2.
 
 ``pellucid/demo/model`` is an ordinary Hugging Face folder; its ``README.md`` says what it was trained on and what may be
 relied on.
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from pellucid.demo.smollm2 import load_smollm2 as load_smollm2
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 
 MODEL_FOLDER = Path(__file__).parent / "model"

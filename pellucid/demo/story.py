@@ -26,7 +26,7 @@ from pellucid.demo.prompts import PROMPTS
 from pellucid.hook_points import HookFunction, HookPoint
 from pellucid.model_bridge.hooking.hooks import HookRequest
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
-from pellucid.model_bridge.verification.self_check import CheckReport
+from pellucid.model_bridge.verification.check_report import CheckReport
 from pellucid.progress import progress_bar
 from pellucid.token_text import tokens_to_text
 
