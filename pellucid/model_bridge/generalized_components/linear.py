@@ -53,9 +53,7 @@ class LinearBridge(GeneralizedComponent):
 
     def fire_by_head(self, site: str, value: Tensor, heads: int | None, private: bool = False) -> Tensor:
         """Fire with the last axis seen as ``[..., heads, d_head]``."""
-        if not self.is_live(site):
-            return value
-        if heads is None:
+        if heads is None or not self.is_live(site):
             return self.fire(site, value, private=private)
         seen = value.unflatten(-1, (heads, -1))
         edited = self.fire(site, seen, private=private)

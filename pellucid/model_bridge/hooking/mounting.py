@@ -39,7 +39,7 @@ from pellucid.model_bridge.generalized_components import (
 )
 from pellucid.model_bridge.generalized_components.base import Mounted
 from pellucid.model_bridge.generalized_components.weights import adapted
-from pellucid.names import FROM_EMBEDDINGS, FROM_TOKENS, HookIndex, runs_through
+from pellucid.names import FROM_EMBEDDINGS, FROM_TOKENS, HookIndex, HookSpec, runs_through
 from pellucid.run_context import Scope, acts, current_span, is_quiet, open_scopes
 
 
@@ -154,6 +154,7 @@ class ComponentTree:
             self.components |= {f"blocks.{layer}.{name}": child for name, child in block.submodules.items()}
         adapter.link_outer(self.components, self.blocks)
         self.fired_by: dict[str, str] = {}
+        self._specs: dict[HookPoint, HookSpec] = {}
         self._holders: list[Scope] = []
         self.in_use: dict[HookPoint, None] = {}
         self.notes: dict[str, Any] = {}  # what others remember of this model, each under its own word; copied with it
@@ -208,6 +209,13 @@ class ComponentTree:
         spec = self.index[name]
         return self.components[spec.component].point(spec.site)
 
+    def _spec_of(self, point: HookPoint) -> HookSpec:
+        """The line of the table of one of this tree's points: remembered, as it is asked for at each run."""
+        spec = self._specs.get(point)
+        if spec is None:
+            spec = self._specs[point] = self.index[str(point.name)]
+        return spec
+
     def live_points(self) -> Iterator[HookPoint]:
         """Points that have been made."""
         for component in self.components.values():
@@ -246,7 +254,7 @@ class ComponentTree:
         elsewhere: Scope | None = None
         for handle in self.handles():
             if acts(handle.scope):
-                spec = self.index[str(handle.point.name)]
+                spec = self._spec_of(handle.point)
                 if spec.component not in AFTER_BACKBONE and runs_through(spec, start, stop, n_layers):
                     acting.append(handle)
             elif handle.scope.is_block and not (handle.scope.closed or handle.scope.everywhere or open_scopes()):
@@ -300,7 +308,7 @@ class ComponentTree:
             if not (point.fwd_hooks or point.bwd_hooks):
                 del self.in_use[point]
                 continue
-            spec = self.index[str(point.name)]
+            spec = self._spec_of(point)
             needed.add(self.fired_by[spec.name])
             if spec.flag in ("use_attn_in", "use_split_qkv_input"):
                 needed.add(f"blocks.{spec.layer}")  # it knows the residual before the norm
@@ -332,7 +340,8 @@ class ComponentTree:
                 "hooks. Change the model with hooks, or hook points outside that module.",
             )
         # In this order: what is noted but not yet in place, the next sync puts in place or forgets.
-        component.mounted = stand_in = StandIn(component, module, slot, previous)
+        stand_in = StandIn(component, module, slot, previous)
+        _note(component, stand_in)
         stand_in.put()
 
     def _unmount(self, component: GeneralizedComponent) -> None:
@@ -341,7 +350,7 @@ class ComponentTree:
         replaced = not (mounted.is_in_place() or mounted.was_taken_off())
         if mounted.is_in_place():
             mounted.take_off()
-        component.mounted = None
+        _note(component, None)
         if replaced:
             warn(
                 f"The forward of {component.path} was replaced while Pellucid had hooks on it; it is left as found. Remove "
@@ -361,11 +370,11 @@ class ComponentTree:
         return clone
 
     def __getstate__(self) -> dict[str, Any]:
-        # Open sessions are the original's alone.
-        return {key: value for key, value in vars(self).items() if key != "_holders"}
+        # Open sessions are the original's alone, and so are the points that are remembered.
+        return {key: value for key, value in vars(self).items() if key not in ("_holders", "_specs")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _holders=[])
+        vars(self).update(state, _holders=[], _specs={})
         with HOOKS_LOCK:
             _TREES[id(self.root)] = self
 
@@ -397,6 +406,11 @@ class ComponentTree:
     def is_float64(self) -> bool:
         """Whether the model runs in float64, where the attention is always ours."""
         return self.cfg.dtype == torch.float64
+
+
+def _note(component: GeneralizedComponent, mounted: StandIn | None) -> None:
+    """Set ``component.mounted``, past ``nn.Module.__setattr__``: that takes 7 us, and a cache mounts hundreds."""
+    vars(component)["mounted"] = mounted
 
 
 def _below(name: str, component: GeneralizedComponent) -> dict[str, GeneralizedComponent]:
