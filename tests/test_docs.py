@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+from pellucid.demo import smollm2
 from tests.pages import FENCE, as_printed, blocks_of, command_lines
 
 ROOT = Path(__file__).parents[1]
@@ -47,8 +48,13 @@ def run_page(page: Path, namespace: dict[str, Any]) -> int:
     return ran
 
 
+NEEDS_SMOLLM2 = ("docs/howto/smollm2.md",)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_the_examples_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name_of(page) in NEEDS_SMOLLM2 and not smollm2.is_installed():
+        pytest.skip("SmolLM2 is not installed")
     monkeypatch.chdir(tmp_path)  # what an example writes, it writes here
     with torch.random.fork_rng():
         run_page(page, {"__name__": "__main__"})
