@@ -7,13 +7,18 @@ wrong place shows; where heads may share keys, they do.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import inspect
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
+
+from pellucid.padding import position_ids
 
 VOCAB = 97
 
@@ -97,3 +102,38 @@ def mask_of(tokens: Tensor, side: str | None) -> Tensor | None:
     for row, count in ((0, 3), (1, 1)):
         mask[row, slice(0, count) if side == "left" else slice(tokens.shape[1] - count, None)] = 0
     return mask
+
+
+CORE = ("llama", "gpt2", "gemma2", "gpt_neox")
+"""Families that are always tested in full; the others in full where ``PELLUCID_FAMILIES=all`` (``scripts/check families``)."""
+
+ALL = os.environ.get("PELLUCID_FAMILIES") == "all"
+
+
+def in_full(name: str) -> bool:
+    """Whether a family is tested in full here."""
+    return ALL or name in CORE
+
+
+def native_arguments(model: Any, mask: Tensor | None, length: int) -> dict[str, Tensor]:
+    """A mask as Hugging Face's forward is given it: with the ids of its own ``generate``, where the model takes some."""
+    if mask is None:
+        return {}
+    given = {"attention_mask": mask}
+    if "position_ids" in inspect.signature(type(model).forward).parameters:
+        given["position_ids"] = position_ids(mask)[:, -length:]
+    return given
+
+
+@contextmanager
+def opted_in(bridge: Any, *flags: str) -> Iterator[None]:
+    """Opt-in points on for the length of a block: those of ``flags``, or all that do not exclude each other."""
+    if not flags:
+        flags = tuple({spec.flag for spec in bridge.hook_index.values() if spec.flag} - {"use_attn_in"})
+    for flag in flags:
+        setattr(bridge.cfg, flag, True)
+    try:
+        yield
+    finally:
+        for flag in flags:
+            setattr(bridge.cfg, flag, False)

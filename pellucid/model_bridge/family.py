@@ -92,6 +92,7 @@ class Attention:
             itself, or in a method of the attention, by its name.
         pattern_at: the pattern is what the dropout function after the softmax gives, or what a dropout module (by its
             name) gives, or what the softmax gives where there is no dropout.
+        wide_scores: the scores are float32 in half precision too.
     """
 
     name: str = "self_attn"
@@ -107,6 +108,7 @@ class Attention:
     rotary: bool = True
     softmax_in: str = "function"
     pattern_at: str = "dropout"
+    wide_scores: bool = False
 
 
 @dataclass(frozen=True)

@@ -209,36 +209,7 @@ class _Writer:
         family, attention = self.family, self.family.attention
         if family.block.adds_residual:
             yield from self.per_head_inputs()
-        if not attention.qkv or family.block.adds_residual:
-            for part, word in _PARTS:
-                yield HookSpec(
-                    f"{_ATTN}.{part}.hook_in",
-                    _ATTN,
-                    f"hook_{part}_in",
-                    _RESIDUAL,
-                    f"what enters attention, a copy that feeds the {word} only"
-                    if not family.block.ln1
-                    else f"output of the first norm, a copy that feeds the {word} only",
-                )
-        for part, word in _PARTS:
-            yield HookSpec(
-                f"{_ATTN}.hook_{part}",
-                _ATTN,
-                f"hook_{part}",
-                _QUERIES if part == "q" else _KEYS,
-                f"{word} of the new positions",
-                aliases=(f"{_ATTN}.{part}.hook_out",),
-            )
-        if attention.q_norm:
-            for part, word in _PARTS[:2]:
-                yield HookSpec(
-                    f"{_ATTN}.hook_{part}_normed",
-                    _ATTN,
-                    f"hook_{part}_normed",
-                    _QUERIES if part == "q" else _KEYS,
-                    f"{word} after their norm",
-                    aliases=(f"{_ATTN}.{part}_norm.hook_out",),
-                )
+        yield from self.projections()
         if attention.rotary:
             for part, word in (_PARTS[1], _PARTS[0]):  # keys enter the cache before queries meet them
                 yield HookSpec(
@@ -256,6 +227,7 @@ class _Writer:
             "ALiBi added, scaled, masked, before the softmax"
             if family.block.adds_residual
             else "scaled and masked: what the softmax is given",
+            kind="wide" if attention.wide_scores else "model",
         )
         yield HookSpec(
             f"{_ATTN}.hook_pattern", _ATTN, "hook_pattern", _SCORES, "after the softmax, in the model's dtype"
@@ -279,6 +251,42 @@ class _Writer:
             f"attention's additive contribution: output of {attention.o.rpartition('.')[2]}, before the residual is added",
             f"{_ATTN}.o.hook_out",
         )
+
+    def projections(self) -> Iterator[HookSpec]:
+        """Queries, keys and values: a fused projection gives them together, three give them one after the other."""
+        attention = self.family.attention
+        inputs = [self.projection_input(part, word) for part, word in _PARTS]
+        outputs = [self.projection_output(part, word) for part, word in _PARTS]
+        normed = [self.head_norm(part, word) for part, word in _PARTS[:2]] if attention.q_norm else []
+        if attention.qkv:
+            yield from (inputs if self.family.block.adds_residual else ())
+            yield from (*outputs, *normed)
+            return
+        # A norm of heads that lie before the positions comes after all three; any other at once.
+        later = normed if attention.head_norm == "heads first" else []
+        for place, (entering, made) in enumerate(zip(inputs, outputs, strict=True)):
+            yield from (entering, made)
+            if not later:
+                yield from normed[place : place + 1]
+        yield from later
+
+    def projection_input(self, part: str, word: str) -> HookSpec:
+        """What feeds one of the three alone."""
+        what = "output of the first norm" if self.family.block.ln1 else "what enters attention"
+        doc = f"{what}, a copy that feeds the {word} only"
+        return HookSpec(f"{_ATTN}.{part}.hook_in", _ATTN, f"hook_{part}_in", _RESIDUAL, doc)
+
+    def projection_output(self, part: str, word: str) -> HookSpec:
+        """One of the three."""
+        axes, alias = _QUERIES if part == "q" else _KEYS, f"{_ATTN}.{part}.hook_out"
+        doc = f"{word} of the new positions"
+        return HookSpec(f"{_ATTN}.hook_{part}", _ATTN, f"hook_{part}", axes, doc, aliases=(alias,))
+
+    def head_norm(self, part: str, word: str) -> HookSpec:
+        """Queries or keys after their norm."""
+        axes, alias = _QUERIES if part == "q" else _KEYS, f"{_ATTN}.{part}_norm.hook_out"
+        site = f"hook_{part}_normed"
+        return HookSpec(f"{_ATTN}.{site}", _ATTN, site, axes, f"{word} after their norm", aliases=(alias,))
 
     def per_head_inputs(self) -> Iterator[HookSpec]:
         """Copies of the residual before the first norm, one a head."""

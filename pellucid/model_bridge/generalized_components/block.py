@@ -10,12 +10,12 @@ from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from typing import Any, TypeAlias
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
 from pellucid.hook_points import HookPoint
 from pellucid.model_bridge.generalized_components.base import GeneralizedComponent, Site, StopForward
-from pellucid.model_bridge.generalized_components.joint_qkv_attention import PRE_NORM
+from pellucid.model_bridge.generalized_components.split_inputs import PRE_NORM
 from pellucid.run_context import current_span
 from pellucid.tables import ranges
 
@@ -115,7 +115,8 @@ class BlockBridge(GeneralizedComponent):
         cfg = self.config
         if cfg is not None and (cfg.use_attn_in or cfg.use_split_qkv_input):
             # Attention's per-head inputs are switched on, which are copies of this block's residual.
-            token = PRE_NORM.set((residual, self.submodules["ln1"].module))
+            norm = self.submodules["ln1"].module if "ln1" in self.submodules else nn.Identity()
+            token = PRE_NORM.set((residual, norm))
             try:
                 output = original(residual, *args, **kwargs)
             finally:

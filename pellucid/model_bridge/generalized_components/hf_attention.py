@@ -133,7 +133,7 @@ class HuggingFaceAttentionBridge(AttentionBridge):
         known = self._bound
         if known is not None and known[0] is module and known[1] is plain:
             return known[2]
-        if plain is None or getattr(original, "__self__", None) is not module:
+        if plain is not type(module).forward or getattr(original, "__self__", None) is not module:
             raise UnsupportedModelError(
                 f"{self.path} has a forward that is not its class' own ({original!r}): its scores, its pattern and its "
                 "rotated queries and keys cannot be reached. Take the wrapper off, or hook points outside it."
@@ -184,6 +184,11 @@ class HuggingFaceAttentionBridge(AttentionBridge):
         """In the place of an attention function."""
         query = self._by_head("hook_rot_q", query)
         if query.dtype is torch.float64 or any(self.is_live(site) for site in INSIDE):
+            if self.softmax_in != "function":
+                raise UnsupportedModelError(
+                    f"{self.path} has its scores in {self.softmax_in}, which Hugging Face runs where the model's attention "
+                    f"is 'eager'; it is {name!r}. Call bridge.set_attn_implementation('eager') to look at scores and pattern."
+                )
             if name != "eager":
                 attention_mask = self._mask_for_eager(name, attention_mask, query, key)
             chosen = tapped_eager

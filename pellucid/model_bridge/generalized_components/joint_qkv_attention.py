@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from contextvars import ContextVar
 from functools import partial
 from typing import Any, cast
 
@@ -23,7 +22,7 @@ from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import Ba
 from pellucid.conversion_utils.conversion_steps.chain_tensor_conversion import ChainTensorConversion
 from pellucid.conversion_utils.conversion_steps.rearrange_tensor_conversion import RearrangeTensorConversion
 from pellucid.conversion_utils.fused_qkv import PARTS, Part
-from pellucid.errors import InputError, NotSetUpError
+from pellucid.errors import InputError
 from pellucid.hook_points import PointOwner
 from pellucid.hook_values import bits_differ
 from pellucid.model_bridge.generalized_components.attention import AttentionBridge
@@ -37,19 +36,18 @@ from pellucid.model_bridge.generalized_components.base import (
 )
 from pellucid.model_bridge.generalized_components.linear import LinearBridge
 from pellucid.model_bridge.generalized_components.random_numbers import Draws
+from pellucid.model_bridge.generalized_components.split_inputs import (
+    INPUT_SITE,
+    INPUT_SITES,
+    PartAgain,
+    fire_all_per_head,
+    with_head_inputs,
+    with_own_input,
+)
 from pellucid.run_context import hooks_suppressed
 
 SplitFunction = Callable[[nn.Module], tuple[nn.Module, nn.Module, nn.Module]]
 """The original attention to its query, key and value transformations ``[..., d_model] -> [..., n_heads * d_head]``."""
-
-PRE_NORM: ContextVar[tuple[Tensor, nn.Module] | None] = ContextVar("pellucid_pre_norm", default=None)
-"""The residual before the block's first norm, and that norm: what the per-head inputs are copies of."""
-
-INPUT_SITE: Mapping[Part, str] = {part: f"hook_{part}_in" for part in PARTS}
-PER_HEAD_SITE: Mapping[Part, str] = {part: f"hook_{part}_input" for part in PARTS}
-INPUT_SITES = ("hook_attn_in", *PER_HEAD_SITE.values(), *INPUT_SITE.values())
-"""Sites on inputs that feed one of queries, keys and values, or one head."""
-
 
 class FusedPart(nn.Linear):
     """Queries, keys or values of a fused projection as an ``nn.Linear`` that owns nothing.
@@ -223,92 +221,36 @@ class JointQKVAttentionBridge(AttentionBridge):
         self, native: tuple[Tensor, Tensor, Tensor], hidden_states: Tensor, draws: Draws
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Fire what feeds one of queries, keys and values, or one head of it; what an edit there makes of ``native``."""
-        # Upstream first: the residual before the norm, then what the norm gives.
-        q, k, v = self._with_per_head_inputs(native, draws)
-        if self.only_reads("hook_q_in", "hook_k_in", "hook_v_in"):
+        again = {part: self._again(part, draws) for part in PARTS}
+        inputs = fire_all_per_head(self, dict.fromkeys(PARTS, self.n_heads))
+        q, k, v = (
+            with_head_inputs(again[part], values, inputs[part]) for part, values in zip(PARTS, native, strict=True)
+        )
+        if self.only_reads(*INPUT_SITE.values()):
             for site in INPUT_SITE.values():
                 self.fire(site, hidden_states)
             return q, k, v
-        return (
-            self._with_own_input("q", native[0], q, hidden_states, draws),
-            self._with_own_input("k", native[1], k, hidden_states, draws),
-            self._with_own_input("v", native[2], v, hidden_states, draws),
-        )
-
-    def _with_per_head_inputs(
-        self, native: tuple[Tensor, Tensor, Tensor], draws: Draws
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        shared = self._fire_per_head("hook_attn_in")
-        per_head = [self._fire_per_head(PER_HEAD_SITE[part]) for part in PARTS]
         q, k, v = (
-            self._with_head_inputs(part, values, draws, shared, own)
-            for part, values, own in zip(PARTS, native, per_head, strict=True)
+            with_own_input(self, INPUT_SITE[part], again[part], plain, made, hidden_states)
+            for part, plain, made in zip(PARTS, native, (q, k, v), strict=True)
         )
         return q, k, v
 
-    def _with_head_inputs(
-        self, part: Part, native: Tensor, draws: Draws, *inputs: tuple[Tensor, Tensor] | None
-    ) -> Tensor:
-        """One part, recomputed for the heads whose copy of the residual a hook changed."""
-        for given in inputs:
-            if given is not None:
-                edited_bqnm, changed_bqn = given
-                if changed_bqn.any() or edited_bqnm.requires_grad:
-                    native = splice(native, self._project_per_head(edited_bqnm, part, draws), changed_bqn[..., None])
-        return native
+    def _again(self, part: Part, draws: Draws) -> PartAgain:
+        return PartAgain(self.n_heads, partial(self._one_part, part, draws), partial(self._plain_part, part))
 
-    def _with_own_input(self, part: Part, plain: Tensor, native: Tensor, hidden_states: Tensor, draws: Draws) -> Tensor:
-        """One part, recomputed where a hook changed the input that feeds it alone.
-
-        ``native`` differs from ``plain`` where a head's copy of the residual was edited; that edit stays.
-        """
-        site = INPUT_SITE[part]
-        if self.only_reads(site):
-            self.fire(site, hidden_states)
-            return native
-        edited = self.fire(site, hidden_states, private=True)
-        changed = bits_differ(edited, hidden_states).any(-1)[..., None, None]
-        if changed.any() or edited.requires_grad:
-            side = self._one_part(edited, part, draws)
-            native = splice(native, side if native is plain else native + (side - plain), changed)
-        return native
-
-    def _one_part(self, hidden_states: Tensor, part: Part, draws: Draws) -> Tensor:
+    def _one_part(self, part: Part, draws: Draws, hidden_states: Tensor) -> Tensor:
         with draws.again():
             if self._own_split is not None:
                 return _by_head(self._own_split[part](hidden_states), self.n_heads)
             return fused_qkv.part_of_activation(self.module.query_key_value(hidden_states), part, self.n_heads)
 
-    def _fire_per_head(self, site: str) -> tuple[Tensor, Tensor] | None:
-        """Fire a per-head input: the edited residual ``[b, q, n, m]`` and which ``[b, q, n]`` of it were changed.
-
-        ``None`` when nothing acts there, or only looks.
-        """
-        if not self.is_live(site):
-            return None
-        source = PRE_NORM.get()
-        if source is None:
-            raise NotSetUpError(
-                f"{site} holds the residual before the block's norm, which {self.path} on its own never sees. "
-                "Hook it on a block or a bridge."
-            )
-        residual = source[0][:, :, None, :]
-        looks = self.only_reads(site)
-        edited = self.fire(site, residual.repeat(1, 1, self.n_heads, 1))
-        return None if looks else (edited, bits_differ(edited, residual.expand_as(edited)).any(-1))
-
-    def _project_per_head(self, residual_bqnm: Tensor, part: Part, draws: Draws) -> Tensor:
-        source = PRE_NORM.get()
-        assert source is not None
-        normed = hooks_suppressed(source[1], residual_bqnm)
+    def _plain_part(self, part: Part) -> tuple[Tensor, Tensor] | None:
         fused = self.module.query_key_value
-        if self._own_split is None and plain_weight(fused, nn.Linear):
-            weight_nhm = fused_qkv.part_of_weight(fused.weight, part, self.n_heads)
-            bias_nh = fused_qkv.part_of_bias(fused.bias, part, self.n_heads)
-            return torch.einsum("bqnm,nhm->bqnh", normed, weight_nhm) + bias_nh
-        # Adapted, quantised or offloaded: the layer is called, never read around; once a head, and its part taken.
-        heads = [self._one_part(normed[:, :, head], part, draws)[:, :, head] for head in range(self.n_heads)]
-        return torch.stack(heads, dim=2)
+        if self._own_split is not None or not plain_weight(fused, nn.Linear):
+            return None
+        weight_nhm = fused_qkv.part_of_weight(fused.weight, part, self.n_heads)
+        return weight_nhm, fused_qkv.part_of_bias(fused.bias, part, self.n_heads)
 
     def mix(
         self,
