@@ -82,7 +82,8 @@ class TransformerBridgeConfig:
 
     ``d_model`` features, ``n_heads`` heads of ``d_head`` features, ``n_layers`` blocks, ``d_mlp`` neurons a block,
     ``d_vocab`` tokens, ``n_ctx`` the length it was trained on (BLOOM itself has no limit), ``eps`` of the norms;
-    ``n_key_value_heads`` heads of keys and values, as many as of queries unless several queries share one.
+    ``n_key_value_heads`` heads of keys and values, as many as of queries unless several queries share one;
+    ``default_prepend_bos`` is what ``prepend_bos=None`` means, ``None`` leaves it to the tokenizer.
     The four ``use_*`` flags say which opt-in hook points are on; set them through the bridge's ``set_use_*`` methods.
     """
 
@@ -102,7 +103,7 @@ class TransformerBridgeConfig:
     act_fn: str = "gelu_fast"
     normalization_type: str = "LN"
     positional_embedding_type: str = "alibi"
-    default_prepend_bos: bool = False
+    default_prepend_bos: bool | None = None
     post_embedding_ln: bool = True
     final_rms: bool = False
     gated_mlp: bool = False

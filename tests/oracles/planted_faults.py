@@ -32,6 +32,27 @@ POSITIONS = "pellucid/model_bridge/running/run_positions.py"
 
 FAULTS = (
     Fault(
+        "a letter of a SentencePiece tokenizer is read as a byte",
+        "pellucid/token_text.py",
+        "if not self._marks_spaces and all(",
+        "if all(",
+        "tests/test_families_tokens.py -k sentencepiece",
+    ),
+    Fault(
+        "a single token counts what the tokenizer puts around it",
+        "pellucid/model_bridge/running/tokens.py",
+        'tokenizer(text, add_special_tokens=False)["input_ids"]',
+        'tokenizer(text)["input_ids"]',
+        "tests/test_families_tokens.py -k single",
+    ),
+    Fault(
+        "prepend_bos=True doubles the token that the tokenizer puts",
+        "pellucid/model_bridge/running/tokens.py",
+        "if wanted is not None and bool(wanted) != puts_bos(tokenizer):",
+        "if wanted:",
+        "tests/test_families_tokens.py -k what_the_tokenizer_gives",
+    ),
+    Fault(
         "an option that is given nothing takes its default",
         "pellucid/cli/mistakes.py",
         'if option in of_values and (beside if equals else value) == "":',
