@@ -32,6 +32,27 @@ POSITIONS = "pellucid/model_bridge/running/run_positions.py"
 
 FAULTS = (
     Fault(
+        "an override of a key that is read only while the configuration is made",
+        "pellucid/model_bridge/supported_architectures/reading.py",
+        "return _named_in(module, _OF_CONFIG)",
+        'return frozenset(("rope_theta", "sliding_window_pattern"))',
+        "tests/model_bridge/test_families_loading.py -k override",
+    ),
+    Fault(
+        "a key that a configuration's class reads is called unread",
+        "pellucid/model_bridge/running/loading.py",
+        " | keys_read(type(config).__module__)",
+        "",
+        "tests/model_bridge/test_families_loading.py -k published",
+    ),
+    Fault(
+        "a family without a tokenizer takes BLOOM's",
+        "pellucid/model_bridge/running/loading.py",
+        "for candidate in (final, shared) if shared and candidate != name]",
+        'for candidate in (final, "bigscience/bloom") if candidate != name]',
+        "tests/model_bridge/test_families_loading.py -k lends",
+    ),
+    Fault(
         "a letter of a SentencePiece tokenizer is read as a byte",
         "pellucid/token_text.py",
         "if not self._marks_spaces and all(",
