@@ -28,16 +28,19 @@ HANDLED = frozenset(
 )
 """Attributes that become a field, that Hugging Face's own model obeys, or that are checked below."""
 
-IGNORED = frozenset(
-    # Megatron's training and kernel switches, kept in BigScience's published configurations.
-    "bias_dropout_fusion masked_softmax_fusion offset_alibi skip_bias_add skip_bias_add_qkv unk_token_id n_embed "
-    # Hugging Face's book-keeping: names, labels, what to return.
+BOOK_KEEPING = frozenset(
     "architectures name_or_path _name_or_path transformers_version initializer_range return_dict output_hidden_states "
     "output_attentions chunk_size_feed_forward id2label label2id problem_type num_labels "
     "finetuning_task task_specific_params _commit_hash _attn_implementation _attn_implementation_internal "
     "_attn_implementation_autoset _experts_implementation _output_attentions auto_map sep_token_id "
     "decoder_start_token_id attn_implementation experts_implementation use_bfloat16 torchscript prefix "
     "tokenizer_class model_parallel distributed_config gradient_checkpointing".split()
+)
+"""Hugging Face's book-keeping in the configuration of any model: names, labels, what to return."""
+
+IGNORED = BOOK_KEEPING | frozenset(
+    # Megatron's training and kernel switches, kept in BigScience's published configurations.
+    "bias_dropout_fusion masked_softmax_fusion offset_alibi skip_bias_add skip_bias_add_qkv unk_token_id n_embed".split()
 )
 """Attributes that cannot change a number of a BLOOM forward."""
 
@@ -62,6 +65,9 @@ REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
 """Attributes that BLOOM has no use for, but that transformers reads on the way of a BLOOM: the values that change nothing,
 and what any other would do."""
 
+LISTED = HANDLED | IGNORED | REFUSED.keys() | {"layer_types"}
+"""Attributes of a BLOOM's configuration that are read or known to change nothing."""
+
 SIZES = ("hidden_size", "n_head", "n_layer", "vocab_size")
 """Attributes that must be whole numbers from 1 on."""
 
@@ -82,7 +88,8 @@ class TransformerBridgeConfig:
 
     ``d_model`` features, ``n_heads`` heads of ``d_head`` features, ``n_layers`` blocks, ``d_mlp`` neurons a block,
     ``d_vocab`` tokens, ``n_ctx`` the length it was trained on (BLOOM itself has no limit), ``eps`` of the norms;
-    ``n_key_value_heads`` heads of keys and values, as many as of queries unless several queries share one.
+    ``n_key_value_heads`` heads of keys and values, as many as of queries unless several queries share one;
+    ``default_prepend_bos`` is what ``prepend_bos=None`` means, ``None`` leaves it to the tokenizer.
     The four ``use_*`` flags say which opt-in hook points are on; set them through the bridge's ``set_use_*`` methods.
     """
 
@@ -102,7 +109,7 @@ class TransformerBridgeConfig:
     act_fn: str = "gelu_fast"
     normalization_type: str = "LN"
     positional_embedding_type: str = "alibi"
-    default_prepend_bos: bool = False
+    default_prepend_bos: bool | None = None
     post_embedding_ln: bool = True
     final_rms: bool = False
     gated_mlp: bool = False
@@ -167,17 +174,6 @@ class TransformerBridgeConfig:
             "use_attn_in": self.use_attn_in,
             "use_hook_mlp_in": self.use_hook_mlp_in,
         }
-
-
-def unread_attributes(config: HuggingFaceConfig, known: frozenset[str]) -> dict[str, Any]:
-    """Attributes that no code of a BLOOM reads, and that therefore change no number: what to name in a warning.
-
-    Args:
-        config: the model's configuration.
-        known: attributes that every configuration of the installed transformers has.
-    """
-    read = HANDLED | IGNORED | REFUSED.keys() | {"layer_types"} | known
-    return {name: value for name, value in config.to_dict().items() if name not in read}
 
 
 def config_from_huggingface(

@@ -1,15 +1,16 @@
 """How a token is shown to a person: as the text it stands for, exactly, and never as something it is not.
 
-BLOOM's tokens are bytes. Its tokenizer writes each byte as one printable character (GPT-2's table), so its own names of
-tokens are unreadable outside ASCII (``æ³ķ`` for ``法``), and decoding one token alone loses any character that several
-tokens share (``U+FFFD``). A label goes back to the bytes and says what they are:
+Tokens are bytes. A byte-level tokenizer (BLOOM's, GPT-2's, Llama 3's) writes each byte as one printable character, so its
+own names of tokens are unreadable outside ASCII (``æ³ķ`` for ``法``), and decoding one token alone loses any character that
+several tokens share (``U+FFFD``). One of SentencePiece's kind (Llama 2's, Gemma's, Mistral's) names them by their text, with
+``▁`` for a space and ``<0xE5>`` for a byte. A label goes back to the bytes and says what they are:
 
 ====================  ================================================================================================
 ``·`` ``⏎`` ``⇥``     space, line feed, tab
 ``⟨E5⟩⟨9B⟩``          bytes that are only part of a character
 ``⟨U+200D⟩``          a whole character that cannot be seen, or one that labels use for something else
 ``⟦<s>⟧``             a special token; the same letters in a text have no such brackets
-``⟦250700⟧``          an id that the tokenizer has no token for (BLOOM's vocabulary is padded)
+``⟦250700⟧``          an id that the tokenizer has no token for (some vocabularies are padded)
 ``◌́``                 a combining mark with no letter before it in its token, on a dotted circle
 ====================  ================================================================================================
 
@@ -18,6 +19,7 @@ Labels are plain text: whoever puts one into markup (HTML, rich) escapes it ther
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Protocol
@@ -44,6 +46,10 @@ class Tokenizer(Protocol):
         """The tokenizer's own name of a token."""
         ...
 
+    def convert_tokens_to_ids(self, tokens: str) -> int | None:
+        """The id of a token by that name; another's where there is none."""
+        ...
+
 
 def _byte_table() -> dict[str, int]:
     """GPT-2's byte-level alphabet, backwards: printable Latin-1 is itself, the other bytes follow from U+0100 on."""
@@ -53,6 +59,9 @@ def _byte_table() -> dict[str, int]:
 
 
 _BYTES: Mapping[str, int] = _byte_table()
+_SPACE = "▁"
+"""A space in the names of SentencePiece's tokens; no name of a byte-level tokenizer has that character."""
+_ONE_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _SIGNS: Mapping[str, str] = {" ": "·", "\n": "⏎", "\t": "⇥"}
 _DOTTED_CIRCLE = "◌"
 _RESERVED = frozenset((*_SIGNS.values(), *"⟨⟩⟦⟧", _DOTTED_CIRCLE, "\ufffd"))
@@ -74,8 +83,8 @@ def token_labels(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
     Raises:
         InputError: a negative id.
     """
-    added = tokenizer.added_tokens_decoder
-    return [_label(tokenizer, int(token_id), added) for token_id in ids]
+    names = _Names(tokenizer)
+    return [names.label(int(token_id)) for token_id in ids]
 
 
 def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes | None:
@@ -84,7 +93,7 @@ def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes | None:
     Raises:
         InputError: a negative id.
     """
-    return _bytes_of(tokenizer, token_id, tokenizer.added_tokens_decoder)
+    return _Names(tokenizer).bytes_of(token_id)
 
 
 def tokens_to_text(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
@@ -93,30 +102,44 @@ def tokens_to_text(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
     Raises:
         InputError: a negative id.
     """
-    added = tokenizer.added_tokens_decoder
-    joined = b"".join(_bytes_of(tokenizer, int(token_id), added) or b"" for token_id in ids)
+    names = _Names(tokenizer)
+    joined = b"".join(names.bytes_of(int(token_id)) or b"" for token_id in ids)
     return "".join(_loose_byte(char) or char for char in _characters(joined))
 
 
-def _label(tokenizer: Tokenizer, token_id: int, added: Mapping[int, AddedToken]) -> str:
-    data = _bytes_of(tokenizer, token_id, added)
-    if data is not None:
-        return _show(data)
-    return f"⟦{added[token_id].content if token_id in added else token_id}⟧"
+class _Names:
+    """What a tokenizer's names of tokens mean, asked once."""
 
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._added = tokenizer.added_tokens_decoder
+        space = tokenizer.convert_tokens_to_ids(_SPACE)
+        self._marks_spaces = space is not None and tokenizer.convert_ids_to_tokens(space) == _SPACE
 
-def _bytes_of(tokenizer: Tokenizer, token_id: int, added: Mapping[int, AddedToken]) -> bytes | None:
-    if token_id < 0:
-        raise InputError(f"Token ids are 0 or more; found {token_id}.")
-    if token_id in added:
-        token = added[token_id]
-        return None if token.special else token.content.encode()
-    name = tokenizer.convert_ids_to_tokens(token_id)
-    if name is None:
-        return None
-    if all(char in _BYTES for char in name):
-        return bytes(_BYTES[char] for char in name)
-    return name.encode()  # a tokenizer that is not byte-level names its tokens by their text
+    def label(self, token_id: int) -> str:
+        data = self.bytes_of(token_id)
+        if data is not None:
+            return _show(data)
+        return f"⟦{self._added[token_id].content if token_id in self._added else token_id}⟧"
+
+    def bytes_of(self, token_id: int) -> bytes | None:
+        if token_id < 0:
+            raise InputError(f"Token ids are 0 or more; found {token_id}.")
+        if token_id in self._added:
+            token = self._added[token_id]
+            return None if token.special else self._text(token.content)
+        name = self._tokenizer.convert_ids_to_tokens(token_id)
+        if name is None:
+            return None
+        one_byte = _ONE_BYTE.fullmatch(name) if self._marks_spaces else None
+        if one_byte is not None:
+            return bytes.fromhex(one_byte[1])
+        if not self._marks_spaces and all(char in _BYTES for char in name):
+            return bytes(_BYTES[char] for char in name)
+        return self._text(name)  # a tokenizer that is not byte-level names its tokens by their text
+
+    def _text(self, name: str) -> bytes:
+        return (name.replace(_SPACE, " ") if self._marks_spaces else name).encode()
 
 
 def _characters(data: bytes) -> str:

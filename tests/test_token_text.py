@@ -35,6 +35,10 @@ class FakeTokenizer:
         names = [*self.names, *self.special]
         return names[ids] if ids < len(names) else None
 
+    def convert_tokens_to_ids(self, tokens: str) -> int | None:
+        names = [*self.names, *self.special]
+        return names.index(tokens) if tokens in names else None
+
 
 def spelled(data: bytes) -> str:
     """Bytes as a byte-level tokenizer names them; written apart from the code under test, after GPT-2's encoder."""

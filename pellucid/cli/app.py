@@ -165,9 +165,9 @@ def run(
     ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="How many next tokens to show.")] = 10,
     prepend_bos: Annotated[
-        bool,
-        typer.Option("--prepend-bos", help="Put the beginning-of-sequence token first; BLOOM was trained without."),
-    ] = False,
+        bool | None,
+        typer.Option(help="With the beginning-of-sequence token first or without; by default as the tokenizer does."),
+    ] = None,
     revision: Revision = None,
     device: Device = None,
     dtype: DtypeOption = Dtype.auto,

@@ -47,7 +47,7 @@ class RunRequest:
     hooks: tuple[str, ...] = ()
     out: Path | None = None
     top_k: int = 10
-    prepend_bos: bool = False
+    prepend_bos: bool | None = None
 
 
 @dataclass(frozen=True)

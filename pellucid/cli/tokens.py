@@ -1,4 +1,4 @@
-"""From what a person types to one token id. A metric reads one token, and with BLOOM most words have a leading space."""
+"""From what a person types to one token id. A metric reads one token, and most words have a leading space."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from pellucid.cli.prompt import as_typed
 from pellucid.demo.predictions import next_tokens
 from pellucid.errors import InputError, warn
+from pellucid.model_bridge.running.tokens import own_ids
 from pellucid.token_text import token_label, token_labels
 
 BY_ID = "id:"
@@ -33,8 +34,8 @@ def read_token(tokenizer: Any, typed: str, option: str, logits: Tensor) -> int:
     if typed.startswith(BY_ID):
         return _by_id(tokenizer, typed, option, logits)
     text = as_typed(typed, f"{option} is not UTF-8: give the token's id, {option} id:123.")
-    ids = _ids(tokenizer, text)
-    spaced = _ids(tokenizer, f" {text}")
+    ids = own_ids(tokenizer, text)
+    spaced = own_ids(tokenizer, f" {text}")
     if len(ids) == 1:
         if not text.startswith(" ") and len(spaced) == 1 and spaced != ids and logits[spaced[0]] > logits[ids[0]]:
             warn(
@@ -67,11 +68,6 @@ def _by_id(tokenizer: Any, typed: str, option: str, logits: Tensor) -> int:
             f"{option} {typed!r}: the vocabulary has ids 0 to {logits.shape[0] - 1}. {expected(tokenizer, logits)}"
         )
     return int(number)
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text)["input_ids"]
-    return ids
 
 
 def _named(tokenizer: Any, ids: list[int]) -> str:

@@ -85,7 +85,9 @@ class SweepOptions:
         None, "[row, pos] of the prompts, 1 at real tokens; found out for texts. Both runs of a pair have the same."
     )
     prepend_bos: bool | None = option(
-        None, "Put the beginning-of-sequence token before texts; BLOOM was trained without.", command=True
+        None,
+        "Texts with the beginning-of-sequence token first or without; by default as the tokenizer does.",
+        command=True,
     )
     padding_side: Side | None = option(None, "Of shorter texts.")
     logit_positions: Sequence[int] | None = option(

@@ -81,7 +81,7 @@ class Sweep:
         memory_limit: bytes that the sweep may take beside the model; by default half of what is available.
         reserved: bytes of that limit that are taken elsewhere: by the values of the edits, say.
         rows_at_once: packed rows that go through a block together.
-        prepend_bos: put the beginning-of-sequence token before strings.
+        prepend_bos: see :meth:`TransformerBridge.to_tokens`; for strings.
         padding_side: of shorter strings.
 
     Attributes:

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from pellucid import TransformerBridge
 from pellucid.errors import HookValueError, InputError, PellucidWarning
 from pellucid.model_bridge.running import loading
+from pellucid.model_bridge.supported_architectures.bloom import BLOOM
 from tests.models import is_pristine, make_bloom, random_tokens
 
 
@@ -96,7 +97,7 @@ def test_mid_training_checkpoints_take_the_familys_tokenizer(
         PellucidWarning, match="bloom-560m-intermediate has no tokenizer.*using the one of bigscience/bloom-560m"
     ):
         found = loading.load_tokenizer(
-            "bigscience/bloom-560m-intermediate", revision="global_step1000", local_files_only=False
+            "bigscience/bloom-560m-intermediate", BLOOM.tokenizer, revision="global_step1000", local_files_only=False
         )
     assert found is demo.tokenizer
     assert asked == [("bigscience/bloom-560m-intermediate", "global_step1000"), ("bigscience/bloom-560m", None)]

@@ -32,6 +32,48 @@ POSITIONS = "pellucid/model_bridge/running/run_positions.py"
 
 FAULTS = (
     Fault(
+        "an override of a key that is read only while the configuration is made",
+        "pellucid/model_bridge/supported_architectures/reading.py",
+        "return _named_in(module, _OF_CONFIG)",
+        'return frozenset(("rope_theta", "sliding_window_pattern"))',
+        "tests/model_bridge/test_families_loading.py -k override",
+    ),
+    Fault(
+        "a key that a configuration's class reads is called unread",
+        "pellucid/model_bridge/running/loading.py",
+        " | keys_read(type(config).__module__)",
+        "",
+        "tests/model_bridge/test_families_loading.py -k published",
+    ),
+    Fault(
+        "a family without a tokenizer takes BLOOM's",
+        "pellucid/model_bridge/running/loading.py",
+        "for candidate in (final, shared) if shared and candidate != name]",
+        'for candidate in (final, "bigscience/bloom") if candidate != name]',
+        "tests/model_bridge/test_families_loading.py -k lends",
+    ),
+    Fault(
+        "a letter of a SentencePiece tokenizer is read as a byte",
+        "pellucid/token_text.py",
+        "if not self._marks_spaces and all(",
+        "if all(",
+        "tests/test_families_tokens.py -k sentencepiece",
+    ),
+    Fault(
+        "a single token counts what the tokenizer puts around it",
+        "pellucid/model_bridge/running/tokens.py",
+        'tokenizer(text, add_special_tokens=False)["input_ids"]',
+        'tokenizer(text)["input_ids"]',
+        "tests/test_families_tokens.py -k single",
+    ),
+    Fault(
+        "prepend_bos=True doubles the token that the tokenizer puts",
+        "pellucid/model_bridge/running/tokens.py",
+        "if wanted is not None and bool(wanted) != puts_bos(tokenizer):",
+        "if wanted:",
+        "tests/test_families_tokens.py -k what_the_tokenizer_gives",
+    ),
+    Fault(
         "an option that is given nothing takes its default",
         "pellucid/cli/mistakes.py",
         'if option in of_values and (beside if equals else value) == "":',

@@ -17,13 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pellucid.config import (
-    HANDLED,
-    IGNORED,
-    REFUSED,
-    TransformerBridgeConfig,
-    unread_attributes,
-)
+from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import InputError, UnsupportedModelError, WeightError, warn
 from pellucid.model_bridge.architecture_adapter import ArchitectureAdapter
 from pellucid.model_bridge.family import Family
@@ -41,12 +35,10 @@ from pellucid.model_bridge.running.checkpoint import (
     read_configuration,
     refuse_missing,
 )
-from pellucid.model_bridge.supported_architectures import ARCHITECTURES, architecture_of
+from pellucid.model_bridge.supported_architectures import ARCHITECTURES, Architecture, architecture_of
+from pellucid.model_bridge.supported_architectures.reading import PUBLISHED, attributes_read, keys_read
 from pellucid.names import nearest
 from pellucid.tables import BriefFields
-
-FAMILY_TOKENIZER = "bigscience/bloom"
-"""Every BLOOM and BLOOMZ checkpoint has this tokenizer; its mid-training repositories ship none that loads."""
 
 HUGGING_FACE_ATTENTION = "eager"
 """What a model is made with: the one whose scores and pattern can be looked at in every family."""
@@ -109,8 +101,8 @@ def load_model(
         raise InputError("device and device_map both say where the model goes; give one.")
     checkpoint = find_checkpoint(name_or_path, revision)
     config = read_configuration(checkpoint, trust_remote_code)
-    _override(config, hf_config_overrides or {})
     architecture = architecture_of(config.model_type, name_or_path)
+    _override(config, hf_config_overrides or {}, architecture.listed)
     cfg = architecture.read(config)
     if inspect is not None:
         inspect(cfg)
@@ -161,7 +153,7 @@ def load_model(
         missing += lacking
     model.eval()
     if tokenizer is None:
-        tokenizer = _tokenizer_of(checkpoint, trust_remote_code)
+        tokenizer = _tokenizer_of(checkpoint, trust_remote_code, architecture.family.tokenizer)
     return LoadedModel(model, tokenizer, tuple(missing))
 
 
@@ -188,8 +180,11 @@ def read_adapter(name_or_path: str, revision: str | None = None) -> Architecture
     return architecture.adapter(architecture.read(config), architecture.family.of(config))
 
 
-def _override(config: Any, overrides: Mapping[str, Any]) -> None:
-    known = config.to_dict().keys() | HANDLED | IGNORED | REFUSED.keys() | {"layer_types"}
+def _override(config: Any, overrides: Mapping[str, Any], listed: frozenset[str]) -> None:
+    import transformers
+
+    kind: Any = transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
+    known = listed | _attributes_of(type(config)) | (attributes_read(kind.__module__) if kind is not None else set())
     for key, value in overrides.items():
         if key not in known:
             raise InputError(
@@ -234,18 +229,28 @@ def _check_loaded(model: Any, found: Mapping[str, Any], name: str, allow_missing
     return missing
 
 
-def _tokenizer_of(checkpoint: Checkpoint, trust_remote_code: bool) -> Any | None:
+def _attributes_of(kind: Any) -> frozenset[str]:
+    """Attributes that every configuration of a class has, by all of their names."""
+    return frozenset((*kind().to_dict(), *kind.attribute_map))
+
+
+def _tokenizer_of(checkpoint: Checkpoint, trust_remote_code: bool, shared: str) -> Any | None:
     """The adapter's own tokenizer if it has one, else the model's."""
     name, revision = checkpoint.name, checkpoint.revision
     if checkpoint.adapter is not None and has_tokenizer(checkpoint.adapter, checkpoint.adapter_revision):
         name, revision = checkpoint.adapter, checkpoint.adapter_revision
     return load_tokenizer(
-        name, revision=revision, trust_remote_code=trust_remote_code, local_files_only=os.path.isdir(name)
+        name, shared, revision=revision, trust_remote_code=trust_remote_code, local_files_only=os.path.isdir(name)
     )
 
 
-def load_tokenizer(name_or_path: str, **common: Any) -> Any | None:
-    """The checkpoint's tokenizer; for mid-training checkpoints without one, the family's, said in a warning.
+def load_tokenizer(name_or_path: str, shared: str, **common: Any) -> Any | None:
+    """The checkpoint's tokenizer; where it has none that loads, the one that its family shares, said in a warning.
+
+    Args:
+        name_or_path: the checkpoint.
+        shared: hub name of the tokenizer of all checkpoints of its family, ``""`` where they have several.
+        **common: Hugging Face's arguments.
 
     Returns ``None``, with a warning, when a local folder has no tokenizer: tokens still run.
     """
@@ -263,22 +268,23 @@ def load_tokenizer(name_or_path: str, **common: Any) -> Any | None:
                 "tokenizer= to use one."
             )
             return None
-        for family in _family_tokenizers(name_or_path):
+        for family in _shared_tokenizers(name_or_path, shared):
             try:
                 tokenizer = transformers.AutoTokenizer.from_pretrained(family)
             except (OSError, ValueError, KeyError):
                 continue
             warn(
-                f"{name_or_path} has no tokenizer that loads ({reason}); using the one of {family}, which BLOOM "
-                "checkpoints share."
+                f"{name_or_path} has no tokenizer that loads ({reason}); using the one of {family}, which the "
+                "family's checkpoints share."
             )
             return tokenizer
         raise
 
 
-def _family_tokenizers(name: str) -> list[str]:
+def _shared_tokenizers(name: str, shared: str) -> list[str]:
+    """Where to look: a mid-training checkpoint's final one first."""
     final = re.sub(r"-intermediate$", "", name)
-    return [candidate for candidate in (final, FAMILY_TOKENIZER) if candidate != name]
+    return [candidate for candidate in (final, shared) if shared and candidate != name]
 
 
 def find_decoder(model: nn.Module) -> nn.Module:
@@ -327,7 +333,7 @@ def make_adapter(model: nn.Module) -> ArchitectureAdapter:
     if missing:
         raise UnsupportedModelError(f"The model lacks modules that {family.title} has: {', '.join(missing)}.")
     adapter.check_arguments(model)
-    warn_of_unread(config, family.title)
+    warn_of_unread(model, architecture)
     if adapter.cfg.sums_weight_slices:
         _refuse_adapted_slices(model)
     return adapter
@@ -337,14 +343,24 @@ def _submodule(model: nn.Module, path: str) -> nn.Module | None:
     return dict(model.named_modules()).get(path)
 
 
-def warn_of_unread(config: Any, title: str) -> None:
+def warn_of_unread(model: nn.Module, architecture: Architecture) -> None:
     """Name the attributes of a configuration that change nothing, whatever their writer meant by them."""
-    unread = unread_attributes(config, frozenset(type(config)().to_dict()))
+    config: Any = model.config
+    known = architecture.listed | _attributes_of(type(config)) | keys_read(type(config).__module__)
+    known |= set(getattr(model, "generation_config", config).to_dict())
+    for kind in type(model).__mro__:
+        if kind.__module__.startswith("transformers.models."):
+            known |= attributes_read(kind.__module__)
+    unread = {
+        name: value
+        for name, value in config.to_dict().items()
+        if name not in known and not (name in PUBLISHED and value in (PUBLISHED[name] or (value,)))
+    }
     if unread:
         shown = [f"{name} = {textwrap.shorten(repr(value), 60)}" for name, value in sorted(unread.items())]
         warn(
-            f"This configuration has keys that {title}'s code in transformers never reads. They change no number, here as "
-            f"in Hugging Face:\n{listed(shown)}"
+            f"This configuration has keys that {architecture.family.title}'s code in transformers never reads. They change "
+            f"no number, here as in Hugging Face:\n{listed(shown)}"
         )
 
 

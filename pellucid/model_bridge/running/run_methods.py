@@ -94,7 +94,7 @@ class RunMethods(HookMethods):
             return_type: ``"logits"``, ``"loss"``, ``"both"`` (logits and loss) or ``None``.
             loss_per_token: losses ``[batch, pos - 1]``, zero where position or target is padding, and not their mean; only
                 with a loss.
-            prepend_bos: put the beginning-of-sequence token before strings.
+            prepend_bos: see :meth:`to_tokens`; for strings.
             padding_side: of shorter strings; their mask is made with them. Refused with token ids.
             attention_mask: ``[batch, pos]``, cached positions included, 1 at real tokens. Never guessed from ids: rows
                 that begin or end with the padding token are run as they are, and a ``PellucidWarning`` says so.

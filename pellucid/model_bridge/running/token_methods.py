@@ -69,10 +69,11 @@ class TokenMethods:
 
         Args:
             input: text.
-            prepend_bos: put the beginning-of-sequence token first; by default not, as BLOOM was trained.
+            prepend_bos: ``True`` begins with one beginning-of-sequence token, whether the tokenizer puts it or we do;
+                ``False`` leaves out the one that the tokenizer puts. By default, as the tokenizer does.
             padding_side: of shorter rows; by default the tokenizer's.
             move_to_device: put them where the model is.
-            truncate: only ``False``: nothing is cut off. BLOOM has no longest input.
+            truncate: only ``False``: nothing is cut off.
             return_mask: give ``(tokens, mask)``, the mask ``[batch, pos]`` int64 with 1 at tokens and 0 at padding. Strings
                 of different lengths are padded, and ids alone do not say where: a run takes it as ``attention_mask=``.
 

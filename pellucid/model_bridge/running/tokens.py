@@ -1,8 +1,10 @@
 """Strings, tokens, padding, beginning-of-sequence: the rule, once.
 
-A string tokenises exactly as ``tokenizer(text)`` does. Nothing is prepended unless asked, nothing is cut off, and the
-user's tokenizer is not replaced; padding comes on the tokenizer's own side unless another is asked for, and a batch of
-strings always brings its mask.
+A string tokenises exactly as ``tokenizer(text)`` does: some tokenizers (Llama's, Gemma's) put a beginning-of-sequence token
+first, others (BLOOM's, GPT-2's) do not. ``prepend_bos`` overrules it: with ``True`` one such token
+stands before the text, with ``False`` none, whoever would put it. Nothing is cut off, and the user's tokenizer is not
+replaced; padding comes on the tokenizer's own side unless another is asked for, and a batch of strings always brings its
+mask.
 """
 
 from __future__ import annotations
@@ -41,10 +43,10 @@ class TokenRules:
     Args:
         tokenizer: Hugging Face's, or ``None`` if only ids are run.
         d_vocab: ids are below this.
-        prepend_bos: the default of ``prepend_bos`` in every method.
+        prepend_bos: the default of ``prepend_bos`` in every method; ``None`` leaves it to the tokenizer.
     """
 
-    def __init__(self, tokenizer: Any | None, d_vocab: int, prepend_bos: bool = False) -> None:
+    def __init__(self, tokenizer: Any | None, d_vocab: int, prepend_bos: bool | None = None) -> None:
         self.tokenizer = tokenizer
         self.d_vocab = d_vocab
         self.prepend_bos = prepend_bos
@@ -73,10 +75,11 @@ class TokenRules:
             if not isinstance(entry, str):
                 raise InputError(f"A batch of strings has strings only; entry {index} is {type(entry).__name__}.")
         rows: list[list[int]] = [tokenizer(entry)["input_ids"] for entry in texts]
-        if self.prepend_bos if prepend_bos is None else prepend_bos:
-            if tokenizer.bos_token_id is None:
-                raise InputError("prepend_bos=True, but the tokenizer has no beginning-of-sequence token.")
-            rows = [[tokenizer.bos_token_id, *row] for row in rows]
+        wanted = self.prepend_bos if prepend_bos is None else prepend_bos
+        if wanted and tokenizer.bos_token_id is None:
+            raise InputError("prepend_bos=True, but the tokenizer has no beginning-of-sequence token.")
+        if wanted is not None and bool(wanted) != puts_bos(tokenizer):
+            rows = [[tokenizer.bos_token_id, *row] if wanted else row[1:] for row in rows]
         empty = [index for index, row in enumerate(rows) if not row]
         if empty:
             raise InputError(
@@ -178,18 +181,32 @@ class TokenRules:
         return str(tokenizer.decode(ids.reshape(-1).tolist(), clean_up_tokenization_spaces=False))
 
     def single_token(self, text: str) -> int:
-        """The id of a string that is one token.
+        """The id of a string that is one token; what the tokenizer puts around a text is not counted.
 
         Raises:
             InputError: it is none or several.
         """
         if not isinstance(text, str):
             raise InputError(f"A single token is asked for by its text, a string; found {text!r}.")
-        ids = self.need()(text)["input_ids"]
+        ids = own_ids(self.need(), text)
         if len(ids) != 1:
             pieces = [self.decode([token]) for token in ids]
             raise InputError(f"Input string: {text!r} is not a single token! It is {len(ids)}: {pieces}.")
         return int(ids[0])
+
+
+def own_ids(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text, without what the tokenizer puts before and after one."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def puts_bos(tokenizer: Any) -> bool:
+    """Whether a tokenizer puts its beginning-of-sequence token before a text, as it is set now."""
+    if tokenizer.bos_token_id is None:
+        return False
+    own = own_ids(tokenizer, "a")
+    return bool(tokenizer("a")["input_ids"][: 1 + len(own)] == [tokenizer.bos_token_id, *own])
 
 
 def as_ids(tokens: Any) -> Tensor:

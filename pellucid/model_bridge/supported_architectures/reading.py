@@ -6,12 +6,15 @@ sizes or points do not fit. Attributes that its class does not know are read by 
 
 from __future__ import annotations
 
+import inspect
+import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from pellucid.config import HuggingFaceConfig, TransformerBridgeConfig
+from pellucid.config import BOOK_KEEPING, HuggingFaceConfig, TransformerBridgeConfig
 from pellucid.errors import UnsupportedModelError
 from pellucid.model_bridge.family import Family
 
@@ -24,12 +27,55 @@ REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "text_config": ((None,), _OTHER_SIZES),
     "text_encoder": ((None,), _OTHER_SIZES),
     "decoder": ((None,), _OTHER_SIZES),
+    "generator": ((None,), _OTHER_SIZES),
     "per_layer_config": ((None, {}), "layers would have settings of their own"),
     "kv_sharing_modes": ((None,), "layers would share keys and values"),
     "fusion_config": ((None, {}), "Hugging Face would put fused modules in the place of the family's"),
     "transformers_weights": ((None,), "the weights would be read from another file than model.safetensors"),
 }
 """Attributes that any decoder's configuration may have: the values that are handled, and what any other would do."""
+
+OBEYED = frozenset(
+    ("quantization_config", "layer_types", "sliding_window", "attention_chunk_size", "output_cross_attentions")
+)
+"""Attributes that code of Hugging Face's which every decoder runs through reads, and obeys."""
+
+PUBLISHED: Mapping[str, tuple[Any, ...]] = {
+    "n_ctx": (),  # GPT-2
+    "is_llama_config": (),  # SmolLM2
+    "rope_interleaved": (False,),
+    "use_mrope": (False,),  # Qwen2
+    "hidden_activation": (None,),  # Gemma
+    "hidden_act": ("gelu_pytorch_tanh",),  # Gemma 2
+    "attention_bias": (False,),  # Phi-3
+}
+"""Attributes of well-known checkpoints that nothing reads any more, with their values there; ``()``: whatever it is."""
+
+_OF_CONFIG = re.compile(r"""config\.(\w+)|getattr\((?:self\.)?config, ["'](\w+)["']""")
+_OF_KEYS = re.compile(r"""self\.(\w+)|["'](\w+)["']""")
+
+
+def attributes_read(module: str) -> frozenset[str]:
+    """Attributes of a configuration that a file of models reads: ``config.x`` and ``getattr(config, "x")`` in its text."""
+    return _named_in(module, _OF_CONFIG)
+
+
+def keys_read(module: str) -> frozenset[str]:
+    """Keys of a ``config.json`` that a file of configurations reads, by what its text names."""
+    return _named_in(module, _OF_KEYS)
+
+
+def _named_in(module: str, pattern: re.Pattern[str]) -> frozenset[str]:
+    try:
+        text = inspect.getsource(sys.modules[module])
+    except (KeyError, OSError, TypeError):
+        return frozenset()
+    return frozenset(name for found in pattern.findall(text) for name in found if name)
+
+
+def listed_of(family: Family) -> frozenset[str]:
+    """Attributes that any model's configuration may have, and those that this family refuses."""
+    return BOOK_KEEPING | OBEYED | REFUSED.keys() | family.refused.keys()
 
 
 def read_settings(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
 
-from pellucid.config import TransformerBridgeConfig, config_from_huggingface
+from pellucid.config import LISTED, TransformerBridgeConfig, config_from_huggingface
 from pellucid.errors import UnsupportedModelError
 from pellucid.model_bridge.family import Family
 from pellucid.model_bridge.supported_architectures.bloom import BLOOM, BloomArchitectureAdapter
@@ -18,7 +18,7 @@ from pellucid.model_bridge.supported_architectures.gpt_neox import GPT_NEOX
 from pellucid.model_bridge.supported_architectures.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from pellucid.model_bridge.supported_architectures.olmo2 import OLMO2
 from pellucid.model_bridge.supported_architectures.phi3 import PHI3
-from pellucid.model_bridge.supported_architectures.reading import read_settings
+from pellucid.model_bridge.supported_architectures.reading import listed_of, read_settings
 
 ReadSettings: TypeAlias = Callable[..., TransformerBridgeConfig]
 """``(config, dtype, device)`` to our configuration."""
@@ -32,19 +32,21 @@ class Architecture:
         family: the family.
         adapter: makes its components.
         read: reads its configuration.
+        listed: attributes of a configuration that it knows, whatever code of Hugging Face's reads.
     """
 
     family: Family
     adapter: type[DecoderAdapter]
     read: ReadSettings
+    listed: frozenset[str]
 
 
 def _as_data(family: Family) -> Architecture:
-    return Architecture(family, DecoderAdapter, partial(read_settings, family))
+    return Architecture(family, DecoderAdapter, partial(read_settings, family), listed_of(family))
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
-    BLOOM.model_type: Architecture(BLOOM, BloomArchitectureAdapter, config_from_huggingface),
+    BLOOM.model_type: Architecture(BLOOM, BloomArchitectureAdapter, config_from_huggingface, LISTED),
     **{
         family.model_type: _as_data(family)
         for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, GPT_NEOX, GEMMA, GEMMA2, GEMMA3, OLMO2, PHI3)
