@@ -4,7 +4,9 @@ Every function takes tensors and gives new ones; nothing is written and no model
 ``nn.Linear``, ``[out, in]``: what *reads* the residual stream is ``[out, d_model]``, what *writes* it ``[d_model, in]``.
 
 What a block is like, :class:`BlockForm` says: which maps read which norm, how its norms compute, what has a bias. Unless
-it is given, a block is BLOOM's. What each step rests on, in BLOOM: every reader of the residual stream stands behind a layer norm, which subtracts the
+it is given, a block is BLOOM's.
+
+What each step rests on, in BLOOM: every reader of the residual stream stands behind a layer norm, which subtracts the
 mean over d_model, so a reader's response to a constant vector and a writer's constant part do nothing; the rows of an
 attention pattern sum to one; a softmax does not see a constant added to all logits; ALiBi is added to the scores and does
 not touch queries and keys. Two configurations break these: ``apply_residual_connection_post_layernorm`` makes a norm's

@@ -19,21 +19,11 @@ from pellucid.errors import PellucidWarning, WeightError, warn
 from pellucid.factored_matrix import FactoredMatrix
 from pellucid.model_bridge.hooking.mounting import ComponentTree
 from pellucid.model_bridge.running.tokens import TokenRules, as_ids
-from pellucid.model_bridge.weights.record import (
-    Request,
-    WeightsState,
-    is_tied,
-    record_of,
-    refuse_adapters,
-    refuse_by_config,
-    state_of,
-)
-from pellucid.model_bridge.weights.rewriting import (
-    folded_unembedding,
-    folded_unembedding_bias,
-    process,
-    unprocess,
-)
+from pellucid.model_bridge.weights.legality import Request, refuse_adapters, refuse_by_config
+from pellucid.model_bridge.weights.record import WeightsState, is_tied, record_of, state_of
+from pellucid.model_bridge.weights.restoring import unprocess
+from pellucid.model_bridge.weights.rewriting import process
+from pellucid.model_bridge.weights.unembedding_table import folded_unembedding, folded_unembedding_bias
 from pellucid.run_context import hooks_suppressed
 from pellucid.weight_processing import STEPS, Step
 
