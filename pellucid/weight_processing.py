@@ -3,6 +3,9 @@
 Every function takes tensors and gives new ones; nothing is written and no model is known. Weights are laid out as in
 ``nn.Linear``, ``[out, in]``: what *reads* the residual stream is ``[out, d_model]``, what *writes* it ``[d_model, in]``.
 
+What a block is like, :class:`BlockForm` says: which maps read which norm, how its norms compute, what has a bias. Unless
+it is given, a block is BLOOM's.
+
 What each step rests on, in BLOOM: every reader of the residual stream stands behind a layer norm, which subtracts the
 mean over d_model, so a reader's response to a constant vector and a writer's constant part do nothing; the rows of an
 attention pattern sum to one; a softmax does not see a constant added to all logits; ALiBi is added to the scores and does
@@ -16,7 +19,8 @@ factorisations, with TransformerLens' conventions; the exact centring of an embe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
@@ -35,16 +39,46 @@ STEPS: tuple[Step, ...] = get_args(Step)
 BLOCK_STEPS: frozenset[Step] = frozenset(STEPS) - {"center_unembed"}
 """The steps that change a block."""
 
-_QKV = tuple(f"attn.{part}.{kind}" for part in "qkv" for kind in ("weight", "bias"))
-_O = ("attn.o.weight", "attn.o.bias")
+QKV = ("attn.q", "attn.k", "attn.v")
 
-BLOCK_KEYS: Mapping[Step, tuple[str, ...]] = {
-    "fold_ln": ("ln1.weight", "ln1.bias", *_QKV, "ln2.weight", "ln2.bias", "mlp.in.weight", "mlp.in.bias"),
-    "center_writing_weights": (*_O, "mlp.out.weight", "mlp.out.bias"),
-    "fold_value_biases": ("attn.v.bias", *_O),
-    "refactor_factored_attn_matrices": (*_QKV, *_O),
-}
-"""What each step needs of a block, by the block component's own keys."""
+
+@dataclass(frozen=True)
+class BlockForm:
+    """What processing has to know of a block.
+
+    Attributes:
+        readers: the norms that linear maps read, and those maps.
+        biased: norms and linear maps that have a bias; ``None``: all of them.
+        centres: whether its norms subtract the mean.
+        unit: the weight with which a norm only normalises: 1, or 0 where the gain is 1 + weight.
+        queries_per_key: heads of queries that share one of keys and values.
+    """
+
+    readers: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"ln1": QKV, "ln2": ("mlp.in",)})
+    biased: frozenset[str] | None = None
+    centres: bool = True
+    unit: float = 1.0
+    queries_per_key: int = 1
+
+    def has_bias(self, name: str) -> bool:
+        """Whether a norm or linear map has a bias."""
+        return self.biased is None or name in self.biased
+
+    def keys(self, step: Step) -> tuple[str, ...]:
+        """What a step needs of the block, by the block component's own keys."""
+        if step == "fold_value_biases":  # a bias that has to take them must be there
+            return ("attn.v.bias", "attn.o.weight", "attn.o.bias") if self.has_bias("attn.v") else ()
+        names = {
+            "fold_ln": [name for norm, readers in self.readers.items() for name in (norm, *readers)],
+            "center_writing_weights": ["attn.o", "mlp.out"],
+            "refactor_factored_attn_matrices": [*QKV, "attn.o"],
+        }[step]
+        kinds = {name: ("weight", "bias") if self.has_bias(name) else ("weight",) for name in names}
+        return tuple(f"{name}.{kind}" for name in names for kind in kinds[name])
+
+
+BLOCK_KEYS: Mapping[Step, tuple[str, ...]] = {step: BlockForm().keys(step) for step in STEPS if step in BLOCK_STEPS}
+"""What each step needs of a block of BLOOM's, by the block component's own keys."""
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -92,6 +126,24 @@ def fold_layer_norm(weight: Tensor, bias: Tensor | None, gain: Tensor, shift: Te
     new_bias = wide @ wide_shift if bias is None else torch.addmv(bias.to(work), wide, wide_shift)
     folded = wide * gain.to(work)
     return folded.sub_(folded.mean(1, keepdim=True)), new_bias
+
+
+def fold_gain(weight: Tensor, gain: Tensor) -> Tensor:
+    """Move the gain of a norm that has no bias and subtracts no mean into the linear map that reads it: ``W g``.
+
+    Args:
+        weight: ``[out, d_model]``.
+        gain: ``[d_model]``, what the normalised input is multiplied with (in Gemma 1 + weight).
+
+    Returns:
+        Weight ``[out, d_model]`` in the working dtype. Invariant: with gain 1 in the norm the output is the same.
+
+    Raises:
+        WeightError: shapes that do not fit.
+    """
+    _expect("weight", weight, (None, gain.shape[0]))
+    work = working_dtype(weight.dtype)
+    return weight.to(work) * gain.to(work)
 
 
 def center_writing_weights(weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -294,25 +346,29 @@ def mean_square(rows: Tensor) -> Tensor:
 # -- a block -----------------------------------------------------------------------------------------------------------
 
 
-def process_block(weights: Mapping[str, Tensor], steps: Iterable[Step], n_heads: int) -> dict[str, Tensor]:
+def process_block(
+    weights: Mapping[str, Tensor], steps: Iterable[Step], n_heads: int, form: BlockForm | None = None
+) -> dict[str, Tensor]:
     """All asked steps on one block, in the order in which they keep each other's invariants.
 
     Folding first, then centring, then value biases, then the refactoring. Steps that were applied before may be named
     again: each leaves its own result as it is, up to rounding.
 
     Args:
-        weights: the block's tensors by the block component's keys, those that :data:`BLOCK_KEYS` names for the steps.
+        weights: the block's tensors by the block component's keys, those that :meth:`BlockForm.keys` names for the steps.
         steps: which to apply; ``center_unembed`` does not concern a block.
-        n_heads: heads.
+        n_heads: heads of queries.
+        form: what the block is like, by default as BLOOM's.
 
     Returns:
         The changed tensors by the same keys, in the working dtype.
 
     Raises:
-        WeightError: a missing key or a wrong shape.
+        WeightError: a missing key, a wrong shape, or a bias to be folded into a map that has none.
     """
+    form = BlockForm() if form is None else form
     asked = frozenset(steps) & BLOCK_STEPS
-    needed = {key for step in asked for key in BLOCK_KEYS[step]}
+    needed = {key for step in asked for key in form.keys(step)}
     missing = sorted(needed - set(weights))
     if missing:
         raise WeightError(f"{', '.join(sorted(asked))} needs {', '.join(missing)} of the block.")
@@ -321,35 +377,76 @@ def process_block(weights: Mapping[str, Tensor], steps: Iterable[Step], n_heads:
     def current(key: str) -> Tensor:
         return new.get(key, weights[key])
 
+    def bias_of(name: str) -> Tensor | None:
+        return current(f"{name}.bias") if form.has_bias(name) else None
+
+    def put(name: str, weight: Tensor, bias: Tensor | None) -> None:
+        new[f"{name}.weight"] = weight
+        if form.has_bias(name) and bias is not None:
+            new[f"{name}.bias"] = bias
+
     def center(name: str) -> None:
-        weight, bias = center_writing_weights(current(f"{name}.weight"), current(f"{name}.bias"))
-        assert bias is not None
-        new[f"{name}.weight"], new[f"{name}.bias"] = weight, bias
+        put(name, *center_writing_weights(current(f"{name}.weight"), bias_of(name)))
 
     if "fold_ln" in asked:
-        for norm, readers in (("ln1", ("attn.q", "attn.k", "attn.v")), ("ln2", ("mlp.in",))):
-            gain, shift = weights[f"{norm}.weight"], weights[f"{norm}.bias"]
+        for norm, readers in form.readers.items():
+            shift = bias_of(norm)
             for reader in readers:
-                new[f"{reader}.weight"], new[f"{reader}.bias"] = fold_layer_norm(
-                    weights[f"{reader}.weight"], weights[f"{reader}.bias"], gain, shift
-                )
-            new[f"{norm}.weight"], new[f"{norm}.bias"] = torch.ones_like(gain), torch.zeros_like(shift)
+                put(reader, *_folded(form, reader, weights, bias_of(reader), norm, shift))
+            put(
+                norm,
+                torch.full_like(weights[f"{norm}.weight"], form.unit),
+                None if shift is None else torch.zeros_like(shift),
+            )
     if "center_writing_weights" in asked:
         center("attn.o")
         center("mlp.out")
-    if "fold_value_biases" in asked:
-        new["attn.v.bias"], new["attn.o.bias"] = fold_value_biases(
-            current("attn.v.bias"), current("attn.o.weight"), current("attn.o.bias")
-        )
+    if "fold_value_biases" in asked and form.has_bias("attn.v"):
+        values = current("attn.v.bias")
+        shared = values.unflatten(0, (-1, values.shape[0] * form.queries_per_key // n_heads))
+        by_query = shared.repeat_interleave(form.queries_per_key, 0).flatten()
+        _, new["attn.o.bias"] = fold_value_biases(by_query, current("attn.o.weight"), current("attn.o.bias"))
+        new["attn.v.bias"] = torch.zeros_like(values, dtype=working_dtype(values.dtype))
     if "refactor_factored_attn_matrices" in asked:
-        attention = {key.removeprefix("attn."): current(key) for key in BLOCK_KEYS["refactor_factored_attn_matrices"]}
-        refactored = refactor_factored_attn_matrices(attention, n_heads)
-        new.update({f"attn.{key}": value for key, value in refactored.items()})
+        refactored = refactor_factored_attn_matrices(_whole_attention(form, current), n_heads)
+        for part in "qkvo":
+            put(f"attn.{part}", refactored[f"{part}.weight"], refactored[f"{part}.bias"])
     if "center_writing_weights" in asked:
         if "refactor_factored_attn_matrices" in asked:
             center("attn.o")  # a singular vector that belongs to no singular value need not be centred
-        new["attn.o.bias"] = new["attn.o.bias"] - new["attn.o.bias"].mean()  # the sum with b_V has rounded
+        if form.has_bias("attn.o"):
+            new["attn.o.bias"] = new["attn.o.bias"] - new["attn.o.bias"].mean()  # the sum with b_V has rounded
     return new
+
+
+def _folded(
+    form: BlockForm, reader: str, weights: Mapping[str, Tensor], bias: Tensor | None, norm: str, shift: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """A reader's weight and bias with the gain and bias of its norm in them."""
+    weight, gain = weights[f"{reader}.weight"], weights[f"{norm}.weight"]
+    if form.unit == 0:
+        gain = 1 + gain.to(working_dtype(gain.dtype))
+    if not form.centres:
+        return fold_gain(weight, gain), bias
+    new, new_bias = fold_layer_norm(weight, bias, gain, torch.zeros_like(gain) if shift is None else shift)
+    if bias is None and bool(new_bias.any()):
+        raise WeightError(f"{norm} has a bias that folding would give to {reader}, which has none.")
+    return new, new_bias
+
+
+def _whole_attention(form: BlockForm, current: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """What the refactoring takes, zeros for the biases that are not there."""
+    if form.has_bias("attn.v") and not form.has_bias("attn.o"):
+        raise WeightError("Refactoring moves the value biases into attn.o, which has no bias.")
+    if form.queries_per_key > 1:
+        raise WeightError("Refactoring needs a head of keys and values for each head of queries.")
+    given = {f"{part}.weight": current(f"attn.{part}.weight") for part in "qkvo"}
+    for part in "qkvo":
+        weight = given[f"{part}.weight"]
+        given[f"{part}.bias"] = (
+            current(f"attn.{part}.bias") if form.has_bias(f"attn.{part}") else weight.new_zeros(weight.shape[0])
+        )
+    return given
 
 
 def _expect(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:

@@ -39,7 +39,7 @@ from pellucid.model_bridge.verification.check_report import CheckReport
 from pellucid.model_bridge.verification.self_check import run_checks
 from pellucid.model_bridge.weights.hashing import weights_hash
 from pellucid.model_bridge.weights.record import record_of
-from pellucid.model_bridge.weights.rewriting import portable_state
+from pellucid.model_bridge.weights.unembedding_table import portable_state
 from pellucid.model_bridge.weights.weight_methods import WeightMethods, refuse_early
 from pellucid.torch_hooks import NoTorchHooks
 

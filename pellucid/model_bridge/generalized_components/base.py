@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
 from pellucid.errors import HookNameError, NotSetUpError, UnsupportedModelError, WeightError
 from pellucid.hook_points import HookPoint, LensHandle, PointOwner
+from pellucid.model_bridge.generalized_components.weights import has_weight
 from pellucid.model_bridge.generalized_components.weights import plain_weight as plain_weight
 from pellucid.model_bridge.generalized_components.weights import readable_parameter as readable_parameter
 from pellucid.tables import Table
@@ -370,7 +371,9 @@ class GeneralizedComponent(NoTorchHooks):
     def weight_targets(self) -> dict[str, WeightTargets]:
         """For each key of :meth:`set_processed_weights`, a call that gives the storages it is written to."""
         if not self.submodules:
-            return {name: partial(self._own_parameter, name) for name in self.weight_names}
+            module = self.original_component
+            there = [name for name in self.weight_names if module is None or has_weight(module, name)]
+            return {name: partial(self._own_parameter, name) for name in there}
         return {
             f"{prefix}.{key}": targets
             for prefix, component in self.submodules.items()

@@ -15,7 +15,13 @@ from torch import Tensor
 
 
 class PartsOfFused(ABC):
-    """Where the parts of a fused projection are."""
+    """Where the parts of a fused projection are.
+
+    Attributes:
+        names: of the parts.
+    """
+
+    names: tuple[str, ...]
 
     @abstractmethod
     def parts(self, fused: Tensor) -> Mapping[str, Tensor]:

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from pellucid.errors import UnsupportedModelError
-from pellucid.model_bridge.generalized_components.attention import AttentionBridge
 from pellucid.model_bridge.generalized_components.base import GeneralizedComponent, Site
+from pellucid.model_bridge.generalized_components.head_weights import HeadWeights
 from pellucid.model_bridge.generalized_components.hf_arguments import cache_name
 from pellucid.model_bridge.generalized_components.hf_code import (
     Standing,
@@ -61,7 +61,7 @@ class KeyTap(Standing):
         return (keys, values) if cache is None else cache.update(keys, values, *args, **kwargs)
 
 
-class HuggingFaceAttentionBridge(AttentionBridge):
+class HuggingFaceAttentionBridge(HeadWeights):
     """Stands for an attention whose forward runs as Hugging Face wrote it.
 
     Args:

@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from pellucid.model_bridge.generalized_components.base import GeneralizedComponent, Site
-from pellucid.model_bridge.generalized_components.mlp import MLPBridge
+from pellucid.model_bridge.generalized_components.mlp_weights import MLPWeights
 
 
-class HuggingFaceMLPBridge(MLPBridge):
+class HuggingFaceMLPBridge(MLPWeights):
     """Stands for an MLP whose forward runs as Hugging Face wrote it.
 
     Args:

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pellucid.errors import WeightError
 from pellucid.hook_values import bits_differ
-from pellucid.model_bridge.generalized_components.base import GeneralizedComponent, Site, plain_weight, splice
+from pellucid.model_bridge.generalized_components.base import (
+    GeneralizedComponent,
+    Site,
+    WeightTarget,
+    WeightTargets,
+    plain_weight,
+    splice,
+)
 from pellucid.model_bridge.generalized_components.fused_layouts import PartsOfFused
 from pellucid.model_bridge.generalized_components.hf_code import in_float64
 from pellucid.model_bridge.generalized_components.random_numbers import Draws
+from pellucid.model_bridge.generalized_components.weights import has_weight, linear_bias, linear_weight
 from pellucid.run_context import hooks_suppressed
+
+PART_WORDS = {"hook_q": "q", "hook_k": "k", "hook_v": "v", "hook_pre": "gate", "hook_pre_linear": "in"}
+"""What a part of a fused projection is called among weights, by the site that shows it."""
 
 
 class LinearBridge(GeneralizedComponent):
@@ -59,6 +73,23 @@ class LinearBridge(GeneralizedComponent):
         edited = self.fire(site, seen, private=private)
         # With gradients on, what a function saw has to be on the way, or its backward hook is not.
         return value if edited is seen and not value.requires_grad else edited.flatten(-2)
+
+    @property
+    def W(self) -> Tensor:
+        """``[in_features, out_features]``, a writable view of the model's own parameter."""
+        return linear_weight(self.module, self.path)
+
+    @property
+    def b(self) -> Tensor:
+        """``[out_features]``, the model's own parameter; zeros where the map has no bias."""
+        return linear_bias(self.module, self.path)
+
+    def weight_targets(self) -> dict[str, WeightTargets]:
+        """``weight`` ``[out_features, in_features]``, also where the module keeps it the other way round, and ``bias``."""
+        return super().weight_targets() | {"weight": self._weight_targets}
+
+    def _weight_targets(self) -> list[WeightTarget]:
+        return [WeightTarget(self.W.T, tuple(self.W.T.shape))]
 
 
 class OutputProjectionBridge(LinearBridge):
@@ -145,6 +176,43 @@ class FusedLinearBridge(GeneralizedComponent):
             else:
                 self.fire_into(site, part)
         return fused
+
+    # -- weights -------------------------------------------------------------------------------------------------------
+
+    def weights_of_parts(self) -> Mapping[str, Tensor]:
+        """Each part's weight by its word, ``[in_features, heads, d_head]`` or ``[in_features, features]``: writable views.
+
+        Raises:
+            WeightError: heads in groups, which have no view that is one axis of heads.
+        """
+        return self._by_word(linear_weight(self.module, self.path))
+
+    def biases_of_parts(self) -> Mapping[str, Tensor]:
+        """Each part's bias by its word, ``[heads, d_head]`` or ``[features]``; zeros where there is none."""
+        return self._by_word(linear_bias(self.module, self.path))
+
+    def _by_word(self, fused: Tensor) -> dict[str, Tensor]:
+        parts = {PART_WORDS[site]: part for site, part in self.layout.parts(fused).items()}
+        if any(part.dim() > fused.dim() + 1 for part in parts.values()):
+            raise WeightError(
+                f"{self.path} keeps the queries of each key/value head beside that head's key and value: they have no view "
+                "by head. Read the module's own weight, bridge.hf_model.get_submodule"
+                f"({self.path!r}).weight."
+            )
+        return parts
+
+    def weight_targets(self) -> dict[str, WeightTargets]:
+        """Of each part, by its word, the weight ``[features, in_features]`` and, where there is one, the bias."""
+        words = [PART_WORDS[site] for site in self.layout.names]
+        kinds = ["weight", "bias"] if has_weight(self.module, "bias") else ["weight"]
+        return {f"{word}.{kind}": partial(self._part_targets, word, kind) for word in words for kind in kinds}
+
+    def _part_targets(self, word: str, kind: str) -> list[WeightTarget]:
+        if kind == "bias":
+            part = self.biases_of_parts()[word]
+            return [WeightTarget(part, (part.numel(),))]
+        part = self.weights_of_parts()[word].movedim(0, -1)
+        return [WeightTarget(part, (part.shape[:-1].numel(), part.shape[-1]))]
 
     def _fire_groups(self, site: str, part: Tensor) -> None:
         """Heads in groups, ``[batch, pos, groups, heads, d_head]``: a function sees no groups."""

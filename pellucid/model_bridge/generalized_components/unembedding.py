@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from pellucid.model_bridge.generalized_components.base import GeneralizedComponent, WeightTargets, readable_parameter
+from pellucid.model_bridge.generalized_components.base import GeneralizedComponent, readable_parameter
 from pellucid.run_context import in_own_context, set_run, take_finished
 
 
 class UnembeddingBridge(GeneralizedComponent):
     """Stands for ``lm_head``. BLOOM ties it to ``word_embeddings`` and gives it no bias; folding the final norm does."""
-
-    weight_names: ClassVar[tuple[str, ...]] = ("weight",)
-
-    def weight_targets(self) -> dict[str, WeightTargets]:
-        """``weight`` ``[d_vocab, d_model]``, and ``bias`` ``[d_vocab]`` where there is one."""
-        targets = super().weight_targets()
-        if getattr(self.module, "bias", None) is not None:
-            targets["bias"] = partial(self._own_parameter, "bias")
-        return targets
 
     @property
     def W_U(self) -> Tensor:
@@ -31,7 +19,7 @@ class UnembeddingBridge(GeneralizedComponent):
 
     @property
     def b_U(self) -> Tensor:
-        """``[d_vocab]``: zeros as long as ``lm_head`` has no bias, as BLOOM's has none."""
+        """``[d_vocab]``: zeros as long as ``lm_head`` has no bias, as most families' has none."""
         if getattr(self.module, "bias", None) is not None:
             return readable_parameter(self.module, "bias", self.path)
         weight = readable_parameter(self.module, "weight", self.path)

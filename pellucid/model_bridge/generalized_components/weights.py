@@ -24,11 +24,16 @@ BY_ROW = (
         for name in ("linear", "sparse", "normalization", "dropout", "container", "activation")
     ),
     "torch.nn.utils.parametriz",  # parametrised classes, and what computes their weights
-    "transformers.models.bloom.",
+    "transformers.models.",
     "transformers.activations",
+    "transformers.pytorch_utils",  # Conv1D
     "peft.",
 )
 """Where classes are defined that compute each row of a batch, and each position, from that row alone."""
+
+
+CONV1D = ("transformers.pytorch_utils", "Conv1D")
+"""Hugging Face's linear map whose weight is ``[in, out]``, GPT-2's."""
 
 
 def adapted(module: nn.Module) -> nn.Module:
@@ -109,6 +114,34 @@ def readable_parameter(module: nn.Module, name: str, path: str) -> Tensor:
     if why is not None:
         raise WeightError(f"{path} has no {name!r}." if why == "not there" else f"{path}.{name} is {why}")
     return cast(Tensor, base._parameters.get(name) if base._parameters.get(name) is not None else base._buffers[name])
+
+
+def has_weight(module: nn.Module, name: str) -> bool:
+    """Whether a module has a weight of that name, readable or not."""
+    return why_not_plain(adapted(module), name) != "not there"
+
+
+def linear_weight(module: nn.Module, path: str) -> Tensor:
+    """The weight of a linear map, ``[in_features, out_features]``: a view, whichever way round the module keeps it.
+
+    Raises:
+        WeightError: it cannot be read and written where it is.
+    """
+    weight = readable_parameter(module, "weight", path)
+    kind = type(adapted(module))
+    return weight if (kind.__module__, kind.__name__) == CONV1D else weight.T
+
+
+def linear_bias(module: nn.Module, path: str) -> Tensor:
+    """The bias of a linear map, ``[out_features]``; zeros of its own where it has none.
+
+    Raises:
+        WeightError: it cannot be read and written where it is.
+    """
+    if has_weight(module, "bias"):
+        return readable_parameter(module, "bias", path)
+    weight = linear_weight(module, path)
+    return torch.zeros(weight.shape[-1], dtype=weight.dtype, device=weight.device)
 
 
 def plain_weight(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -1,8 +1,7 @@
-"""What was done to a model's weights, and what may be done to them.
+"""What was done to a model's weights.
 
 The record of a model is kept with its component tree, so bridges on one model share it and a copy has its own; it is held
-against the weights when read, since a state dict may have been loaded over them. What processing would break is refused
-by name before anything is written.
+against the weights when read, since a state dict may have been loaded over them.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import WeightError
 from pellucid.model_bridge.generalized_components import GeneralizedComponent
-from pellucid.model_bridge.generalized_components.base import all_finite, readable_parameter
 from pellucid.model_bridge.generalized_components.weights import adapted
 from pellucid.model_bridge.hooking.mounting import ComponentTree
 from pellucid.tables import BriefFields
@@ -182,134 +180,6 @@ def is_tied(tree: ComponentTree) -> bool:
     return not head.is_meta and not embedding.is_meta and head.data_ptr() == embedding.data_ptr()
 
 
-# -- what is legal -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a call asks for."""
-
-    steps: frozenset[Step]
-    keep_tied: bool = False
-    keep_originals: bool = False
-
-
-def refuse_by_config(cfg: TransformerBridgeConfig, steps: frozenset[Step]) -> None:
-    """Refuse what the configuration alone forbids; asked before any weight is loaded.
-
-    Raises:
-        WeightError: with what to change.
-    """
-    if not steps:
-        return
-    if cfg.sums_weight_slices:
-        raise WeightError(
-            f"slow_but_exact=True with pretraining_tp={cfg.pretraining_tp}: Hugging Face drops the biases of dense and "
-            "dense_4h_to_h there, so that nothing can be folded into them and log-probabilities would move. Load the model "
-            "with hf_config_overrides={'slow_but_exact': False} to process its weights."
-        )
-    if cfg.apply_residual_connection_post_layernorm and "fold_ln" in steps:
-        raise WeightError(
-            "apply_residual_connection_post_layernorm=True: the output of ln1 and ln2 is the residual stream itself, so "
-            "fold_ln would change it and with it the model. Pass fold_ln=False."
-        )
-    if "center_writing_weights" in steps and not cfg.eps > 0:
-        raise WeightError(
-            f"layer_norm_epsilon={cfg.eps}: centring the embedding rests on a positive eps. Pass "
-            "center_writing_weights=False."
-        )
-
-
-def refuse_illegal(tree: ComponentTree, request: Request) -> None:
-    """Refuse, before anything is written, whatever can be refused.
-
-    Raises:
-        WeightError: what forbids the call, by name, and what to do instead.
-    """
-    refuse_by_config(tree.cfg, request.steps)
-    if not request.steps:
-        return
-    record = record_of(tree)
-    if record.damaged is not None:
-        way = "load the model again" if record.originals is None else "call unprocess_weights() first"
-        raise WeightError(f"{record.damaged} was left half-written by a failed call: {way}.")
-    if request.keep_tied and is_tied(tree):
-        moved = [step for step in ("center_writing_weights", "center_unembed") if step in request.steps]
-        if moved:
-            raise WeightError(
-                f"keep_tied=True keeps one table for embedding and unembedding, and {' and '.join(moved)} would change one "
-                f"of the two. Pass {', '.join(f'{step}=False' for step in moved)}, or keep_tied=False."
-            )
-    if request.keep_originals and record.originals is None and any(record.done.values()):
-        raise WeightError(
-            "keep_originals=True has to be given before the first step: the original weights are gone. Load the model "
-            "again."
-        )
-    refuse_adapters(tree.root)
-    seen: dict[int, str] = {}
-    for path, parameter in plain_parameters(tree):
-        _refuse_unusable(path, parameter)
-        other = seen.setdefault(parameter.data_ptr(), path)
-        if other != path and {path, other} != {"transformer.word_embeddings.weight", "lm_head.weight"}:
-            raise WeightError(f"{path} and {other} are one storage: processing one would change the other. Untie them.")
-
-
-def refuse_adapters(model: nn.Module) -> None:
-    """Refuse a model with adapters on it.
-
-    Raises:
-        WeightError: with the call that merges them.
-    """
-    mounted = next((path for path, module in model.named_modules() if hasattr(module, "base_layer")), None)
-    if mounted is not None or getattr(model, "peft_config", None):
-        raise WeightError(
-            f"An adapter is mounted{'' if mounted is None else f' on {mounted}'}: folding would change the weights under "
-            "it. Merge it (model = bridge.hf_model.merge_and_unload()) or take it off, then make a bridge of the result."
-        )
-
-
-def plain_parameters(tree: ComponentTree) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every parameter that processing may read or write, by Hugging Face's name.
-
-    Raises:
-        WeightError: one that is quantised, offloaded, computed from others, or in a module of another kind.
-    """
-    for component, kind in _modules(tree):
-        module = component.module
-        # A bias that is None is none; one that is pruned or parametrised is refused below.
-        lacks_bias = kind is nn.Embedding or module._parameters.get("bias", module) is None
-        names = ["weight"] if lacks_bias else ["weight", "bias"]
-        for name in names:
-            parameter = readable_parameter(module, name, component.path)
-            if type(module) is not kind or module._parameters.get(name) is not parameter:
-                raise WeightError(
-                    f"{component.path} is a {type(module).__name__} with its own way to its {name}; processing knows plain "
-                    f"{kind.__name__} modules. Load the model without it."
-                )
-            yield f"{component.path}.{name}", parameter
-
-
-def _modules(tree: ComponentTree) -> Iterator[tuple[GeneralizedComponent, type[nn.Module]]]:
-    yield tree.components["embed"], nn.Embedding
-    yield tree.components["embed_ln"], nn.LayerNorm
-    for block in tree.blocks:
-        yield block.submodules["ln1"], nn.LayerNorm
-        yield block.submodules["attn"].submodules["qkv"], nn.Linear
-        yield block.submodules["attn"].submodules["o"], nn.Linear
-        yield block.submodules["ln2"], nn.LayerNorm
-        yield block.submodules["mlp"].submodules["in"], nn.Linear
-        yield block.submodules["mlp"].submodules["out"], nn.Linear
-    yield tree.components["ln_final"], nn.LayerNorm
-    yield tree.components["unembed"], nn.Linear
-
-
-def _refuse_unusable(path: str, parameter: Tensor) -> None:
-    if parameter.is_inference():
-        raise WeightError(f"{path} was made in inference mode and cannot be written. Load the model outside of it.")
-    if not all_finite(parameter):
-        raise WeightError(f"{path} holds values that are not finite; processing would spread them.")
-
-
 def chunks(table: Tensor) -> Iterator[Tensor]:
     """A tensor in views of rows, each of about :data:`CHUNK` numbers."""
     if table.dim() < 2:
@@ -321,3 +191,12 @@ def chunks(table: Tensor) -> Iterator[Tensor]:
 def chunk_rows(table: Tensor) -> int:
     """How many rows :func:`chunks` takes at a time."""
     return max(1, CHUNK // table.shape[-1])
+
+
+def parameter_at(root: nn.Module, path: str) -> nn.Parameter | None:
+    """The parameter of that dotted name, if there is one."""
+    owner, _, name = path.rpartition(".")
+    try:
+        return root.get_submodule(owner)._parameters.get(name)
+    except AttributeError:  # there is no such module
+        return None

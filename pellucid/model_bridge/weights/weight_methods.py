@@ -15,25 +15,15 @@ from torch import Tensor, nn
 
 from pellucid.arguments import check_path
 from pellucid.config import TransformerBridgeConfig
-from pellucid.errors import PellucidWarning, warn
+from pellucid.errors import PellucidWarning, WeightError, warn
 from pellucid.factored_matrix import FactoredMatrix
 from pellucid.model_bridge.hooking.mounting import ComponentTree
 from pellucid.model_bridge.running.tokens import TokenRules, as_ids
-from pellucid.model_bridge.weights.record import (
-    Request,
-    WeightsState,
-    is_tied,
-    record_of,
-    refuse_adapters,
-    refuse_by_config,
-    state_of,
-)
-from pellucid.model_bridge.weights.rewriting import (
-    folded_unembedding,
-    folded_unembedding_bias,
-    process,
-    unprocess,
-)
+from pellucid.model_bridge.weights.legality import Request, refuse_adapters, refuse_by_config
+from pellucid.model_bridge.weights.record import WeightsState, is_tied, record_of, state_of
+from pellucid.model_bridge.weights.restoring import unprocess
+from pellucid.model_bridge.weights.rewriting import process
+from pellucid.model_bridge.weights.unembedding_table import folded_unembedding, folded_unembedding_bias
 from pellucid.run_context import hooks_suppressed
 from pellucid.weight_processing import STEPS, Step
 
@@ -188,22 +178,39 @@ class WeightMethods:
 
     @property
     def W_E(self) -> Tensor:
-        """``[d_vocab, d_model]``: ``word_embeddings``, before the embedding norm.
+        """``[d_vocab, d_model]``: the token embedding's own table, before a norm or a factor that follows.
 
-        After ``process_weights(center_writing_weights=True)`` it is small and only :attr:`W_E_eff` is readable.
+        In BLOOM, after ``process_weights(center_writing_weights=True)`` it is small and only :attr:`W_E_eff` is readable.
         """
         return cast(Tensor, self._tree.components["embed"].W_E)
 
     @property
     def W_E_eff(self) -> Tensor:
-        """``[d_vocab, d_model]``: the embedding as the residual stream sees it, computed anew.
+        """``[d_vocab, d_model]``: the token embedding as the residual stream sees it, computed anew.
 
-        BLOOM has no position embedding, so the embedding norm of ``word_embeddings`` is one table; circuits from token to
-        token start from it.
+        With the embedding norm (BLOOM) or the factor of the embedding's module (Gemma); elsewhere ``W_E``, copied. Circuits
+        from token to token start from it. Position embeddings (:attr:`W_pos`) are not in it.
         """
-        norm = self._tree.components["embed_ln"].module
+        norm = self._tree.components.get("embed_ln")
         with torch.no_grad():
-            return torch.cat([hooks_suppressed(norm, rows) for rows in self.W_E.split(16384)])
+            if norm is not None:
+                return torch.cat([hooks_suppressed(norm.module, rows) for rows in self.W_E.split(16384)])
+            embedding, table = self._tree.components["embed"].module, self.W_E
+            ids = torch.arange(table.shape[0], device=table.device)
+            return torch.cat([hooks_suppressed(embedding, some) for some in ids.split(16384)])
+
+    @property
+    def W_pos(self) -> Tensor:
+        """``[n_ctx, d_model]``: the table of position embeddings, the model's own parameter.
+
+        Raises:
+            WeightError: the model has none: positions enter by a rotation of queries and keys, or a bias of the scores.
+        """
+        table = self._tree.components.get("pos_embed")
+        if table is None:
+            how = self._tree.cfg.positional_embedding_type
+            raise WeightError(f"The model has no table of position embeddings, W_pos: its positions are {how}.")
+        return cast(Tensor, table.W_pos)
 
     @property
     def W_Q(self) -> Tensor:
@@ -212,12 +219,12 @@ class WeightMethods:
 
     @property
     def W_K(self) -> Tensor:
-        """``[n_layers, n_heads, d_model, d_head]``."""
+        """``[n_layers, n_key_value_heads, d_model, d_head]``."""
         return torch.stack([block.attn.W_K for block in self._blocks()])
 
     @property
     def W_V(self) -> Tensor:
-        """``[n_layers, n_heads, d_model, d_head]``."""
+        """``[n_layers, n_key_value_heads, d_model, d_head]``."""
         return torch.stack([block.attn.W_V for block in self._blocks()])
 
     @property
@@ -231,6 +238,29 @@ class WeightMethods:
         return torch.stack([block.mlp.W_in for block in self._blocks()])
 
     @property
+    def W_gate(self) -> Tensor:
+        """``[n_layers, d_model, d_mlp]``: what is activated in a gated MLP.
+
+        Raises:
+            WeightError: the MLPs have no gate.
+        """
+        return torch.stack([self._gated(block).W_gate for block in self._blocks()])
+
+    @property
+    def b_gate(self) -> Tensor:
+        """``[n_layers, d_mlp]``.
+
+        Raises:
+            WeightError: the MLPs have no gate.
+        """
+        return torch.stack([self._gated(block).b_gate for block in self._blocks()])
+
+    def _gated(self, block: Any) -> Any:
+        if not self._tree.cfg.gated_mlp:
+            raise WeightError(f"{block.mlp.path} is no gated MLP: it has no W_gate and no b_gate.")
+        return block.mlp
+
+    @property
     def W_out(self) -> Tensor:
         """``[n_layers, d_mlp, d_model]``."""
         return torch.stack([block.mlp.W_out for block in self._blocks()])
@@ -242,12 +272,12 @@ class WeightMethods:
 
     @property
     def b_K(self) -> Tensor:
-        """``[n_layers, n_heads, d_head]``."""
+        """``[n_layers, n_key_value_heads, d_head]``."""
         return torch.stack([block.attn.b_K for block in self._blocks()])
 
     @property
     def b_V(self) -> Tensor:
-        """``[n_layers, n_heads, d_head]``."""
+        """``[n_layers, n_key_value_heads, d_head]``."""
         return torch.stack([block.attn.b_V for block in self._blocks()])
 
     @property
@@ -302,10 +332,19 @@ class WeightMethods:
 
     @property
     def QK(self) -> FactoredMatrix:
-        """``W_Q W_K^T``, ``[n_layers, n_heads, d_model, d_model]`` (queries, keys), without biases, unscaled."""
-        return FactoredMatrix(self.W_Q, self.W_K.transpose(-2, -1))
+        """``W_Q W_K^T``, ``[n_layers, n_heads, d_model, d_model]`` (queries, keys), without biases, unscaled.
+
+        A head of keys stands beside each head of queries that it serves. A rotation of queries and keys, or a norm of them,
+        is between the two and not in the product.
+        """
+        return FactoredMatrix(self.W_Q, self._by_query_head(self.W_K).transpose(-2, -1))
 
     @property
     def OV(self) -> FactoredMatrix:
-        """``W_V W_O``, ``[n_layers, n_heads, d_model, d_model]`` (source, destination)."""
-        return FactoredMatrix(self.W_V, self.W_O)
+        """``W_V W_O``, ``[n_layers, n_heads, d_model, d_model]`` (source, destination); values as the keys of :attr:`QK`."""
+        return FactoredMatrix(self._by_query_head(self.W_V), self.W_O)
+
+    def _by_query_head(self, weights: Tensor) -> Tensor:
+        """``[n_layers, n_key_value_heads, ...]`` to ``[n_layers, n_heads, ...]``."""
+        group = self._tree.cfg.n_heads // self._tree.cfg.n_key_value_heads
+        return weights if group == 1 else weights.repeat_interleave(group, dim=1)
