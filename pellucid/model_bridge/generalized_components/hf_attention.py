@@ -187,7 +187,7 @@ class HuggingFaceAttentionBridge(HeadWeights):
             if self.softmax_in != "function":
                 raise UnsupportedModelError(
                     f"{self.path} has its scores in {self.softmax_in}, which Hugging Face runs where the model's attention "
-                    f"is 'eager'; it is {name!r}. Call bridge.set_attn_implementation('eager') to look at scores and pattern."
+                    f"is 'eager'; it is {name!r}. Call bridge.set_attn_implementation('eager') to look at them."
                 )
             if name != "eager":
                 attention_mask = self._mask_for_eager(name, attention_mask, query, key)
