@@ -14,7 +14,9 @@ from torch.nn.utils import prune
 from transformers import AutoModelForCausalLM
 
 from pellucid import TransformerBridge
-from pellucid.errors import WeightError
+from pellucid.errors import PellucidWarning, WeightError
+from pellucid.model_bridge.generalized_components import FusedLinearBridge
+from pellucid.model_bridge.generalized_components.fused_layouts import Grouped
 from pellucid.model_bridge.generalized_components.weights import why_not_by_row
 from pellucid.weight_processing import STEPS, Step
 from tests.families import CONFIGS, make_family
@@ -436,3 +438,64 @@ def test_adapters_are_refused_and_views_are_of_what_is_under_them(name: str, ada
     with pytest.raises(WeightError, match=f"An adapter is mounted on .*{adapts}.*merge_and_unload"):
         bridge.process_weights()
     assert bridge.weights_hash() == hashed
+
+
+def test_queries_in_groups_have_no_view_by_head() -> None:
+    """Several queries beside their key and value, as Falcon has them: refused by name, not copied."""
+    fused = FusedLinearBridge("fused", layout=Grouped(("hook_q", "hook_k", "hook_v"), 2, 4))
+    fused.set_original_component(nn.Linear(6, 2 * (3 + 2) * 4))
+    for read in (fused.weights_of_parts, fused.biases_of_parts, fused.weight_targets()["k.weight"]):
+        with pytest.raises(WeightError, match="have no view by head"):
+            read()
+
+
+def test_a_norms_bias_with_nowhere_to_go() -> None:
+    """NeoX may have no biases in attention: folding would give it some, which loading drops."""
+    bridge = TransformerBridge(make_family("gpt_neox", F64, attention_bias=False))
+    tokens = random_tokens(vocab=97)
+    before, hashed = log_probabilities(bridge, tokens), bridge.weights_hash()
+    with pytest.raises(
+        WeightError, match="fold_ln would change .*layernorm has a bias and .*query_key_value.* has none"
+    ):
+        bridge.process_weights(fold_ln=True)
+    assert bridge.weights_hash() == hashed
+    state = bridge.process_weights()
+    assert set(state.left_out) == {FOLD, REFACTOR}
+    assert state.complete == {WRITERS, HEAD, VALUES}
+    assert largest(log_probabilities(bridge, tokens) - before) < 1e-14
+    assert largest(bridge.blocks[0].attn.W_O.mean(-1)) < 1e-15
+
+
+def test_what_a_family_forbids_is_refused_before_loading(tmp_path: Path) -> None:
+    make_family("llama").save_pretrained(tmp_path)
+    with pytest.warns(PellucidWarning, match="no tokenizer"):
+        opened = TransformerBridge.boot_transformers(tmp_path, process_weights=True)
+    assert opened.weights_state.complete == {FOLD, HEAD, VALUES}
+    (tmp_path / "model.safetensors").write_bytes(b"never read")
+    with pytest.raises(WeightError, match="center_writing_weights would change .*subtract no mean"):
+        TransformerBridge.boot_transformers(tmp_path, process_weights={WRITERS: True})
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "olmo2", "phi3"])
+def test_the_record_is_held_against_the_weights(name: str) -> None:
+    """Weights put there past the bridge are noticed, and processed again."""
+    bridge = TransformerBridge(make_family(name, tie_word_embeddings=False))
+    state = {key: value.clone() for key, value in bridge.state_dict().items()}
+    bridge.process_weights()
+    once = bridge.weights_hash()
+    with pytest.warns(PellucidWarning, match="Already applied.*Applied now: nothing"):
+        bridge.process_weights()
+    assert bridge.weights_hash() == once
+    bridge.hf_model.load_state_dict(state, strict=False)
+    done = bridge.weights_state.done
+    assert not done["unembed"]
+    assert name == "olmo2" or not done["blocks.1"]  # nothing is folded into OLMo 2's blocks
+    assert name != "gpt2" or not done["embed"]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_bridge_checks_itself_after_processing(name: str) -> None:
+    bridge = TransformerBridge(make_family(name))
+    bridge.process_weights()
+    report = bridge.verify(layers=[1])
+    assert report.ok, report

@@ -114,6 +114,9 @@ def refuse_illegal(tree: ComponentTree, request: Request) -> None:
         other = seen.setdefault(parameter.data_ptr(), path)
         if other != path and {path, other} != {f"{tree.components[name].path}.weight" for name in ("embed", "unembed")}:
             raise WeightError(f"{path} and {other} are one storage: processing one would change the other. Untie them.")
+    for block in tree.blocks:
+        for targets in block.weight_targets().values():
+            targets()  # a fused projection whose parts have no view says so
 
 
 def refuse_adapters(model: nn.Module) -> None:
