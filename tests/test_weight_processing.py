@@ -13,11 +13,13 @@ from pellucid.errors import WeightError
 from pellucid.weight_processing import (
     BLOCK_KEYS,
     BLOCK_STEPS,
+    BlockForm,
     center_embedding,
     center_unembed,
     center_writing_weights,
     centred_rows,
     effective_embedding,
+    fold_gain,
     fold_layer_norm,
     fold_value_biases,
     process_block,
@@ -275,3 +277,63 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         process_block({"attn.v.bias": gain, "attn.o.weight": weight}, ["fold_value_biases"], 4)
     with pytest.raises(WeightError, match="int8"):
         fold_layer_norm(weight.to(torch.int8), None, gain, gain)
+
+
+# -- blocks of other forms ---------------------------------------------------------------------------------------------
+
+
+def test_a_norm_that_attention_and_mlp_share_is_folded_into_both() -> None:
+    form = BlockForm(
+        {"ln1": ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.in")}, frozenset(), centres=False, unit=0.0
+    )
+    old = {f"{name}.weight": numbers(8, D_MODEL, seed=i) for i, name in enumerate(form.readers["ln1"])}
+    old["ln1.weight"] = numbers(D_MODEL, seed=9)
+    assert set(form.keys("fold_ln")) == set(old)
+    new = process_block(old, ["fold_ln"], N_HEADS, form)
+    assert new.keys() == old.keys()
+    assert not new["ln1.weight"].any()
+    for name in form.readers["ln1"]:  # Gemma's gain is 1 + weight
+        assert torch.equal(new[f"{name}.weight"], old[f"{name}.weight"] * (1 + old["ln1.weight"]))
+    with pytest.raises(WeightError, match=r"weight must have shape \[any, 24\]"):
+        fold_gain(numbers(8, 23), numbers(D_MODEL))
+
+
+def test_shared_value_biases_reach_every_query() -> None:
+    form, d_head = BlockForm(queries_per_key=2), 3
+    old = {
+        "attn.v.bias": numbers(2 * d_head),
+        "attn.o.weight": numbers(D_MODEL, 4 * d_head),
+        "attn.o.bias": numbers(D_MODEL),
+    }
+    new = process_block(old, ["fold_value_biases"], 4, form)
+    by_head = old["attn.o.weight"].unflatten(1, (4, d_head))
+    wanted = old["attn.o.bias"] + sum(
+        by_head[:, head] @ old["attn.v.bias"][head // 2 * d_head :][:d_head] for head in range(4)
+    )
+    torch.testing.assert_close(new["attn.o.bias"], wanted, rtol=0, atol=1e-13)
+    assert new["attn.v.bias"].shape == (2 * d_head,)
+    assert not new["attn.v.bias"].any()
+
+
+def test_a_bias_with_nowhere_to_go_is_refused() -> None:
+    old = block()
+    biased = frozenset({"ln1", "ln2", "mlp.in", "mlp.out", "attn.v"})
+    with pytest.raises(WeightError, match=r"ln1 has a bias that folding would give to attn\.q"):
+        process_block(old, ["fold_ln"], N_HEADS, BlockForm(biased=biased))
+    with pytest.raises(WeightError, match=r"attn\.o, which has no bias"):
+        process_block(old, ["refactor_factored_attn_matrices"], N_HEADS, BlockForm(biased=biased))
+    with pytest.raises(WeightError, match="a head of keys and values for each head of queries"):
+        process_block(old, ["refactor_factored_attn_matrices"], N_HEADS, BlockForm(queries_per_key=2))
+
+
+def test_without_biases_the_steps_keep_the_block() -> None:
+    """Centring and refactoring where nothing has a bias (MPT)."""
+    x, old = numbers(7, D_MODEL, seed=11), block()
+    none = {key: torch.zeros_like(value) for key, value in old.items() if key.endswith("bias")}
+    steps = ["fold_ln", "center_writing_weights", "fold_value_biases", "refactor_factored_attn_matrices"]
+    new = process_block(
+        {key: value for key, value in old.items() if key not in none}, steps, N_HEADS, BlockForm(biased=frozenset())
+    )
+    assert not any(key.endswith("bias") for key in new)
+    before, after = run_block(old | none, x), run_block(old | none | new, x)
+    assert (before - after).abs().max() < 1e-12 * float(before.abs().max())

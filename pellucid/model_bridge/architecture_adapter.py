@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import ClassVar
 
+import torch
 from torch import nn
 
 from pellucid.config import TransformerBridgeConfig
@@ -34,6 +36,8 @@ class ArchitectureAdapter(ABC):
     """Path of the module that runs the blocks."""
     blocks_path: str
     """Path of the list of blocks."""
+    processes_in: ClassVar[torch.dtype] = torch.float64
+    """The dtype in which weights are processed before they are rounded once to their own."""
     cache_name: str
     """What the installed release calls the key/value cache that the model's forward takes."""
 

@@ -37,7 +37,11 @@ RMS_NORM = NormKind("rms")
 
 @dataclass(frozen=True)
 class Outside:
-    """Paths of the modules outside the blocks: those of the backbone inside it, the head's in the model; ``""``: none."""
+    """Paths of the modules outside the blocks: those of the backbone inside it, the head's in the model; ``""``: none.
+
+    ``head_has_bias``: Hugging Face's class makes the head with a bias, so that its loader keeps one. ``head_in_files``: what
+    checkpoints call the head where that is not its module's name.
+    """
 
     backbone: str = "model"
     blocks: str = "layers"
@@ -46,6 +50,8 @@ class Outside:
     embed_norm: str = ""
     final_norm: str = "norm"
     head: str = "lm_head"
+    head_has_bias: bool = False
+    head_in_files: str = ""
 
 
 @dataclass(frozen=True)

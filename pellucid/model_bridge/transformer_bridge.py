@@ -39,7 +39,7 @@ from pellucid.model_bridge.verification.check_report import CheckReport
 from pellucid.model_bridge.verification.self_check import run_checks
 from pellucid.model_bridge.weights.hashing import weights_hash
 from pellucid.model_bridge.weights.record import record_of
-from pellucid.model_bridge.weights.unembedding_table import portable_state
+from pellucid.model_bridge.weights.unembedding_table import loading, portable_state
 from pellucid.model_bridge.weights.weight_methods import WeightMethods, refuse_early
 from pellucid.torch_hooks import NoTorchHooks
 
@@ -200,9 +200,10 @@ class TransformerBridge(RunMethods, WeightMethods, TokenMethods, NoTorchHooks):
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         """Hugging Face's ``save_pretrained``, the tokenizer's included; a processed model loses nothing by it.
 
-        ``lm_head.bias`` (``b_U``) would be dropped on loading without an error. It is written as the final norm's bias
-        instead, with the same log-probabilities; the reloaded model's ``W_U`` and ``b_U`` are as here again after
-        ``process_weights()``. Hugging Face's own ``bridge.hf_model.save_pretrained`` does not know this.
+        ``lm_head.bias`` (``b_U``), which folding a layer norm makes, would be dropped on loading without an error. It is
+        written as the final norm's bias instead, with the same log-probabilities; the reloaded model's ``W_U`` and ``b_U``
+        are as here again after ``process_weights()``. Hugging Face's own ``bridge.hf_model.save_pretrained`` does not know
+        this.
 
         Args:
             save_directory: the folder, made if need be.
@@ -220,7 +221,8 @@ class TransformerBridge(RunMethods, WeightMethods, TokenMethods, NoTorchHooks):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a state dict of the Hugging Face model; what was done to the weights before is forgotten."""
-        result = self.original_model.load_state_dict(state_dict, strict=strict, assign=assign)
+        with loading(self._tree, state_dict):
+            result = self.original_model.load_state_dict(state_dict, strict=strict, assign=assign)
         record_of(self._tree).clear()
         self._tree.notes.pop(RANDOM_WEIGHTS, None)
         return result
@@ -302,7 +304,11 @@ class TransformerBridge(RunMethods, WeightMethods, TokenMethods, NoTorchHooks):
         """What a hook point holds, in a few lines: shape, dtype, other names, module, and what processing changed."""
         text = self._hooks.explain(name)
         inside = self._tree.index[name].name in ("embed.hook_out", "embed_ln.hook_scale", "embed_ln.hook_normalized")
-        if inside and "center_writing_weights" in self.weights_state.done["embed"]:
+        if (
+            inside
+            and "embed_ln" in self._tree.components
+            and "center_writing_weights" in self.weights_state.done["embed"]
+        ):
             text += (
                 "\n  note    in the terms of the rewritten embedding: W_E is small, its norm gives the centred W_E_eff"
             )

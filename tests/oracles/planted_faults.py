@@ -29,6 +29,8 @@ class Fault:
 
 
 POSITIONS = "pellucid/model_bridge/running/run_positions.py"
+WEIGHTS = "pellucid/model_bridge/weights"
+FAMILY_WEIGHTS = "tests/model_bridge/test_family_weights.py"
 
 FAULTS = (
     Fault(
@@ -1109,6 +1111,104 @@ FAULTS = (
         "            chosen = tapped_eager\n",
         "            pass\n",
         "tests/oracles/test_family_parity.py -k fused_kernel",
+    ),
+    Fault(
+        "GPT-2's linear maps are read the wrong way round",
+        f"{COMPONENTS}/weights.py",
+        "return weight if (kind.__module__, kind.__name__) == CONV1D else weight.T",
+        "return weight.T",
+        f"{FAMILY_WEIGHTS} -k own_weights",
+    ),
+    Fault(
+        "views of a fused projection are copies",
+        f"{COMPONENTS}/linear.py",
+        "parts = {PART_WORDS[site]: part for",
+        "parts = {PART_WORDS[site]: part.clone() for",
+        f"{FAMILY_WEIGHTS} -k written_to",
+    ),
+    Fault(
+        "gate and up are mistaken for each other",
+        f"{COMPONENTS}/linear.py",
+        '"hook_pre": "gate", "hook_pre_linear": "in"}',
+        '"hook_pre": "in", "hook_pre_linear": "gate"}',
+        f"{FAMILY_WEIGHTS} -k own_weights",
+    ),
+    Fault(
+        "heads of keys are repeated in the wrong order",
+        f"{WEIGHTS}/weight_methods.py",
+        "weights.repeat_interleave(group, dim=1)",
+        "weights.repeat(1, group, 1, 1)",
+        f"{FAMILY_WEIGHTS} -k circuits",
+    ),
+    Fault(
+        "Gemma's folded gain is its weight",
+        "pellucid/weight_processing.py",
+        "gain = 1 + gain.to(working_dtype(gain.dtype))",
+        "gain = gain.to(working_dtype(gain.dtype))",
+        f"{FAMILY_WEIGHTS} -k log_probabilities",
+    ),
+    Fault(
+        "value biases reach the wrong queries",
+        "pellucid/weight_processing.py",
+        "shared.repeat_interleave(form.queries_per_key, 0)",
+        "shared.repeat(form.queries_per_key, 1)",
+        f"{FAMILY_WEIGHTS} -k log_probabilities",
+    ),
+    Fault(
+        "what an RMS norm's readers write is centred",
+        f"{WEIGHTS}/form.py",
+        "    if cfg.final_rms:",
+        "    if False:",
+        f"{FAMILY_WEIGHTS} -k log_probabilities",
+    ),
+    Fault(
+        "capped logits are centred",
+        f"{WEIGHTS}/form.py",
+        "if cfg.output_logits_soft_cap > 0:",
+        "if False:",
+        f"{FAMILY_WEIGHTS} -k does_not_allow",
+    ),
+    Fault(
+        "an output projection without a bias takes the values'",
+        f"{WEIGHTS}/form.py",
+        'if form.has_bias("attn.v") and not form.has_bias("attn.o"):',
+        "if False:",
+        f"{FAMILY_WEIGHTS} -k does_not_allow",
+    ),
+    Fault(
+        "a norm's bias with nowhere to go is folded",
+        f"{WEIGHTS}/form.py",
+        "if (homeless := _homeless_bias(tree, form)) is not None:",
+        'if (homeless := _homeless_bias(tree, form)) == "":',
+        f"{FAMILY_WEIGHTS} -k nowhere",
+    ),
+    Fault(
+        "the table of positions keeps its mean",
+        f"{WEIGHTS}/rewriting.py",
+        'for name in ("embed", "pos_embed") if',
+        'for name in ("embed",) if',
+        f"{FAMILY_WEIGHTS} -k invariants",
+    ),
+    Fault(
+        "other families are processed in float32",
+        "pellucid/model_bridge/architecture_adapter.py",
+        "processes_in: ClassVar[torch.dtype] = torch.float64",
+        "processes_in: ClassVar[torch.dtype] = torch.float32",
+        f"{FAMILY_WEIGHTS} -k rounded_once",
+    ),
+    Fault(
+        "a folded bias of the head is saved as it is",
+        f"{WEIGHTS}/unembedding_table.py",
+        "if bias_of(head) is None or tree.adapter.family.outside.head_has_bias:",
+        "if True:",
+        f"{FAMILY_WEIGHTS} -k saved",
+    ),
+    Fault(
+        "a plain state leaves the bias that folding made",
+        f"{WEIGHTS}/unembedding_table.py",
+        '    head.register_parameter("bias", None)\n    try:',
+        "    try:",
+        f"{FAMILY_WEIGHTS} -k hash",
     ),
 )
 

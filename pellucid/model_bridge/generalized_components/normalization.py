@@ -6,7 +6,7 @@ take its place only in the rows where a hook changed them.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate.utils import align_module_device
@@ -44,6 +44,9 @@ class NormalizationBridge(GeneralizedComponent):
         input_is: see :data:`InputIs`.
     """
 
+    centres: ClassVar[bool] = True
+    """Whether it subtracts the mean, so that its input's does not count."""
+
     hook_branch_in = Site("a copy of the residual that feeds this norm only (``hook_mlp_in``)")
     hook_scale = Site("sqrt(variance + eps), ``[batch, pos, 1]``")
     hook_normalized = Site("(x - mean) / scale, before gain and bias")
@@ -58,6 +61,16 @@ class NormalizationBridge(GeneralizedComponent):
     ) -> None:
         super().__init__(name, config, conversion_rule=conversion_rule)
         self.role, self.input_is = role, input_is
+
+    @property
+    def unit_weight(self) -> float:
+        """The weight with which it only normalises."""
+        return 1.0
+
+    def gain(self) -> Tensor:
+        """``[d_model]``: what the normalised input is multiplied with; the weight itself, or computed from it."""
+        weight: Tensor = self.module.weight.detach()
+        return weight
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[batch, pos, d_model]`` to the same shape, gain and bias applied."""

@@ -5,7 +5,7 @@ weight.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import align_module_device
@@ -32,6 +32,7 @@ class RMSNormalizationBridge(NormalizationBridge):
     """
 
     widens = True
+    centres: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -45,6 +46,16 @@ class RMSNormalizationBridge(NormalizationBridge):
     ) -> None:
         super().__init__(name, config, conversion_rule, role, input_is)
         self.adds_one, self.rounds_first = adds_one, rounds_first
+
+    @property
+    def unit_weight(self) -> float:
+        """See :attr:`NormalizationBridge.unit_weight`."""
+        return 0.0 if self.adds_one else 1.0
+
+    def gain(self) -> Tensor:
+        """See :meth:`NormalizationBridge.gain`; 1 + weight is in float64, which rounds nothing away."""
+        weight: Tensor = self.module.weight.detach()
+        return 1.0 + weight.double() if self.adds_one else weight
 
     def original(self) -> Callable[..., Any]:
         """See :meth:`GeneralizedComponent.original`; Hugging Face's code in float64 throughout for a float64 model."""

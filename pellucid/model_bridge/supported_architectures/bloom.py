@@ -9,8 +9,9 @@ With ``apply_residual_connection_post_layernorm`` the residual that attention (M
 
 from __future__ import annotations
 
-from typing import cast
+from typing import ClassVar, cast
 
+import torch
 from torch import nn
 
 from pellucid.config import TransformerBridgeConfig
@@ -81,6 +82,8 @@ class BloomArchitectureAdapter(DecoderAdapter):
         cfg: the bridge's configuration.
         family: the family.
     """
+
+    processes_in: ClassVar[torch.dtype] = torch.float32  # its processed weights are promised to the bit
 
     def __init__(self, cfg: TransformerBridgeConfig, family: Family = BLOOM) -> None:
         super().__init__(cfg, family)

@@ -20,7 +20,7 @@ def _variant(family: Family, config: Any) -> Family:
 GPT_NEOX = Family(
     "gpt_neox",
     "GPT-NeoX (Pythia)",
-    outside=Outside("gpt_neox", "layers", "embed_in", final_norm="final_layer_norm"),
+    outside=Outside("gpt_neox", "layers", "embed_in", final_norm="final_layer_norm", head_in_files="embed_out"),
     block=Block(parallel=True),
     attention=Attention("attention", qkv="query_key_value", layout="grouped", o="dense"),
     mlp=MLP(up="dense_h_to_4h", down="dense_4h_to_h", gate=""),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from torch import Tensor, nn
 
@@ -11,9 +12,39 @@ from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import WeightError
 from pellucid.model_bridge.generalized_components import GeneralizedComponent
 from pellucid.model_bridge.generalized_components.base import all_finite, readable_parameter
+from pellucid.model_bridge.generalized_components.weights import CONV1D
 from pellucid.model_bridge.hooking.mounting import ComponentTree
+from pellucid.model_bridge.weights.form import PRE_NORMS, norm_of
 from pellucid.model_bridge.weights.record import is_tied, record_of
-from pellucid.weight_processing import Step
+from pellucid.weight_processing import STEPS, Step
+
+DEFAULTS: Mapping[Step, bool] = {step: step != "refactor_factored_attn_matrices" for step in STEPS}
+"""What ``process_weights()`` does without arguments, as TransformerLens, where the model allows it."""
+
+Asked: TypeAlias = Mapping[str, bool | None]
+"""Steps by name: ``True`` and ``False`` are said, ``None`` or nothing leaves a step to :data:`DEFAULTS`."""
+
+
+def steps_of(asked: Asked, illegal: Mapping[Step, str]) -> frozenset[Step]:
+    """The steps that a call means, those left out that it did not name and the model does not allow.
+
+    Args:
+        asked: the call's arguments.
+        illegal: steps that the model does not allow, each with its reason.
+
+    Raises:
+        WeightError: such a step was asked for by name.
+    """
+    said = {step: asked.get(step) for step in STEPS}
+    wrong = [step for step in STEPS if said[step] and step in illegal]
+    if wrong:
+        raise WeightError(
+            "\n".join(f"{step} would change what this model computes: {illegal[step]}." for step in wrong)
+            + f"\nPass {', '.join(f'{step}=False' for step in wrong)}."
+        )
+    return frozenset(
+        step for step in STEPS if said[step] or (said[step] is None and DEFAULTS[step] and step not in illegal)
+    )
 
 
 @dataclass(frozen=True)
@@ -81,8 +112,11 @@ def refuse_illegal(tree: ComponentTree, request: Request) -> None:
     for path, parameter in plain_parameters(tree):
         _refuse_unusable(path, parameter)
         other = seen.setdefault(parameter.data_ptr(), path)
-        if other != path and {path, other} != {"transformer.word_embeddings.weight", "lm_head.weight"}:
+        if other != path and {path, other} != {f"{tree.components[name].path}.weight" for name in ("embed", "unembed")}:
             raise WeightError(f"{path} and {other} are one storage: processing one would change the other. Untie them.")
+    for block in tree.blocks:
+        for targets in block.weight_targets().values():
+            targets()  # a fused projection whose parts have no view says so
 
 
 def refuse_adapters(model: nn.Module) -> None:
@@ -108,11 +142,11 @@ def plain_parameters(tree: ComponentTree) -> Iterator[tuple[str, nn.Parameter]]:
     for component, kind in _modules(tree):
         module = component.module
         # A bias that is None is none; one that is pruned or parametrised is refused below.
-        lacks_bias = kind is nn.Embedding or module._parameters.get("bias", module) is None
+        lacks_bias = kind in (nn.Embedding, nn.RMSNorm) or module._parameters.get("bias", module) is None
         names = ["weight"] if lacks_bias else ["weight", "bias"]
         for name in names:
             parameter = readable_parameter(module, name, component.path)
-            if type(module) is not kind or module._parameters.get(name) is not parameter:
+            if not _is_known(type(module), kind) or module._parameters.get(name) is not parameter:
                 raise WeightError(
                     f"{component.path} is a {type(module).__name__} with its own way to its {name}; processing knows plain "
                     f"{kind.__name__} modules. Load the model without it."
@@ -120,17 +154,31 @@ def plain_parameters(tree: ComponentTree) -> Iterator[tuple[str, nn.Parameter]]:
             yield f"{component.path}.{name}", parameter
 
 
+def _is_known(found: type[nn.Module], kind: type[nn.Module]) -> bool:
+    """Whether a class computes as ``kind`` does: torch's own, or Hugging Face's (scaled embeddings, RMS norms)."""
+    if kind is nn.Linear:
+        return found is kind or (found.__module__, found.__name__) == CONV1D
+    return found is kind or (kind is not nn.LayerNorm and found.__module__.startswith("transformers.models."))
+
+
 def _modules(tree: ComponentTree) -> Iterator[tuple[GeneralizedComponent, type[nn.Module]]]:
     yield tree.components["embed"], nn.Embedding
-    yield tree.components["embed_ln"], nn.LayerNorm
+    if "pos_embed" in tree.components:
+        yield tree.components["pos_embed"], nn.Embedding
+    if "embed_ln" in tree.components:
+        yield tree.components["embed_ln"], nn.LayerNorm
+    norm = nn.LayerNorm if norm_of(tree.components["ln_final"]).centres else nn.RMSNorm
     for block in tree.blocks:
-        yield block.submodules["ln1"], nn.LayerNorm
-        yield block.submodules["attn"].submodules["qkv"], nn.Linear
-        yield block.submodules["attn"].submodules["o"], nn.Linear
-        yield block.submodules["ln2"], nn.LayerNorm
-        yield block.submodules["mlp"].submodules["in"], nn.Linear
-        yield block.submodules["mlp"].submodules["out"], nn.Linear
-    yield tree.components["ln_final"], nn.LayerNorm
+        for name, component in block.submodules.items():
+            if name in PRE_NORMS:
+                yield component, norm
+            elif name in ("attn", "mlp"):
+                children = component.submodules
+                parts = ("qkv", "o") if "qkv" in children else ("gate_up", "gate", "in", "q", "k", "v", "o", "out")
+                for part in parts:
+                    if part in children:
+                        yield children[part], nn.Linear
+    yield tree.components["ln_final"], norm
     yield tree.components["unembed"], nn.Linear
 
 

@@ -18,8 +18,9 @@ from pellucid.errors import WeightError
 from pellucid.model_bridge.generalized_components import GeneralizedComponent
 from pellucid.model_bridge.generalized_components.weights import adapted
 from pellucid.model_bridge.hooking.mounting import ComponentTree
+from pellucid.model_bridge.weights.form import form_of, illegal_steps, is_identity
 from pellucid.tables import BriefFields
-from pellucid.weight_processing import BLOCK_STEPS, STEPS, Step
+from pellucid.weight_processing import BLOCK_STEPS, STEPS, BlockForm, Step
 
 Unit: TypeAlias = str
 """``"unembed"``, ``"embed"`` or ``"blocks.{i}"``: what is changed in one go."""
@@ -59,18 +60,23 @@ class WeightsState(BriefFields):
         final_norm_on_access: ``keep_tied``: ``ln_f`` keeps its gain, ``W_U`` and ``b_U`` are folded when asked for.
         has_originals: ``unprocess_weights()`` can restore the model without its checkpoint.
         damaged: the unit that could not be finished or put back, ``None`` in a sound model.
+        left_out: steps that would change what this model computes, each with its reason.
     """
 
     done: Mapping[Unit, frozenset[Step]]
     final_norm_on_access: bool = False
     has_originals: bool = False
     damaged: Unit | None = None
+    left_out: Mapping[Step, str] = field(default_factory=dict)
 
     @property
     def complete(self) -> frozenset[Step]:
         """Steps applied to every unit that they concern."""
         return frozenset(
-            step for step in STEPS if all(step in done for unit, done in self.done.items() if step in concerns(unit))
+            step
+            for step in STEPS
+            if step not in self.left_out
+            and all(step in done for unit, done in self.done.items() if step in concerns(unit))
         )
 
     @property
@@ -88,6 +94,9 @@ class WeightsState(BriefFields):
             return "weights as loaded"
         lines = []
         for step in STEPS:
+            if step in self.left_out:
+                lines.append(f"{step:<32}not for this model: {self.left_out[step]}")
+                continue
             units = [unit for unit in self.done if step in concerns(unit)]
             count = sum(step in self.done[unit] for unit in units)
             word = "done" if count == len(units) else "not done" if count == 0 else f"{count} of {len(units)} units"
@@ -121,36 +130,40 @@ def state_of(tree: ComponentTree) -> WeightsState:
     """A snapshot of the record, held against the weights."""
     record = record_of(tree)
     done = {unit: believed(tree, unit) for unit in units_of(tree.cfg)}
-    return WeightsState(done, record.on_access, record.originals is not None, record.damaged)
+    return WeightsState(done, record.on_access, record.originals is not None, record.damaged, illegal_steps(tree))
 
 
 def believed(tree: ComponentTree, unit: Unit) -> frozenset[Step]:
     """What the record says of a unit, unless its weights have been replaced since (a state dict loaded, training).
 
     Vectors tell, at no cost: a folded norm has gain 1 and bias 0, a centred bias has mean 0, a folded value bias is 0, the
-    norm of a centred embedding has one gain and no bias. Where one of these no longer holds, nothing is believed.
+    norm of a centred embedding has one gain and no bias, or its first rows have mean 0 where no norm follows. Where one of
+    these no longer holds, nothing is believed.
     """
     record = record_of(tree)
     done = record.done.get(unit, frozenset())
-    witness = tree.components[{"unembed": "ln_final", "embed": "embed_ln"}.get(unit, unit)]
+    after_embedding = "embed_ln" if "embed_ln" in tree.components else "embed"
+    witness = tree.components[{"unembed": "ln_final", "embed": after_embedding}.get(unit, unit)]
     if not done or any(parameter.is_meta for parameter in witness.module.parameters()):
         return done  # offloaded since: there is nothing to look at
     if unit == "unembed":
-        holds = "fold_ln" not in done or record.on_access or is_identity(witness.module)
+        holds = "fold_ln" not in done or record.on_access or is_identity(witness)
+    elif unit == "embed" and after_embedding == "embed":
+        holds = all(is_centred(row) for row in cast(Tensor, witness.module.weight)[:8])
     elif unit == "embed":
         gain, shift = cast(Tensor, witness.module.weight), cast(Tensor, witness.module.bias)
         holds = bool((gain == gain[0]).all()) and not bool(shift.any())
     else:
         try:
-            holds = _block_holds(witness, done)
+            holds = _block_holds(witness, done, form_of(tree, witness))
         except WeightError:  # pruned or quantised since
             holds = False
     return done if holds else frozenset()
 
 
-def _block_holds(block: GeneralizedComponent, done: frozenset[Step]) -> bool:
+def _block_holds(block: GeneralizedComponent, done: frozenset[Step], form: BlockForm) -> bool:
     attention, mlp = cast(Any, block.submodules["attn"]), cast(Any, block.submodules["mlp"])
-    if "fold_ln" in done and not all(is_identity(block.submodules[norm].module) for norm in ("ln1", "ln2")):
+    if "fold_ln" in done and not all(is_identity(block.submodules[norm]) for norm in form.readers):
         return False
     if done & {"fold_value_biases", "refactor_factored_attn_matrices"} and bool(attention.b_V.any()):
         return False
@@ -161,12 +174,6 @@ def is_centred(vector: Tensor) -> bool:
     """Whether a vector has mean zero, up to the rounding of its own numbers."""
     wide = vector.detach().double()
     return bool(wide.mean().abs() <= torch.finfo(vector.dtype).eps * wide.abs().max())
-
-
-def is_identity(norm: nn.Module) -> bool:
-    """Whether a layer norm only normalises: gain 1, bias 0."""
-    gain, shift = cast(Tensor, norm.weight), cast(Tensor, norm.bias)
-    return bool((gain == 1).all()) and not bool(shift.any())
 
 
 def is_tied(tree: ComponentTree) -> bool:

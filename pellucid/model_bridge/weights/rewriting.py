@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from pellucid.errors import WeightError
+from pellucid.model_bridge.generalized_components import GeneralizedComponent
 from pellucid.model_bridge.hooking.mounting import ComponentTree
 from pellucid.model_bridge.weights.all_or_nothing import undisturbed, write_all
+from pellucid.model_bridge.weights.form import form_of, norm_of, shift_of, working_dtype_of
 from pellucid.model_bridge.weights.legality import Request, refuse_illegal
 from pellucid.model_bridge.weights.record import (
     Unit,
@@ -29,14 +31,12 @@ from pellucid.model_bridge.weights.record import (
     chunks,
     concerns,
     is_tied,
-    parameter_at,
     record_of,
     units_of,
 )
-from pellucid.model_bridge.weights.unembedding_table import TableChange, bias_of, untie
+from pellucid.model_bridge.weights.unembedding_table import TableChange, bias_of, head_of, untie, weight_path
 from pellucid.progress import progress_bar
 from pellucid.weight_processing import (
-    BLOCK_KEYS,
     STEPS,
     Step,
     centred_rows,
@@ -133,31 +133,34 @@ class Processor:
     def _block(self, unit: Unit, steps: frozenset[Step]) -> None:
         block = self.tree.components[unit]
         targets = block.weight_targets()
-        needed = {key for step in steps for key in BLOCK_KEYS[step]}
+        form = form_of(self.tree, block)
+        needed = {key for step in steps for key in form.keys(step)}
         places = {key: targets[key]()[0] for key in targets if key in needed}
-        old = {key: place.storage.detach().reshape(place.shape) for key, place in places.items()}
-        new = process_block(old, steps, self.tree.cfg.n_heads)
+        old = {key: self._wide(place.storage.detach().reshape(place.shape)) for key, place in places.items()}
+        new = process_block(old, steps, self.tree.cfg.n_heads, form)
         rounded = {key: new.pop(key).to(places[key].storage.dtype) for key in list(new)}
         writes = block.plan_writes(rounded)
-        self._remember(*(f"{block.path}.{name}" for name, _ in block.module.named_parameters()))
+        self._remember(unit)
         write_all([(write.target, write.value) for write in writes], self._spare, partial(self._is_done, unit, steps))
+
+    def _wide(self, weight: Tensor) -> Tensor:
+        return weight.to(working_dtype_of(self.tree, weight.dtype))
 
     # -- the two tables ------------------------------------------------------------------------------------------------
 
     def _unembed(self, steps: frozenset[Step]) -> None:
-        head = cast(nn.Linear, self.tree.components["unembed"].module)
-        norm = cast(nn.LayerNorm, self.tree.components["ln_final"].module)
+        head, norm = head_of(self.tree), self.tree.components["ln_final"]
         tied = is_tied(self.tree)
         if tied and self.request.keep_tied:
             self._is_done("unembed", steps)
             self.record.on_access = True
             return
         fold, centre = "fold_ln" in steps, "center_unembed" in steps
-        change = TableChange.of(head, norm, fold, centre)
+        change = TableChange.of(self.tree, fold, centre)
         if tied and not change.needed:
             self._is_done("unembed", steps)
             return
-        self._remember("lm_head.weight", "lm_head.bias", "transformer.ln_f.weight", "transformer.ln_f.bias")
+        self._remember("unembed", "ln_final")
         old = head.weight.detach()
         if old.dtype == torch.float16:
             change.refuse_overflow(old)
@@ -172,18 +175,40 @@ class Processor:
             bias = change.write(old, old, bias_of(head))
             self._finish_unembed(head, norm, bias, steps)
 
-    def _finish_unembed(self, head: nn.Linear, norm: nn.LayerNorm, bias: Tensor | None, steps: frozenset[Step]) -> None:
+    def _finish_unembed(
+        self, head: nn.Linear, norm: GeneralizedComponent, bias: Tensor | None, steps: frozenset[Step]
+    ) -> None:
         if bias is not None and bias_of(head) is not None:
             head.bias.copy_(bias)
         elif bias is not None:
             head.register_parameter("bias", nn.Parameter(bias, requires_grad=head.weight.requires_grad))
         if "fold_ln" in steps:
-            norm.weight.fill_(1)
-            norm.bias.zero_()
+            norm.module.weight.fill_(norm_of(norm).unit_weight)
+            if (shift := shift_of(norm)) is not None:
+                shift.zero_()
         self._is_done("unembed", steps)
         self.record.on_access = False
 
     def _embed(self, steps: frozenset[Step]) -> None:
+        if "embed_ln" in self.tree.components:
+            self._embed_behind_norm(steps)
+            return
+        tables = [cast(Tensor, self.tree.components[name].module.weight).detach() for name in self._embeddings()]
+        if is_tied(self.tree):
+            self._remember("unembed")
+            untie(self.tree, tables[0].clone())
+        self._remember(*self._embeddings())
+        with undisturbed(), self._at_risk("embed"):
+            for rows in (rows for table in tables for rows in chunks(table)):
+                wide = self._wide(rows)
+                rows.copy_(wide - wide.mean(-1, keepdim=True))
+            self._is_done("embed", steps)
+
+    def _embeddings(self) -> list[str]:
+        """What writes to the stream before the blocks."""
+        return [name for name in ("embed", "pos_embed") if name in self.tree.components]
+
+    def _embed_behind_norm(self, steps: frozenset[Step]) -> None:
         table = cast(Tensor, self.tree.components["embed"].module.weight).detach()
         norm = cast(nn.LayerNorm, self.tree.components["embed_ln"].module)
         gain, shift = norm.weight.detach(), norm.bias.detach()
@@ -191,13 +216,9 @@ class Processor:
             self._is_done("embed", steps)  # a normalised vector times one number has mean zero already
             return
         if is_tied(self.tree):
-            self._remember("lm_head.weight")
+            self._remember("unembed")
             untie(self.tree, table.clone())
-        self._remember(
-            "transformer.word_embeddings.weight",
-            "transformer.word_embeddings_layernorm.weight",
-            "transformer.word_embeddings_layernorm.bias",
-        )
+        self._remember("embed", "embed_ln")
         eps = float(norm.eps)
         power = max(float(mean_square(centred_rows(rows, gain, shift, eps)).max()) for rows in chunks(table))
         scale = embedding_gain(power, gain.dtype)
@@ -210,19 +231,17 @@ class Processor:
 
     # -- originals -----------------------------------------------------------------------------------------------------
 
-    def _remember(self, *paths: str) -> None:
-        """Keep copies of parameters before their first change, if that was asked for."""
+    def _remember(self, *components: str) -> None:
+        """Keep copies of their parameters before the first change, if that was asked for."""
         originals = self.record.originals
         if originals is None:
             return
-        for path in paths:
-            parameter = parameter_at(self.tree.root, path)
-            if (
-                parameter is not None
-                and path not in originals
-                and not (path == "lm_head.weight" and self.record.was_tied)
-            ):
-                originals[path] = parameter.detach().to("cpu", copy=True)
+        tied = weight_path(self.tree, "unembed") if self.record.was_tied else ""
+        for component in (self.tree.components[name] for name in components):
+            for name, parameter in component.module.named_parameters():
+                path = f"{component.path}.{name}"
+                if path not in originals and path != tied:
+                    originals[path] = parameter.detach().to("cpu", copy=True)
 
     @contextmanager
     def _at_risk(self, unit: Unit) -> Iterator[None]:

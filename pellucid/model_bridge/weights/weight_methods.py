@@ -19,20 +19,13 @@ from pellucid.errors import PellucidWarning, WeightError, warn
 from pellucid.factored_matrix import FactoredMatrix
 from pellucid.model_bridge.hooking.mounting import ComponentTree
 from pellucid.model_bridge.running.tokens import TokenRules, as_ids
-from pellucid.model_bridge.weights.legality import Request, refuse_adapters, refuse_by_config
+from pellucid.model_bridge.weights.form import illegal_by_config, illegal_steps
+from pellucid.model_bridge.weights.legality import Request, refuse_adapters, refuse_by_config, steps_of
 from pellucid.model_bridge.weights.record import WeightsState, is_tied, record_of, state_of
 from pellucid.model_bridge.weights.restoring import unprocess
 from pellucid.model_bridge.weights.rewriting import process
 from pellucid.model_bridge.weights.unembedding_table import folded_unembedding, folded_unembedding_bias
 from pellucid.run_context import hooks_suppressed
-from pellucid.weight_processing import STEPS, Step
-
-DEFAULTS: Mapping[str, bool] = {step: step != "refactor_factored_attn_matrices" for step in STEPS}
-"""What ``process_weights()`` does without arguments, as TransformerLens."""
-
-
-def _steps(wanted: Mapping[str, bool]) -> frozenset[Step]:
-    return frozenset(step for step in STEPS if wanted.get(step))
 
 
 def refuse_early(asked: bool | Mapping[str, bool], cfg: TransformerBridgeConfig) -> None:
@@ -45,9 +38,9 @@ def refuse_early(asked: bool | Mapping[str, bool], cfg: TransformerBridgeConfig)
     Raises:
         WeightError: see :meth:`WeightMethods.process_weights`.
     """
-    refuse_by_config(
-        cfg, _steps(dict(DEFAULTS) | dict(asked if isinstance(asked, Mapping) else {})) if asked else frozenset()
-    )
+    if asked:
+        steps = steps_of(asked if isinstance(asked, Mapping) else {}, illegal_by_config(cfg))
+        refuse_by_config(cfg, steps)
 
 
 class WeightMethods:
@@ -65,10 +58,10 @@ class WeightMethods:
     def process_weights(
         self,
         *,
-        fold_ln: bool = True,
-        center_writing_weights: bool = True,
-        center_unembed: bool = True,
-        fold_value_biases: bool = True,
+        fold_ln: bool | None = None,
+        center_writing_weights: bool | None = None,
+        center_unembed: bool | None = None,
+        fold_value_biases: bool | None = None,
         refactor_factored_attn_matrices: bool = False,
         verbose: bool = False,
         keep_tied: bool = False,
@@ -81,12 +74,17 @@ class WeightMethods:
         through the model part by part, hardly needs more memory than the model (and a second vocabulary-sized table if
         the unembedding has to be untied), and may be interrupted: the model is correct, a repeat does the rest.
 
-        float64 stays float64, float32 is processed in float32, bfloat16 and float16 in float32 and rounded once.
+        Which steps keep what a model computes depends on its family (``docs/processed_weights.md`` has the table): one that
+        does not is refused with its reason where it is asked for (``True``), and left out where it is not named (``None``);
+        ``weights_state.left_out`` says so. The refactoring is done only where it is asked for, the others unless ``False``.
+
+        Weights are processed in float64 (BLOOM's, up to float32, in float32) and rounded once to their own dtype.
 
         Args:
-            fold_ln: move the gains and biases of ``ln1``, ``ln2`` and ``ln_f`` into the weights that read them.
-            center_writing_weights: free ``W_O``, ``b_O``, ``W_out``, ``b_out`` and the embedding, as the stream sees it,
-                of their means over d_model. The embedding is rewritten so that its norm gives the centred rows exactly:
+            fold_ln: move the gains and biases of ``ln1``, ``ln2`` and ``ln_final`` into the weights that read them. Norms of
+                queries and keys, and those after attention or MLP, have no such readers and stay.
+            center_writing_weights: free ``W_O``, ``b_O``, ``W_out``, ``b_out`` and the embeddings, as the stream sees them,
+                of their means over d_model. BLOOM's embedding is rewritten so that its norm gives the centred rows exactly:
                 ``W_E`` is then small and only ``W_E_eff`` is readable, and ``embed.hook_out`` and the inside of
                 ``embed_ln`` are in the new terms.
             center_unembed: free ``W_U`` and ``b_U`` of their means over the vocabulary; a position's logits move by a
@@ -103,11 +101,12 @@ class WeightMethods:
             What is done now, :attr:`weights_state`.
 
         Raises:
-            WeightError: not legal for this model (``apply_residual_connection_post_layernorm``, ``slow_but_exact`` with
-                ``pretraining_tp > 1``, an adapter, quantised, offloaded, shared or not finite weights, ``keep_tied`` with
-                centring). Nothing has been changed then.
+            WeightError: not legal for this model (a step that its family does not allow,
+                ``apply_residual_connection_post_layernorm``, ``slow_but_exact`` with ``pretraining_tp > 1``, an adapter,
+                quantised, offloaded, shared or not finite weights, ``keep_tied`` with centring). Nothing has been
+                changed then.
         """
-        wanted = {
+        wanted: dict[str, bool | None] = {
             "fold_ln": fold_ln,
             "center_writing_weights": center_writing_weights,
             "center_unembed": center_unembed,
@@ -115,7 +114,8 @@ class WeightMethods:
             "refactor_factored_attn_matrices": refactor_factored_attn_matrices,
         }
         refuse_adapters(self.original_model)
-        outcome = process(self._tree, Request(_steps(wanted), keep_tied, keep_originals), verbose, progress)
+        steps = steps_of(wanted, illegal_steps(self._tree))
+        outcome = process(self._tree, Request(steps, keep_tied, keep_originals), verbose, progress)
         if outcome.already:
             done = ", ".join(sorted(outcome.applied)) or "nothing"
             warn(f"Already applied to these weights: {', '.join(sorted(outcome.already))}. Applied now: {done}.")
@@ -125,10 +125,10 @@ class WeightMethods:
         self,
         disable_warnings: bool = False,
         no_processing: bool = False,
-        fold_ln: bool = True,
-        center_writing_weights: bool = True,
-        center_unembed: bool = True,
-        fold_value_biases: bool = True,
+        fold_ln: bool | None = None,
+        center_writing_weights: bool | None = None,
+        center_unembed: bool | None = None,
+        fold_value_biases: bool | None = None,
         refactor_factored_attn_matrices: bool = False,
     ) -> None:
         """TransformerLens' call for :meth:`process_weights`; hook names need no switching on here.
