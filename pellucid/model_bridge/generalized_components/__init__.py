@@ -14,8 +14,10 @@ from pellucid.model_bridge.generalized_components.hf_attention import HuggingFac
 from pellucid.model_bridge.generalized_components.hf_mlp import HuggingFaceMLPBridge
 from pellucid.model_bridge.generalized_components.joint_qkv_attention import JointQKVAttentionBridge
 from pellucid.model_bridge.generalized_components.linear import (
+    FusedHeadsProjectionBridge,
     FusedLinearBridge,
     HeadNormBridge,
+    HeadsProjectionBridge,
     LinearBridge,
     OutputProjectionBridge,
 )
@@ -34,10 +36,12 @@ __all__ = [
     "BloomMLPBridge",
     "CausalLMBridge",
     "EmbeddingBridge",
+    "FusedHeadsProjectionBridge",
     "FusedLinearBridge",
     "GeneralizedComponent",
     "GenerateBridge",
     "HeadNormBridge",
+    "HeadsProjectionBridge",
     "HuggingFaceAttentionBridge",
     "HuggingFaceMLPBridge",
     "JointQKVAttentionBridge",

@@ -49,6 +49,7 @@ from pellucid.run_context import hooks_suppressed
 SplitFunction = Callable[[nn.Module], tuple[nn.Module, nn.Module, nn.Module]]
 """The original attention to its query, key and value transformations ``[..., d_model] -> [..., n_heads * d_head]``."""
 
+
 class FusedPart(nn.Linear):
     """Queries, keys or values of a fused projection as an ``nn.Linear`` that owns nothing.
 

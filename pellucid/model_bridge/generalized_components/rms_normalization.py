@@ -16,6 +16,7 @@ from pellucid.hook_values import bits_differ
 from pellucid.model_bridge.generalized_components.base import splice
 from pellucid.model_bridge.generalized_components.hf_code import in_float64
 from pellucid.model_bridge.generalized_components.normalization import InputIs, NormalizationBridge, Role
+from pellucid.run_context import hooks_suppressed
 
 
 class RMSNormalizationBridge(NormalizationBridge):
@@ -49,6 +50,12 @@ class RMSNormalizationBridge(NormalizationBridge):
     def original(self) -> Callable[..., Any]:
         """See :meth:`GeneralizedComponent.original`; Hugging Face's code in float64 throughout for a float64 model."""
         return in_float64(super().original(), self.module)
+
+    def again(self, hidden_states: Tensor) -> Tensor:
+        """See :meth:`NormalizationBridge.again`."""
+        if hidden_states.dtype is not torch.float64:
+            return super().again(hidden_states)
+        return hooks_suppressed(self.original(), hidden_states)  # type: ignore[no-any-return]
 
     def _with_inside(self, x: Tensor, native: Tensor) -> Tensor:
         """See :meth:`NormalizationBridge._with_inside`."""
