@@ -70,7 +70,7 @@ class _Writer:
 
     def norm(self, component: str) -> Iterator[HookSpec]:
         """The inside of a norm."""
-        centred = self.family.norm.kind == "layer"
+        centred, biased = self.family.norm.centres, self.family.norm.kind == "layer"
         yield HookSpec(
             f"{component}.hook_scale",
             component,
@@ -84,7 +84,7 @@ class _Writer:
             component,
             "hook_normalized",
             _RESIDUAL,
-            "(x - mean) / scale, before gain and bias" if centred else "x / scale, before the gain",
+            f"{'(x - mean)' if centred else 'x'} / scale, before {'gain and bias' if biased else 'the gain'}",
             kind="wide",
         )
 

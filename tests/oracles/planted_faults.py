@@ -1096,6 +1096,20 @@ FAULTS = (
         "if False and not any(spec.flag == flag",
         "tests/oracles/test_family_edits.py -k refused",
     ),
+    Fault(
+        "a centred norm forgets the mean",
+        f"{COMPONENTS}/rms_normalization.py",
+        "return wide - wide.mean(-1, keepdim=True)",
+        "return wide",
+        "tests/oracles/test_family_edits.py -k cohere",
+    ),
+    Fault(
+        "the logits of a model that scales them are taken before the scale",
+        "pellucid/model_bridge/supported_architectures/cohere.py",
+        "    logits_change=True,\n",
+        "",
+        "tests/oracles/test_family_parity.py -k cohere",
+    ),
 )
 
 

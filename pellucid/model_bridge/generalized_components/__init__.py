@@ -24,7 +24,10 @@ from pellucid.model_bridge.generalized_components.linear import (
 from pellucid.model_bridge.generalized_components.mlp import MLPBridge
 from pellucid.model_bridge.generalized_components.normalization import NormalizationBridge
 from pellucid.model_bridge.generalized_components.pos_embed import PosEmbedBridge
-from pellucid.model_bridge.generalized_components.rms_normalization import RMSNormalizationBridge
+from pellucid.model_bridge.generalized_components.rms_normalization import (
+    CentredNormalizationBridge,
+    RMSNormalizationBridge,
+)
 from pellucid.model_bridge.generalized_components.unembedding import UnembeddingBridge
 
 __all__ = [
@@ -35,6 +38,7 @@ __all__ = [
     "BloomBlockBridge",
     "BloomMLPBridge",
     "CausalLMBridge",
+    "CentredNormalizationBridge",
     "EmbeddingBridge",
     "FusedHeadsProjectionBridge",
     "FusedLinearBridge",

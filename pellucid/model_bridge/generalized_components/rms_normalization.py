@@ -1,5 +1,5 @@
 """A norm by root mean square: no mean is subtracted, and there is no bias. Llama's, and Gemma's, whose gain is 1 +
-weight.
+weight; Cohere's subtracts the mean all the same.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class RMSNormalizationBridge(NormalizationBridge):
         eps = vars(module).get("variance_epsilon", vars(module).get("eps"))
         reads = self.only_reads("hook_scale", "hook_normalized")
         wide = x.detach() if reads else x
-        wide = wide if wide.dtype is torch.float64 else wide.float()
+        wide = self._centred(wide if wide.dtype is torch.float64 else wide.float())
         variance = wide.pow(2).mean(-1, keepdim=True) + eps
         scale, normalized = variance.sqrt(), wide * torch.rsqrt(variance)
         if reads:
@@ -77,6 +77,10 @@ class RMSNormalizationBridge(NormalizationBridge):
         changed = rescaled | bits_differ(normalized, edited).any(-1, keepdim=True)
         return splice(native, self._with_gain(edited, x.dtype), changed)
 
+    def _centred(self, wide: Tensor) -> Tensor:
+        """What is divided by the scale."""
+        return wide
+
     def _with_gain(self, normalized: Tensor, dtype: torch.dtype) -> Tensor:
         module = self.module
         with align_module_device(module):  # see NormalizationBridge
@@ -84,3 +88,11 @@ class RMSNormalizationBridge(NormalizationBridge):
             if self.adds_one:
                 gain = 1.0 + (gain if dtype is torch.float64 else gain.float())
             return gain * normalized.to(dtype) if self.rounds_first else (normalized * gain).to(dtype)
+
+
+class CentredNormalizationBridge(RMSNormalizationBridge):
+    """Stands for a norm that subtracts the mean and has no bias (Cohere's class)."""
+
+    def _centred(self, wide: Tensor) -> Tensor:
+        """See :meth:`RMSNormalizationBridge._centred`."""
+        return wide - wide.mean(-1, keepdim=True)

@@ -101,11 +101,9 @@ class DecoderEdits:
 
         def again(x: Tensor, output: Tensor) -> Tensor:
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            if kind.kind == "layer":
+            if kind.centres:
                 wide = wide - wide.mean(-1, keepdim=True)
-                eps = module.eps
-            else:
-                eps = module.variance_epsilon if "variance_epsilon" in vars(module) else module.eps
+            eps = module.variance_epsilon if "variance_epsilon" in vars(module) else module.eps
             scale = (wide.square().mean(-1, keepdim=True) + eps).sqrt()
             normalized = wide / (edit(scale) if of_scale else scale)
             if not of_scale:
@@ -245,6 +243,8 @@ class DecoderEdits:
             return attention.register_forward_pre_hook(
                 lambda module, args, kwargs: (args, _with_cache(kwargs, _heads_first(edit))), with_kwargs=True
             )
+        if site == "hook_rot_q" and names.softmax_in not in ("function", "forward"):
+            return _into_method(attention, names.softmax_in, _heads_first(edit))
         if site == "hook_rot_q":
             return _Inside(attention, Intercept(torch.matmul, 0, _heads_first(edit), on_input=True))
         if site == "hook_attn_scores":
@@ -298,6 +298,13 @@ class _Inside(TorchFunctionMode):
         for handle in self._handles:
             handle.remove()
         super().__exit__(*exception)
+
+
+def _into_method(module: nn.Module, name: str, edit: Edit) -> Remover:
+    """Edit the first argument of a method that holds the scores."""
+    original = getattr(module, name)
+    vars(module)[name] = lambda query, *args, **kwargs: original(edit(query), *args, **kwargs)
+    return Remover(lambda: vars(module).pop(name))
 
 
 def _in_place_on_input(module: nn.Module, edit: Edit) -> Any:

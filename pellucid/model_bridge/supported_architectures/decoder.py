@@ -15,6 +15,7 @@ from pellucid.model_bridge.architecture_adapter import ArchitectureAdapter
 from pellucid.model_bridge.family import Family
 from pellucid.model_bridge.generalized_components import (
     BlockBridge,
+    CentredNormalizationBridge,
     EmbeddingBridge,
     FusedHeadsProjectionBridge,
     FusedLinearBridge,
@@ -122,7 +123,8 @@ class DecoderAdapter(ArchitectureAdapter):
         norm = self.family.norm
         if norm.kind == "layer":
             return NormalizationBridge(name, self.cfg, role=role, input_is=input_is)
-        return RMSNormalizationBridge(
+        kind = CentredNormalizationBridge if norm.centres else RMSNormalizationBridge
+        return kind(
             name,
             self.cfg,
             role=role,
