@@ -59,6 +59,13 @@ CONFIGS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3TextConfig", _GEMMA | {"num_hidden_layers": 4, "sliding_window": 5, "layer_types": _WINDOW}),
     "olmo2": ("Olmo2Config", _LLAMA),
     "phi3": ("Phi3Config", _LLAMA | {"sliding_window": 5}),
+    "phi": ("PhiConfig", _LLAMA),
+    "phi-normed": ("PhiConfig", _LLAMA | {"qk_layernorm": True}),
+    "stablelm": ("StableLmConfig", _LLAMA | {"use_qkv_bias": True}),
+    "stablelm-parallel": ("StableLmConfig", _LLAMA | {"use_parallel_residual": True, "qk_layernorm": True}),
+    "smollm3": ("SmolLM3Config", _LLAMA | {"no_rope_layers": [1, 0, 1]}),
+    "gptj": ("GPTJConfig", {"n_embd": 48, "n_layer": 3, "n_head": 6, "n_positions": 64, "rotary_dim": 4}),
+    "cohere": ("CohereConfig", _LLAMA | {"logit_scale": 0.5}),
 }
 """By a name of ours: the class of the configuration, and its arguments."""
 

@@ -21,14 +21,20 @@ class NormKind:
     """How the norms of a family compute.
 
     Attributes:
-        kind: ``"layer"`` subtracts the mean and has a bias; ``"rms"`` divides by the root mean square.
+        kind: ``"layer"`` is torch's ``nn.LayerNorm``; ``"rms"`` divides by the root mean square; ``"centred"`` subtracts the
+            mean first, has no bias, and is a class of the family's own.
         gain: what the normalised input is multiplied with; Gemma's weight is the gain less 1.
         rounds_first: whether it is rounded to the model's dtype before it is multiplied with the gain.
     """
 
-    kind: Literal["layer", "rms"] = "rms"
+    kind: Literal["layer", "rms", "centred"] = "rms"
     gain: Literal["weight", "1 + weight"] = "weight"
     rounds_first: bool = True
+
+    @property
+    def centres(self) -> bool:
+        """Whether the mean is subtracted."""
+        return self.kind != "rms"
 
 
 LAYER_NORM = NormKind("layer")
@@ -64,6 +70,7 @@ class Block:
         ln1_post: norm after attention, before the residual is added.
         ln2_post: norm after the MLP, before the residual is added.
         parallel: attention and MLP read the residual that enters the block, and both are added to it.
+        residual_first: that sum is ``(residual + attention) + mlp``, not ``(attention + mlp) + residual``.
         gives_tuple: Hugging Face's block gives ``(residual, ...)``, not the residual alone.
         adds_residual: attention and MLP add the residual themselves (BLOOM).
     """
@@ -73,6 +80,7 @@ class Block:
     ln1_post: str = ""
     ln2_post: str = ""
     parallel: bool = False
+    residual_first: bool = False
     gives_tuple: bool = False
     adds_residual: bool = False
 

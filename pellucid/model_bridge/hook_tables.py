@@ -50,7 +50,7 @@ def hook_table(family: Family, shares_heads: bool) -> HookTable:
         family: the family, as a model has it.
         shares_heads: whether several heads of queries share one of keys and values.
     """
-    table = _Writer(family)
+    table = _Writer(family, shares_heads)
     found = HookTable(tuple(table.before()), tuple(table.block()), tuple(table.after()))
     if shares_heads:
         return found
@@ -65,12 +65,12 @@ def _one_word(axes: tuple[str, ...]) -> tuple[str, ...]:
 class _Writer:
     """Writes the lines of one family."""
 
-    def __init__(self, family: Family) -> None:
-        self.family = family
+    def __init__(self, family: Family, shares_heads: bool) -> None:
+        self.family, self.shares_heads = family, shares_heads
 
     def norm(self, component: str) -> Iterator[HookSpec]:
         """The inside of a norm."""
-        centred = self.family.norm.kind == "layer"
+        centred, biased = self.family.norm.centres, self.family.norm.kind == "layer"
         yield HookSpec(
             f"{component}.hook_scale",
             component,
@@ -84,7 +84,7 @@ class _Writer:
             component,
             "hook_normalized",
             _RESIDUAL,
-            "(x - mean) / scale, before gain and bias" if centred else "x / scale, before the gain",
+            f"{'(x - mean)' if centred else 'x'} / scale, before {'gain and bias' if biased else 'the gain'}",
             kind="wide",
         )
 
@@ -207,8 +207,7 @@ class _Writer:
     def attention(self) -> Iterator[HookSpec]:
         """From the first norm to what attention adds."""
         family, attention = self.family, self.family.attention
-        if family.block.adds_residual:
-            yield from self.per_head_inputs()
+        yield from self.per_head_inputs()
         yield from self.projections()
         if attention.rotary:
             for part, word in (_PARTS[1], _PARTS[0]):  # keys enter the cache before queries meet them
@@ -259,8 +258,7 @@ class _Writer:
         outputs = [self.projection_output(part, word) for part, word in _PARTS]
         normed = [self.head_norm(part, word) for part, word in _PARTS[:2]] if attention.q_norm else []
         if attention.qkv:
-            yield from (inputs if self.family.block.adds_residual else ())
-            yield from (*outputs, *normed)
+            yield from (*inputs, *outputs, *normed)
             return
         # A norm of heads that lie before the positions comes after all three; any other at once.
         later = normed if attention.head_norm == "heads first" else []
@@ -289,23 +287,28 @@ class _Writer:
         return HookSpec(f"{_ATTN}.{site}", _ATTN, site, axes, f"{word} after their norm", aliases=(alias,))
 
     def per_head_inputs(self) -> Iterator[HookSpec]:
-        """Copies of the residual before the first norm, one a head."""
-        yield HookSpec(
-            f"{_B}.hook_attn_in",
-            _ATTN,
-            "hook_attn_in",
-            _PER_HEAD_RESIDUAL,
-            "the residual before ln1, one copy a head, for queries, keys and values",
-            aliases=(f"{_ATTN}.hook_attn_in",),
-            flag="use_attn_in",
-        )
+        """Copies of the residual before the first norm, one a head.
+
+        Where several heads of queries share one of keys, no copy would feed one head alone: there are split inputs only.
+        """
+        before = "the residual before ln1" if self.family.block.ln1 else "the residual"
+        if not self.shares_heads:
+            yield HookSpec(
+                f"{_B}.hook_attn_in",
+                _ATTN,
+                "hook_attn_in",
+                _PER_HEAD_RESIDUAL,
+                f"{before}, one copy a head, for queries, keys and values",
+                aliases=(f"{_ATTN}.hook_attn_in",),
+                flag="use_attn_in",
+            )
         for part, word in _PARTS:
             yield HookSpec(
                 f"{_B}.hook_{part}_input",
                 _ATTN,
                 f"hook_{part}_input",
-                _PER_HEAD_RESIDUAL,
-                f"the residual before ln1, one copy a head, for the {word}",
+                _PER_HEAD_RESIDUAL if part == "q" else ("batch", "pos", "n_key_value_heads", "d_model"),
+                f"{before}, one copy a head, for the {word}",
                 aliases=(f"{_ATTN}.hook_{part}_input",),
                 flag="use_split_qkv_input",
             )

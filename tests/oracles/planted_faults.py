@@ -1210,6 +1210,48 @@ FAULTS = (
         "    try:",
         f"{FAMILY_WEIGHTS} -k hash",
     ),
+    Fault(
+        "every head of a part is computed from the first head's copy",
+        f"{COMPONENTS}/split_inputs.py",
+        "part.project(normed[:, :, head])[:, :, head]",
+        "part.project(normed[:, :, 0])[:, :, head]",
+        "tests/oracles/test_family_edits.py -k gpt2",
+    ),
+    Fault(
+        "a fused projection is not computed again for the keys' own input",
+        f"{COMPONENTS}/linear.py",
+        "            if made[part] is not plain[part]:",
+        '            if made[part] is not plain[part] and part != "k":',
+        "tests/oracles/test_family_edits.py -k gpt_neox",
+    ),
+    Fault(
+        "a projection forgets the copies of the residual that hooks changed",
+        f"{COMPONENTS}/linear.py",
+        "made = with_head_inputs(again, plain, inputs[self.part])",
+        "made = plain",
+        "tests/oracles/test_family_edits.py -k llama",
+    ),
+    Fault(
+        "a switch of points that are not there is taken",
+        "pellucid/model_bridge/hooking/hooks.py",
+        "if value and not any(spec.flag == flag",
+        "if False and not any(spec.flag == flag",
+        "tests/oracles/test_family_edits.py -k refused",
+    ),
+    Fault(
+        "a centred norm forgets the mean",
+        f"{COMPONENTS}/rms_normalization.py",
+        "return wide - wide.mean(-1, keepdim=True)",
+        "return wide",
+        "tests/oracles/test_family_edits.py -k cohere",
+    ),
+    Fault(
+        "the logits of a model that scales them are taken before the scale",
+        "pellucid/model_bridge/supported_architectures/cohere.py",
+        "    logits_change=True,\n",
+        "",
+        "tests/oracles/test_family_parity.py -k cohere",
+    ),
 )
 
 

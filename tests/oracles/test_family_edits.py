@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pellucid import TransformerBridge
+from pellucid.errors import UnsupportedModelError
 from pellucid.hook_points import HookPoint
 from pellucid.model_bridge.reference_edits import REBUILT, reference_edit
 from pellucid.names import HookSpec
@@ -152,10 +153,10 @@ def test_a_gradient_is_a_central_difference(family: str) -> None:
     weights = weights_of(tuple(logits.shape))
     # Errors of the logits are independent of each other: their weighted sum grows with the norm.
     noise_of_sum = 64 * bridge.cfg.n_layers * unit * float((logits * weights).norm())
-    with opted_in(bridge):
-        for spec in points(bridge, 1):
-            if spec.kind == "int" or spec.flag in ("use_attn_in", "use_split_qkv_input"):
-                continue
+    for spec in points(bridge, 1):
+        if spec.kind == "int":
+            continue
+        with opted_in(bridge, spec.flag) if spec.flag else nullcontext():
             value, gradient = gradient_at(bridge, spec, weights)
             drawn = torch.randn(value.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
             # A masked score is the least number there is, and takes no change.
@@ -169,3 +170,25 @@ def test_a_gradient_is_a_central_difference(family: str) -> None:
             bound = abs(whole - half) + 4 * noise_of_sum / step
             assert abs(found - expected) <= bound, f"{spec.name}: {found} is not {expected} within {bound}"
             assert bound <= (1e-4 if exact else 0.5) * abs(expected), f"{spec.name}: {bound} says little of {expected}"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "olmo2"])
+def test_an_opt_in_point_that_a_family_has_not_is_refused(family: str) -> None:
+    bridge = TransformerBridge(make_family(family))
+    there = {spec.flag for spec in bridge.hook_index.values()}
+    setters: dict[Any, Callable[[bool], None]] = {
+        "use_attn_in": bridge.set_use_attn_in,
+        "use_split_qkv_input": bridge.set_use_split_qkv_input,
+        "use_attn_result": bridge.set_use_attn_result,
+        "use_hook_mlp_in": bridge.set_use_hook_mlp_in,
+    }
+    for flag, setter in setters.items():
+        if flag in there:
+            setter(True)
+        else:
+            with pytest.raises(UnsupportedModelError, match=rf"{flag} switches nothing on: .* It has: set_use_"):
+                setter(True)
+        setter(False)
+    assert ("use_attn_in" in there) is (bridge.cfg.n_key_value_heads == bridge.cfg.n_heads)
+    assert ("use_hook_mlp_in" in there) is (family != "olmo2")
+    assert not any(bridge.cfg.flags.values())

@@ -14,15 +14,20 @@ from pellucid.model_bridge.generalized_components.hf_attention import HuggingFac
 from pellucid.model_bridge.generalized_components.hf_mlp import HuggingFaceMLPBridge
 from pellucid.model_bridge.generalized_components.joint_qkv_attention import JointQKVAttentionBridge
 from pellucid.model_bridge.generalized_components.linear import (
+    FusedHeadsProjectionBridge,
     FusedLinearBridge,
     HeadNormBridge,
+    HeadsProjectionBridge,
     LinearBridge,
     OutputProjectionBridge,
 )
 from pellucid.model_bridge.generalized_components.mlp import MLPBridge
 from pellucid.model_bridge.generalized_components.normalization import NormalizationBridge
 from pellucid.model_bridge.generalized_components.pos_embed import PosEmbedBridge
-from pellucid.model_bridge.generalized_components.rms_normalization import RMSNormalizationBridge
+from pellucid.model_bridge.generalized_components.rms_normalization import (
+    CentredNormalizationBridge,
+    RMSNormalizationBridge,
+)
 from pellucid.model_bridge.generalized_components.unembedding import UnembeddingBridge
 
 __all__ = [
@@ -33,11 +38,14 @@ __all__ = [
     "BloomBlockBridge",
     "BloomMLPBridge",
     "CausalLMBridge",
+    "CentredNormalizationBridge",
     "EmbeddingBridge",
+    "FusedHeadsProjectionBridge",
     "FusedLinearBridge",
     "GeneralizedComponent",
     "GenerateBridge",
     "HeadNormBridge",
+    "HeadsProjectionBridge",
     "HuggingFaceAttentionBridge",
     "HuggingFaceMLPBridge",
     "JointQKVAttentionBridge",

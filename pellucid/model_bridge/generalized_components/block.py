@@ -10,11 +10,12 @@ from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from typing import Any, TypeAlias
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
 from pellucid.hook_points import HookPoint
 from pellucid.model_bridge.generalized_components.base import GeneralizedComponent, Site, StopForward
+from pellucid.model_bridge.generalized_components.normalization import NormalizationBridge
 from pellucid.model_bridge.generalized_components.split_inputs import PRE_NORM
 from pellucid.run_context import current_span
 from pellucid.tables import ranges
@@ -115,8 +116,10 @@ class BlockBridge(GeneralizedComponent):
         cfg = self.config
         if cfg is not None and (cfg.use_attn_in or cfg.use_split_qkv_input):
             # Attention's per-head inputs are switched on, which are copies of this block's residual.
-            norm = self.submodules["ln1"].module if "ln1" in self.submodules else nn.Identity()
-            token = PRE_NORM.set((residual, norm))
+            ln1 = self.submodules.get("ln1")
+            token = PRE_NORM.set(
+                (residual, ln1.again if isinstance(ln1, NormalizationBridge) else lambda copies: copies)
+            )
             try:
                 output = original(residual, *args, **kwargs)
             finally:

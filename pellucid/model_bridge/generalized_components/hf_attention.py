@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pellucid.conversion_utils.fused_qkv import Part
 from pellucid.errors import UnsupportedModelError
 from pellucid.model_bridge.generalized_components.base import GeneralizedComponent, Site
 from pellucid.model_bridge.generalized_components.head_weights import HeadWeights
@@ -33,6 +34,8 @@ from pellucid.model_bridge.generalized_components.hf_code import (
     rebound,
     tapped_names,
 )
+from pellucid.model_bridge.generalized_components.linear import HEAD_INPUTS
+from pellucid.model_bridge.generalized_components.split_inputs import PER_HEAD_SITES, fire_all_per_head
 
 EAGER, REGISTRY = "eager_attention_forward", "ALL_ATTENTION_FUNCTIONS"
 """What Hugging Face's attention modules call their eager function and the table of the others."""
@@ -95,6 +98,7 @@ class HuggingFaceAttentionBridge(HeadWeights):
                 self.link(f"hook_{part}_in", self.submodules[part], "hook_in")
             else:
                 self.link(f"hook_{part}", self.submodules["qkv"], f"hook_{part}")
+                self.link(f"hook_{part}_in", self.submodules["qkv"], f"hook_{part}_in")
             if f"{part}_norm" in self.submodules:
                 self.link(f"hook_{part}_normed", self.submodules[f"{part}_norm"], "hook_out")
         if pattern_at in self.submodules:
@@ -115,6 +119,17 @@ class HuggingFaceAttentionBridge(HeadWeights):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Hugging Face's arguments to Hugging Face's output."""
         original = self.original()
+        if not any(self.is_live(site) for site in PER_HEAD_SITES):
+            return self._run(original, *args, **kwargs)
+        cfg: Any = self.config
+        heads: dict[Part, int] = {"q": cfg.n_heads, "k": cfg.n_key_value_heads, "v": cfg.n_key_value_heads}
+        token = HEAD_INPUTS.set(fire_all_per_head(self, heads))
+        try:
+            return self._run(original, *args, **kwargs)
+        finally:
+            HEAD_INPUTS.reset(token)
+
+    def _run(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not (any(self.is_live(site) for site in OWN_SITES) or self._is_float64()):
             return original(*args, **kwargs)
         forward = self._with_our_names(original)

@@ -120,9 +120,9 @@ WIDE_TORCH = Standing(torch, {"float32": torch.float64})
 
 
 def in_float64(method: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
-    """``method`` of a norm, in float64 throughout if its weight is float64; else itself."""
+    """``method`` of a norm, in float64 throughout if its weights are float64; else itself."""
     plain = getattr(method, "__func__", None)
-    weight: Any = module.weight
-    if plain is None or weight.dtype is not torch.float64:
+    weight = next(module.parameters(), None)
+    if plain is None or weight is None or weight.dtype is not torch.float64:
         return method
     return partial(rebound(plain, {"torch": WIDE_TORCH}), module)

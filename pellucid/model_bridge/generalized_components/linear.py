@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pellucid.conversion_utils.fused_qkv import PARTS, Part
 from pellucid.errors import WeightError
 from pellucid.hook_values import bits_differ
 from pellucid.model_bridge.generalized_components.base import (
@@ -27,6 +29,16 @@ from pellucid.run_context import hooks_suppressed
 
 PART_WORDS = {"hook_q": "q", "hook_k": "k", "hook_v": "v", "hook_pre": "gate", "hook_pre_linear": "in"}
 """What a part of a fused projection is called among weights, by the site that shows it."""
+from pellucid.model_bridge.generalized_components.split_inputs import (
+    INPUT_SITE,
+    HeadInputs,
+    PartAgain,
+    with_head_inputs,
+    with_own_input,
+)
+
+HEAD_INPUTS: ContextVar[Mapping[Part, list[HeadInputs]] | None] = ContextVar("pellucid_head_inputs", default=None)
+"""What hooks made of the residual's copies, one a head: the attention fires them, its projections compute with them."""
 
 
 class LinearBridge(GeneralizedComponent):
@@ -167,7 +179,7 @@ class FusedLinearBridge(GeneralizedComponent):
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
-        fused: Tensor = self.original()(input)
+        fused = self._fused(input)
         for site, part in self.layout.parts(fused).items():
             if not self.is_live(site):
                 continue
@@ -175,6 +187,11 @@ class FusedLinearBridge(GeneralizedComponent):
                 self._fire_groups(site, part)
             else:
                 self.fire_into(site, part)
+        return fused
+
+    def _fused(self, input: Tensor) -> Tensor:
+        """The projection itself."""
+        fused: Tensor = self.original()(input)
         return fused
 
     # -- weights -------------------------------------------------------------------------------------------------------
@@ -220,6 +237,106 @@ class FusedLinearBridge(GeneralizedComponent):
         edited = self.fire(site, part.flatten(2, 3))
         if not looks:
             part.copy_(edited.unflatten(2, part.shape[2:4]))
+
+
+class HeadsProjectionBridge(LinearBridge):
+    """Stands for the projection to queries, keys or values, where each has one of its own.
+
+    Args:
+        name: the module's name inside its parent.
+        config: the bridge's configuration.
+        part: which of the three.
+        heads: how many it has.
+    """
+
+    def __init__(self, name: str | None, config: Any | None = None, *, part: Part, heads: int) -> None:
+        super().__init__(name, config, heads_out=heads, owns_input=False)
+        self.part: Part = part
+        self.heads = heads
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``."""
+        inputs = HEAD_INPUTS.get()
+        if inputs is None:
+            return super().forward(input)
+        original, draws = self.original(), Draws(self.module, input.device)
+        again = PartAgain(self.heads, partial(self._project, original, draws), self._plain)
+        native = original(input)
+        plain = native.unflatten(-1, (self.heads, -1))
+        made = with_head_inputs(again, plain, inputs[self.part])
+        made = with_own_input(self, "hook_in", again, plain, made, input)
+        return self.fire_by_head("hook_out", native if made is plain else made.flatten(-2), self.heads_out)
+
+    def _project(self, original: Any, draws: Draws, input: Tensor) -> Tensor:
+        with draws.again():
+            return original(input).unflatten(-1, (self.heads, -1))  # type: ignore[no-any-return]
+
+    def _plain(self) -> tuple[Tensor, Tensor | None] | None:
+        layer: Any = self.module
+        if not plain_weight(layer, nn.Linear):
+            return None
+        bias = None if layer.bias is None else layer.bias.unflatten(0, (self.heads, -1))
+        return layer.weight.unflatten(0, (self.heads, -1)), bias
+
+
+class FusedHeadsProjectionBridge(FusedLinearBridge):
+    """Stands for one projection to queries, keys and values.
+
+    Args:
+        name: the module's name inside its parent.
+        config: the bridge's configuration.
+        layout: where each part is, under ``hook_q``, ``hook_k`` and ``hook_v``.
+        heads: how many each part has.
+    """
+
+    hook_q_in = Site("a copy of the input that feeds the queries only")
+    hook_k_in = Site("a copy of the input that feeds the keys only")
+    hook_v_in = Site("a copy of the input that feeds the values only")
+
+    def __init__(
+        self, name: str | None, config: Any | None = None, *, layout: PartsOfFused, heads: Mapping[Part, int]
+    ) -> None:
+        super().__init__(name, config, layout=layout)
+        self.heads = dict(heads)
+
+    def _fused(self, input: Tensor) -> Tensor:
+        """The projection itself, and what edits of copies of its input make of its parts."""
+        inputs = HEAD_INPUTS.get()
+        if inputs is None and not any(self.is_live(site) for site in INPUT_SITE.values()):
+            return super()._fused(input)
+        original, draws = self.original(), Draws(self.module, input.device)
+        fused: Tensor = original(input)
+        # All inputs fire before any part does, and before any part is written.
+        plain = {part: self._by_head(fused, part).clone() for part in PARTS}
+        made = dict(plain)
+        for part in PARTS:
+            again = PartAgain(
+                self.heads[part], partial(self._project, original, draws, part), partial(self._plain, part)
+            )
+            if inputs is not None:
+                made[part] = with_head_inputs(again, plain[part], inputs[part])
+            made[part] = with_own_input(self, INPUT_SITE[part], again, plain[part], made[part], input)
+        for part in PARTS:
+            if made[part] is not plain[part]:
+                view = self.layout.parts(fused)[f"hook_{part}"]
+                view.copy_(made[part].view_as(view))
+        return fused
+
+    def _by_head(self, fused: Tensor, part: Part) -> Tensor:
+        """One part of ``[..., width]`` as ``[..., heads, d_head]``."""
+        view = self.layout.parts(fused)[f"hook_{part}"]
+        return view.flatten(fused.dim() - 1, -2)  # the groups of queries, where there are some, side by side
+
+    def _project(self, original: Any, draws: Draws, part: Part, input: Tensor) -> Tensor:
+        with draws.again():
+            return self._by_head(original(input), part)
+
+    def _plain(self, part: Part) -> tuple[Tensor, Tensor | None] | None:
+        layer: Any = self.module
+        if not plain_weight(layer, nn.Linear):
+            return None
+        bias = None if layer.bias is None else self._by_head(layer.bias, part)
+        return self._by_head(layer.weight.T, part).permute(1, 2, 0), bias
 
 
 class HeadNormBridge(GeneralizedComponent):

@@ -22,7 +22,7 @@ from pellucid.model_bridge.generalized_components.base import (
     splice,
     with_gradient_of,
 )
-from pellucid.run_context import current_span
+from pellucid.run_context import current_span, hooks_suppressed
 
 Role = Literal["embedding", "block", "final"]
 
@@ -93,6 +93,10 @@ class NormalizationBridge(GeneralizedComponent):
         if self.is_live("hook_scale") or self.is_live("hook_normalized"):
             output = self._with_inside(x, output)
         return self.fire("hook_out", output)
+
+    def again(self, hidden_states: Tensor) -> Tensor:
+        """The norm of another tensor ``[..., d_model]``, nothing firing."""
+        return hooks_suppressed(self.module, hidden_states)  # type: ignore[no-any-return]
 
     def _with_inside(self, x: Tensor, native: Tensor) -> Tensor:
         """Fire the scale and the normalised input; ``native`` is the module's own output for ``x``."""

@@ -1,5 +1,5 @@
 """A norm by root mean square: no mean is subtracted, and there is no bias. Llama's, and Gemma's, whose gain is 1 +
-weight.
+weight; Cohere's subtracts the mean all the same.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pellucid.hook_values import bits_differ
 from pellucid.model_bridge.generalized_components.base import splice
 from pellucid.model_bridge.generalized_components.hf_code import in_float64
 from pellucid.model_bridge.generalized_components.normalization import InputIs, NormalizationBridge, Role
+from pellucid.run_context import hooks_suppressed
 
 
 class RMSNormalizationBridge(NormalizationBridge):
@@ -61,13 +62,19 @@ class RMSNormalizationBridge(NormalizationBridge):
         """See :meth:`GeneralizedComponent.original`; Hugging Face's code in float64 throughout for a float64 model."""
         return in_float64(super().original(), self.module)
 
+    def again(self, hidden_states: Tensor) -> Tensor:
+        """See :meth:`NormalizationBridge.again`."""
+        if hidden_states.dtype is not torch.float64:
+            return super().again(hidden_states)
+        return hooks_suppressed(self.original(), hidden_states)  # type: ignore[no-any-return]
+
     def _with_inside(self, x: Tensor, native: Tensor) -> Tensor:
         """See :meth:`NormalizationBridge._with_inside`."""
         module = self.module
         eps = vars(module).get("variance_epsilon", vars(module).get("eps"))
         reads = self.only_reads("hook_scale", "hook_normalized")
         wide = x.detach() if reads else x
-        wide = wide if wide.dtype is torch.float64 else wide.float()
+        wide = self._centred(wide if wide.dtype is torch.float64 else wide.float())
         variance = wide.pow(2).mean(-1, keepdim=True) + eps
         scale, normalized = variance.sqrt(), wide * torch.rsqrt(variance)
         if reads:
@@ -81,6 +88,10 @@ class RMSNormalizationBridge(NormalizationBridge):
         changed = rescaled | bits_differ(normalized, edited).any(-1, keepdim=True)
         return splice(native, self._with_gain(edited, x.dtype), changed)
 
+    def _centred(self, wide: Tensor) -> Tensor:
+        """What is divided by the scale."""
+        return wide
+
     def _with_gain(self, normalized: Tensor, dtype: torch.dtype) -> Tensor:
         module = self.module
         with align_module_device(module):  # see NormalizationBridge
@@ -88,3 +99,11 @@ class RMSNormalizationBridge(NormalizationBridge):
             if self.adds_one:
                 gain = 1.0 + (gain if dtype is torch.float64 else gain.float())
             return gain * normalized.to(dtype) if self.rounds_first else (normalized * gain).to(dtype)
+
+
+class CentredNormalizationBridge(RMSNormalizationBridge):
+    """Stands for a norm that subtracts the mean and has no bias (Cohere's class)."""
+
+    def _centred(self, wide: Tensor) -> Tensor:
+        """See :meth:`RMSNormalizationBridge._centred`."""
+        return wide - wide.mean(-1, keepdim=True)

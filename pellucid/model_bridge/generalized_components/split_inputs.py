@@ -14,16 +14,15 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pellucid.conversion_utils.fused_qkv import PARTS, Part
 from pellucid.errors import NotSetUpError
 from pellucid.hook_values import bits_differ
 from pellucid.model_bridge.generalized_components.base import GeneralizedComponent, splice
-from pellucid.run_context import hooks_suppressed
 
-PRE_NORM: ContextVar[tuple[Tensor, nn.Module] | None] = ContextVar("pellucid_pre_norm", default=None)
-"""The residual before the block's first norm, and that norm: what the per-head inputs are copies of."""
+PRE_NORM: ContextVar[tuple[Tensor, Callable[[Tensor], Tensor]] | None] = ContextVar("pellucid_pre_norm", default=None)
+"""The residual before the block's first norm, and that norm of any copy of it: what the per-head inputs are copies of."""
 
 INPUT_SITE: Mapping[Part, str] = {part: f"hook_{part}_in" for part in PARTS}
 PER_HEAD_SITE: Mapping[Part, str] = {part: f"hook_{part}_input" for part in PARTS}
@@ -113,7 +112,7 @@ def with_own_input(
 def _project_per_head(part: PartAgain, residual_bqnm: Tensor) -> Tensor:
     source = PRE_NORM.get()
     assert source is not None
-    normed = hooks_suppressed(source[1], residual_bqnm)
+    normed = source[1](residual_bqnm)
     weights = part.plain()
     if weights is None:
         # Adapted, quantised or offloaded: the layer is called, never read around; once a head, and its part taken.

@@ -10,10 +10,10 @@ from typing import Any, TypeAlias
 
 from pellucid.arguments import check_choice, check_list
 from pellucid.config import TransformerBridgeConfig
-from pellucid.errors import GradientError, HookDisabledError, HookUnreachableError, InputError
+from pellucid.errors import GradientError, HookDisabledError, HookUnreachableError, InputError, UnsupportedModelError
 from pellucid.hook_points import Direction, Directions, HookFunction, HookPoint, LensHandle
 from pellucid.model_bridge.hooking.mounting import ComponentTree
-from pellucid.names import FROM_EMBEDDINGS, Flag, HookSpec, NamesFilter, runs_through, table_of_points
+from pellucid.names import FROM_EMBEDDINGS, SETTERS, Flag, HookSpec, NamesFilter, runs_through, table_of_points
 from pellucid.run_context import acts
 from pellucid.tables import NamesView, Table
 
@@ -81,7 +81,14 @@ class Hooks:
 
         Raises:
             HookDisabledError: a function is on one that is to be switched off.
+            UnsupportedModelError: the model has no such point.
         """
+        if value and not any(spec.flag == flag for spec in self._tree.index.values()):
+            there = sorted({SETTERS[spec.flag] for spec in self._tree.index.values() if spec.flag is not None})
+            raise UnsupportedModelError(
+                f"{flag} switches nothing on: {self._tree.adapter.family.title} has no such hook point in this "
+                f"configuration. It has: {', '.join(there)}."
+            )
         if not value:
             for handle in list(self._tree.handles()):
                 spec = self._tree.index[str(handle.point.name)]

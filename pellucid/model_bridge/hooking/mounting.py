@@ -311,7 +311,9 @@ class ComponentTree:
             spec = self._spec_of(point)
             needed.add(self.fired_by[spec.name])
             if spec.flag in ("use_attn_in", "use_split_qkv_input"):
-                needed.add(f"blocks.{spec.layer}")  # it knows the residual before the norm
+                block = f"blocks.{spec.layer}"
+                needed.add(block)  # it knows the residual before the norm
+                needed |= {f"{block}.attn.{part}" for part in ("q", "k", "v", "qkv")} & self.components.keys()
         if needed:
             needed |= {"backbone", "model", "generate"}  # a hooked forward knows where in the sequence it is
         return needed

@@ -7,6 +7,7 @@ the very tensor.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -100,11 +101,9 @@ class DecoderEdits:
 
         def again(x: Tensor, output: Tensor) -> Tensor:
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            if kind.kind == "layer":
+            if kind.centres:
                 wide = wide - wide.mean(-1, keepdim=True)
-                eps = module.eps
-            else:
-                eps = module.variance_epsilon if "variance_epsilon" in vars(module) else module.eps
+            eps = module.variance_epsilon if "variance_epsilon" in vars(module) else module.eps
             scale = (wide.square().mean(-1, keepdim=True) + eps).sqrt()
             normalized = wide / (edit(scale) if of_scale else scale)
             if not of_scale:
@@ -152,7 +151,65 @@ class DecoderEdits:
         if tail.startswith("mlp."):
             width = cfg.sizes()["d_mlp"]
             return [self._mlp(mlp, tail, edit, width)]
-        return [self._attention(attention, tail.removeprefix("attn."), edit)]
+        site = tail.removeprefix("attn.")
+        if site in ("hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input"):
+            parts = "qkv" if site == "hook_attn_in" else site[5]
+            return self._copies(block, attention, parts, edit)
+        if self.family.attention.qkv and site in ("q.hook_in", "k.hook_in", "v.hook_in"):
+            fused = attention.get_submodule(self.family.attention.qkv)
+            return [recompute(fused, lambda x, out: self._with_part(out, site[0], self._part(fused(edit(x)), site[0])))]
+        return [self._attention(attention, site, edit)]
+
+    def _copies(self, block: Any, attention: Any, parts: str, edit: Edit) -> list[Any]:
+        """Edit copies of the residual before the first norm, one a head: norm and projection run once for each head."""
+        names = self.family.attention
+        norm = block.get_submodule(self.family.block.ln1) if self.family.block.ln1 else nn.Identity()
+        residuals: list[Tensor] = []
+
+        def remember(residual: Tensor) -> Tensor:
+            residuals[:] = [residual]
+            return residual
+
+        def heads_of(linear: nn.Module, part: str) -> Tensor:
+            copies = edit(residuals[0][:, :, None, :].repeat(1, 1, self._count(part), 1))
+            each = [self._part(linear(norm(copies[:, :, head])), part) for head in range(self._count(part))]
+            return torch.stack([made[:, :, head] for head, made in enumerate(each)], dim=2)
+
+        def again(linear: nn.Module, mine: str, _x: Tensor, output: Tensor) -> Tensor:
+            for part in mine:
+                output = self._with_part(output, part, heads_of(linear, part))
+            return output
+
+        handles = [on_input(block, remember)]
+        by_module = {names.qkv: parts} if names.qkv else {self._separate(part): part for part in parts}
+        for name, mine in by_module.items():
+            linear = attention.get_submodule(name)
+            handles.append(recompute(linear, partial(again, linear, mine)))
+        return handles
+
+    def _separate(self, part: str) -> str:
+        names = self.family.attention
+        return {"q": names.q, "k": names.k, "v": names.v}[part]
+
+    def _count(self, part: str) -> int:
+        return self.cfg.n_heads if part == "q" else self.cfg.n_key_value_heads
+
+    def _part(self, output: Tensor, part: str) -> Tensor:
+        """One part of a projection's output, ``[batch, pos, heads, d_head]``."""
+        if not self.family.attention.qkv:
+            return cast(Tensor, output.unflatten(-1, (self._count(part), -1)))
+        taken: list[Tensor] = []
+
+        def take(heads: Tensor) -> Tensor:
+            taken.append(heads.clone())
+            return heads
+
+        self._fused(output, part, take)
+        return taken[0]
+
+    def _with_part(self, output: Tensor, part: str, heads: Tensor) -> Tensor:
+        """A projection's output with one part replaced."""
+        return self._fused(output, part, lambda _: heads) if self.family.attention.qkv else heads.flatten(-2)
 
     def _mlp(self, mlp: Any, tail: str, edit: Edit, width: int) -> Any:
         names = self.family.mlp
@@ -164,7 +221,6 @@ class DecoderEdits:
 
     def _attention(self, attention: Any, site: str, edit: Edit) -> Any:
         names, cfg = self.family.attention, self.cfg
-        counts = {"q": cfg.n_heads, "k": cfg.n_key_value_heads, "v": cfg.n_key_value_heads}
         output = attention.get_submodule(names.o)
         if site == "hook_z":
             return on_input(output, by_head(edit, cfg.n_heads))
@@ -174,21 +230,21 @@ class DecoderEdits:
             part = site[-1]
             if names.qkv:
                 return on_output(attention.get_submodule(names.qkv), lambda out: self._fused(out, part, edit))
-            return on_output(
-                attention.get_submodule({"q": names.q, "k": names.k, "v": names.v}[part]), by_head(edit, counts[part])
-            )
+            return on_output(attention.get_submodule(self._separate(part)), by_head(edit, self._count(part)))
         if site in ("q.hook_in", "k.hook_in", "v.hook_in"):
-            return on_input(attention.get_submodule({"q": names.q, "k": names.k, "v": names.v}[site[0]]), edit)
+            return on_input(attention.get_submodule(self._separate(site[0])), edit)
         if site in ("hook_q_normed", "hook_k_normed"):
             part = site[5]
             norm = attention.get_submodule(names.q_norm if part == "q" else names.k_norm)
             if names.head_norm == "flat":
-                return on_output(norm, by_head(edit, counts[part]))
+                return on_output(norm, by_head(edit, self._count(part)))
             return on_output(norm, edit if names.head_norm == "positions first" else _heads_first(edit))
         if site == "hook_rot_k":
             return attention.register_forward_pre_hook(
                 lambda module, args, kwargs: (args, _with_cache(kwargs, _heads_first(edit))), with_kwargs=True
             )
+        if site == "hook_rot_q" and names.softmax_in not in ("function", "forward"):
+            return _into_method(attention, names.softmax_in, _heads_first(edit))
         if site == "hook_rot_q":
             return _Inside(attention, Intercept(torch.matmul, 0, _heads_first(edit), on_input=True))
         if site == "hook_attn_scores":
@@ -242,6 +298,13 @@ class _Inside(TorchFunctionMode):
         for handle in self._handles:
             handle.remove()
         super().__exit__(*exception)
+
+
+def _into_method(module: nn.Module, name: str, edit: Edit) -> Remover:
+    """Edit the first argument of a method that holds the scores."""
+    original = getattr(module, name)
+    vars(module)[name] = lambda query, *args, **kwargs: original(edit(query), *args, **kwargs)
+    return Remover(lambda: vars(module).pop(name))
 
 
 def _in_place_on_input(module: nn.Module, edit: Edit) -> Any:

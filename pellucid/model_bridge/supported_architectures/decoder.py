@@ -9,15 +9,19 @@ from typing import Any
 from torch import nn
 
 from pellucid.config import TransformerBridgeConfig
+from pellucid.conversion_utils.fused_qkv import Part
 from pellucid.errors import UnsupportedModelError
 from pellucid.model_bridge.architecture_adapter import ArchitectureAdapter
 from pellucid.model_bridge.family import Family
 from pellucid.model_bridge.generalized_components import (
     BlockBridge,
+    CentredNormalizationBridge,
     EmbeddingBridge,
+    FusedHeadsProjectionBridge,
     FusedLinearBridge,
     GeneralizedComponent,
     HeadNormBridge,
+    HeadsProjectionBridge,
     HuggingFaceAttentionBridge,
     HuggingFaceMLPBridge,
     LinearBridge,
@@ -33,6 +37,7 @@ from pellucid.model_bridge.generalized_components.hf_arguments import cache_name
 from pellucid.model_bridge.generalized_components.hf_attention import EAGER, REGISTRY
 from pellucid.model_bridge.generalized_components.hf_code import names_of, words_of
 from pellucid.model_bridge.generalized_components.normalization import InputIs, Role
+from pellucid.model_bridge.generalized_components.split_inputs import PER_HEAD_SITES
 from pellucid.model_bridge.hook_tables import hook_table
 
 MODEL_ARGUMENTS = ("input_ids", "attention_mask", "inputs_embeds", "use_cache", "logits_to_keep")
@@ -102,6 +107,7 @@ class DecoderAdapter(ArchitectureAdapter):
             ("", "hook_attn_out", *(("ln1_post", "hook_out") if block.ln1_post else ("attn", "hook_attn_out"))),
             ("", "hook_mlp_out", *(("ln2_post", "hook_out") if block.ln2_post else ("mlp", "hook_mlp_out"))),
             ("", "hook_mlp_in", "ln2", "hook_branch_in"),
+            *(("", site, "attn", site) for site in PER_HEAD_SITES),
             ("ln1", "hook_in", "", "hook_in"),
             ("attn", "hook_in", *(("ln1", "hook_out") if block.ln1 else ("", "hook_in"))),
             ("ln1_post", "hook_in", "attn", "hook_attn_out"),
@@ -117,7 +123,8 @@ class DecoderAdapter(ArchitectureAdapter):
         norm = self.family.norm
         if norm.kind == "layer":
             return NormalizationBridge(name, self.cfg, role=role, input_is=input_is)
-        return RMSNormalizationBridge(
+        kind = CentredNormalizationBridge if norm.centres else RMSNormalizationBridge
+        return kind(
             name,
             self.cfg,
             role=role,
@@ -129,15 +136,16 @@ class DecoderAdapter(ArchitectureAdapter):
     def _attention(self) -> GeneralizedComponent:
         attention, cfg = self.family.attention, self.cfg
         parts: dict[str, GeneralizedComponent] = {}
-        counts = {"q": cfg.n_heads, "k": cfg.n_key_value_heads, "v": cfg.n_key_value_heads}
+        counts: dict[Part, int] = {"q": cfg.n_heads, "k": cfg.n_key_value_heads, "v": cfg.n_key_value_heads}
         if attention.qkv:
-            parts["qkv"] = FusedLinearBridge(attention.qkv, cfg, layout=self._qkv_layout())
+            parts["qkv"] = FusedHeadsProjectionBridge(attention.qkv, cfg, layout=self._qkv_layout(), heads=counts)
         else:
-            names = {"q": attention.q, "k": attention.k, "v": attention.v}
+            names: dict[Part, str] = {"q": attention.q, "k": attention.k, "v": attention.v}
             for part, count in counts.items():
-                parts[part] = LinearBridge(names[part], cfg, heads_out=count, owns_input=False)
+                parts[part] = HeadsProjectionBridge(names[part], cfg, part=part, heads=count)
         if attention.q_norm:
-            for part, name in (("q", attention.q_norm), ("k", attention.k_norm)):
+            norms: dict[Part, str] = {"q": attention.q_norm, "k": attention.k_norm}
+            for part, name in norms.items():
                 heads = counts[part] if attention.head_norm == "flat" else None
                 parts[f"{part}_norm"] = HeadNormBridge(
                     name, cfg, heads=heads, heads_first=attention.head_norm == "heads first"

@@ -11,14 +11,19 @@ from pellucid.config import LISTED, TransformerBridgeConfig, config_from_hugging
 from pellucid.errors import UnsupportedModelError
 from pellucid.model_bridge.family import Family
 from pellucid.model_bridge.supported_architectures.bloom import BLOOM, BloomArchitectureAdapter
+from pellucid.model_bridge.supported_architectures.cohere import COHERE
 from pellucid.model_bridge.supported_architectures.decoder import DecoderAdapter
 from pellucid.model_bridge.supported_architectures.gemma import GEMMA, GEMMA2, GEMMA3
 from pellucid.model_bridge.supported_architectures.gpt2 import GPT2
 from pellucid.model_bridge.supported_architectures.gpt_neox import GPT_NEOX
+from pellucid.model_bridge.supported_architectures.gptj import GPTJ
 from pellucid.model_bridge.supported_architectures.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from pellucid.model_bridge.supported_architectures.olmo2 import OLMO2
+from pellucid.model_bridge.supported_architectures.phi import PHI
 from pellucid.model_bridge.supported_architectures.phi3 import PHI3
 from pellucid.model_bridge.supported_architectures.reading import listed_of, read_settings
+from pellucid.model_bridge.supported_architectures.smollm3 import SMOLLM3
+from pellucid.model_bridge.supported_architectures.stablelm import STABLELM
 
 ReadSettings: TypeAlias = Callable[..., TransformerBridgeConfig]
 """``(config, dtype, device)`` to our configuration."""
@@ -49,7 +54,10 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     BLOOM.model_type: Architecture(BLOOM, BloomArchitectureAdapter, config_from_huggingface, LISTED),
     **{
         family.model_type: _as_data(family)
-        for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, GPT_NEOX, GEMMA, GEMMA2, GEMMA3, OLMO2, PHI3)
+        for family in (
+            *(LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, GPT_NEOX, GEMMA, GEMMA2, GEMMA3, OLMO2, PHI3),
+            *(COHERE, GPTJ, PHI, SMOLLM3, STABLELM),
+        )
     },
 }
 """By ``model_type``."""

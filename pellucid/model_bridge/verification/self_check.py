@@ -237,8 +237,10 @@ class _Checker:
         post_norm = self.cfg.apply_residual_connection_post_layernorm
         for layer in range(self.cfg.n_layers):
             if self.cfg.parallel_attn_mlp:
-                added = cache["mlp_out", layer] + cache["attn_out", layer]
-                difference = added + cache["resid_pre", layer] - cache["resid_post", layer]
+                terms = [cache[name, layer] for name in ("mlp_out", "attn_out", "resid_pre")]
+                if self.tree.adapter.family.block.residual_first:
+                    terms.reverse()
+                difference = terms[0] + terms[1] + terms[2] - cache["resid_post", layer]
                 yield self.line(f"layer {layer}: mlp_out + attn_out + resid = resid_post", difference, 0)
                 continue
             pre = cache[f"blocks.{layer}.ln1.hook_out"] if post_norm else cache["resid_pre", layer]
