@@ -32,6 +32,20 @@ POSITIONS = "pellucid/model_bridge/running/run_positions.py"
 
 FAULTS = (
     Fault(
+        "a model that came with sdpa is switched to eager",
+        "pellucid/model_bridge/transformer_bridge.py",
+        'if attn_implementation != "auto":',
+        'if attn_implementation == "auto":\n            attn_implementation = "eager"\n        if attn_implementation:',
+        "tests/model_bridge/test_families_sdpa.py -k live",
+    ),
+    Fault(
+        "the bridge keeps its choice of attention for itself",
+        "pellucid/model_bridge/running/runner.py",
+        "            root.set_attn_implementation(name)",
+        "            self._own_attention = name",
+        "tests/model_bridge/test_families_sdpa.py -k hands",
+    ),
+    Fault(
         "an override of a key that is read only while the configuration is made",
         "pellucid/model_bridge/supported_architectures/reading.py",
         "return _named_in(module, _OF_CONFIG)",

@@ -33,6 +33,7 @@ from pellucid.model_bridge.generalized_components.hf_code import (
     rebound,
     tapped_names,
 )
+from pellucid.names import PATTERN_SITES
 
 EAGER, REGISTRY = "eager_attention_forward", "ALL_ATTENTION_FUNCTIONS"
 """What Hugging Face's attention modules call their eager function and the table of the others."""
@@ -40,8 +41,7 @@ EAGER, REGISTRY = "eager_attention_forward", "ALL_ATTENTION_FUNCTIONS"
 OTHER_FUNCTIONS = ("sdpa",)
 """Attention functions whose mask can be made into the one that the eager function takes."""
 
-INSIDE = ("hook_attn_scores", "hook_pattern")
-OWN_SITES = ("hook_rot_q", "hook_rot_k", *INSIDE)
+OWN_SITES = ("hook_rot_q", "hook_rot_k", *PATTERN_SITES)
 
 
 class KeyTap(Standing):
@@ -183,7 +183,7 @@ class HuggingFaceAttentionBridge(AttentionBridge):
     ) -> Any:
         """In the place of an attention function."""
         query = self._by_head("hook_rot_q", query)
-        if query.dtype is torch.float64 or any(self.is_live(site) for site in INSIDE):
+        if query.dtype is torch.float64 or any(self.is_live(site) for site in PATTERN_SITES):
             if name != "eager":
                 attention_mask = self._mask_for_eager(name, attention_mask, query, key)
             chosen = tapped_eager

@@ -18,7 +18,8 @@ def _variant(family: Family, config: Any) -> Family:
     if not config.reorder_and_upcast_attn:
         return family
     method = "_upcast_and_reordered_attn"
-    return replace(family, attention=replace(family.attention, softmax_in=method, pattern_at="attn_dropout"))
+    attention = replace(family.attention, softmax_in=method, pattern_at="attn_dropout")
+    return replace(family, attention=attention, sdpa="none")  # the fused kernel would leave the method out
 
 
 GPT2 = Family(
