@@ -32,6 +32,20 @@ POSITIONS = "pellucid/model_bridge/running/run_positions.py"
 
 FAULTS = (
     Fault(
+        "a job's identity knows BLOOM's attributes only",
+        "pellucid/model_bridge/supported_architectures/registry.py",
+        "return attribute not in BOOK_KEEPING if self.handled is None else attribute in self.handled",
+        "return attribute in HANDLED",
+        "tests/test_families_corpus.py -k identity",
+    ),
+    Fault(
+        "a gated neuron is active where its product is",
+        "pellucid/analysis/neurons.py",
+        'return "mlp.hook_pre" if bridge.cfg.gated_mlp else NEURONS',
+        "return NEURONS",
+        "tests/test_families_corpus.py -k counts",
+    ),
+    Fault(
         "a model that came with sdpa is switched to eager",
         "pellucid/model_bridge/transformer_bridge.py",
         'if attn_implementation != "auto":',
