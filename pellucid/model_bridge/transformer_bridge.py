@@ -1,4 +1,4 @@
-"""The bridge: a Hugging Face BLOOM under TransformerLens' names.
+"""The bridge: a Hugging Face decoder under TransformerLens' names.
 
 It *has* what does the work: a tree of components (:mod:`mounting`), functions on their hook points (:mod:`hooks`), rules
 of tokens (:mod:`tokens`) and a runner (:mod:`runner`). What it inherits are words alone: TransformerLens' names for runs,
@@ -44,15 +44,15 @@ from pellucid.torch_hooks import NoTorchHooks
 
 
 class TransformerBridge(RunMethods, WeightMethods, TokenMethods, NoTorchHooks):
-    """A BLOOM model whose every activation can be read and changed.
+    """A language model whose every activation can be read and changed.
 
     Args:
-        hf_model: a live ``BloomForCausalLM``, or a wrapper around one (PEFT, dispatched by accelerate, quantised). It is
-            not copied and not changed; two bridges on one model share its hook points.
+        hf_model: a live causal language model of a family that is known, or a wrapper around one (PEFT, dispatched by
+            accelerate, quantised). It is not copied and not changed; two bridges on one model share its hook points.
         tokenizer: its tokenizer; without one, only token ids can be run.
 
     Raises:
-        UnsupportedModelError: no BLOOM inside, or one configured in a way we do not handle.
+        UnsupportedModelError: no model of a known family inside, or one configured in a way we do not handle.
     """
 
     def __init__(self, hf_model: nn.Module, tokenizer: Any | None = None) -> None:
@@ -90,7 +90,7 @@ class TransformerBridge(RunMethods, WeightMethods, TokenMethods, NoTorchHooks):
         """Open a checkpoint: a hub name, a local folder, or a live model.
 
         Args:
-            model_name: hub name (``"bigscience/bloom-560m"``) or folder, of a model or of a PEFT adapter. With
+            model_name: hub name (``"openai-community/gpt2"``) or folder, of a model or of a PEFT adapter. With
                 ``hf_model`` it may be left out.
             hf_config_overrides: configuration attributes to set before loading.
             device: where to put the model.
@@ -114,7 +114,7 @@ class TransformerBridge(RunMethods, WeightMethods, TokenMethods, NoTorchHooks):
         Raises:
             InputError: contradicting arguments, no such folder, a damaged file in it, or no safetensors weights.
             WeightError: weights that are damaged, missing or of other sizes; see :meth:`process_weights`, too.
-            UnsupportedModelError: not a BLOOM, or one configured in a way we do not handle.
+            UnsupportedModelError: a family that is not known, or one configured in a way we do not handle.
         """
         check_choice("attn_implementation", attn_implementation, (*ATTN_IMPLEMENTATIONS, "auto"))
         if hf_model is not None:
