@@ -1,4 +1,4 @@
-"""Pellucid: read and change every activation of a Hugging Face BLOOM model, with the numbers staying the model's own.
+"""Pellucid: read and change every activation of a Hugging Face language model, with the numbers staying the model's own.
 
 Names are looked up when first used, so that ``import pellucid`` loads neither torch nor transformers.
 """

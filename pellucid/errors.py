@@ -13,7 +13,7 @@ that code which catches ``KeyError`` or ``ValueError`` goes on working::
     ├── NoEffectError          (RuntimeError)  ``assert_effect=True`` and an edit changed nothing
     ├── GradientError          (RuntimeError)  a backward hook that cannot be honoured
     ├── InputError             (ValueError)    tokens, masks, keywords, sizes
-    ├── UnsupportedModelError  (ValueError)    not a BLOOM, or a BLOOM configured in a way we do not handle
+    ├── UnsupportedModelError  (ValueError)    no decoder that we know, or one configured in a way we do not handle
     ├── WeightError            (ValueError)    weights with a wrong name, shape or dtype, not finite or not readable
     ├── CacheKeyError          (KeyError)      a cache entry that does not exist or was not kept
     ├── ResultKeyError         (KeyError)      a name that a result has nothing under
@@ -77,7 +77,7 @@ class InputError(PellucidError, ValueError):
 
 
 class UnsupportedModelError(PellucidError, ValueError):
-    """The model is not of BLOOM's kind, or its configuration sets something we do not handle."""
+    """The model is of no family that Pellucid opens, or its configuration sets something we do not handle."""
 
 
 class WeightError(PellucidError, ValueError):

@@ -275,6 +275,9 @@ FROM_TOKENS, FROM_EMBEDDINGS = -2, -1
 """Where a run begins that is not given the residual of a block."""
 
 
+PATTERN_SITES = ("hook_attn_scores", "hook_pattern")
+"""What a fused attention never makes."""
+
 BEFORE_BLOCKS = ("embed", "embed_ln", "pos_embed")
 """Components that run before the blocks."""
 

@@ -40,7 +40,8 @@ Which: TypeAlias = Literal["top", "bottom", "both"]
 Value: TypeAlias = Literal["on_p50", "on_p90", "off_mean"]
 
 PUBLISHED_PLACES = ("attn.hook_q", "attn.hook_k", "attn.hook_v", "hook_attn_out", "mlp.hook_pre", "hook_mlp_out")
-"""Where the units of arXiv 2404.02431 are: the outputs of the four linear layers of each block."""
+"""Where the units of arXiv 2404.02431 are: the outputs of the four linear layers of each block of a BLOOM, or of another
+model whose MLP has no gate and whose branches no norm follows; of any family: ``linear_units.published_places``."""
 
 VALUES: tuple[Value, ...] = ("on_p50", "on_p90", "off_mean")
 

@@ -1,7 +1,8 @@
 """Language neurons: those that are active for one language, or few, and not for the others.
 
 The measure is the *language activation probability entropy* (LAPE; Tang et al. 2024, arXiv 2402.16438). A neuron's
-activation probability for a language is the share of the language's tokens at which it is above zero after GELU. Divided
+activation probability for a language is the share of the language's tokens at which it is active: above zero after GELU, in
+a gated MLP (Llama's) where the activated gate is (:func:`~pellucid.analysis.neurons.activity_place` names the hook). Divided
 by their sum over the languages these are a distribution; its entropy is low where a neuron fires for few languages.
 
 Numbers are computed in float32 in the order of the published procedure, so that neurons at the edge fall on the same

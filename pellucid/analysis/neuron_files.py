@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import math
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,18 +20,17 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pellucid.analysis.expert_neurons import VALUES, ExpertNeurons, Unit, unit_of_linear
+from pellucid.analysis.expert_neurons import VALUES, ExpertNeurons, Unit
+from pellucid.analysis.linear_units import find_linear, linears_of, unit_places
 from pellucid.analysis.neurons import Neuron
 from pellucid.arguments import check_count, check_kind, check_path, check_text, check_texts
 from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import InputError
+from pellucid.model_bridge.family import Family
+from pellucid.model_bridge.supported_architectures.bloom import BLOOM
 
 BLOOM_LANGUAGES = ("en", "zh", "fr", "es", "vi", "id")
 """Order of the languages in the published ``BLOOM-7B.neuron.pth``; the file itself does not say it."""
-
-_LINEAR = re.compile(
-    r"(?:^|\.)h\.(\d+)\.(self_attention\.query_key_value|self_attention\.dense|mlp\.dense_h_to_4h|mlp\.dense_4h_to_h)(?::0)?$"
-)
 
 
 def read_language_neurons(
@@ -112,17 +110,18 @@ def _by_layer(by_layer: Sequence[Any], where: str, d_mlp: int | None, expected: 
 
 
 def read_expertise(
-    path: str | os.PathLike[str], cfg: TransformerBridgeConfig, label: str | None = None
+    path: str | os.PathLike[str], cfg: TransformerBridgeConfig, label: str | None = None, family: Family = BLOOM
 ) -> ExpertNeurons:
-    """Expert units of a published ``expertise*.csv`` of a BLOOM.
+    """Expert units of a published ``expertise*.csv``.
 
     Its columns are ``ap``, ``layer`` (``transformer.h.3.mlp.dense_h_to_4h``), ``unit`` (the output feature) and, where it
-    was made for forcing, ``off_mean``, ``on_p50`` and ``on_p90``. Features of ``query_key_value`` are fused; they become
-    units of ``attn.hook_q``, ``attn.hook_k`` and ``attn.hook_v``.
+    was made for forcing, ``off_mean``, ``on_p50`` and ``on_p90``. Features of a fused projection (BLOOM's
+    ``query_key_value``) become units of ``attn.hook_q``, ``attn.hook_k`` and ``attn.hook_v``.
 
     Args:
         path: the file.
         cfg: sizes of the model that the file is about (``bridge.cfg``).
+        family: its family (``bridge.adapter.family``), whose modules the file names; by default BLOOM.
         label: what the units are experts for, by default the file's ``concept``.
 
     Returns:
@@ -134,10 +133,12 @@ def read_expertise(
     """
     name = os.fspath(check_path("path", path))
     check_kind("cfg", cfg, TransformerBridgeConfig, "a model's sizes, bridge.cfg")
+    check_kind("family", family, Family, "a model's family, bridge.adapter.family")
     if label is not None:
         check_text("label", label)
     rows: list[tuple[Unit, dict[str, float]]] = []
     concepts: dict[str, None] = {}
+    known: dict[str, list[tuple[str, int]]] = {}
     try:
         with open(path, encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
@@ -145,7 +146,7 @@ def read_expertise(
             if missing:
                 raise InputError(f"{name} has no column {missing[0]!r}: it is no table of expertise.")
             for row in reader:
-                rows.append(_expert(row, f"{name}, line {reader.line_num}", cfg))
+                rows.append(_expert(row, f"{name}, line {reader.line_num}", cfg, family, known))
                 if row.get("concept"):
                     concepts[str(row["concept"])] = None
     except (UnicodeDecodeError, csv.Error) as error:
@@ -169,21 +170,29 @@ def read_expertise(
     return ExpertNeurons(xr.Dataset(columns, coords))
 
 
-def _expert(row: dict[str, str], where: str, cfg: TransformerBridgeConfig) -> tuple[Unit, dict[str, float]]:
-    linear = _LINEAR.search(row["layer"] or "")
+def _expert(
+    row: dict[str, str],
+    where: str,
+    cfg: TransformerBridgeConfig,
+    family: Family,
+    known: dict[str, list[tuple[str, int]]],
+) -> tuple[Unit, dict[str, float]]:
+    linear = find_linear(family, row["layer"] or "")
     if linear is None:
+        example = f"{family.blocks_path}.3.{family.mlp.name}.{family.mlp.down}"
         raise InputError(
-            f"{where}: {row['layer']!r} is no linear layer of a BLOOM, such as transformer.h.3.mlp.dense_h_to_4h. Files of "
-            "other kinds of model cannot be read."
+            f"{where}: {row['layer']!r} is no linear layer of a {family.title}, such as {example}: it has "
+            f"{', '.join(linears_of(family))}. Of another family, give family=bridge.adapter.family."
         )
-    layer, module = int(linear[1]), linear[2]
+    layer, module = linear
     try:
         feature = int(row["unit"])
         numbers = {column: float(row.get(column) or math.nan) for column in ("ap", *VALUES)}
     except ValueError as error:
         raise InputError(f"{where}: {error}.") from None
-    widths = {"self_attention.query_key_value": 3 * cfg.d_model, "mlp.dense_h_to_4h": cfg.d_mlp or 4 * cfg.d_model}
-    width = widths.get(module, cfg.d_model)
+    if module not in known:
+        known[module] = unit_places(family, cfg, module)
+    width = len(known[module])
     if not 0 <= layer < cfg.n_layers or not 0 <= feature < width:
         raise InputError(
             f"{where}: the model has layers 0 to {cfg.n_layers - 1}, and {module} features 0 to {width - 1}; found layer "
@@ -191,4 +200,5 @@ def _expert(row: dict[str, str], where: str, cfg: TransformerBridgeConfig) -> tu
         )
     if not 0 <= numbers["ap"] <= 1:
         raise InputError(f"{where}: an average precision is from 0 to 1; found {row['ap']!r}.")
-    return unit_of_linear(module, layer, feature, cfg.n_heads, cfg.d_head), numbers
+    place, index = known[module][feature]
+    return Unit(place, layer, index), numbers

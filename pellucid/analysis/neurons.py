@@ -1,7 +1,8 @@
 """Lists of neurons, and what can be done to them: silenced, forced, scaled, shifted, in forward runs and in generation.
 
-A neuron is ``(layer, index)``. What an index means is said by a place: a hook of a block, ``mlp.hook_post`` (after GELU, the
-neurons of arXiv 2402.16438) unless told otherwise. At places with heads (``attn.hook_q``) it is ``head * d_head + dim``.
+A neuron is ``(layer, index)``. What an index means is said by a place: a hook of a block, ``mlp.hook_post`` (after the
+activation, the neurons of arXiv 2402.16438) unless told otherwise. At places with heads (``attn.hook_q``) it is ``head *
+d_head + dim``.
 
 A change that changes nothing is an error by default: published work has silenced a copy of the neurons, found no effect,
 and reported that.
@@ -35,7 +36,18 @@ RandomMatch: TypeAlias = Literal["uniform", "layer"]
 Change: TypeAlias = Literal["set", "scale", "add"]
 
 NEURONS = "mlp.hook_post"
-"""After GELU: ``blocks.{layer}.mlp.hook_post``."""
+"""What goes into the MLP's last projection, ``blocks.{layer}.mlp.hook_post``: after the activation (GELU), in a gated MLP
+the activated gate times what it gates."""
+
+
+def activity_place(bridge: TransformerBridge) -> str:
+    """The place of a block whose values are above zero where a neuron is active.
+
+    ``mlp.hook_post`` after GELU. In a gated MLP the neuron is ``act(gate) * up``, whose sign is the product's; it is active
+    where the activated gate is above zero, as the published procedure counts it for Llama. SiLU and GELU are above
+    zero where what they are given is: ``mlp.hook_pre``.
+    """
+    return "mlp.hook_pre" if bridge.cfg.gated_mlp else NEURONS
 
 
 def place_of(bridge: TransformerBridge, place: str, layer: int = 0) -> HookSpec:

@@ -77,9 +77,9 @@ def _pellucid(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Read and change every activation of a Hugging Face BLOOM model.
+    """Read and change every activation of a Hugging Face language model.
 
-    MODEL is a hub name (bigscience/bloom-560m), a local folder, or demo: a small trained model that comes with Pellucid.
+    MODEL is a hub name (meta-llama/Llama-3.2-1B), a local folder, or demo: a small trained model that comes with Pellucid.
     """
 
 

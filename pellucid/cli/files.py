@@ -59,7 +59,7 @@ def model_folder(name: str) -> str | None:
         return path
     if path.startswith((os.sep, ".")) or path != name or path.count("/") > 1 or os.path.exists(path):
         raise InputError(
-            f"There is no folder {path}. MODEL is a folder, a hub name such as bigscience/bloom-560m, or demo."
+            f"There is no folder {path}. MODEL is a folder, a hub name such as openai-community/gpt2, or demo."
         )
     return None
 

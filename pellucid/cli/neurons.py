@@ -17,9 +17,10 @@ from typing import Any
 import torch
 import xarray as xr
 
-from pellucid.analysis.expert_neurons import PUBLISHED_PLACES, ExpertNeurons, expertise
+from pellucid.analysis.expert_neurons import ExpertNeurons, expertise
 from pellucid.analysis.language_neurons import LanguageNeurons, lape
-from pellucid.analysis.neurons import Neuron, RandomMatch
+from pellucid.analysis.linear_units import published_places
+from pellucid.analysis.neurons import NEURONS, Neuron, RandomMatch, activity_place
 from pellucid.analysis.perplexity import continuations, perplexity_change
 from pellucid.cli.files import COUNTING_FOLDER, language_files
 from pellucid.cli.models import open_bridge
@@ -33,9 +34,8 @@ from pellucid.errors import InputError, StorageFullError, warn
 from pellucid.model_bridge.corpus.collected import Collected
 from pellucid.model_bridge.corpus.corpus_pass import RowPlan
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
-from pellucid.running_stats import AveragePrecision, CountPositive, TopK
+from pellucid.running_stats import AveragePrecision, CountPositive, Statistic, TopK
 
-POST = "blocks.*.mlp.hook_post"
 TABLES_BYTES = 32 * 2**20
 """What tables and pictures take at most: a page holds Plotly (5 MB), and there are four."""
 
@@ -119,7 +119,7 @@ def find_neurons(choice: ModelChoice, request: NeuronRequest, format: Format) ->
         raise InputError(f"--measured-tokens {request.measured_tokens} is less than one row of {context} tokens.")
     texts = open_texts(bridge, request, counted_files, measured_files, context)
     collected = count(bridge, texts, request)
-    found = select(collected, top_rate, request)
+    found = select(collected, activity_place(bridge), top_rate, request)
     silenced = {str(language): neurons for language, neurons in found.neurons.items() if neurons}
     if not silenced:
         raise InputError(
@@ -265,7 +265,9 @@ def _from_files(
 
 def count(bridge: TransformerBridge, texts: Texts, request: NeuronRequest) -> dict[str, Collected]:
     """By language, how often each neuron is active and where it is most: one pass, resumed where it was interrupted."""
-    statistics = {POST: [CountPositive(), *([TopK(request.examples)] if request.examples else [])]}
+    statistics: dict[str, list[Statistic]] = {f"blocks.*.{activity_place(bridge)}": [CountPositive()]}
+    if request.examples:
+        statistics.setdefault(f"blocks.*.{NEURONS}", []).append(TopK(request.examples))
     found = {}
     for place, label in enumerate(texts.counted.labels):
         folder = None if request.out is None else request.out / COUNTING_FOLDER / str(place)
@@ -280,9 +282,10 @@ def count(bridge: TransformerBridge, texts: Texts, request: NeuronRequest) -> di
     return found
 
 
-def select(collected: Mapping[str, Collected], top_rate: float, request: NeuronRequest) -> LanguageNeurons:
-    """The neurons of each language."""
-    counts = xr.concat([each.array(POST, "count_positive") for each in collected.values()], "label")
+def select(collected: Mapping[str, Collected], place: str, top_rate: float, request: NeuronRequest) -> LanguageNeurons:
+    """The neurons of each language, by how often they are above zero at ``place``."""
+    counted = f"blocks.*.{place}"
+    counts = xr.concat([each.array(counted, "count_positive") for each in collected.values()], "label")
     tokens = {label: each.n_tokens[label] for label, each in collected.items()}
     return lape(counts, tokens, top_rate, request.filter_rate, request.activation_bar_ratio)
 
@@ -318,7 +321,7 @@ def examples_of(
             label = str(language)
             shown[label, layer, index] = [
                 (example.value, example.context.before, example.context.token, example.context.after)
-                for example in collected[label].examples(corpus, f"blocks.{layer}.mlp.hook_post", label, index)
+                for example in collected[label].examples(corpus, f"blocks.{layer}.{NEURONS}", label, index)
             ]
     return shown
 
@@ -327,7 +330,7 @@ def find_experts(bridge: TransformerBridge, texts: Texts, request: NeuronRequest
     """Expert units by average precision, at the places that were published."""
     if not request.experts:
         return None
-    places = {f"blocks.*.{place}": [AveragePrecision()] for place in PUBLISHED_PLACES}
+    places = {f"blocks.*.{place}": [AveragePrecision()] for place in published_places(bridge.adapter.family)}
     kept = bridge.collect(texts.as_documents, places, batch_size=request.batch_size, stop_row=request.expert_documents)
     return expertise(kept)
 

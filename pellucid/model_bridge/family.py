@@ -202,6 +202,7 @@ class Family:
         logits_change: whether Hugging Face caps or scales what the head gives.
         float64: whether a float64 model computes in float64 throughout.
         notes: what is peculiar, for the page of families.
+        sdpa: whose fused attention its models can run: Hugging Face's own, Pellucid's where Hugging Face has none, or none.
         tokenizer: hub name of the tokenizer that all of its checkpoints share, ``""`` where there is none.
         variant: the family as a model of some configuration has it.
     """
@@ -219,6 +220,7 @@ class Family:
     logits_change: bool = False
     float64: bool = True
     notes: str = ""
+    sdpa: Literal["hugging face", "pellucid", "none"] = "hugging face"
     tokenizer: str = ""
     variant: Callable[[Family, Any], Family] | None = None
 

@@ -1,4 +1,4 @@
-"""The bridge: a Hugging Face BLOOM under TransformerLens' names.
+"""The bridge: a Hugging Face decoder under TransformerLens' names.
 
 It *has* what does the work: a tree of components (:mod:`mounting`), functions on their hook points (:mod:`hooks`), rules
 of tokens (:mod:`tokens`) and a runner (:mod:`runner`). What it inherits are words alone: TransformerLens' names for runs,
@@ -30,7 +30,6 @@ from pellucid.model_bridge.running.loading import find_decoder, load_model, make
 from pellucid.model_bridge.running.run_methods import RunMethods
 from pellucid.model_bridge.running.runner import (
     ATTN_IMPLEMENTATIONS,
-    AttnImplementation,
     Runner,
 )
 from pellucid.model_bridge.running.token_methods import TokenMethods
@@ -41,19 +40,20 @@ from pellucid.model_bridge.weights.hashing import weights_hash
 from pellucid.model_bridge.weights.record import record_of
 from pellucid.model_bridge.weights.unembedding_table import loading, portable_state
 from pellucid.model_bridge.weights.weight_methods import WeightMethods, refuse_early
+from pellucid.names import PATTERN_SITES
 from pellucid.torch_hooks import NoTorchHooks
 
 
 class TransformerBridge(RunMethods, WeightMethods, TokenMethods, NoTorchHooks):
-    """A BLOOM model whose every activation can be read and changed.
+    """A language model whose every activation can be read and changed.
 
     Args:
-        hf_model: a live ``BloomForCausalLM``, or a wrapper around one (PEFT, dispatched by accelerate, quantised). It is
-            not copied and not changed; two bridges on one model share its hook points.
+        hf_model: a live causal language model of a family that is known, or a wrapper around one (PEFT, dispatched by
+            accelerate, quantised). It is not copied and not changed; two bridges on one model share its hook points.
         tokenizer: its tokenizer; without one, only token ids can be run.
 
     Raises:
-        UnsupportedModelError: no BLOOM inside, or one configured in a way we do not handle.
+        UnsupportedModelError: no model of a known family inside, or one configured in a way we do not handle.
     """
 
     def __init__(self, hf_model: nn.Module, tokenizer: Any | None = None) -> None:
@@ -83,7 +83,7 @@ class TransformerBridge(RunMethods, WeightMethods, TokenMethods, NoTorchHooks):
         device_map: str | Mapping[str, Any] | None = None,
         max_memory: Mapping[Any, Any] | None = None,
         offload_folder: str | os.PathLike[str] | None = None,
-        attn_implementation: AttnImplementation = "eager",
+        attn_implementation: Literal["eager", "sdpa", "auto"] = "auto",
         use_safetensors: bool | None = True,
         process_weights: bool | Mapping[str, bool] = False,
         allow_missing_weights: bool = False,
@@ -91,7 +91,7 @@ class TransformerBridge(RunMethods, WeightMethods, TokenMethods, NoTorchHooks):
         """Open a checkpoint: a hub name, a local folder, or a live model.
 
         Args:
-            model_name: hub name (``"bigscience/bloom-560m"``) or folder, of a model or of a PEFT adapter. With
+            model_name: hub name (``"openai-community/gpt2"``) or folder, of a model or of a PEFT adapter. With
                 ``hf_model`` it may be left out.
             hf_config_overrides: configuration attributes to set before loading.
             device: where to put the model.
@@ -104,8 +104,8 @@ class TransformerBridge(RunMethods, WeightMethods, TokenMethods, NoTorchHooks):
             device_map: accelerate's placement.
             max_memory: limit for each device.
             offload_folder: where accelerate may put weights.
-            attn_implementation: ``"eager"``, bitwise Hugging Face's, or ``"sdpa"``, see :meth:`set_attn_implementation`. It
-                is the bridge's own and never handed to Hugging Face, which has no other than eager for BLOOM.
+            attn_implementation: ``"eager"``, or ``"sdpa"``, see :meth:`set_attn_implementation`. ``"auto"``: a model that is
+                loaded runs eager, a live one stays as it is.
             use_safetensors: ``False`` allows pickle files, which can run code when loaded.
             process_weights: ``True``, or arguments of :meth:`process_weights`, to process the weights where they were
                 loaded; what the configuration forbids is refused before any weight is read.
@@ -115,9 +115,9 @@ class TransformerBridge(RunMethods, WeightMethods, TokenMethods, NoTorchHooks):
         Raises:
             InputError: contradicting arguments, no such folder, a damaged file in it, or no safetensors weights.
             WeightError: weights that are damaged, missing or of other sizes; see :meth:`process_weights`, too.
-            UnsupportedModelError: not a BLOOM, or one configured in a way we do not handle.
+            UnsupportedModelError: a family that is not known, or one configured in a way we do not handle.
         """
-        check_choice("attn_implementation", attn_implementation, ATTN_IMPLEMENTATIONS)
+        check_choice("attn_implementation", attn_implementation, (*ATTN_IMPLEMENTATIONS, "auto"))
         if hf_model is not None:
             refuse_beside_model(
                 hf_config_overrides=hf_config_overrides,
@@ -156,11 +156,14 @@ class TransformerBridge(RunMethods, WeightMethods, TokenMethods, NoTorchHooks):
         bridge._tree.notes[RANDOM_WEIGHTS] = loaded.missing
         return bridge._as_asked(process_weights, attn_implementation)
 
-    def _as_asked(self, process_weights: bool | Mapping[str, bool], attn_implementation: AttnImplementation) -> Self:
+    def _as_asked(
+        self, process_weights: bool | Mapping[str, bool], attn_implementation: Literal["eager", "sdpa", "auto"]
+    ) -> Self:
         """Process the weights and choose the attention as ``boot_transformers`` was told to."""
         if process_weights:
             self.process_weights(**dict(process_weights if isinstance(process_weights, Mapping) else {}))
-        self.set_attn_implementation(attn_implementation)
+        if attn_implementation != "auto":
+            self.set_attn_implementation(attn_implementation)
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TransformerBridge:
@@ -303,6 +306,11 @@ class TransformerBridge(RunMethods, WeightMethods, TokenMethods, NoTorchHooks):
     def explain(self, name: str) -> str:
         """What a hook point holds, in a few lines: shape, dtype, other names, module, and what processing changed."""
         text = self._hooks.explain(name)
+        if self._tree.index[name].site in PATTERN_SITES and self.attn_implementation != "eager":
+            text += (
+                f"\n  note    the model runs {self.attn_implementation}; in a run that looks at this, the layer runs eager, "
+                "equal up to rounding"
+            )
         inside = self._tree.index[name].name in ("embed.hook_out", "embed_ln.hook_scale", "embed_ln.hook_normalized")
         if (
             inside

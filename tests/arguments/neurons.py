@@ -240,4 +240,5 @@ REFUSED: list[Line] = [
     *a_path("read_expertise", "path"),
     ("read_expertise", {"cfg": 3}, "cfg is a model's sizes"),
     *a_text("read_expertise", "label"),
+    ("read_expertise", {"family": "bloom"}, "family is a model's family"),
 ]

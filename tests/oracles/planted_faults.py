@@ -34,6 +34,34 @@ FAMILY_WEIGHTS = "tests/model_bridge/test_family_weights.py"
 
 FAULTS = (
     Fault(
+        "a job's identity knows BLOOM's attributes only",
+        "pellucid/model_bridge/supported_architectures/registry.py",
+        "return attribute not in BOOK_KEEPING if self.handled is None else attribute in self.handled",
+        "return attribute in HANDLED",
+        "tests/test_families_corpus.py -k identity",
+    ),
+    Fault(
+        "a gated neuron is active where its product is",
+        "pellucid/analysis/neurons.py",
+        'return "mlp.hook_pre" if bridge.cfg.gated_mlp else NEURONS',
+        "return NEURONS",
+        "tests/test_families_corpus.py -k counts",
+    ),
+    Fault(
+        "a model that came with sdpa is switched to eager",
+        "pellucid/model_bridge/transformer_bridge.py",
+        'if attn_implementation != "auto":',
+        'if attn_implementation == "auto":\n            attn_implementation = "eager"\n        if attn_implementation:',
+        "tests/model_bridge/test_families_sdpa.py -k live",
+    ),
+    Fault(
+        "the bridge keeps its choice of attention for itself",
+        "pellucid/model_bridge/running/runner.py",
+        "            root.set_attn_implementation(name)",
+        "            self._own_attention = name",
+        "tests/model_bridge/test_families_sdpa.py -k hands",
+    ),
+    Fault(
         "an override of a key that is read only while the configuration is made",
         "pellucid/model_bridge/supported_architectures/reading.py",
         "return _named_in(module, _OF_CONFIG)",

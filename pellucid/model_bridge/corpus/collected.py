@@ -20,8 +20,9 @@ from pellucid.names import HookSpec, nearest
 from pellucid.running_stats import AveragePrecision, Statistic, TopK, Workspace, load_statistics, save_statistics
 from pellucid.tables import BriefFields
 
-DIMENSIONS: Mapping[str, str] = {"d_mlp": "neuron", "n_heads": "head"}
-"""Words of analyses for feature axes; other axes keep theirs (``d_model``, ``d_head``)."""
+DIMENSIONS: Mapping[str, str] = {"d_mlp": "neuron", "n_heads": "head", "n_key_value_heads": "kv_head"}
+"""Words of analyses for feature axes (``kv_head``: one of keys and values that several heads of queries share); other axes
+keep theirs (``d_model``, ``d_head``)."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -137,7 +138,7 @@ class Collected:
 
         Returns:
             ``[layer, *features, *trailing, label]``; ``layer`` is absent for a single name. Features are ``neuron``,
-            ``head``, ``d_head`` or ``d_model``. Attribute ``n_tokens`` has the numbers of tokens.
+            ``head``, ``kv_head``, ``d_head`` or ``d_model``. Attribute ``n_tokens`` has the numbers of tokens.
 
         Raises:
             InputError: not collected, different points at once, or a result that is no array by feature.

@@ -28,13 +28,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
-from pellucid.config import HANDLED
 from pellucid.errors import InputError
 from pellucid.hook_values import describe_function
 from pellucid.model_bridge.corpus.function_hash import code_hash, function_hash
 from pellucid.model_bridge.generalized_components.weights import stored_parts
 from pellucid.model_bridge.hooking.mounting import StandIn
 from pellucid.model_bridge.running.runner import RunnableModel
+from pellucid.model_bridge.supported_architectures import architecture_of
 from pellucid.model_bridge.weights.hashing import tensor_hash, weights_hash
 from pellucid.storage.json_text import Json, differences
 from pellucid.version import __version__
@@ -210,7 +210,8 @@ def hooks_on(model: RunnableModel) -> list[Json]:
 def _configuration(model: RunnableModel) -> dict[str, Json]:
     """Hugging Face's configuration, as far as it may change a number."""
     config: Any = model.runner.tree.root.config
-    found = {name: _plain(value) for name, value in sorted(config.to_dict().items()) if name in HANDLED}
+    decides = architecture_of(config.model_type, "The model's configuration").may_change_numbers
+    found = {name: _plain(value) for name, value in sorted(config.to_dict().items()) if decides(name)}
     return found | {"attn_implementation": _plain(config._attn_implementation)}
 
 

@@ -36,6 +36,7 @@ from pellucid.model_bridge.generalized_components.hf_code import (
 )
 from pellucid.model_bridge.generalized_components.linear import HEAD_INPUTS
 from pellucid.model_bridge.generalized_components.split_inputs import PER_HEAD_SITES, fire_all_per_head
+from pellucid.names import PATTERN_SITES
 
 EAGER, REGISTRY = "eager_attention_forward", "ALL_ATTENTION_FUNCTIONS"
 """What Hugging Face's attention modules call their eager function and the table of the others."""
@@ -43,8 +44,7 @@ EAGER, REGISTRY = "eager_attention_forward", "ALL_ATTENTION_FUNCTIONS"
 OTHER_FUNCTIONS = ("sdpa",)
 """Attention functions whose mask can be made into the one that the eager function takes."""
 
-INSIDE = ("hook_attn_scores", "hook_pattern")
-OWN_SITES = ("hook_rot_q", "hook_rot_k", *INSIDE)
+OWN_SITES = ("hook_rot_q", "hook_rot_k", *PATTERN_SITES)
 
 
 class KeyTap(Standing):
@@ -198,7 +198,7 @@ class HuggingFaceAttentionBridge(HeadWeights):
     ) -> Any:
         """In the place of an attention function."""
         query = self._by_head("hook_rot_q", query)
-        if query.dtype is torch.float64 or any(self.is_live(site) for site in INSIDE):
+        if query.dtype is torch.float64 or any(self.is_live(site) for site in PATTERN_SITES):
             if self.softmax_in != "function":
                 raise UnsupportedModelError(
                     f"{self.path} has its scores in {self.softmax_in}, which Hugging Face runs where the model's attention "

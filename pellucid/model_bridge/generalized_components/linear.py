@@ -24,11 +24,6 @@ from pellucid.model_bridge.generalized_components.base import (
 from pellucid.model_bridge.generalized_components.fused_layouts import PartsOfFused
 from pellucid.model_bridge.generalized_components.hf_code import in_float64
 from pellucid.model_bridge.generalized_components.random_numbers import Draws
-from pellucid.model_bridge.generalized_components.weights import has_weight, linear_bias, linear_weight
-from pellucid.run_context import hooks_suppressed
-
-PART_WORDS = {"hook_q": "q", "hook_k": "k", "hook_v": "v", "hook_pre": "gate", "hook_pre_linear": "in"}
-"""What a part of a fused projection is called among weights, by the site that shows it."""
 from pellucid.model_bridge.generalized_components.split_inputs import (
     INPUT_SITE,
     HeadInputs,
@@ -36,6 +31,11 @@ from pellucid.model_bridge.generalized_components.split_inputs import (
     with_head_inputs,
     with_own_input,
 )
+from pellucid.model_bridge.generalized_components.weights import has_weight, linear_bias, linear_weight
+from pellucid.run_context import hooks_suppressed
+
+PART_WORDS = {"hook_q": "q", "hook_k": "k", "hook_v": "v", "hook_pre": "gate", "hook_pre_linear": "in"}
+"""What a part of a fused projection is called among weights, by the site that shows it."""
 
 HEAD_INPUTS: ContextVar[Mapping[Part, list[HeadInputs]] | None] = ContextVar("pellucid_head_inputs", default=None)
 """What hooks made of the residual's copies, one a head: the attention fires them, its projections compute with them."""

@@ -140,7 +140,7 @@ def load_model(
             if use_safetensors and "safetensors" in str(error):
                 where = name_or_path if revision is None else f"{name_or_path} (revision {revision})"
                 raise InputError(
-                    f"{where} has no safetensors weights that could be found. Older BLOOM repositories ship pickle files "
+                    f"{where} has no safetensors weights that could be found. Older repositories ship pickle files "
                     "only, which can run code when they are loaded; if you trust the source, pass use_safetensors=False. "
                     f"Hugging Face said: {str(error).splitlines()[0]}"
                 ) from error

@@ -50,25 +50,29 @@ class RunMethods(HookMethods):
         return self.cfg.dtype
 
     @property
-    def attn_implementation(self) -> AttnImplementation:
-        """``"eager"`` or ``"sdpa"``; see :meth:`set_attn_implementation`."""
+    def attn_implementation(self) -> str:
+        """``"eager"`` or ``"sdpa"``, see :meth:`set_attn_implementation`; a live model may have come with another."""
         return self.runner.attn_implementation
 
     def set_attn_implementation(self, attn_implementation: AttnImplementation) -> None:
-        """Choose how this bridge's runs compute attention.
+        """Choose how runs compute attention.
 
-        It is a matter of this bridge alone: calls of the Hugging Face model, and of another bridge on it, stay as they are.
+        For BLOOM, of which Hugging Face has the eager one only, ``"sdpa"`` is Pellucid's and a matter of this bridge alone:
+        calls of the Hugging Face model, and of another bridge on it, stay as they are. For every other family it is Hugging
+        Face's own: the model is switched (its ``set_attn_implementation``), for all who call it.
 
         Args:
-            attn_implementation: ``"eager"``, the default: Hugging Face's own arithmetic, to the bit. ``"sdpa"``: torch's
+            attn_implementation: ``"eager"``: Hugging Face's own arithmetic, to the bit. ``"sdpa"``: torch's
                 ``scaled_dot_product_attention`` in each layer whose ``hook_attn_scores`` and ``hook_pattern`` nothing acts
                 on in that run; the same numbers up to rounding (bound: ``docs/fast_attention.md``), in less memory and time.
-                Layers that need the pattern take the exact path: dropout on it in training, ``output_attentions``,
-                torch hooks on the attention, autocast; and all layers under gradient checkpointing, and in float16 where a
-                row of a forward has everything masked (left padding).
+                A layer that is looked at runs Hugging Face's eager function. In BLOOM so do layers that need the pattern
+                otherwise: dropout on it in training, ``output_attentions``, torch hooks on the attention, autocast; and all
+                layers under gradient checkpointing, and in float16 where a row of a forward has everything masked (left
+                padding).
 
         Raises:
             InputError: another value.
+            UnsupportedModelError: ``"sdpa"`` of a model for which Hugging Face has none, such as Gemma 2.
         """
         check_choice("attn_implementation", attn_implementation, ATTN_IMPLEMENTATIONS)
         self.runner.attn_implementation = attn_implementation

@@ -87,7 +87,7 @@ class RunnableModel(Protocol):
         """Where token ids are sent."""
 
     @property
-    def attn_implementation(self) -> AttnImplementation:
+    def attn_implementation(self) -> str:
         """How it computes attention."""
 
     def live_hooks(self) -> list[LensHandle]:
@@ -102,14 +102,11 @@ class Runner:
             when used: whoever puts another wrapper there runs through that.
         tree: its components.
         rules: of its tokens.
-
-    Attributes:
-        attn_implementation: how runs compute attention.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module | None], tree: ComponentTree, rules: TokenRules) -> None:
         self._modules, self.tree, self.rules = modules, tree, rules
-        self.attn_implementation: AttnImplementation = "eager"
+        self._own_attention = "eager"
         self.refuse_other_blocks()
         for component in tree.components.values():
             _ = component.original_component  # another bridge's tree may be older than a change of the model
@@ -167,8 +164,32 @@ class Runner:
                 "back, or set the configuration's number of layers, delete its bridges and make a new one."
             )
 
+    @property
+    def attn_implementation(self) -> str:
+        """How runs compute attention: as this bridge was told where the fused one is Pellucid's, else as the model says."""
+        if self.tree.adapter.family.sdpa == "pellucid":
+            return self._own_attention
+        root: Any = self.tree.root
+        return str(root.config._attn_implementation)
+
+    @attn_implementation.setter
+    def attn_implementation(self, name: str) -> None:
+        family = self.tree.adapter.family
+        if family.sdpa == "pellucid":
+            self._own_attention = name
+        elif name != self.attn_implementation:
+            if name == "sdpa" and family.sdpa == "none":
+                raise UnsupportedModelError(
+                    f"{family.title} as this model is configured has no sdpa attention: Hugging Face's kernel would leave "
+                    "out what it does to its scores. It runs eager."
+                )
+            root: Any = self.tree.root
+            root.set_attn_implementation(name)
+
     def fast_root(self) -> nn.Module | None:
-        """The model whose attentions may take the fused kernel in a run that begins now, ``None`` for none."""
+        """The model whose attentions may take Pellucid's fused path in a run that begins now, ``None`` for none."""
+        if self.tree.adapter.family.sdpa != "pellucid":
+            return None
         return self.tree.root if self.attn_implementation == "sdpa" and not self._checkpoints() else None
 
     # -- a run ---------------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ BLOOM = Family(
         "n_layer", "n_head", n_ctx="seq_length", n_key_value_heads="", d_head="", eps="layer_norm_epsilon"
     ),
     takes_position_ids=False,
+    sdpa="pellucid",
     tokenizer="bigscience/bloom",
     notes="ALiBi; a norm after the embedding; attention and MLP add the residual themselves.",
 )

@@ -37,6 +37,7 @@ GEMMA2 = replace(
     block=_FOUR_NORMS,
     settings=Settings(activation="hidden_activation", final_cap="final_logit_softcapping"),
     logits_change=True,
+    sdpa="none",
     notes="Norms before and after each branch; scores and logits are capped; every other layer has a sliding window.",
     variant=_variant,
 )
@@ -44,6 +45,7 @@ GEMMA3 = replace(
     GEMMA2,
     model_type="gemma3_text",
     title="Gemma 3",
+    sdpa="hugging face",
     attention=Attention(q_norm="q_norm", k_norm="k_norm", head_norm="heads first"),
     notes="As Gemma 2; queries and keys are normed by head; local and global layers rotate by other tables.",
 )

@@ -19,7 +19,7 @@ def _variant(family: Family, config: Any) -> Family:
         return family
     method = "_upcast_and_reordered_attn"
     attention = replace(family.attention, softmax_in=method, pattern_at="attn_dropout", wide_scores=True)
-    return replace(family, attention=attention)
+    return replace(family, attention=attention, sdpa="none")  # the fused kernel would leave the method out
 
 
 GPT2 = Family(

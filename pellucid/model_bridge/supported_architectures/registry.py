@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
 
-from pellucid.config import LISTED, TransformerBridgeConfig, config_from_huggingface
+from pellucid.config import BOOK_KEEPING, HANDLED, LISTED, TransformerBridgeConfig, config_from_huggingface
 from pellucid.errors import UnsupportedModelError
 from pellucid.model_bridge.family import Family
 from pellucid.model_bridge.supported_architectures.bloom import BLOOM, BloomArchitectureAdapter
@@ -38,12 +38,18 @@ class Architecture:
         adapter: makes its components.
         read: reads its configuration.
         listed: attributes of a configuration that it knows, whatever code of Hugging Face's reads.
+        handled: attributes that may change a number, ``None`` for all but Hugging Face's book-keeping.
     """
 
     family: Family
     adapter: type[DecoderAdapter]
     read: ReadSettings
     listed: frozenset[str]
+    handled: frozenset[str] | None = None
+
+    def may_change_numbers(self, attribute: str) -> bool:
+        """Whether an attribute of a configuration is part of what decides the numbers of a run."""
+        return attribute not in BOOK_KEEPING if self.handled is None else attribute in self.handled
 
 
 def _as_data(family: Family) -> Architecture:
@@ -51,7 +57,7 @@ def _as_data(family: Family) -> Architecture:
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
-    BLOOM.model_type: Architecture(BLOOM, BloomArchitectureAdapter, config_from_huggingface, LISTED),
+    BLOOM.model_type: Architecture(BLOOM, BloomArchitectureAdapter, config_from_huggingface, LISTED, HANDLED),
     **{
         family.model_type: _as_data(family)
         for family in (

@@ -4,8 +4,9 @@ Each check is a line of a table with what was measured and the bound it has to k
 the others follow from the dtype: two routes to the same logits that round differently at each of ``L`` layers may differ
 by a few units in the last place of the largest logit per layer, so the bound is ``64 * L * eps * max|logit|``.
 
-Fast attention, where it is switched on, is held against the exact path; all else is checked with the exact path. A score
-is known within ``d = eps * max|score| + e * (d_head + 2) * max|q| * max|k| / sqrt(d_head)``, ``e`` being ``eps`` of float32
+All that is checked with the eager attention. A fused one of Hugging Face's, where the model runs it, gives its own bits
+while no pattern is looked at, and eager's where all patterns are. Pellucid's own is held against the exact path: a score is
+known within ``d = eps * max|score| + e * (d_head + 2) * max|q| * max|k| / sqrt(d_head)``, ``e`` being ``eps`` of float32
 or better, so a probability within a factor ``exp(2 d)``; ``z`` of one layer, given the same residual, may differ by
 ``2 * (expm1(2 d) + eps + (2 * pos + 32) * e) * max|v|``. For the logits, at which ``L`` layers have been passed and ALiBi
 has added up to ``pos`` to a score, the bound is ``(64 + 2 * pos) * L * eps * max|logit|``.
@@ -17,7 +18,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +30,9 @@ from pellucid.model_bridge.hooking.mounting import ComponentTree
 from pellucid.model_bridge.reference_edits import REBUILT, reference_edit
 from pellucid.model_bridge.running.checkpoint import RANDOM_WEIGHTS
 from pellucid.model_bridge.running.run_positions import RunPositions, puts_prompts_before
+from pellucid.model_bridge.running.runner import Runner
 from pellucid.model_bridge.verification.check_report import MOVES, CheckReport, CheckResult
-from pellucid.names import Flag, HookSpec
+from pellucid.names import PATTERN_SITES, Flag, HookSpec
 from pellucid.progress import progress_bar
 
 
@@ -43,12 +45,8 @@ class CheckedBridge(Protocol):
         ...
 
     @property
-    def attn_implementation(self) -> Literal["eager", "sdpa"]:
-        """How it computes attention."""
-        ...
-
-    def set_attn_implementation(self, attn_implementation: Literal["eager", "sdpa"]) -> None:
-        """Choose how it computes attention."""
+    def runner(self) -> Runner:
+        """What runs it."""
         ...
 
     def check_input(self, input: Tensor) -> Any:
@@ -112,18 +110,18 @@ def run_checks(
     training = [module for module in tree.root.modules() if module.training]
     tree.root.eval()
     flags = dict(cfg.flags)
-    attention = bridge.attn_implementation
+    attention = bridge.runner.attn_implementation
     try:
-        bridge.set_attn_implementation("eager")
+        bridge.runner.attn_implementation = "eager"
         with torch.no_grad():
             checker = _Checker(bridge, tree, tokens, chosen)
-            steps = checker.steps() + ([checker.fast_attention] if attention == "sdpa" else [])
+            steps = checker.steps() + checker.of_attention(attention)
             for step in progress_bar(steps, total=len(steps), desc="check", unit="check", show=progress):
                 report.results += list(step())
     finally:
         for module in training:
             module.training = True
-        bridge.set_attn_implementation(attention)
+        bridge.runner.attn_implementation = attention
         for flag, value in flags.items():
             setattr(cfg, flag, value)
     return report
@@ -382,6 +380,27 @@ class _Checker:
         """What the first head adds for each position: ``2 ** (-8 / n)``, ``n`` the largest power of two up to its heads."""
         return float(2 ** (-8 / 2 ** math.floor(math.log2(self.cfg.n_heads))))
 
+    def of_attention(self, name: str) -> list[Callable[[], Check]]:
+        """Checks of the attention that the bridge had before it was set to eager."""
+        if name == "eager":
+            return []
+        if self.tree.adapter.family.sdpa == "pellucid":
+            return [self.fast_attention]
+        return [lambda: self.their_attention(name)]
+
+    def their_attention(self, name: str) -> Check:
+        """Hugging Face's own fused attention: its bits while no pattern is looked at, eager's where all of them are."""
+        rest = [spec.name for spec in self.tree.index.values() if spec.flag is None and spec.site not in PATTERN_SITES]
+        patterns = [f"blocks.{layer}.attn.hook_pattern" for layer in range(self.cfg.n_layers)]
+        with _Fast(self.bridge, name):
+            native = self.native(self.tokens).double()
+            yield self.line(f"{name}: nothing hooked", self.bridge(self.tokens).double() - native, self.exact)
+            logits, _ = self.bridge.run_with_cache(self.tokens, names_filter=rest)
+            yield self.line(f"{name}: all but scores and patterns cached", logits.double() - native, self.exact)
+            logits, _ = self.bridge.run_with_cache(self.tokens, names_filter=patterns)
+        eager = "every pattern cached is Hugging Face's eager"
+        yield self.line(f"{name}: {eager}", logits.double() - self.base.double(), self.exact)
+
     def fast_attention(self) -> Check:
         """The fused kernel against the exact path, without and with padding on the left."""
         length = self.tokens.shape[1]
@@ -448,14 +467,14 @@ class _Checker:
 class _Fast:
     """Fast attention, on for the length of a block."""
 
-    def __init__(self, bridge: CheckedBridge) -> None:
-        self._bridge = bridge
+    def __init__(self, bridge: CheckedBridge, name: str = "sdpa") -> None:
+        self._runner, self._name = bridge.runner, name
 
     def __enter__(self) -> None:
-        self._bridge.set_attn_implementation("sdpa")
+        self._runner.attn_implementation = self._name
 
     def __exit__(self, *exception: object) -> None:
-        self._bridge.set_attn_implementation("eager")
+        self._runner.attn_implementation = "eager"
 
 
 class _Switched:
