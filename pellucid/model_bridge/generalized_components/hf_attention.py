@@ -33,6 +33,7 @@ from pellucid.model_bridge.generalized_components.hf_code import (
     rebound,
     tapped_names,
 )
+from pellucid.model_bridge.generalized_components.mixing import FunctionAttends, current_mixing
 
 EAGER, REGISTRY = "eager_attention_forward", "ALL_ATTENTION_FUNCTIONS"
 """What Hugging Face's attention modules call their eager function and the table of the others."""
@@ -115,7 +116,8 @@ class HuggingFaceAttentionBridge(AttentionBridge):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Hugging Face's arguments to Hugging Face's output."""
         original = self.original()
-        if not (any(self.is_live(site) for site in OWN_SITES) or self._is_float64()):
+        ours = any(self.is_live(site) for site in OWN_SITES) or self._is_float64() or current_mixing() is not None
+        if not ours:
             return original(*args, **kwargs)
         forward = self._with_our_names(original)
         if self.is_live("hook_rot_k"):
@@ -182,24 +184,34 @@ class HuggingFaceAttentionBridge(AttentionBridge):
         **kwargs: Any,
     ) -> Any:
         """In the place of an attention function."""
-        query = self._by_head("hook_rot_q", query)
-        if query.dtype is torch.float64 or any(self.is_live(site) for site in INSIDE):
-            if name != "eager":
-                attention_mask = self._mask_for_eager(name, attention_mask, query, key)
-            chosen = tapped_eager
-        return chosen(module, query, key, value, attention_mask, **kwargs)
+        looked_at = query.dtype is torch.float64 or any(self.is_live(site) for site in INSIDE)
 
-    def _in_method(self, method: Callable[..., Any], query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def function(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Any:
+            if not looked_at:
+                return chosen(module, query, key, value, mask, **kwargs)
+            if name != "eager":
+                mask = self._mask_for_eager(name, mask, query, key)
+            return tapped_eager(module, query, key, value, mask, **kwargs)
+
+        if current_mixing() is not None and name not in ("eager", *OTHER_FUNCTIONS):
+            raise UnsupportedModelError(_other_function(name, "mask cannot be taken apart by rows and positions"))
+        return _mixed(function, self._by_head("hook_rot_q", query), key, value, attention_mask)
+
+    def _in_method(
+        self,
+        method: Callable[..., Any],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+    ) -> Any:
         """In the place of a method that holds the softmax."""
-        return method(self._by_head("hook_rot_q", query), *args, **kwargs)
+        return _mixed(method, self._by_head("hook_rot_q", query), key, value, attention_mask)
 
     def _mask_for_eager(self, name: str, mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
         """The additive mask ``[batch, 1, pos, key_pos]`` of the eager function, from what another one is given."""
         if name not in OTHER_FUNCTIONS:
-            raise UnsupportedModelError(
-                f"The model's attention is {name!r}, whose scores and pattern cannot be looked at: its mask is of another "
-                f"kind. Call bridge.set_attn_implementation('eager'), or 'sdpa'."
-            )
+            raise UnsupportedModelError(_other_function(name, "scores and pattern cannot be looked at"))
         if mask is None:  # no padding: everything before a position, itself included; a single query sees all keys
             length, keys = query.shape[-2], key.shape[-2]
             mask = torch.ones(length, keys, dtype=torch.bool, device=query.device).tril(keys - length)[None, None]
@@ -219,3 +231,22 @@ class HuggingFaceAttentionBridge(AttentionBridge):
     def _show_pattern(self, pattern: Tensor) -> Tensor:
         # The softmax keeps its output for the backward pass: a hook that writes must not write there.
         return self.fire("hook_pattern", pattern, private=pattern.requires_grad)
+
+
+def _mixed(function: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Any:
+    """``function(query, key, value, mask)``, or what somebody who mixes values makes of it."""
+    mixing = current_mixing()
+    if mixing is None:
+        return function(query, key, value, mask)
+
+    def project() -> tuple[Tensor, Tensor, Tensor]:
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+    return mixing(FunctionAttends(function), project), None
+
+
+def _other_function(name: str, what: str) -> str:
+    return (
+        f"The model's attention is {name!r}, whose {what}: its mask is of another kind. Call "
+        "bridge.set_attn_implementation('eager'), or 'sdpa'."
+    )

@@ -24,7 +24,8 @@ BY_ROW = (
         for name in ("linear", "sparse", "normalization", "dropout", "container", "activation")
     ),
     "torch.nn.utils.parametriz",  # parametrised classes, and what computes their weights
-    "transformers.models.bloom.",
+    "transformers.models.",  # of the decoders that are bridged, all do
+    "transformers.pytorch_utils",
     "transformers.activations",
     "peft.",
 )
