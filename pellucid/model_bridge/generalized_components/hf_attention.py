@@ -222,6 +222,11 @@ class HuggingFaceAttentionBridge(AttentionBridge):
 
     # -- points --------------------------------------------------------------------------------------------------------
 
+    def results(self, z: Tensor) -> Tensor:
+        """Each head's contribution without b_O, ``[batch, pos, n_heads, d_model]``, from ``z``, nothing firing."""
+        output: Any = self.submodules["o"]
+        return output.results(z)  # type: ignore[no-any-return]
+
     def _by_head(self, site: str, value_bnqh: Tensor) -> Tensor:
         """Show ``[batch, heads, pos, d_head]`` as ``[batch, pos, heads, d_head]``."""
         if not self.is_live(site):
