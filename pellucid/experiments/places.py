@@ -257,7 +257,7 @@ def refuse_mid(bridge: TransformerBridge, site: str) -> None:
     family = bridge.adapter.family
     if family.block.parallel and site in ("resid_mid", "hook_resid_mid"):
         raise UnsupportedModelError(
-            f"{family.title}'s attention and MLP both read what enters the block: there is no residual between them, "
+            f"Attention and MLP of {family.title} both read what enters the block: there is no residual between them, "
             "resid_mid. Take resid_pre or resid_post, or what each adds, attn_out and mlp_out."
         )
 
