@@ -66,7 +66,8 @@ def edit_at(spec: HookSpec, sizes: Mapping[str, int], other: Mapping[str, Tensor
 def make_bridge(name: str, dtype: torch.dtype = torch.float32, attention: str = "eager") -> TransformerBridge:
     bridge = TransformerBridge(make_family(name, dtype, attention))
     bridge.set_use_attn_result(True)
-    bridge.set_use_hook_mlp_in(True)
+    if "blocks.0.hook_mlp_in" in bridge.hook_index:
+        bridge.set_use_hook_mlp_in(True)
     if "blocks.0.hook_q_input" in bridge.hook_index:
         bridge.set_use_split_qkv_input(True)
     return bridge
