@@ -22,6 +22,9 @@ AXES: Mapping[str, str] = {
     "1": "a single number",
 }
 
+HEADS = ("n_heads", "n_key_value_heads")
+"""Axes of heads: a point has one of them at most."""
+
 Index: TypeAlias = int | slice | Sequence[int] | None
 """Which places of an axis: one index, a slice, several indices, or ``None`` for all; negative ones count from the end."""
 

@@ -23,6 +23,9 @@ NamesFilter: TypeAlias = str | Sequence[str] | Callable[[str], bool] | None
 Kind = Literal["model", "wide", "int"]
 """Dtype of a point: the model's; float32 for half-precision models (a norm's internals); integers (token ids)."""
 
+Reach = Literal["own", "later"]
+"""Which columns of a block's output a point of it can change: its own, or, through keys and values, all later ones too."""
+
 Flag = Literal["use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in"]
 
 SETTERS: Mapping[Flag, str] = {
@@ -49,6 +52,7 @@ class HookSpec:
         kind: dtype of the tensor.
         flag: the configuration flag that switches an opt-in point on, or ``None``.
         layer: the block it belongs to, ``None`` outside the blocks.
+        reach: see :data:`Reach`; an index of hooks finds it out.
     """
 
     name: str
@@ -60,6 +64,7 @@ class HookSpec:
     kind: Kind = "model"
     flag: Flag | None = None
     layer: int | None = None
+    reach: Reach = "own"
 
     @property
     def pos_axis(self) -> int:
@@ -115,6 +120,7 @@ class HookIndex(Mapping[str, HookSpec]):
         last_aliases: Mapping[str, str] = {},
     ) -> None:
         specs = [*before]
+        block = _with_reach(block)
         for layer in range(n_layers):
             specs += [spec.at_layer(layer) for spec in block]
         specs += after
@@ -270,6 +276,20 @@ def _disabled(spec: HookSpec, asked: str) -> HookDisabledError:
 # TransformerLens' shorthands
 # --------------------------------------------------------------------------------------------------------------------
 
+
+def _with_reach(block: Sequence[HookSpec]) -> list[HookSpec]:
+    """The points of a block, in firing order, with their reach: what comes before the scores goes into keys and values,
+    unless it is the queries' alone.
+    """
+    scores = next((place for place, spec in enumerate(block) if "key_pos" in spec.axes), len(block))
+    return [
+        replace(spec, reach="later" if place < scores and spec.site not in OF_QUERIES else "own")
+        for place, spec in enumerate(block)
+    ]
+
+
+OF_QUERIES = frozenset({"hook_q_input", "hook_q_in", "hook_q", "hook_q_normed", "hook_rot_q"})
+"""Sites of an attention that feed its queries only."""
 
 FROM_TOKENS, FROM_EMBEDDINGS = -2, -1
 """Where a run begins that is not given the residual of a block."""

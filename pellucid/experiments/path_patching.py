@@ -41,7 +41,7 @@ from pellucid.experiments.labelled import (
     switched,
 )
 from pellucid.experiments.options import OnInterrupt, Rows, SweepOptions, documented, option
-from pellucid.experiments.paths import PARTS, Receiver, Sender, chosen_names, receivers_of, senders_of
+from pellucid.experiments.paths import PARTS, Receiver, Sender, Stream, chosen_names, receivers_of, senders_of
 from pellucid.experiments.places import Prompts, about_run, read_prompts, refuse_different_lengths
 from pellucid.model_bridge.running.tokens import PaddingSide, TextOrTokens
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
@@ -77,7 +77,8 @@ class PathPatching(Experiment):
 
     Raises:
         InputError: a word that an option does not know.
-        UnsupportedModelError: the residual stream is not a sum of what parts add to it.
+        UnsupportedModelError: the residual stream is not a sum of what parts add to it, or the model's family has no such
+            sender or receiver.
     """
 
     original: TextOrTokens
@@ -121,7 +122,9 @@ class PathPatching(Experiment):
 
     def _prepare(self, progress: bool | None) -> LabelledSweep:
         bridge, options, cfg = self.bridge, self.options, self.bridge.cfg
-        known_senders, known_receivers = senders_of(cfg.n_layers, cfg.n_heads), receivers_of(cfg.n_layers, cfg.n_heads)
+        parallel = bridge.adapter.family.block.parallel
+        known_senders = senders_of(cfg.n_layers, cfg.n_heads, parallel)
+        known_receivers = receivers_of(cfg.n_layers, cfg.n_heads, cfg.n_key_value_heads, parallel)
         sending = [
             known_senders[name]
             for name in chosen_names(self.senders, known_senders, "sender", "L2H5, L2.mlp_out, embed")
@@ -130,6 +133,7 @@ class PathPatching(Experiment):
             known_receivers[name]
             for name in chosen_names(self.receivers, known_receivers, "receiver", "L3H1.q, L3.mlp_in, final")
         ]
+        _refuse_parts(bridge, sending, hearing)
         first, second = read_prompts(bridge, self.original, options), read_prompts(bridge, self.new, options)
         refuse_different_lengths(first, second, ("original", "new"))
         columns = indices(options.positions, first.length, "positions")
@@ -221,7 +225,7 @@ def path_patching(
         InputError: prompts of different token counts, unknown senders or receivers, an index out of range, a model in
             training mode, too little memory.
         UnsupportedModelError: the residual stream is not a sum of what parts add to it
-            (``apply_residual_connection_post_layernorm``).
+            (``apply_residual_connection_post_layernorm``), or the model's family has no such sender or receiver.
     """
     return PathPatching(
         bridge,
@@ -310,6 +314,28 @@ class _Message:
     columns: list[int] | None
 
 
+def _refuse_parts(bridge: TransformerBridge, senders: Sequence[Sender], receivers: Sequence[Receiver]) -> None:
+    """Refuse ends of paths that a family does not have.
+
+    Raises:
+        UnsupportedModelError: with the end, and what there is in its place.
+    """
+    family, index = bridge.adapter.family, bridge.hook_index
+    head = next((sender for sender in senders if sender.kind == "head"), None)
+    if head is not None and family.block.ln1_post:
+        raise UnsupportedModelError(
+            f"{family.title} norms what all heads of a layer give together before it is added to the residual stream: no "
+            f"head adds a part of its own, and {head.name} cannot be a sender. Take L{head.layer}.attn_out."
+        )
+    for receiver in receivers:
+        hook = "hook_mlp_in" if receiver.kind == "mlp_in" else f"hook_{receiver.kind}_input"
+        if receiver.kind != "final" and f"blocks.{receiver.layer}.{hook}" not in index:
+            raise UnsupportedModelError(
+                f"{family.title} has no {hook}, a copy of the residual that feeds {receiver.name} alone: it cannot be a "
+                "receiver. Take other receivers, such as final."
+            )
+
+
 class _Paths:
     """What each sender changes at each place of the stream, and the edits that put it into receivers.
 
@@ -339,6 +365,7 @@ class _Paths:
     ) -> None:
         self.bridge, self.inputs, self.freeze_mlps = bridge, inputs, freeze_mlps
         self.n_layers = bridge.cfg.n_layers
+        self.stream = Stream(self.n_layers, bridge.adapter.family.block.parallel)
         flags: list[Flag] = []
         if any(receiver.kind in PARTS for receiver in receivers):
             flags.append("use_split_qkv_input")
@@ -350,7 +377,7 @@ class _Paths:
         names = list(dict.fromkeys(sender.hook for sender in senders))
         more = ["ln_final.hook_scale"]
         if inputs == "set" or not freeze_mlps:
-            more += [self._stream(place) for place in range(2 * self.n_layers + 1)]
+            more += [self.stream.hook(place) for place in range(self.stream.last + 1)]
         if not freeze_mlps:
             if bridge.live_hooks() or bridge.has_torch_hooks():
                 raise InputError(
@@ -383,12 +410,6 @@ class _Paths:
         there = self.there.view(1, -1, *[1] * (difference.dim() - 2))
         return torch.where(there, difference, torch.zeros((), dtype=difference.dtype, device=difference.device))
 
-    def _stream(self, place: int) -> str:
-        """The hook that holds the stream at a place."""
-        if place == 2 * self.n_layers:
-            return f"blocks.{self.n_layers - 1}.hook_resid_post"
-        return f"blocks.{place // 2}.hook_resid_{'mid' if place % 2 else 'pre'}"
-
     def nbytes(self) -> int:
         """Bytes that have to stay in memory beside the sweep."""
         differences = [*self.sent.values(), *self.arriving.values()]
@@ -416,23 +437,35 @@ class _Paths:
                 for place in range(sender.place, self.places[-1] + 1):
                     if place in self.places:
                         self.arriving[sender.name, place] = difference
-                    if place % 2 and place < self.places[-1]:
-                        difference = difference + self._mlp_change(place // 2, difference)
+                    layer = self.stream.mlp_at(place)
+                    if layer is not None and place < self.places[-1]:
+                        difference = difference + self._mlp_change(layer, difference)
 
     def _mlp_change(self, layer: int, difference: Tensor) -> Tensor:
         """What an MLP adds more than in the original run if its input is changed, ``[row, pos, d_model]``."""
-        block: Any = self.bridge.blocks[layer]
-        before = self.original[self._stream(2 * layer + 1)]
+        before = self.original[self.stream.hook(self.stream.before_mlp(layer))]
         added = self.original[f"blocks.{layer}.hook_mlp_out"]
         change = torch.zeros_like(difference)
         changed = difference.any(-1)
         stream, usual = (before + difference)[changed], added[changed]
         parts = []
         for rows, as_usual in zip(stream.split(MLP_ROWS), usual.split(MLP_ROWS), strict=True):
-            normed = hooks_suppressed(block.ln2.module, rows[None])
-            parts.append(hooks_suppressed(block.mlp.module, normed, torch.zeros_like(normed))[0] - as_usual)
+            parts.append(hooks_suppressed(self._mlp_adds, layer, rows[None])[0] - as_usual)
         change[changed] = torch.cat(parts)
         return change
+
+    def _mlp_adds(self, layer: int, rows: Tensor) -> Tensor:
+        """What a block's MLP adds to the stream for any residual ``[1, row, d_model]`` that enters it, its norms included.
+
+        A norm is asked by its component, which computes a float64 model in float64.
+        """
+        family, parts = self.bridge.adapter.family, self.bridge.blocks[layer].submodules
+        norm = "ln2" if family.block.ln2 else "ln1" if family.block.parallel else ""
+        normed = parts[norm].forward(rows) if norm else rows
+        if family.block.adds_residual:
+            return parts["mlp"].module(normed, torch.zeros_like(normed))  # type: ignore[no-any-return]
+        added: Tensor = parts["mlp"].module(normed)
+        return parts["ln2_post"].forward(added) if family.block.ln2_post else added
 
     # -- edits ---------------------------------------------------------------------------------------------------------
 
@@ -440,13 +473,13 @@ class _Paths:
         self, sender: Sender, receivers: Sequence[Receiver], columns: tuple[int, ...], freeze_scale: bool
     ) -> list[Edit]:
         """The edits that let the receivers hear the difference at some positions; none if they cannot."""
-        heard: dict[tuple[str, int], list[int]] = {}
+        heard: dict[tuple[str, int, int], list[int]] = {}
         for receiver in receivers:
             if receiver.hears(sender):
-                heard.setdefault((receiver.kind, receiver.place), []).append(receiver.head)
+                heard.setdefault((receiver.kind, receiver.layer, receiver.place), []).append(receiver.head)
         made = [
-            self._edit(kind, place, heads, message)
-            for (kind, place), heads in heard.items()
+            self._edit(kind, layer, place, heads, message)
+            for (kind, layer, place), heads in heard.items()
             if (message := self._message(sender, place, columns)) is not None
         ]
         if made and freeze_scale:
@@ -470,13 +503,13 @@ class _Paths:
         if self.inputs == "added":
             return _Message(Add(taken), Add(taken.unsqueeze(2)), changed)
         # Every position is set, so that nothing an earlier receiver changes arrives.
-        new = self.original[self._stream(place)].clone()
+        new = self.original[self.stream.hook(place)].clone()
         new[:, changed] += taken
         return _Message(SetTo(new), SetTo(new.unsqueeze(2)), None)
 
-    def _edit(self, kind: str, place: int, heads: list[int], message: _Message) -> Edit:
+    def _edit(self, kind: str, layer: int, place: int, heads: list[int], message: _Message) -> Edit:
         if kind in PARTS:
-            hook = f"blocks.{place // 2}.hook_{kind}_input"
+            hook = f"blocks.{layer}.hook_{kind}_input"
             return Edit(hook, message.by_head, positions=message.columns, heads=heads)
-        hook = f"blocks.{place // 2}.hook_mlp_in" if kind == "mlp_in" else self._stream(place)
+        hook = f"blocks.{layer}.hook_mlp_in" if kind == "mlp_in" else self.stream.hook(place)
         return Edit(hook, message.value, positions=message.columns)

@@ -4,8 +4,8 @@
 sender                  what it adds to the residual stream
 ======================  =============================================================================================
 ``embed``               ``hook_embed``
-``L2H5``                head 5 of layer 2: ``z`` of that head through its slice of ``W_O``
-``L2.attn_out``         all heads of layer 2, and ``b_O``
+``L2H5``                head 5 of layer 2: ``z`` of that head through its slice of ``W_O`` (not where a norm follows)
+``L2.attn_out``         all heads of layer 2, and ``b_O``, normed where a norm follows
 ``L2.mlp_out``          the MLP of layer 2
 ======================  =============================================================================================
 
@@ -17,8 +17,9 @@ receiver                what it reads from the residual stream
 ``final``               the residual that leaves the last layer
 ======================  =============================================================================================
 
-Globs choose several: ``L*H*`` is every head, ``L3H*.v`` the values of layer 3's heads. Along the stream the order is
-attention, MLP, next layer; a path leads forward only.
+Globs choose several: ``L*H*`` is every head, ``L3H*.v`` the values of layer 3's heads. Where several heads of queries share
+keys and values, the heads of ``.k`` and ``.v`` are those of keys and values. Along the stream the order is attention, MLP,
+next layer; where a block runs both in parallel, its MLP hears what its attention hears. A path leads forward only.
 """
 
 from __future__ import annotations
@@ -42,6 +43,52 @@ PARTS: tuple[Literal["q", "k", "v"], ...] = ("q", "k", "v")
 
 
 @dataclass(frozen=True)
+class Stream:
+    """The places of a model's residual stream: between any two that follow each other, something is added to it.
+
+    Attributes:
+        n_layers: blocks of the model.
+        parallel: attention and MLP of a block read the same place, and are added together.
+    """
+
+    n_layers: int
+    parallel: bool = False
+
+    @property
+    def _of_block(self) -> int:
+        return 1 if self.parallel else 2
+
+    def entering(self, layer: int) -> int:
+        """What enters a block, and its attention; what leaves the last one for ``n_layers``."""
+        return self._of_block * layer
+
+    def before_mlp(self, layer: int) -> int:
+        """What enters a block's MLP."""
+        return self.entering(layer) + self._of_block - 1
+
+    def after_attention(self, layer: int) -> int:
+        """The first place that has what a block's attention adds."""
+        return self.entering(layer) + 1
+
+    @property
+    def last(self) -> int:
+        """What leaves the last block."""
+        return self.entering(self.n_layers)
+
+    def mlp_at(self, place: int) -> int | None:
+        """The layer whose MLP reads a place, if one does."""
+        layer = place // self._of_block
+        return layer if place < self.last and place == self.before_mlp(layer) else None
+
+    def hook(self, place: int) -> str:
+        """The hook point that holds the stream at a place."""
+        if place == self.last:
+            return f"blocks.{self.n_layers - 1}.hook_resid_post"
+        layer = place // self._of_block
+        return f"blocks.{layer}.hook_resid_{'pre' if place == self.entering(layer) else 'mid'}"
+
+
+@dataclass(frozen=True)
 class Sender:
     """A part that adds to the residual stream.
 
@@ -50,8 +97,7 @@ class Sender:
         kind: which part.
         layer: its layer.
         head: its head.
-        place: the first place of the stream that has what it adds: ``2 * layer`` is what enters a layer, one more is what
-            enters its MLP.
+        place: the first place of the :class:`Stream` that has what it adds.
     """
 
     name: str
@@ -92,25 +138,37 @@ class Receiver:
         return sender.place <= self.place
 
 
-def senders_of(n_layers: int, n_heads: int) -> dict[str, Sender]:
-    """All senders of a model, by name, in the order of the stream."""
+def senders_of(n_layers: int, n_heads: int, parallel: bool = False) -> dict[str, Sender]:
+    """All senders of a model, by name, in the order of the stream; ``parallel`` as in :class:`Stream`."""
     made = [Sender("embed", "embed", NOWHERE, NOWHERE, 0)]
+    stream = Stream(n_layers, parallel)
     for layer in range(n_layers):
-        after_attention = 2 * layer + 1
+        after_attention = stream.after_attention(layer)
         made += [Sender(f"L{layer}H{head}", "head", layer, head, after_attention) for head in range(n_heads)]
         made.append(Sender(f"L{layer}.attn_out", "attn_out", layer, NOWHERE, after_attention))
-        made.append(Sender(f"L{layer}.mlp_out", "mlp_out", layer, NOWHERE, after_attention + 1))
+        made.append(Sender(f"L{layer}.mlp_out", "mlp_out", layer, NOWHERE, stream.entering(layer + 1)))
     return {sender.name: sender for sender in made}
 
 
-def receivers_of(n_layers: int, n_heads: int) -> dict[str, Receiver]:
-    """All receivers of a model, by name, in the order of the stream."""
-    made = []
+def receivers_of(
+    n_layers: int, n_heads: int, n_key_value_heads: int | None = None, parallel: bool = False
+) -> dict[str, Receiver]:
+    """All receivers of a model, by name, in the order of the stream.
+
+    Args:
+        n_layers: blocks of the model.
+        n_heads: heads of queries.
+        n_key_value_heads: heads of keys and values; by default as many.
+        parallel: as in :class:`Stream`.
+    """
+    made, stream = [], Stream(n_layers, parallel)
+    counts = {"q": n_heads, "k": n_key_value_heads or n_heads, "v": n_key_value_heads or n_heads}
     for layer in range(n_layers):
+        place = stream.entering(layer)
         for part in PARTS:
-            made += [Receiver(f"L{layer}H{head}.{part}", part, layer, head, 2 * layer) for head in range(n_heads)]
-        made.append(Receiver(f"L{layer}.mlp_in", "mlp_in", layer, NOWHERE, 2 * layer + 1))
-    made.append(Receiver("final", "final", NOWHERE, NOWHERE, 2 * n_layers))
+            made += [Receiver(f"L{layer}H{head}.{part}", part, layer, head, place) for head in range(counts[part])]
+        made.append(Receiver(f"L{layer}.mlp_in", "mlp_in", layer, NOWHERE, stream.before_mlp(layer)))
+    made.append(Receiver("final", "final", NOWHERE, NOWHERE, stream.last))
     return {receiver.name: receiver for receiver in made}
 
 

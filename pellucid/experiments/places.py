@@ -4,6 +4,8 @@ A *site* is an activation that every block has, by the last part of its hook nam
 ``mlp_post``, ``pattern``, ``ln1.hook_scale``), or one outside the blocks (``embed``). *By* names the axes of the result: a
 cell is one place on each, and the edit of a cell reaches all of what is not named. ``by=("layer", "head")`` at ``z`` is one
 edit for each head, at all positions; ``by=("pos",)`` at ``resid_pre`` is one for each position, in all layers at once.
+Where several heads of queries share keys and values, ``"head"`` at those means their own heads, and the axis of the result
+is ``kv_head``, so that it is never laid beside the heads of queries.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ import torch
 from torch import Tensor
 
 from pellucid.arguments import check_list, check_text
-from pellucid.axes import Index
-from pellucid.errors import HookNameError, InputError
+from pellucid.axes import HEADS, Index
+from pellucid.errors import HookNameError, InputError, UnsupportedModelError
 from pellucid.experiments.labelled import Attribute, Grid
 from pellucid.experiments.options import NeuronGroups, SweepOptions
 from pellucid.model_bridge.running.runner import Prepared
@@ -43,8 +45,14 @@ DEFAULTS = SweepOptions()
 SEVERAL = "⟦…⟧"
 """The label of a position where rows have different tokens."""
 
-_WORD_OF_AXIS: Mapping[str, str] = {"pos": "pos", "n_heads": "head", "key_pos": "key_pos", "d_mlp": "neuron"}
-_WORDS = ("layer", "pos", "head", "key_pos", "neuron", "group")
+_WORD_OF_AXIS: Mapping[str, str] = {
+    "pos": "pos",
+    "n_heads": "head",
+    "n_key_value_heads": "kv_head",
+    "key_pos": "key_pos",
+    "d_mlp": "neuron",
+}
+_WORDS = ("layer", "pos", "head", "kv_head", "key_pos", "neuron", "group")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -77,6 +85,15 @@ class Site(BriefFields):
         if "neuron" in own:
             own.add("group")
         return (*layer, *(word for word in _WORDS if word in own))
+
+    @property
+    def heads(self) -> str | None:
+        """Which of its axes is heads, and the size that counts them: ``"head"``, ``"kv_head"`` or ``None``."""
+        return next((_WORD_OF_AXIS[axis] for axis in self.first.axes if axis in HEADS), None)
+
+    def own_word(self, word: str) -> str:
+        """The axis that a word means here: ``"head"`` is whichever heads the site has."""
+        return self.heads or word if word == "head" else word
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -214,6 +231,7 @@ def find_site(bridge: TransformerBridge, site: str, layers: Index = None) -> Sit
         InputError: layers that the model does not have, or layers of a site outside the blocks.
     """
     check_text("site", site)
+    refuse_mid(bridge, site)
     n_layers = bridge.cfg.n_layers
     for template in (get_act_name(site, "{i}"), f"blocks.{{i}}.{site}"):
         if _is_hook(bridge, template.format(i=0)):
@@ -230,6 +248,20 @@ def find_site(bridge: TransformerBridge, site: str, layers: Index = None) -> Sit
     )
 
 
+def refuse_mid(bridge: TransformerBridge, site: str) -> None:
+    """Refuse the residual between attention and MLP where there is none.
+
+    Raises:
+        UnsupportedModelError: the blocks run both in parallel.
+    """
+    family = bridge.adapter.family
+    if family.block.parallel and site in ("resid_mid", "hook_resid_mid"):
+        raise UnsupportedModelError(
+            f"Attention and MLP of {family.title} both read what enters the block: there is no residual between them, "
+            "resid_mid. Take resid_pre or resid_post, or what each adds, attn_out and mlp_out."
+        )
+
+
 def _is_hook(bridge: TransformerBridge, name: str) -> bool:
     try:
         bridge.hook_spec(name)
@@ -244,7 +276,8 @@ def check_by(site: Site, by: str | Sequence[str]) -> tuple[str, ...]:
     Raises:
         InputError: one that the site does not have, twice the same, or none.
     """
-    words = (by,) if isinstance(by, str) else tuple(check_list("by", by, "strings", empty=True))
+    asked = (by,) if isinstance(by, str) else tuple(check_list("by", by, "strings", empty=True))
+    words = tuple(map(site.own_word, asked))
     wrong = [word for word in words if word not in site.words]
     if wrong or not words:
         raise InputError(
@@ -281,19 +314,21 @@ def make_grid(
     Raises:
         InputError: an index out of range, or one that the site has no axis for.
     """
-    spec, words = site.first, site.words
+    spec = site.first
     positions, heads, neurons = options.positions, options.heads, options.neurons
-    if heads is not None and "head" not in words:
+    if heads is not None and site.heads is None:
         raise InputError(f"{site.name} has no heads: leave heads out. Its axes are {', '.join(spec.axes)}.")
     if neurons is not None and not {"neuron", "group"} & set(by):
         raise InputError("neurons= goes with 'neuron' (how many a cell) or 'group' (the groups by name) in by.")
     columns = indices(positions, prompts.length, "positions")
-    chosen_heads = indices(heads, bridge.cfg.n_heads, "heads") if "head" in words else ()
+    sizes = bridge.cfg.sizes()
+    chosen_heads = next((indices(heads, sizes[axis], "heads") for axis in spec.axes if axis in HEADS), ())
     groups = _groups(bridge, site, by, neurons)
     places: dict[str, Sequence[Any]] = {
         "layer": list(site.specs),
         "pos": columns,
         "head": chosen_heads,
+        "kv_head": chosen_heads,
         "key_pos": range(prompts.length),
         "neuron": list(groups),
         "group": list(groups),
@@ -312,7 +347,7 @@ def make_grid(
                     member.name,
                     value(member),
                     positions=at.get("pos", None if positions is None else columns),
-                    heads=at.get("head", None if heads is None else chosen_heads),
+                    heads=at.get(str(site.heads), None if heads is None else chosen_heads),
                     neurons=None if group is None else group[member.layer],
                     keys=at.get("key_pos"),
                 )
@@ -330,7 +365,7 @@ def make_grid(
 
 def default_by(site: Site, second: Sequence[str]) -> tuple[str, ...]:
     """``layer`` and the first of ``second`` that the site has."""
-    others = [word for word in second if word in site.words][:1]
+    others = [site.own_word(word) for word in second if site.own_word(word) in site.words][:1]
     return tuple(word for word in ("layer", *others) if word in site.words) or site.words[:1]
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from pellucid.arguments import check_choice, check_mapping
 from pellucid.errors import CacheKeyError, HookValueError, InputError
 from pellucid.experiments.options import SweepOptions
+from pellucid.experiments.places import refuse_mid
 from pellucid.hook_values import bits_differ
 from pellucid.model_bridge.running.tokens import TextOrTokens
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
@@ -158,11 +159,13 @@ def cell_of(model: TransformerBridge, activation_name: str, index: list[Any], se
     Raises:
         InputError: the row does not begin with a layer.
         HookNameError: no hook point is called that.
+        UnsupportedModelError: the residual between attention and MLP, where both run in parallel.
     """
     if not index or isinstance(index[0], bool) or not isinstance(index[0], int):
         raise InputError(
             f"The first column of an index is the layer, a whole number; found {index[0] if index else 'no column'!r}."
         )
+    refuse_mid(model, activation_name)
     return Cell(model.hook_spec(get_act_name(activation_name, index[0])).name, index, setter)
 
 
@@ -277,6 +280,7 @@ def _index_words(spec: HookSpec) -> list[str | None]:
         "batch": "rows",
         "pos": "positions",
         "n_heads": "heads",
+        "n_key_value_heads": "heads",
         "key_pos": "keys",
         "1": None,
     }

@@ -68,7 +68,8 @@ def get_act_patch_direct_path(
     Raises:
         InputError: the model is in training mode; no such layer, head or component; the metric gives no single number.
         CacheKeyError: a run did not keep ``hook_z``.
-        UnsupportedModelError: a norm's output is this model's residual stream, so that no path is direct.
+        UnsupportedModelError: no path is direct: a norm's output is this model's residual stream, or norms what heads write;
+            or receivers have no keys and values of their own.
     """
     options = SweepOptions(attention_mask=attention_mask, logit_positions=logit_positions, memory_limit=memory_limit)
     run = CorruptedRun(model, corrupted_tokens, metrics_of(patching_metric, "scalar"), options, verbose)
@@ -135,6 +136,23 @@ def _check(model: TransformerBridge, component: str) -> None:
         raise UnsupportedModelError(
             "apply_residual_connection_post_layernorm=True: every block's norms stand in the residual stream itself, so no "
             "path from one head to another is direct. Use get_act_patch_attn_head_out_all_pos for whole effects."
+        )
+    family, cfg = model.adapter.family, model.cfg
+    if family.block.ln1_post:
+        raise UnsupportedModelError(
+            f"{family.title} norms what all heads of a layer give together before it is added to the residual stream: no "
+            "head writes a part of its own. Use get_act_patch_attn_head_out_all_pos for whole effects."
+        )
+    if f"blocks.0.hook_{component}_input" not in model.hook_index:
+        raise UnsupportedModelError(
+            f"{family.title} has no hook_{component}_input, the copy of the residual through which one head is reached. "
+            "Use get_act_patch_attn_head_out_all_pos for whole effects."
+        )
+    if component != "q" and cfg.n_key_value_heads != cfg.n_heads:
+        raise UnsupportedModelError(
+            f"component={component!r}: this {family.title} has {cfg.n_heads} heads and {cfg.n_key_value_heads} of keys and "
+            'values, so no head has keys and values of its own. component="q" can be had, and path_patching has receivers '
+            "by head of keys and values."
         )
 
 

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from pellucid.errors import UnsupportedModelError
 from pellucid.experiments.options import SweepOptions
 from pellucid.model_bridge.running.tokens import TextOrTokens
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
@@ -156,7 +157,7 @@ def get_act_patch_attn_head_all_pos_every(
         ``reduce="none"``, ``baseline=True`` or several metrics were asked for.
 
     Raises:
-        as :func:`generic_activation_patch`.
+        as :func:`generic_activation_patch`; UnsupportedModelError where several heads of queries share keys and values.
     """
     options = SweepOptions(attention_mask=attention_mask, logit_positions=logit_positions, memory_limit=memory_limit)
     run = CorruptedRun(model, corrupted_tokens, metrics_of(metric, reduce), options, verbose)
@@ -185,7 +186,7 @@ def get_act_patch_attn_head_by_pos_every(
         where ``reduce="none"``, ``baseline=True`` or several metrics were asked for.
 
     Raises:
-        as :func:`generic_activation_patch`.
+        as :func:`generic_activation_patch`; UnsupportedModelError where several heads of queries share keys and values.
     """
     options = SweepOptions(attention_mask=attention_mask, logit_positions=logit_positions, memory_limit=memory_limit)
     run = CorruptedRun(model, corrupted_tokens, metrics_of(metric, reduce), options, verbose)
@@ -231,11 +232,22 @@ def _every(
     baseline: bool,
     has_metric_axis: bool,
 ) -> Tensor | PatchingResult:
-    """All sites in one sweep of one base run, stacked with their axes in the order of ``axes``."""
+    """All sites in one sweep of one base run, stacked with their axes in the order of ``axes``.
+
+    Raises:
+        UnsupportedModelError: they have different numbers of heads.
+    """
+    cfg, title = run.model.cfg, run.model.adapter.family.title
+    if "head" in axes and cfg.n_key_value_heads != cfg.n_heads:
+        raise UnsupportedModelError(
+            f"This {title} has {cfg.n_heads} heads of queries and {cfg.n_key_value_heads} of keys and values, which do not "
+            "go into one table. Call the functions of one activation each: get_act_patch_attn_head_k_all_pos, ..._v_..., "
+            "..._q_..., ..._out_..., ..._pattern_...."
+        )
     cells: list[Cell] = []
     shapes: list[tuple[int, ...]] = []
     for site in sites.values():
-        _, index, shape = index_of(run, site.axes, None)
+        _, index, shape = index_of(run, site.activation_name, site.axes, None)
         cells += cells_of(run.model, site.activation_name, index, site.setter)
         shapes.append(shape)
     flat, base = score_cells(run, cells, clean_cache, reduce)

@@ -12,9 +12,10 @@ from torch import Tensor
 from pellucid.arguments import check_function, check_mapping, check_text, check_texts
 from pellucid.errors import InputError
 from pellucid.experiments.options import SweepOptions
+from pellucid.experiments.places import refuse_mid
 from pellucid.model_bridge.running.tokens import TextOrTokens
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
-from pellucid.names import nearest
+from pellucid.names import get_act_name, nearest
 from pellucid.patching.cells import Cell, CorruptedRun, PatchSetter, Reduce, cell_of, metrics_of, reduced, run_cells
 from pellucid.patching.result import PatchingResult, make_df_from_ranges
 from pellucid.sweep import MetricLike
@@ -121,7 +122,8 @@ def generic_activation_patch(
             return another tensor; see :mod:`pellucid.patching.setters`.
         activation_name: TransformerLens' short name: ``"resid_pre"``, ``"z"``, ``"pattern"``, ...
         index_axis_names: axes to sweep, the layer first: all combinations of ``layer``, ``pos``, ``head`` (or
-            ``head_index``), ``dest_pos``, ``src_pos``.
+            ``head_index``), ``dest_pos``, ``src_pos``. Of keys and values that several queries share, a head is one of
+            ``n_key_value_heads``.
         index_df: in place of that, the combinations, a row each, the layer in the first column. The result is then flat.
         return_index_df: return the index too; a :class:`PatchingResult` always has it.
         reduce: ``"scalar"``: a function gives one number. ``"mean"``: ``[batch]`` numbers, averaged. ``"none"``:
@@ -144,6 +146,7 @@ def generic_activation_patch(
         HookDisabledError: it is opt-in and off.
         HookValueError: a setter gave another shape, dtype or device.
         CacheKeyError: the clean run did not keep it.
+        UnsupportedModelError: the residual between attention and MLP, where both run in parallel.
     """
     check_text("activation_name", activation_name)
     check_function("patch_setter", patch_setter, "a function of an activation, an index and the clean activation")
@@ -158,7 +161,7 @@ def generic_activation_patch(
         )
     options = SweepOptions(attention_mask=attention_mask, logit_positions=logit_positions, memory_limit=memory_limit)
     run = CorruptedRun(model, corrupted_tokens, metrics, options, verbose)
-    axis_names, index, shape = index_of(run, index_axis_names, index_df)
+    axis_names, index, shape = index_of(run, activation_name, index_axis_names, index_df)
     cells = cells_of(model, activation_name, index, patch_setter)
     values, base = score_cells(run, cells, clean_cache, reduce)
     values = values.unflatten(1, shape) if shape else values[:, 0]
@@ -176,7 +179,7 @@ def generic_activation_patch(
 
 
 def index_of(
-    run: CorruptedRun, index_axis_names: Sequence[str] | None, index_df: pd.DataFrame | None
+    run: CorruptedRun, activation_name: str, index_axis_names: Sequence[str] | None, index_df: pd.DataFrame | None
 ) -> tuple[list[str], pd.DataFrame, tuple[int, ...]]:
     """Names of the axes, the index, and the shape of the result.
 
@@ -196,11 +199,12 @@ def index_of(
     names = check_texts("index_axis_names", index_axis_names)
     length = run.sweep().tokens.shape[1]  # of a sweep, which refuses what it cannot do before an index is made
     cfg = run.model.cfg
+    heads = heads_of(run.model, activation_name)
     sizes = {
         "layer": cfg.n_layers,
         "pos": length,
-        "head_index": cfg.n_heads,
-        "head": cfg.n_heads,
+        "head_index": heads,
+        "head": heads,
         "src_pos": length,
         "dest_pos": length,
     }
@@ -214,6 +218,13 @@ def index_of(
         raise InputError(f"index_axis_names are different axes, the layer first; found {names}.")
     shape = tuple(sizes[name] for name in names)
     return names, make_df_from_ranges(shape, names), shape
+
+
+def heads_of(model: TransformerBridge, activation_name: str) -> int:
+    """How many heads an activation has: those of keys and values where they are fewer, else those of queries."""
+    refuse_mid(model, activation_name)
+    axes = model.hook_spec(get_act_name(activation_name, 0)).axes
+    return model.cfg.n_key_value_heads if "n_key_value_heads" in axes else model.cfg.n_heads
 
 
 def cells_of(model: TransformerBridge, activation_name: str, index: pd.DataFrame, setter: PatchSetter) -> list[Cell]:

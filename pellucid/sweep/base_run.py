@@ -1,7 +1,8 @@
 """The base run of a sweep: computed once, and what of it every edit needs afterwards.
 
-Kept are the residual entering each layer (and leaving the last), each layer's keys and values, ALiBi and mask as Hugging
-Face made them, and the activations that edits change. All of it can come from a cache that the user already has.
+Kept are the residual entering each layer (and leaving the last), each layer's keys and values as attention meets them, what
+Hugging Face hands to each block beside the residual (mask, ALiBi, rotations: they may differ between layers), and the
+activations that edits change. All activations can come from a cache that the user already has.
 """
 
 from __future__ import annotations
@@ -9,15 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pellucid.activation_cache import ActivationCache
-from pellucid.errors import CacheKeyError, InputError
+from pellucid.errors import CacheKeyError, InputError, UnsupportedModelError
+from pellucid.model_bridge.generalized_components.hf_arguments import CACHE_NAMES, by_name, forward_parameters
 from pellucid.model_bridge.running.runner import Prepared
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
+from pellucid.names import BEFORE_BLOCKS
 from pellucid.tables import BriefFields
 
 
@@ -31,11 +35,11 @@ class BaseRun(BriefFields):
         logits: ``[row, pos, d_vocab]``, if edits are whole forwards: hooks of the user's own may act on them.
         attention_mask: ``[row, pos]``, or ``None``.
         residual: by layer, ``[row, pos, d_model]``: what enters it; under ``n_layers`` what leaves the last.
-        keys: by layer, ``[row, n_heads, key_pos, d_head]``.
+        keys: by layer, ``[row, n_key_value_heads, key_pos, d_head]``.
         values: by layer, the same.
-        alibi: ``[row, n_heads, 1, key_pos]``.
-        mask: additive, ``[row, 1, pos, key_pos]``, or ``None``.
+        handed: by layer, what its block is given beside the residual, by name.
         sites: activations that edits change, by hook name.
+        positions: ``[1 or row, pos]``, what the table of positions is asked for; ``None`` where there is none.
     """
 
     tokens: Tensor
@@ -43,9 +47,9 @@ class BaseRun(BriefFields):
     residual: Mapping[int, Tensor]
     keys: Mapping[int, Tensor]
     values: Mapping[int, Tensor]
-    alibi: Tensor
-    mask: Tensor | None
+    handed: Mapping[int, Mapping[str, Any]]
     sites: Mapping[str, Tensor]
+    positions: Tensor | None = None
     embeddings: Tensor | None = None
     logits: Tensor | None = None
 
@@ -64,25 +68,62 @@ class BaseRun(BriefFields):
         """Columns of the padded sequence."""
         return self.tokens.shape[1]
 
+    @property
+    def alibi(self) -> Tensor | None:
+        """``[row, n_heads, 1, key_pos]``, where the model has it."""
+        alibi: Tensor | None = next(iter(self.handed.values()), {}).get("alibi")
+        return None if alibi is None else alibi.view(self.n_rows, -1, *alibi.shape[-2:])
 
-def needed_names(n_layers: int, first_layer: int, sites: Iterable[str]) -> list[str]:
+    def mask(self, layer: int) -> Tensor | None:
+        """``[row or 1, 1, pos, key_pos]``: what a layer's scores are masked with, additive or, for a fused kernel, bool.
+
+        ``None`` says that nothing is masked. A fused kernel that is given none masks later positions by itself, which rows
+        at other columns could not rely on: so the mask is written out.
+        """
+        mask: Tensor | None = self.handed[layer].get("attention_mask")
+        if mask is None and self.alibi is None:
+            return torch.ones(self.length, self.length, dtype=torch.bool, device=self.tokens.device).tril()[None, None]
+        return mask
+
+    def handed_at(self, layer: int, places: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+        """What a block is given beside packed rows: what belongs to positions taken where they stand.
+
+        Args:
+            layer: the block.
+            places: by group in packed order, the rows of the base run ``[edited row]`` and the columns ``[col]``.
+        """
+        return {
+            name: _taken(value, places) if name in PER_POSITION else value for name, value in self.handed[layer].items()
+        }
+
+
+def cached_keys(bridge: TransformerBridge) -> str:
+    """The point of an attention that holds its keys as queries meet them."""
+    attention = bridge.adapter.family.attention
+    return "hook_rot_k" if attention.rotary else "hook_k_normed" if attention.k_norm else "hook_k"
+
+
+def needed_names(bridge: TransformerBridge, first_layer: int, sites: Iterable[str]) -> list[str]:
     """The hooks that a base run keeps for edits from ``first_layer`` on.
 
     Args:
-        n_layers: layers of the model.
+        bridge: the model.
         first_layer: the first layer that any edit enters; ``n_layers`` for none.
         sites: hooks that edits change.
     """
+    n_layers, keys = bridge.cfg.n_layers, cached_keys(bridge)
     names = [f"blocks.{n_layers - 1}.hook_resid_post"]
     for layer in range(max(first_layer, 0), n_layers):
-        names += [f"blocks.{layer}.hook_resid_pre", f"blocks.{layer}.attn.hook_k", f"blocks.{layer}.attn.hook_v"]
+        names += [f"blocks.{layer}.hook_resid_pre", f"blocks.{layer}.attn.{keys}", f"blocks.{layer}.attn.hook_v"]
     return list(dict.fromkeys([*names, *sites]))
 
 
 def base_bytes(bridge: TransformerBridge, rows: int, length: int, first_layer: int) -> int:
     """Bytes of residuals, keys and values that a base run keeps, sites apart."""
-    layers = bridge.cfg.n_layers - max(first_layer, 0)
-    return (3 * layers + 1) * rows * length * bridge.cfg.d_model * bridge.dtype.itemsize
+    cfg = bridge.cfg
+    layers = cfg.n_layers - max(first_layer, 0)
+    features = layers * (cfg.d_model + 2 * cfg.n_key_value_heads * cfg.d_head) + cfg.d_model
+    return features * rows * length * bridge.dtype.itemsize
 
 
 def run_base(
@@ -110,25 +151,26 @@ def run_base(
     positions = bridge.positions_of(prepared)
     tokens = positions.tokens
     assert tokens is not None
-    n_layers = bridge.cfg.n_layers
-    names = needed_names(n_layers, first_layer, sites)
+    n_layers, keys_at = bridge.cfg.n_layers, cached_keys(bridge)
+    names = needed_names(bridge, first_layer, sites)
     cache: dict[str, Tensor]
-    with _block_arguments(bridge) as arguments:
+    with _watched(bridge) as seen:
         if given is None:
             logits, cache = _run(bridge, prepared, names, with_logits)
         else:
             entering = bridge(prepared.tokens, attention_mask=prepared.attention_mask, stop_at_layer=0)
             _check_given(given, names, prepared, entering)
             logits, cache = None, {name: given[name] for name in names}
+            # A run that begins after the last block hands every block what it would be given, and computes none.
+            bridge(entering, attention_mask=prepared.attention_mask, start_at_layer=n_layers, stop_at_layer=n_layers)
             if with_logits:
                 logits = bridge(prepared.tokens, attention_mask=prepared.attention_mask)
     layers = range(max(first_layer, 0), n_layers)
     residual = {layer: cache[f"blocks.{layer}.hook_resid_pre"] for layer in layers}
     residual[n_layers] = cache[f"blocks.{n_layers - 1}.hook_resid_post"]
-    alibi: Tensor = arguments["alibi"]
     edited = {name: cache[name] for name in sites}
     # One layer after the other, letting go of the cached copy: both at once would double the base run's memory.
-    keys = {layer: _by_head(cache.pop(f"blocks.{layer}.attn.hook_k")) for layer in layers}
+    keys = {layer: _by_head(cache.pop(f"blocks.{layer}.attn.{keys_at}")) for layer in layers}
     values = {layer: _by_head(cache.pop(f"blocks.{layer}.attn.hook_v")) for layer in layers}
     return BaseRun(
         tokens=tokens,
@@ -136,9 +178,9 @@ def run_base(
         residual=residual,
         keys=keys,
         values=values,
-        alibi=alibi.view(tokens.shape[0], -1, *alibi.shape[-2:]),
-        mask=arguments["attention_mask"],
+        handed={layer: seen.handed[layer] for layer in layers},
         sites=edited,
+        positions=seen.positions,
         embeddings=positions.embeddings,
         logits=logits,
     )
@@ -184,7 +226,7 @@ def _run(
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
     """Keep ``names`` of one run, which stops before the unembedding if nothing of it is kept."""
     specs = [bridge.hook_spec(name) for name in names]
-    after = any(spec.layer is None and not spec.component.startswith("embed") for spec in specs)
+    after = any(spec.layer is None and spec.component not in BEFORE_BLOCKS for spec in specs)
     output, kept = bridge.run_with_cache(
         prepared.tokens,
         attention_mask=prepared.attention_mask,
@@ -197,23 +239,80 @@ def _run(
 
 
 def _by_head(kv_bknh: Tensor) -> Tensor:
-    """``[row, pos, n_heads, d_head]`` to ``[row, n_heads, pos, d_head]`` in memory, the order that products read."""
+    """``[row, pos, head, d_head]`` to ``[row, head, pos, d_head]`` in memory, the order that products read."""
     return kv_bknh.transpose(1, 2).contiguous()
 
 
+PER_POSITION = ("position_embeddings", "position_ids", "cache_position")
+"""What Hugging Face hands to a block for each position: tensors ``[row or 1, pos, ...]`` or ``[pos]``, or tuples of them."""
+
+ABOUT_KEYS = ("attention_mask", "alibi")
+"""What it hands to a block for queries and keys, which whoever mixes packed rows takes apart."""
+
+
+@dataclass
+class _Seen:
+    """What a run hands to its blocks, by layer, and to its table of positions."""
+
+    handed: dict[int, dict[str, Any]]
+    positions: Tensor | None = None
+
+
 @contextmanager
-def _block_arguments(bridge: TransformerBridge) -> Iterator[dict[str, Any]]:
-    """ALiBi and mask as Hugging Face hands them to its blocks, filled in by a run inside the ``with`` block."""
-    seen: dict[str, Any] = {}
+def _watched(bridge: TransformerBridge) -> Iterator[_Seen]:
+    """What Hugging Face hands on, filled in by a run inside the ``with`` block."""
+    seen, tree = _Seen({}), bridge.runner.tree
 
-    def look(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.update(kwargs)
+    def look(layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        left_out = (forward_parameters(type(module))[0], *CACHE_NAMES)  # the residual, and a cache that rows have not
+        handed = by_name(module, args, kwargs)
+        seen.handed[layer] = {name: value for name, value in handed.items() if name not in left_out}
 
-    handle = bridge.blocks[0].module.register_forward_pre_hook(look, with_kwargs=True)
+    def ask(module: Any, args: tuple[Tensor, ...]) -> None:
+        seen.positions = args[0]
+
+    handles = [
+        block.module.register_forward_pre_hook(partial(look, layer), with_kwargs=True)
+        for layer, block in enumerate(tree.blocks)
+    ]
+    if "pos_embed" in tree.components:
+        handles.append(tree.components["pos_embed"].module.register_forward_pre_hook(ask))
     try:
         yield seen
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+def refuse_unknown(bridge: TransformerBridge, base: BaseRun) -> None:
+    """See that everything that blocks are handed can be taken at the positions of packed rows.
+
+    Raises:
+        UnsupportedModelError: tensors of which that is not known.
+    """
+    known = (*PER_POSITION, *ABOUT_KEYS)
+    for handed in base.handed.values():
+        for name, value in handed.items():
+            if name not in known and isinstance(value, Tensor | tuple | list):
+                raise UnsupportedModelError(
+                    f"{bridge.adapter.family.title} of the installed transformers hands its blocks {name!r}, and what "
+                    "a sweep's rows need of it is not known: their numbers could be others. Run bridge.run_with_hooks "
+                    "for each edit, or install a release of docs/compatibility.md."
+                )
+
+
+def _taken(value: Any, places: Sequence[tuple[Tensor, Tensor]]) -> Any:
+    """``[1, packed row, ...]`` of ``[row or 1, pos, ...]``, or ``[packed row]`` of ``[pos]``."""
+    if isinstance(value, tuple | list):
+        return tuple(_taken(part, places) for part in value)
+    if not isinstance(value, Tensor):
+        return value
+    if value.dim() == 1:
+        return torch.cat([value[columns].repeat(len(rows)) for rows, columns in places])
+    parts = [
+        value[(rows if value.shape[0] > 1 else rows * 0)[:, None], columns].flatten(0, 1) for rows, columns in places
+    ]
+    return torch.cat(parts)[None]
 
 
 def _check_given(given: Mapping[str, Tensor], names: list[str], prepared: Prepared, entering: Tensor) -> None:

@@ -13,43 +13,23 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pellucid.names import HookSpec
+from pellucid.names import BEFORE_BLOCKS, HookSpec
 from pellucid.sweep.edits import Apply, Write
 
 EMBEDDING = -1
 """The stage before the first layer."""
 
-FEEDS_OTHER_COLUMNS = frozenset(
-    {
-        "hook_resid_pre",
-        "ln1.hook_scale",
-        "ln1.hook_normalized",
-        "ln1.hook_out",
-        "hook_attn_in",
-        "hook_k_input",
-        "hook_v_input",
-        "attn.k.hook_in",
-        "attn.v.hook_in",
-        "attn.hook_k",
-        "attn.hook_v",
-    }
-)
-"""Hooks of a block that reach its keys or values, and so every later column; the others stay in their column."""
 
-BY_GROUP = frozenset({"attn.hook_attn_scores", "attn.hook_pattern"})
-"""Hooks that fire once for each group of packed rows, ``[edited row, n_heads, pos, key_pos]``."""
-
-
-def place_of(spec: HookSpec) -> str:
-    """A hook's name inside its block."""
-    return spec.name if spec.layer is None else spec.name.split(".", 2)[2]
+def fires_by_group(spec: HookSpec) -> bool:
+    """Whether a hook fires once for each group of packed rows: scores, pattern ``[edited row, n_heads, pos, key_pos]``."""
+    return "key_pos" in spec.axes
 
 
 def stage_of(spec: HookSpec, n_layers: int) -> int:
     """Where in the model a hook fires: a layer, :data:`EMBEDDING`, or ``n_layers`` for what follows the last."""
     if spec.layer is not None:
         return spec.layer
-    return EMBEDDING if spec.component in ("embed", "embed_ln") else n_layers
+    return EMBEDDING if spec.component in BEFORE_BLOCKS else n_layers
 
 
 @dataclass(eq=False)
@@ -106,7 +86,7 @@ def make_edited_row(
             by_stage.setdefault(stage, []).append(chosen)
     first = min(column for chosen in by_stage.values() for write in chosen for column in write.columns)
     entering = by_stage[first_stage]
-    spreads = first_stage < n_layers and any(place_of(write.spec) in FEEDS_OTHER_COLUMNS for write in entering)
+    spreads = first_stage < n_layers and any(write.spec.reach == "later" for write in entering)
     touched = {column for write in entering for column in write.columns}
     if first_stage == n_layers - 1 and len(by_stage) > 1 and not spreads and not read & touched:
         # What is written in the last layer stays in columns that nobody reads; left are the edits after it.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pellucid.arguments import check_list, check_number, check_whole
-from pellucid.axes import Index
+from pellucid.axes import HEADS, Index
 from pellucid.dtypes import cast
 from pellucid.errors import CacheKeyError, HookValueError, InputError
 from pellucid.hook_values import bits_differ
@@ -234,7 +234,7 @@ class Edit(BriefFields):
         hook: name of the hook point.
         value: what goes there.
         positions: columns of the (padded) sequence; query positions for scores and patterns.
-        heads: of per-head activations.
+        heads: of per-head activations: heads of queries, or of keys and values where several queries share one.
         neurons: features on the last axis: neurons of the MLP, dimensions of a head, directions of the residual stream.
         keys: key positions of scores and patterns.
         rows: of the batch.
@@ -373,8 +373,9 @@ def resolve(edit: Edit, spec: HookSpec, sizes: Mapping[str, int]) -> list[Write]
 def _axis_words(spec: HookSpec) -> dict[str, int]:
     """Which of an edit's indices a hook takes, and on which axis."""
     words = {"positions": spec.pos_axis}
-    if "n_heads" in spec.axes:
-        words["heads"] = spec.axes.index("n_heads")
+    for axis, word in enumerate(spec.axes):
+        if word in HEADS:
+            words["heads"] = axis
     if "key_pos" in spec.axes:
         words["keys"] = spec.axes.index("key_pos")
     elif spec.axes[-1] not in ("pos", "1"):

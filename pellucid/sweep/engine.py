@@ -30,7 +30,7 @@ from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.padding import before_first_real
 from pellucid.progress import progress_bar
 from pellucid.sweep.base_run import BaseRun, KeptRun, base_bytes
-from pellucid.sweep.edited_rows import EditedRow, make_edited_row, needs_whole
+from pellucid.sweep.edited_rows import EditedRow, fires_by_group, make_edited_row, needs_whole
 from pellucid.sweep.edits import Write
 from pellucid.sweep.metrics import Metric
 from pellucid.sweep.packed_attention import RowGroup
@@ -184,12 +184,12 @@ class Sweep:
         bridge, n_layers = self.bridge, self.bridge.cfg.n_layers
         writes = self._unedited.resolve(edits)
         base, blocked = self._unedited.base(writes), self._unedited.why_whole()
-        on_logits = any(write.spec.component == "unembed" for chosen in writes for write in chosen)
+        on_logits = any("d_vocab" in write.spec.axes for chosen in writes for write in chosen)
         unedited = UneditedLogits(Unembedding(bridge), base.final, base.logits)
         unembed = Unembedding(bridge, whole=True) if on_logits else unedited.unembed
         scorers = self._scorers(unedited)
         why = blocked or self._why_padding_whole(scorers)
-        read = self._read(scorers)
+        read, padding_varies = self._read(scorers), self._unedited.padding_varies()
         edited: list[list[EditedRow]] = []
         whole, packed = [], []
         for edit, chosen in enumerate(writes):
@@ -202,13 +202,16 @@ class Sweep:
                 if (each := make_edited_row(edit, of_row, base.sites, n_layers, base.length, read[row])) is not None
             ]
             edited.append(made)
-            if why or needs_whole(chosen):
+            if why or needs_whole(chosen) or (padding_varies and any(fires_by_group(write.spec) for write in chosen)):
                 if _changes(chosen, base):
                     whole.append(edit)
             elif made:
                 packed.append(edit)
         if not why and whole:
-            why = "a function that looks at several positions"
+            several = any(needs_whole(writes[edit]) for edit in whole)
+            why = (
+                "a function that looks at several positions" if several else "scores of a fused kernel, beside padding"
+            )
         costs = Costs(bridge.cfg, bridge.dtype.itemsize, base.length, base.n_rows)
         read_cells = max(
             scorer.reads.columns.numel() * len(scorer.reads.tokens or range(bridge.cfg.d_vocab))

@@ -87,6 +87,7 @@ class PackedAttention:
         """``[1, packed row, n_heads, d_head]`` of the wanted columns, from queries, keys and values of all of them."""
         q, k, v = self._projected or project()
         base, may_fuse = self._base, self._fast_bias is not None and attention.may_fuse()
+        whole_mask, alibi = base.mask(self._layer), base.alibi
         parts, start = [], 0
         for number, (group, wanted) in enumerate(zip(self._groups, self._wanted, strict=True)):
             self.current = number
@@ -101,10 +102,12 @@ class PackedAttention:
                 asking = torch.tensor([group.columns.index(column) for column in wanted], dtype=torch.int64)
                 columns, own_q = columns[asking], own_q[:, asking]
             if may_fuse:
-                z, _ = attention.attend(own_q, keys, values, None, base.alibi, self._bias_of(rows, columns))
+                z, _ = attention.attend(own_q, keys, values, None, alibi, self._bias_of(rows, columns))
             else:
-                mask = None if base.mask is None else base.mask[rows][:, :, columns]
-                z, _ = attention.attend(own_q, keys, values, mask, base.alibi[rows])
+                mask = whole_mask
+                if mask is not None:
+                    mask = (mask if mask.shape[0] == 1 else mask[rows])[:, :, columns]
+                z, _ = attention.attend(own_q, keys, values, mask, None if alibi is None else alibi[rows])
             parts.append(z.flatten(0, 1))
         return torch.cat(parts)[None]
 

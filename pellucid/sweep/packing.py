@@ -26,8 +26,8 @@ from pellucid.model_bridge.generalized_components.mixing import mixing_by
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.names import HookSpec
 from pellucid.run_context import hooks_suppressed
-from pellucid.sweep.base_run import BaseRun
-from pellucid.sweep.edited_rows import BY_GROUP, EMBEDDING, EditedRow, place_of
+from pellucid.sweep.base_run import BaseRun, refuse_unknown
+from pellucid.sweep.edited_rows import EMBEDDING, EditedRow, fires_by_group
 from pellucid.sweep.edits import Write
 from pellucid.sweep.packed_attention import Columns, PackedAttention, Projected, RowGroup
 
@@ -120,13 +120,19 @@ class PackedModel:
         self._now: dict[str, list[list[Place]]] = {}
         self._attention: PackedAttention | None = None
         self._fast_bias = None
-        if bridge.attn_implementation == "sdpa":
-            self._fast_bias = add_mask_to_alibi(base.alibi, base.mask, bridge.cfg.n_heads)
+        if bridge.attn_implementation == "sdpa" and base.alibi is not None:
+            # BLOOM's blocks are all given the same mask.
+            self._fast_bias = add_mask_to_alibi(base.alibi, base.mask(min(base.handed)), bridge.cfg.n_heads)
 
     # -- layer by layer ------------------------------------------------------------------------------------------------
 
     def run(self, edited: Sequence[EditedRow]) -> list[RowGroup]:
-        """The residual that leaves the last layer, at the columns that are read. Rows that enter after it are left out."""
+        """The residual that leaves the last layer, at the columns that are read. Rows that enter after it are left out.
+
+        Raises:
+            UnsupportedModelError: the blocks are handed something that cannot be taken at packed rows.
+        """
+        refuse_unknown(self.bridge, self.base)
         n_layers = self.bridge.cfg.n_layers
         groups: list[RowGroup] = []
         specs = {write.spec.name: write.spec for each in edited for writes in each.writes.values() for write in writes}
@@ -142,14 +148,21 @@ class PackedModel:
         """Rows that change tokens or their embedding: only those columns are embedded."""
         groups = []
         for columns, edited in _by_columns(entering).items():
-            at = torch.tensor([each.row for each in edited])[:, None], torch.tensor(columns)
+            rows, there = torch.tensor([each.row for each in edited]), torch.tensor(columns)
+            at = rows[:, None], there
             self._locate([(edited, columns)], EMBEDDING)
+            outer = self.bridge.runner.tree.components
             if self.base.embeddings is None:
-                embeds = self.bridge.embed.module(self.base.tokens[at].flatten()[None])
+                embeds = outer["embed"].module(self.base.tokens[at].flatten()[None])
             else:
                 embeds = self.base.embeddings[at].flatten(end_dim=1)[None].clone()  # edits are made in place
-            embedded = self.bridge.embed_ln.module(embeds)
-            groups.append(RowGroup(edited, columns, embedded[0].unflatten(0, (len(edited), -1))))
+            positions = self.base.positions
+            if positions is not None:
+                asked = positions[at if positions.shape[0] > 1 else (rows[:, None] * 0, there)]
+                embeds = embeds + outer["pos_embed"].module(asked.flatten()[None])
+            if "embed_ln" in outer:
+                embeds = outer["embed_ln"].module(embeds)
+            groups.append(RowGroup(edited, columns, embeds[0].unflatten(0, (len(edited), -1))))
         return groups
 
     def _layer(self, layer: int, groups: list[RowGroup], entering: list[EditedRow]) -> list[RowGroup]:
@@ -216,9 +229,9 @@ class PackedModel:
         return tuple(column for column in group.columns if column in read)
 
     def _block(self, layer: int, chunk: list[RowGroup]) -> list[RowGroup]:
-        base, columns = self.base, [group.columns for group in chunk]
+        columns = [group.columns for group in chunk]
         wanted = [self._wanted(group, layer) for group in chunk]
-        attention = self._attention = PackedAttention(base, layer, chunk, wanted, self._fast_bias)
+        attention = self._attention = PackedAttention(self.base, layer, chunk, wanted, self._fast_bias)
         # The groups of a chunk lie one after the other in one buffer.
         first = chunk[0].residual
         count = sum(group.packed_rows for group in chunk)
@@ -228,17 +241,23 @@ class PackedModel:
             left = rows[:, _kept(chunk, wanted)]  # a copy, made before edits are made in place
             self._locate([(group.edited, group.columns) for group in chunk], layer)
             with suppress(Projected), mixing_by(attention.project):
-                block(rows, alibi=base.alibi, attention_mask=base.mask)
+                block(rows, **self._handed(layer, chunk, columns))
             rows = left
         self._locate([(group.edited, there) for group, there in zip(chunk, wanted, strict=True)], layer)
         with mixing_by(attention):
-            output = block(rows, alibi=base.alibi, attention_mask=base.mask)[0][0]
+            output = block(rows, **self._handed(layer, chunk, wanted))
+        output = (output[0] if isinstance(output, tuple) else output)[0]
         sizes = [len(group.edited) * len(there) for group, there in zip(chunk, wanted, strict=True)]
         parts = output.split(sizes)
         return [
             RowGroup(group.edited, there, part.unflatten(0, (len(group.edited), len(there))))
             for group, there, part in zip(chunk, wanted, parts, strict=True)
         ]
+
+    def _handed(self, layer: int, chunk: Sequence[RowGroup], columns: Sequence[Columns]) -> dict[str, Any]:
+        """What a block is given beside the rows of a chunk that stand at ``columns``."""
+        places = [(group.base_rows(), torch.tensor(there)) for group, there in zip(chunk, columns, strict=True)]
+        return self.base.handed_at(layer, places)
 
     # -- edits ---------------------------------------------------------------------------------------------------------
 
@@ -259,7 +278,7 @@ class PackedModel:
                         continue
                     at = torch.tensor([there.index(write.declared[k]) for k in present])
                     by_group = self._now.setdefault(write.spec.name, [[] for _ in groups])
-                    alone = place_of(write.spec) in BY_GROUP
+                    alone = fires_by_group(write.spec)
                     place = Place(
                         write.kept_to(present), i if alone else None, at if alone else at + start + i * len(there)
                     )
@@ -268,7 +287,7 @@ class PackedModel:
 
     def _maker(self, spec: HookSpec) -> Callable[..., None]:
         """The hook function that makes the writes of one hook point."""
-        once_a_group = place_of(spec) in BY_GROUP
+        once_a_group = fires_by_group(spec)
 
         def make(tensor: Tensor, hook: Any) -> None:
             by_group = self._now.get(spec.name, [])

@@ -1,7 +1,7 @@
 """The plan of a sweep: how many edits need work, how much, in which batches, and what memory it will take.
 
-Operations are counted as two a multiplication-addition. Per packed row a block costs ``24 d_model^2`` for its four
-projections and ``4 d_model`` for each key it attends to; unembedding a row costs ``2 d_model`` for each token read.
+Operations are counted as two a multiplication-addition. Per packed row a block costs two for each weight of its projections
+and ``4 n_heads d_head`` for each key it attends to; unembedding a row costs ``2 d_model`` for each token read.
 
 Memory is what is alive at the worst moment, summed from the sizes of the tensors (the base run; the groups of a batch's
 edited rows; the temporaries of one chunk in a block, of which the MLP's eager GELU has the most; the logits), times one
@@ -119,8 +119,10 @@ class Costs:
 
     def block_flops(self, rows: int) -> int:
         """One block on packed rows."""
-        d_model, d_mlp = self.cfg.d_model, self.d_mlp
-        return rows * (8 * d_model**2 + 4 * d_model * d_mlp + 4 * d_model * self.length)
+        cfg, heads = self.cfg, self.cfg.n_heads * self.cfg.d_head
+        attention = 2 * cfg.d_model * (heads + cfg.n_key_value_heads * cfg.d_head)
+        mlp = (3 if cfg.gated_mlp else 2) * cfg.d_model * self.d_mlp
+        return rows * (2 * (attention + mlp) + 4 * heads * self.length)
 
     def unembed_flops(self, cells: int) -> int:
         """Unembedding ``cells`` pairs of row and token."""
@@ -147,7 +149,7 @@ class Costs:
         one_run = self.cfg.n_heads * self.length * min(rows, self.length)  # goes through whole, however many those are
         scores = max(one_run, min(SCORES_AT_ONCE, rows * self.cfg.n_heads * self.length))
         own_keys = scores // max(1, self.cfg.n_heads) * self.cfg.d_head * self.cfg.n_heads // max(1, self.length)
-        attention = rows * 7 * d_model + 3 * scores + 3 * own_keys * 2
+        attention = rows * (3 * d_model + 4 * self.cfg.n_heads * self.cfg.d_head) + 3 * scores + 3 * own_keys * 2
         return max(mlp, attention) * self.itemsize
 
     def group_bytes(self, rows: int) -> int:

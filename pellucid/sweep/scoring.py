@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from pellucid.errors import InputError
 from pellucid.model_bridge.generalized_components.base import plain_weight
+from pellucid.model_bridge.hooking.hook_session import HookSession
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.sweep.lazy_logits import Asked, Cells, LazyLogits, ReadsElsewhere, Recorder, plain
 from pellucid.sweep.metrics import Metric, Reads, cells_of
@@ -39,10 +41,10 @@ class Unembedding:
     def __call__(self, residual: Tensor, tokens: tuple[int, ...] | None) -> Tensor:
         """``[..., d_model]`` to logits ``[..., token]``."""
         flat = residual.reshape(1, -1, residual.shape[-1])
-        normed = self._bridge.ln_final.module(flat)
+        normed = self._normed(flat)
         head: Any = self._bridge.unembed.module
         if tokens is None or self._whole or not plain_weight(head, nn.Linear):
-            logits = head(normed)
+            logits = self._as_given(head(normed))
             if tokens is not None:
                 logits = logits[..., torch.tensor(tokens, device=logits.device)]
         else:
@@ -50,9 +52,27 @@ class Unembedding:
                 index = torch.tensor(tokens, device=head.weight.device)
                 bias = None if head.bias is None else head.bias.detach()[index]
                 self._weights[tokens] = (head.weight.detach()[index], bias)
-            logits = F.linear(normed, *self._weights[tokens])
+            logits = self._as_given(F.linear(normed, *self._weights[tokens]))
         picked: Tensor = logits.view(*residual.shape[:-1], -1)
         return picked
+
+    def _normed(self, flat: Tensor) -> Tensor:
+        tree, norm = self._bridge.runner.tree, self._bridge.ln_final
+        work: Callable[[], Tensor] = partial(norm.module, flat)
+        if tree.is_float64() and norm.widens:
+            return HookSession(tree, components=["ln_final"]).during(work)
+        return work()
+
+    def _as_given(self, logits: Tensor) -> Tensor:
+        """The logits as Hugging Face gives them: scaled and capped, where the model does that."""
+        cfg, model = self._bridge.cfg, self._bridge.runner.tree.components["model"]
+        if not self._bridge.adapter.family.logits_change:
+            return logits
+        if cfg.output_logits_scale != 1:
+            logits = logits * cfg.output_logits_scale
+        if cfg.output_logits_soft_cap:
+            logits = torch.tanh(logits / cfg.output_logits_soft_cap) * cfg.output_logits_soft_cap
+        return model.fire("hook_logits", logits)
 
 
 @dataclass(eq=False)

@@ -19,6 +19,7 @@ from pellucid.model_bridge.generalized_components.weights import why_not_by_row
 from pellucid.model_bridge.hooking.cache_plan import EMBEDDING
 from pellucid.model_bridge.running.runner import Prepared
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
+from pellucid.padding import before_first_real
 from pellucid.sweep.base_run import BaseRun, KeptRun, keep_run, needed_names, run_base
 from pellucid.sweep.edited_rows import stage_of
 from pellucid.sweep.edits import Edit, Write, Zero, resolve
@@ -105,7 +106,7 @@ class Unedited:
     def needed_names(self, edits: Iterable[EditSet]) -> list[str]:
         """The hooks that a ``base_cache`` must hold for these edits."""
         writes = self.resolve(edits)
-        return needed_names(self.bridge.cfg.n_layers, self._first_layer(writes), _sites(writes))
+        return needed_names(self.bridge, self._first_layer(writes), _sites(writes))
 
     def _first_layer(self, writes: Sequence[Sequence[Write]]) -> int:
         n_layers = self.bridge.cfg.n_layers
@@ -120,8 +121,21 @@ class Unedited:
             return f"hooks are on {', '.join(names[:3])}{' and others' if len(names) > 3 else ''}"
         if self.bridge.has_torch_hooks():
             return "torch hooks are on the model"
+        family = self.bridge.adapter.family
+        if family.attention.softmax_in == "forward":
+            return f"{family.title}'s attention mixes values in its own forward, where packed rows cannot be kept apart"
         mixing = why_not_by_row(self.bridge.hf_model)
         return "" if mixing is None else f"{mixing}, which may compute a row from the others of its batch, too"
+
+    def padding_varies(self) -> bool:
+        """Whether padding before the first token holds other numbers where scores are looked at than where they are not.
+
+        A fused kernel gives such a row, in which everything is masked, something else than the eager function. Only an
+        edit that lets a token attend to padding sees it.
+        """
+        mask = self.attention_mask
+        config: Any = self.bridge.runner.tree.root.config
+        return mask is not None and config._attn_implementation != "eager" and bool(before_first_real(mask).any())
 
     # -- runs ----------------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,8 @@ from pellucid.sweep import Add, Edit, FromRun, Scale, SetTo, Zero
 def _where(edit: Edit, shape: Sequence[int], axes: Sequence[str]) -> Tensor:
     """Which cells of the whole activation the edit means."""
     mask = torch.ones(*shape, dtype=torch.bool)
-    named = {"batch": edit.rows, "pos": edit.positions, "n_heads": edit.heads, "key_pos": edit.keys}
+    named = {"batch": edit.rows, "pos": edit.positions, "key_pos": edit.keys}
+    named |= dict.fromkeys(("n_heads", "n_key_value_heads"), edit.heads)
     last = axes[-1] if axes[-1] not in ("pos", "key_pos", "1", "batch") else None
     for axis, word in enumerate(axes):
         index = named.get(word)

@@ -35,6 +35,7 @@ from pellucid.model_bridge.generalized_components.hf_code import (
     tapped_names,
 )
 from pellucid.model_bridge.generalized_components.linear import HEAD_INPUTS
+from pellucid.model_bridge.generalized_components.mixing import FunctionAttends, current_mixing
 from pellucid.model_bridge.generalized_components.split_inputs import PER_HEAD_SITES, fire_all_per_head
 from pellucid.names import PATTERN_SITES
 
@@ -130,7 +131,8 @@ class HuggingFaceAttentionBridge(HeadWeights):
             HEAD_INPUTS.reset(token)
 
     def _run(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if not (any(self.is_live(site) for site in OWN_SITES) or self._is_float64()):
+        ours = any(self.is_live(site) for site in OWN_SITES) or self._is_float64() or current_mixing() is not None
+        if not ours:
             return original(*args, **kwargs)
         forward = self._with_our_names(original)
         if self.is_live("hook_rot_k"):
@@ -197,29 +199,39 @@ class HuggingFaceAttentionBridge(HeadWeights):
         **kwargs: Any,
     ) -> Any:
         """In the place of an attention function."""
-        query = self._by_head("hook_rot_q", query)
-        if query.dtype is torch.float64 or any(self.is_live(site) for site in PATTERN_SITES):
-            if self.softmax_in != "function":
-                raise UnsupportedModelError(
-                    f"{self.path} has its scores in {self.softmax_in}, which Hugging Face runs where the model's attention "
-                    f"is 'eager'; it is {name!r}. Call bridge.set_attn_implementation('eager') to look at them."
-                )
-            if name != "eager":
-                attention_mask = self._mask_for_eager(name, attention_mask, query, key)
-            chosen = tapped_eager
-        return chosen(module, query, key, value, attention_mask, **kwargs)
+        looked_at = query.dtype is torch.float64 or any(self.is_live(site) for site in PATTERN_SITES)
+        if looked_at and self.softmax_in != "function":
+            raise UnsupportedModelError(
+                f"{self.path} has its scores in {self.softmax_in}, which Hugging Face runs where the model's attention "
+                f"is 'eager'; it is {name!r}. Call bridge.set_attn_implementation('eager') to look at them."
+            )
 
-    def _in_method(self, method: Callable[..., Any], query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def function(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Any:
+            if not looked_at:
+                return chosen(module, query, key, value, mask, **kwargs)
+            if name != "eager":
+                mask = self._mask_for_eager(name, mask, query, key)
+            return tapped_eager(module, query, key, value, mask, **kwargs)
+
+        if current_mixing() is not None and name not in ("eager", *OTHER_FUNCTIONS):
+            raise UnsupportedModelError(_other_function(name, "mask cannot be taken apart by rows and positions"))
+        return _mixed(function, self._by_head("hook_rot_q", query), key, value, attention_mask)
+
+    def _in_method(
+        self,
+        method: Callable[..., Any],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+    ) -> Any:
         """In the place of a method that holds the softmax."""
-        return method(self._by_head("hook_rot_q", query), *args, **kwargs)
+        return _mixed(method, self._by_head("hook_rot_q", query), key, value, attention_mask)
 
     def _mask_for_eager(self, name: str, mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
         """The additive mask ``[batch, 1, pos, key_pos]`` of the eager function, from what another one is given."""
         if name not in OTHER_FUNCTIONS:
-            raise UnsupportedModelError(
-                f"The model's attention is {name!r}, whose scores and pattern cannot be looked at: its mask is of another "
-                f"kind. Call bridge.set_attn_implementation('eager'), or 'sdpa'."
-            )
+            raise UnsupportedModelError(_other_function(name, "scores and pattern cannot be looked at"))
         if mask is None:  # no padding: everything before a position, itself included; a single query sees all keys
             length, keys = query.shape[-2], key.shape[-2]
             mask = torch.ones(length, keys, dtype=torch.bool, device=query.device).tril(keys - length)[None, None]
@@ -230,6 +242,11 @@ class HuggingFaceAttentionBridge(HeadWeights):
 
     # -- points --------------------------------------------------------------------------------------------------------
 
+    def results(self, z: Tensor) -> Tensor:
+        """Each head's contribution without b_O, ``[batch, pos, n_heads, d_model]``, from ``z``, nothing firing."""
+        output: Any = self.submodules["o"]
+        return output.results(z)  # type: ignore[no-any-return]
+
     def _by_head(self, site: str, value_bnqh: Tensor) -> Tensor:
         """Show ``[batch, heads, pos, d_head]`` as ``[batch, pos, heads, d_head]``."""
         if not self.is_live(site):
@@ -239,3 +256,22 @@ class HuggingFaceAttentionBridge(HeadWeights):
     def _show_pattern(self, pattern: Tensor) -> Tensor:
         # The softmax keeps its output for the backward pass: a hook that writes must not write there.
         return self.fire("hook_pattern", pattern, private=pattern.requires_grad)
+
+
+def _mixed(function: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Any:
+    """``function(query, key, value, mask)``, or what somebody who mixes values makes of it."""
+    mixing = current_mixing()
+    if mixing is None:
+        return function(query, key, value, mask)
+
+    def project() -> tuple[Tensor, Tensor, Tensor]:
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+    return mixing(FunctionAttends(function), project), None
+
+
+def _other_function(name: str, what: str) -> str:
+    return (
+        f"The model's attention is {name!r}, whose {what}: its mask is of another kind. Call "
+        "bridge.set_attn_implementation('eager'), or 'sdpa'."
+    )

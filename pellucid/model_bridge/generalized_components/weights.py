@@ -24,7 +24,7 @@ BY_ROW = (
         for name in ("linear", "sparse", "normalization", "dropout", "container", "activation")
     ),
     "torch.nn.utils.parametriz",  # parametrised classes, and what computes their weights
-    "transformers.models.",
+    "transformers.models.",  # of the decoders that are bridged, all do
     "transformers.activations",
     "transformers.pytorch_utils",  # Conv1D
     "peft.",

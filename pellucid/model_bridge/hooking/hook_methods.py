@@ -105,12 +105,16 @@ class HookMethods:
 
     @contextmanager
     def mounted_attention(self) -> Iterator[None]:
-        """Let the bridge's own attention run in every layer, hooked or not, for the length of a ``with`` block."""
-        with HookSession(self._tree, components=self._tree.attentions()).block():
+        """Let the bridge's own attention run in every layer, hooked or not, for the length of a ``with`` block.
+
+        In a float64 model that includes whatever else Hugging Face would compute in float32.
+        """
+        wide = self._tree.computing_in_float64 if self._tree.is_float64() else []
+        with HookSession(self._tree, components=[*self._tree.attentions(), *wide]).block():
             yield
 
     def has_torch_hooks(self) -> bool:
-        """Whether somebody has put torch hooks of their own on the model."""
+        """Whether somebody has put torch hooks of their own on the model; those that Hugging Face leaves there are none."""
         return self._tree.has_torch_hooks()
 
     # -- opt-in points -------------------------------------------------------------------------------------------------

@@ -124,6 +124,10 @@ class StandIn(Mounted):
         return self._native(memo[id(self.module)])
 
 
+HUGGING_FACE_RECORDERS = "transformers.utils.output_capturing"
+"""Where Hugging Face writes the hooks that it leaves on a model once ``output_attentions`` was asked for. They write to no
+tensor, and do nothing in a run that does not ask."""
+
 AFTER_BACKBONE = ("unembed", "model")
 """Components whose points fire when the backbone's forward has ended."""
 
@@ -361,7 +365,11 @@ class ComponentTree:
 
     def has_torch_hooks(self) -> bool:
         """Whether the user has put torch hooks on the model, which may write to tensors."""
-        return any(module._forward_hooks or module._forward_pre_hooks for module in self.root.modules())
+        return any(
+            hook.__module__ != HUGGING_FACE_RECORDERS
+            for module in self.root.modules()
+            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        )
 
     # -- copies --------------------------------------------------------------------------------------------------------
 
