@@ -653,15 +653,15 @@ FAULTS = (
     Fault(
         "computed MLPs stay frozen",
         "pellucid/experiments/path_patching.py",
-        "difference = difference + self._mlp_change(place // 2, difference)",
+        "difference = difference + self._mlp_change(layer, difference)",
         "pass",
         "tests/experiments/test_path_patching.py",
     ),
     Fault(
         "a computed MLP forgets what it added before",
         "pellucid/experiments/path_patching.py",
-        "torch.zeros_like(normed))[0] - as_usual",
-        "torch.zeros_like(normed))[0]",
+        "rows[None])[0] - as_usual",
+        "rows[None])[0]",
         "tests/experiments/test_path_patching.py",
     ),
     Fault(
@@ -1178,8 +1178,8 @@ FAULTS = (
     Fault(
         "rotated queries are not shown",
         f"{COMPONENTS}/hf_attention.py",
-        'query = self._by_head("hook_rot_q", query)\n',
-        "pass\n",
+        'return _mixed(function, self._by_head("hook_rot_q", query), key',
+        "return _mixed(function, query, key",
         "tests/oracles/test_family_parity.py -k fire_once",
     ),
     Fault(
@@ -1213,8 +1213,8 @@ FAULTS = (
     Fault(
         "the fused kernel runs where scores are looked at",
         f"{COMPONENTS}/hf_attention.py",
-        "            chosen = tapped_eager\n",
-        "            pass\n",
+        "            if not looked_at:\n",
+        "            if True:\n",
         "tests/oracles/test_family_parity.py -k fused_kernel",
     ),
     Fault(
