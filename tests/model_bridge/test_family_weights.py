@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -442,6 +443,25 @@ def test_weights_that_are_no_plain_numbers(name: str) -> None:
             call()
     assert bridge.weights_hash() == before
     assert bridge.W_Q.shape[0] == bridge.cfg.n_layers
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "gemma2"])
+def test_weights_that_are_not_in_memory(name: str) -> None:
+    model = make_family(name)
+    cpu_offload(model)
+    bridge = TransformerBridge(model)
+    for call in (
+        lambda: bridge.W_Q,
+        lambda: bridge.b_O,
+        lambda: bridge.W_in,
+        lambda: bridge.W_E_eff,
+        bridge.process_weights,
+    ):
+        with pytest.raises(WeightError, match="is offloaded: its numbers are not in memory"):
+            call()
+    with pytest.raises(WeightError, match="is not in memory"):
+        bridge.weights_hash()
+    assert not bridge.weights_state.is_processed
 
 
 @pytest.mark.parametrize(("name", "adapts"), [("llama", "q_proj"), ("gpt2", "c_attn"), ("phi3", "qkv_proj")])
