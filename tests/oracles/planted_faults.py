@@ -1264,7 +1264,7 @@ FAULTS = (
         f"{WEIGHTS}/form.py",
         "    if cfg.final_rms:",
         "    if False:",
-        f"{FAMILY_WEIGHTS} -k log_probabilities",
+        f"{FAMILY_WEIGHTS} -k does_not_allow",
     ),
     Fault(
         "capped logits are centred",

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from pellucid import TransformerBridge
 from pellucid.errors import WeightError
 from pellucid.weight_processing import STEPS
+from tests.families import make_family
 from tests.models import VOCAB, make_bloom, random_tokens
 
 pytest.importorskip("transformer_lens")
@@ -109,6 +110,23 @@ def test_the_same_circuits_after_refactoring(peer: Any, n_head: int) -> None:
         assert largest(a.S - b.S) < bound
     assert largest(ours.W_Q.norm(dim=2) - theirs.W_Q.norm(dim=2)) < 4 * D_MODEL * EPS * largest(ours.W_Q.norm(dim=2))
     assert largest(ours.b_O - theirs.b_O) < D_MODEL * EPS
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3", "gpt2", "gpt_neox", "gemma2"])
+def test_the_same_weights_of_other_families(peer: Any, name: str) -> None:
+    """As they are, to the bit; processed as each does it by default, which is the same steps in these families."""
+    model = make_family(name)
+    biased = ("b_Q", "b_K", "b_V", "b_O", "b_in", "b_out") if name.startswith("gpt") else ()  # it has no zeros for none
+    views = ("W_E", "W_Q", "W_K", "W_V", "W_O", "W_in", "W_out", "W_U", "b_U", *biased)
+    views += () if name.startswith("gpt") else ("W_gate",)
+    ours, theirs = TransformerBridge(copy.deepcopy(model)), peer(model)
+    for view in views:
+        assert torch.equal(getattr(ours, view), getattr(theirs, view)), view
+    ours, theirs = both(peer, model)
+    for view in views:
+        a, b = getattr(ours, view), getattr(theirs, view)
+        assert largest(a - b) <= (4 * EPS * largest(b) if view[0] == "W" else D_MODEL * EPS), view
+    assert ours.weights_state.is_processed
 
 
 def test_a_planted_difference_is_seen(peer: Any) -> None:
