@@ -6,7 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from pellucid.model_bridge.supported_architectures.bloom import AFTER, BEFORE, IN_BLOCK
+from pellucid.model_bridge.hook_tables import hook_table
+from pellucid.model_bridge.supported_architectures.bloom import BLOOM
 from pellucid.names import SETTERS, HookSpec
 
 PAGE = Path(__file__).parents[1] / "docs" / "hooks.md"
@@ -18,7 +19,8 @@ LAYER = 0
 
 def table() -> str:
     """Both tables: the points that are always there, and the opt-in ones."""
-    specs = [*BEFORE, *(spec.at_layer(LAYER) for spec in IN_BLOCK), *AFTER]
+    made = hook_table(BLOOM, shares_heads=False)
+    specs = [*made.before, *(spec.at_layer(LAYER) for spec in made.block), *made.after]
     lines = ["| name | other names | shape | the tensor |", "| --- | --- | --- | --- |"]
     lines += [row(spec) for spec in specs if spec.flag is None]
     lines += ["", "Opt-in points:", ""]

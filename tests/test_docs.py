@@ -87,6 +87,11 @@ def test_the_hook_table_is_up_to_date() -> None:
     assert done.returncode == 0, "run: python scripts/make_hook_table.py"
 
 
+def test_the_page_of_families_is_up_to_date() -> None:
+    done = subprocess.run([sys.executable, "scripts/make_families_page.py", "--check"], cwd=ROOT)
+    assert done.returncode == 0, "run: python scripts/make_families_page.py (--data-only leaves the table of what ran)"
+
+
 def anchors_of(page: Path) -> set[str]:
     """What a heading can be linked by."""
     headings = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text("utf-8")), re.M)

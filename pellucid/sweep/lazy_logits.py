@@ -1,10 +1,10 @@
 """Logits that are computed where a metric reads them.
 
-A metric written for TransformerLens is a plain function of logits ``[batch, pos, d_vocab]``, and most read a few numbers of
-them. A vocabulary may be so large (BLOOM's) that unembedding every position costs as much as the blocks do, so such a
-function is given a :class:`LazyLogits`: a tensor with a shape and a dtype and no numbers. Indexing it asks for the
-positions and tokens indexed; any other operation asks for all. On the base run what is asked for is recorded; for each edit
-just that is computed, and an edit for which the function asks for something else is told apart by :class:`ReadsElsewhere`.
+A metric written for TransformerLens is a plain function of logits ``[batch, pos, d_vocab]``, and most read a few numbers
+of them. With a large vocabulary (BLOOM's) unembedding every position costs as much as the blocks do, so such a function
+is given a :class:`LazyLogits`: a tensor with a shape and a dtype and no numbers. Indexing it asks for the positions and
+tokens indexed; any other operation asks for all. On the base run what is asked for is recorded; for each edit just that
+is computed, and an edit for which the function asks for something else is told apart by :class:`ReadsElsewhere`.
 """
 
 from __future__ import annotations
