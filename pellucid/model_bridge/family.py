@@ -107,6 +107,7 @@ class Attention:
         pattern_at: the pattern is what the dropout function after the softmax gives, or what a dropout module (by its
             name) gives, or what the softmax gives where there is no dropout.
         wide_scores: the scores are float32 in half precision too.
+        heads_first: the method that has the softmax gives ``z`` with heads before positions (GPT-J, CodeGen).
     """
 
     name: str = "self_attn"
@@ -123,6 +124,7 @@ class Attention:
     softmax_in: str = "function"
     pattern_at: str = "dropout"
     wide_scores: bool = False
+    heads_first: bool = False
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,7 @@ class HuggingFaceAttentionBridge(HeadWeights):
         submodules: ``q``, ``k``, ``v`` or ``qkv``; ``o``; ``q_norm`` and ``k_norm`` where there are some.
         softmax_in: see :class:`~pellucid.model_bridge.family.Attention`.
         pattern_at: the same; a module's name is a key of ``submodules``.
+        heads_first: the same.
     """
 
     runs_original = True
@@ -90,9 +91,10 @@ class HuggingFaceAttentionBridge(HeadWeights):
         submodules: Mapping[str, GeneralizedComponent],
         softmax_in: str = "function",
         pattern_at: str = "dropout",
+        heads_first: bool = False,
     ) -> None:
         super().__init__(name, config, submodules)
-        self.softmax_in, self.pattern_at = softmax_in, pattern_at
+        self.softmax_in, self.pattern_at, self.heads_first = softmax_in, pattern_at, heads_first
         for part in "qkv":
             if part in self.submodules:
                 self.link(f"hook_{part}", self.submodules[part], "hook_out")
@@ -226,7 +228,16 @@ class HuggingFaceAttentionBridge(HeadWeights):
         attention_mask: Tensor | None = None,
     ) -> Any:
         """In the place of a method that holds the softmax."""
-        return _mixed(method, self._by_head("hook_rot_q", query), key, value, attention_mask)
+        query = self._by_head("hook_rot_q", query)
+        if not self.heads_first or current_mixing() is None:
+            return _mixed(method, query, key, value, attention_mask)
+
+        def positions_first(*given: Tensor | None) -> tuple[Tensor, Tensor]:
+            z, pattern = method(*given)
+            return z.transpose(1, 2), pattern
+
+        z, _ = _mixed(positions_first, query, key, value, attention_mask)
+        return z.transpose(1, 2), None
 
     def _mask_for_eager(self, name: str, mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
         """The additive mask ``[batch, 1, pos, key_pos]`` of the eager function, from what another one is given."""

@@ -153,7 +153,9 @@ class DecoderAdapter(ArchitectureAdapter):
         if attention.pattern_at not in ("dropout", "softmax"):
             parts[attention.pattern_at] = GeneralizedComponent(attention.pattern_at, cfg)
         parts["o"] = OutputProjectionBridge(attention.o, cfg, n_heads=cfg.n_heads)
-        return HuggingFaceAttentionBridge(attention.name, cfg, parts, attention.softmax_in, attention.pattern_at)
+        return HuggingFaceAttentionBridge(
+            attention.name, cfg, parts, attention.softmax_in, attention.pattern_at, attention.heads_first
+        )
 
     def _qkv_layout(self) -> PartsOfFused:
         cfg = self.cfg

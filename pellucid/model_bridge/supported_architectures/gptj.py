@@ -12,9 +12,11 @@ from pellucid.model_bridge.family import LAYER_NORM, MLP, Attention, Block, Fami
 GPTJ = Family(
     "gptj",
     "GPT-J",
-    outside=Outside("transformer", "h", "wte", final_norm="ln_f"),
+    outside=Outside("transformer", "h", "wte", final_norm="ln_f", head_has_bias=True),
     block=Block("ln_1", "", parallel=True, gives_tuple=True),
-    attention=Attention("attn", o="out_proj", softmax_in="_attn", pattern_at="attn_dropout", wide_scores=True),
+    attention=Attention(
+        "attn", o="out_proj", softmax_in="_attn", pattern_at="attn_dropout", wide_scores=True, heads_first=True
+    ),
     mlp=MLP(up="fc_in", down="fc_out", gate=""),
     norm=LAYER_NORM,
     settings=Settings(

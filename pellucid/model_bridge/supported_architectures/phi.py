@@ -23,7 +23,7 @@ def _variant(family: Family, config: Any) -> Family:
 PHI = Family(
     "phi",
     "Phi",
-    outside=Outside(final_norm="final_layernorm"),
+    outside=Outside(final_norm="final_layernorm", head_has_bias=True),
     block=Block(ln2="", parallel=True),
     attention=Attention(o="dense"),
     mlp=MLP(up="fc1", down="fc2", gate=""),
