@@ -123,7 +123,7 @@ def _homeless_bias(tree: ComponentTree, form: BlockForm) -> str | None:
 
 
 def _module(tree: ComponentTree, name: str) -> str:
-    """What the configuration's reader knows a linear map of the first block by."""
+    """Path of the module that holds a linear map of the first block, a fused one if it is part of one."""
     branch, _, part = name.partition(".")
     children: Mapping[str, GeneralizedComponent] = tree.blocks[0].submodules[branch].submodules
     fused = "qkv" if part in ("q", "k", "v") else "gate_up"
