@@ -15,6 +15,9 @@ from typing import Any, Literal, TypeAlias
 FusedLayout = Literal["stacked", "grouped"]
 """Queries, keys and values one after the other, or each key/value head's queries, its key and its value together."""
 
+HeadNorm = Literal["positions first", "heads first", "flat"]
+"""What the norm of queries or keys is given: see :class:`Attention`."""
+
 
 @dataclass(frozen=True)
 class NormKind:
@@ -112,7 +115,7 @@ class Attention:
     o: str = "o_proj"
     q_norm: str = ""
     k_norm: str = ""
-    head_norm: Literal["positions first", "heads first", "flat"] = "positions first"
+    head_norm: HeadNorm = "positions first"
     rotary: bool = True
     softmax_in: str = "function"
     pattern_at: str = "dropout"
@@ -195,6 +198,7 @@ class Family:
         takes_position_ids: whether its forward takes ``position_ids``.
         logits_change: whether Hugging Face caps or scales what the head gives.
         float64: whether a float64 model computes in float64 throughout.
+        listed: whether the family is one that is known; else it was read off a model.
         notes: what is peculiar, for the page of families.
         variant: the family as a model of some configuration has it.
     """
@@ -211,6 +215,7 @@ class Family:
     takes_position_ids: bool = True
     logits_change: bool = False
     float64: bool = True
+    listed: bool = True
     notes: str = ""
     variant: Callable[[Family, Any], Family] | None = None
 

@@ -39,10 +39,11 @@ class HookMethods:
 
     def __repr__(self) -> str:
         cfg, model = self.cfg, type(self.original_model).__name__
+        listed = "" if self._tree.adapter.family.listed else " (unlisted: points that were tried)"
         hooked = sum(1 for _ in self._tree.handles())
         return (
-            f"{type(self).__name__} around {model}: {cfg.n_layers} layers, {cfg.n_heads} heads, d_model {cfg.d_model}, "
-            f"d_vocab {cfg.d_vocab}, {str(cfg.dtype).removeprefix('torch.')} on {cfg.device}; "
+            f"{type(self).__name__} around {model}{listed}: {cfg.n_layers} layers, {cfg.n_heads} heads, "
+            f"d_model {cfg.d_model}, d_vocab {cfg.d_vocab}, {str(cfg.dtype).removeprefix('torch.')} on {cfg.device}; "
             f"{hooked or 'no'} function{'' if hooked == 1 else 's'} attached\n"
             "  bridge.hook_dict lists the hook points, bridge.hf_model the modules, bridge.cfg the sizes"
         )

@@ -41,7 +41,7 @@ from pellucid.model_bridge.running.checkpoint import (
     read_configuration,
     refuse_missing,
 )
-from pellucid.model_bridge.supported_architectures import ARCHITECTURES, architecture_of
+from pellucid.model_bridge.supported_architectures import ARCHITECTURES, architecture_of, architecture_of_model
 from pellucid.names import nearest
 from pellucid.tables import BriefFields
 
@@ -318,7 +318,7 @@ def make_adapter(model: nn.Module) -> ArchitectureAdapter:
             a transformers release whose code is not as we know it.
     """
     config: Any = model.config
-    architecture = architecture_of(config.model_type, "The model's configuration")
+    architecture = architecture_of_model(model)
     family = architecture.family.of(config)
     embedding = _submodule(model, family.inside(family.outside.embed))
     device = "cpu" if embedding is None else str(_device_of(embedding))
