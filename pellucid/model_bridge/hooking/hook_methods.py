@@ -125,6 +125,7 @@ class HookMethods:
 
         Raises:
             InputError: ``use_attn_in`` is on; the two would feed the same projections.
+            UnsupportedModelError: the family has no such points.
         """
         if use_split_qkv_input and self.cfg.use_attn_in:
             raise InputError("use_attn_in is on: call set_use_attn_in(False) before set_use_split_qkv_input(True).")
@@ -135,6 +136,7 @@ class HookMethods:
 
         Raises:
             InputError: ``use_split_qkv_input`` is on.
+            UnsupportedModelError: the family has no such point: several heads of queries share one of keys.
         """
         if use_attn_in and self.cfg.use_split_qkv_input:
             raise InputError(
@@ -143,7 +145,11 @@ class HookMethods:
         self._hooks.set_flag("use_attn_in", use_attn_in)
 
     def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
-        """Switch ``blocks.{i}.hook_mlp_in`` on or off: a copy of the residual that feeds the MLP branch only."""
+        """Switch ``blocks.{i}.hook_mlp_in`` on or off: a copy of the residual that feeds the MLP branch only.
+
+        Raises:
+            UnsupportedModelError: the family has no such point: nothing is normed before its MLP alone.
+        """
         self._hooks.set_flag("use_hook_mlp_in", use_hook_mlp_in)
 
     # -- hooks ---------------------------------------------------------------------------------------------------------
