@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import ClassVar
 
 import torch
@@ -49,6 +49,15 @@ class ArchitectureAdapter(ABC):
         return HookIndex(
             self.hooks_before, self.hooks_in_block, self.hooks_after, self.cfg.n_layers, self.last_block_aliases
         )
+
+    def leave_out(self, names: Collection[str]) -> None:
+        """Take points out of the table, by their names with ``{i}`` for the layer."""
+
+        def kept(specs: tuple[HookSpec, ...]) -> tuple[HookSpec, ...]:
+            return tuple(spec for spec in specs if spec.name not in names)
+
+        self.hooks_before, self.hooks_in_block = kept(self.hooks_before), kept(self.hooks_in_block)
+        self.hooks_after = kept(self.hooks_after)
 
     @property
     def component_mapping(self) -> dict[str, GeneralizedComponent]:

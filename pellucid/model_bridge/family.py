@@ -15,6 +15,9 @@ from typing import Any, Literal, TypeAlias
 FusedLayout = Literal["stacked", "grouped"]
 """Queries, keys and values one after the other, or each key/value head's queries, its key and its value together."""
 
+HeadNorm = Literal["positions first", "heads first", "flat"]
+"""What the norm of queries or keys is given: see :class:`Attention`."""
+
 
 @dataclass(frozen=True)
 class NormKind:
@@ -119,7 +122,7 @@ class Attention:
     o: str = "o_proj"
     q_norm: str = ""
     k_norm: str = ""
-    head_norm: Literal["positions first", "heads first", "flat"] = "positions first"
+    head_norm: HeadNorm = "positions first"
     rotary: bool = True
     softmax_in: str = "function"
     pattern_at: str = "dropout"
@@ -203,6 +206,7 @@ class Family:
         takes_position_ids: whether its forward takes ``position_ids``.
         logits_change: whether Hugging Face caps or scales what the head gives.
         float64: whether a float64 model computes in float64 throughout.
+        listed: whether the family is one that is known; else it was read off a model.
         notes: what is peculiar, for the page of families.
         sdpa: whose fused attention its models can run: Hugging Face's own, Pellucid's where Hugging Face has none, or none.
         tokenizer: hub name of the tokenizer that all of its checkpoints share, ``""`` where there is none.
@@ -221,6 +225,7 @@ class Family:
     takes_position_ids: bool = True
     logits_change: bool = False
     float64: bool = True
+    listed: bool = True
     notes: str = ""
     sdpa: Literal["hugging face", "pellucid", "none"] = "hugging face"
     tokenizer: str = ""

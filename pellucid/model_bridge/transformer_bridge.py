@@ -36,6 +36,7 @@ from pellucid.model_bridge.running.token_methods import TokenMethods
 from pellucid.model_bridge.running.tokens import TextOrTokens, TokenRules, ids_as_given
 from pellucid.model_bridge.verification.check_report import CheckReport
 from pellucid.model_bridge.verification.self_check import run_checks
+from pellucid.model_bridge.verification.unlisted import TRIED, keep_what_holds
 from pellucid.model_bridge.weights.hashing import weights_hash
 from pellucid.model_bridge.weights.record import record_of
 from pellucid.model_bridge.weights.unembedding_table import loading, portable_state
@@ -67,6 +68,9 @@ class TransformerBridge(RunMethods, WeightMethods, TokenMethods, NoTorchHooks):
         self._rules = TokenRules(tokenizer, self.cfg.d_vocab, self.cfg.default_prepend_bos)
         self.runner = Runner(self._modules, self._tree, self._rules)
         self.training = hf_model.training
+        if not (self._tree.adapter.family.listed or self._tree.notes.get(TRIED)):
+            keep_what_holds(self, self._tree)
+            self._tree.notes[TRIED] = True
 
     @classmethod
     def boot_transformers(

@@ -1357,6 +1357,27 @@ FAULTS = (
         "",
         "tests/oracles/test_family_parity.py -k cohere",
     ),
+    Fault(
+        "an unlisted model keeps points that are not what they are called",
+        "pellucid/model_bridge/verification/unlisted.py",
+        "named = set(_not_as_named(checker))",
+        "named = set[str]()",
+        "tests/oracles/test_unlisted.py -k names_say",
+    ),
+    Fault(
+        "an unlisted model keeps dead points",
+        "pellucid/model_bridge/verification/unlisted.py",
+        "left_out = set(_not_alive(checker))",
+        "left_out = set[str]()",
+        "tests/oracles/test_unlisted.py -k dead",
+    ),
+    Fault(
+        "modules with weights that nobody knows are passed over",
+        "pellucid/model_bridge/supported_architectures/unlisted.py",
+        "        if not [name for name, _ in module.named_parameters() if not",
+        "        if True or not [name for name, _ in module.named_parameters() if not",
+        "tests/oracles/test_unlisted.py -k nobody_knows",
+    ),
 )
 
 

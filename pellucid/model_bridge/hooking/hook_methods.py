@@ -39,10 +39,11 @@ class HookMethods:
 
     def __repr__(self) -> str:
         cfg, model = self.cfg, type(self.original_model).__name__
+        listed = "" if self._tree.adapter.family.listed else " (unlisted: points that were tried)"
         hooked = sum(1 for _ in self._tree.handles())
         return (
-            f"{type(self).__name__} around {model}: {cfg.n_layers} layers, {cfg.n_heads} heads, d_model {cfg.d_model}, "
-            f"d_vocab {cfg.d_vocab}, {str(cfg.dtype).removeprefix('torch.')} on {cfg.device}; "
+            f"{type(self).__name__} around {model}{listed}: {cfg.n_layers} layers, {cfg.n_heads} heads, "
+            f"d_model {cfg.d_model}, d_vocab {cfg.d_vocab}, {str(cfg.dtype).removeprefix('torch.')} on {cfg.device}; "
             f"{hooked or 'no'} function{'' if hooked == 1 else 's'} attached\n"
             "  bridge.hook_dict lists the hook points, bridge.hf_model the modules, bridge.cfg the sizes"
         )
@@ -128,6 +129,7 @@ class HookMethods:
 
         Raises:
             InputError: ``use_attn_in`` is on; the two would feed the same projections.
+            UnsupportedModelError: the family has no such points.
         """
         if use_split_qkv_input and self.cfg.use_attn_in:
             raise InputError("use_attn_in is on: call set_use_attn_in(False) before set_use_split_qkv_input(True).")
@@ -138,6 +140,7 @@ class HookMethods:
 
         Raises:
             InputError: ``use_split_qkv_input`` is on.
+            UnsupportedModelError: the family has no such point: several heads of queries share one of keys.
         """
         if use_attn_in and self.cfg.use_split_qkv_input:
             raise InputError(
@@ -146,7 +149,11 @@ class HookMethods:
         self._hooks.set_flag("use_attn_in", use_attn_in)
 
     def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
-        """Switch ``blocks.{i}.hook_mlp_in`` on or off: a copy of the residual that feeds the MLP branch only."""
+        """Switch ``blocks.{i}.hook_mlp_in`` on or off: a copy of the residual that feeds the MLP branch only.
+
+        Raises:
+            UnsupportedModelError: the family has no such point: nothing is normed before its MLP alone.
+        """
         self._hooks.set_flag("use_hook_mlp_in", use_hook_mlp_in)
 
     # -- hooks ---------------------------------------------------------------------------------------------------------

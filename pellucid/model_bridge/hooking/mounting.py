@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -192,6 +192,15 @@ class ComponentTree:
                 component.place(self.root, inside + str(component.name), sites[name], self)
             if sites[name]:
                 self.components[name] = component
+
+    def leave_out(self, names: Collection[str]) -> None:
+        """Take points out of this model's table, by their names with ``{i}`` for the layer: nobody can hook them."""
+        self.adapter.leave_out(names)
+        self.index = self.adapter.hook_index()
+        for component in self.components.values():
+            fires = component._names or {}
+            component._names = {site: name for site, name in fires.items() if name in self.index}
+            component._points = {site: component._points[site] for site in component._points.keys() & component._names}
 
     @property
     def cfg(self) -> TransformerBridgeConfig:

@@ -35,7 +35,12 @@ from pellucid.model_bridge.running.checkpoint import (
     read_configuration,
     refuse_missing,
 )
-from pellucid.model_bridge.supported_architectures import ARCHITECTURES, Architecture, architecture_of
+from pellucid.model_bridge.supported_architectures import (
+    ARCHITECTURES,
+    Architecture,
+    architecture_of,
+    architecture_of_model,
+)
 from pellucid.model_bridge.supported_architectures.reading import PUBLISHED, attributes_read, keys_read
 from pellucid.names import nearest
 from pellucid.tables import BriefFields
@@ -324,7 +329,7 @@ def make_adapter(model: nn.Module) -> ArchitectureAdapter:
             a transformers release whose code is not as we know it.
     """
     config: Any = model.config
-    architecture = architecture_of(config.model_type, "The model's configuration")
+    architecture = architecture_of_model(model)
     family = architecture.family.of(config)
     embedding = _submodule(model, family.inside(family.outside.embed))
     device = "cpu" if embedding is None else str(_device_of(embedding))

@@ -2,6 +2,18 @@
 
 from pellucid.model_bridge.supported_architectures.bloom import BloomArchitectureAdapter
 from pellucid.model_bridge.supported_architectures.decoder import DecoderAdapter
-from pellucid.model_bridge.supported_architectures.registry import ARCHITECTURES, Architecture, architecture_of
+from pellucid.model_bridge.supported_architectures.registry import (
+    ARCHITECTURES,
+    Architecture,
+    architecture_of,
+    architecture_of_model,
+)
 
-__all__ = ["ARCHITECTURES", "Architecture", "BloomArchitectureAdapter", "DecoderAdapter", "architecture_of"]
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "BloomArchitectureAdapter",
+    "DecoderAdapter",
+    "architecture_of",
+    "architecture_of_model",
+]

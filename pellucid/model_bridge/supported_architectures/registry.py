@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
+
+from torch import nn
 
 from pellucid.config import BOOK_KEEPING, HANDLED, LISTED, TransformerBridgeConfig, config_from_huggingface
 from pellucid.errors import UnsupportedModelError
@@ -24,6 +26,7 @@ from pellucid.model_bridge.supported_architectures.phi3 import PHI3
 from pellucid.model_bridge.supported_architectures.reading import listed_of, read_settings
 from pellucid.model_bridge.supported_architectures.smollm3 import SMOLLM3
 from pellucid.model_bridge.supported_architectures.stablelm import STABLELM
+from pellucid.model_bridge.supported_architectures.unlisted import unlisted_family
 
 ReadSettings: TypeAlias = Callable[..., TransformerBridgeConfig]
 """``(config, dtype, device)`` to our configuration."""
@@ -83,6 +86,21 @@ def architecture_of(model_type: object, what: str) -> Architecture:
     if found is None:
         raise UnsupportedModelError(
             f"{what} says model_type={model_type!r}, a family that Pellucid does not open. It opens: "
-            f"{', '.join(sorted(ARCHITECTURES))}."
+            f"{', '.join(sorted(ARCHITECTURES))}. A live model whose modules have the names of one of these opens as "
+            "unlisted: load it with transformers and give it as hf_model=."
         )
     return found
+
+
+def architecture_of_model(model: nn.Module) -> Architecture:
+    """The architecture of a model that is there: by its configuration's ``model_type``, else read off its modules.
+
+    Raises:
+        UnsupportedModelError: no family that is known, and modules that fit none.
+    """
+    config: Any = model.config
+    model_type = config.model_type
+    if model_type in ARCHITECTURES:
+        return ARCHITECTURES[model_type]
+    known = [each.family for each in ARCHITECTURES.values() if not each.family.block.adds_residual]
+    return _as_data(unlisted_family(model, known))

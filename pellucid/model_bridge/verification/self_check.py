@@ -114,7 +114,7 @@ def run_checks(
     try:
         bridge.runner.attn_implementation = "eager"
         with torch.no_grad():
-            checker = _Checker(bridge, tree, tokens, chosen)
+            checker = Checker(bridge, tree, tokens, chosen)
             steps = checker.steps() + checker.of_attention(attention)
             for step in progress_bar(steps, total=len(steps), desc="check", unit="check", show=progress):
                 report.results += list(step())
@@ -131,7 +131,16 @@ def _finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
 
 
-class _Checker:
+class Checker:
+    """The checks of one bridge, each a generator of results.
+
+    Args:
+        bridge: the bridge, in evaluation mode, without hooks on it.
+        tree: its components.
+        tokens: ``[batch, pos]``; ``None`` for two rows of twelve random ids.
+        layers: layers whose hooks are tried.
+    """
+
     def __init__(self, bridge: CheckedBridge, tree: ComponentTree, tokens: Tensor | None, layers: list[int]) -> None:
         self.bridge, self.tree, self.layers = bridge, tree, layers
         self.cfg = tree.cfg
@@ -201,13 +210,16 @@ class _Checker:
         return steps
 
     def line(self, name: str, difference: Tensor | float, bound: float, detail: str = "") -> CheckResult:
+        """A result: ``difference``, or the largest of it, against ``bound``."""
         measured = float(difference.abs().max()) if isinstance(difference, Tensor) else float(difference)
         return CheckResult(name, measured <= bound, measured, bound, detail)
 
     def of_hook(self, spec: HookSpec, aspect: str, difference: Tensor, bound: float) -> CheckResult:
+        """The same, of one aspect of a hook point."""
         return replace(self.line(f"{spec.name}: {aspect}", difference, bound), hook=spec.name, aspect=aspect)
 
     def weights(self) -> Check:
+        """Weights are finite, and those of the checkpoint."""
         bad = [
             name
             for name, parameter in self.tree.root.named_parameters()
@@ -218,6 +230,7 @@ class _Checker:
         yield self.line("weights come from the checkpoint", float(len(random)), 0, ", ".join(random[:5]))
 
     def parity(self) -> Check:
+        """Logits, residuals and patterns are Hugging Face's, nothing hooked and every point cached."""
         yield self.line("logits, nothing hooked", self.bridge(self.tokens).double() - self.base.double(), self.exact)
         logits, cache = self.bridge.run_with_cache(self.tokens)
         yield self.line("logits, every point cached", logits.double() - self.base.double(), self.exact)
@@ -225,36 +238,45 @@ class _Checker:
             input_ids=self.tokens, use_cache=False, output_hidden_states=True, output_attentions=True
         )
         for layer in range(self.cfg.n_layers):
-            native = outputs.hidden_states[layer].double()
-            yield self.line(f"blocks.{layer}.hook_resid_pre", cache["resid_pre", layer].double() - native, self.exact)
-            native = outputs.attentions[layer].double()
-            yield self.line(f"blocks.{layer}.attn.hook_pattern", cache["pattern", layer].double() - native, self.exact)
+            shown = {
+                f"blocks.{layer}.hook_resid_pre": outputs.hidden_states[layer],
+                f"blocks.{layer}.attn.hook_pattern": outputs.attentions[layer],
+            }
+            for name in self.there(*shown):
+                yield self.line(name, cache[name].double() - shown[name].double(), self.exact)
+
+    def there(self, *names: str) -> list[str]:
+        """Those names that are points of this model: an unlisted one may lack some."""
+        return [name for name in names if name in self.tree.index]
 
     def stream(self) -> Check:
+        """What branches add is the difference of two residuals."""
         _, cache = self.bridge.run_with_cache(self.tokens)
         post_norm = self.cfg.apply_residual_connection_post_layernorm
         for layer in range(self.cfg.n_layers):
+            at = f"blocks.{layer}."
             if self.cfg.parallel_attn_mlp:
-                terms = [cache[name, layer] for name in ("mlp_out", "attn_out", "resid_pre")]
+                terms = [f"{at}hook_{site}" for site in ("mlp_out", "attn_out", "resid_pre")]
                 if self.tree.adapter.family.block.residual_first:
                     terms.reverse()
-                difference = terms[0] + terms[1] + terms[2] - cache["resid_post", layer]
-                yield self.line(f"layer {layer}: mlp_out + attn_out + resid = resid_post", difference, 0)
+                if len(self.there(*terms)) == len(terms):
+                    made = cache[terms[0]] + cache[terms[1]] + cache[terms[2]]
+                    difference = made - cache["resid_post", layer]
+                    yield self.line(f"layer {layer}: mlp_out + attn_out + resid = resid_post", difference, 0)
                 continue
-            pre = cache[f"blocks.{layer}.ln1.hook_out"] if post_norm else cache["resid_pre", layer]
-            mid = cache[f"blocks.{layer}.mlp.hook_in"] if post_norm else cache["resid_mid", layer]
-            yield self.line(
-                f"layer {layer}: resid + attn_out = resid_mid",
-                pre + cache["attn_out", layer] - cache["resid_mid", layer],
-                0,
-            )
-            yield self.line(
-                f"layer {layer}: resid + mlp_out = resid_post",
-                mid + cache["mlp_out", layer] - cache["resid_post", layer],
-                0,
-            )
+            if self.there(f"{at}hook_attn_out"):
+                pre = cache[f"{at}ln1.hook_out"] if post_norm else cache["resid_pre", layer]
+                difference = pre + cache["attn_out", layer] - cache["resid_mid", layer]
+                yield self.line(f"layer {layer}: resid + attn_out = resid_mid", difference, 0)
+            if self.there(f"{at}hook_mlp_out"):
+                mid = cache[f"{at}mlp.hook_in"] if post_norm else cache["resid_mid", layer]
+                difference = mid + cache["mlp_out", layer] - cache["resid_post", layer]
+                yield self.line(f"layer {layer}: resid + mlp_out = resid_post", difference, 0)
 
     def patterns(self) -> Check:
+        """Rows of patterns sum to 1, and nothing attends to the future or to padding."""
+        if not self.there("blocks.0.attn.hook_pattern"):
+            return
         mask = torch.ones_like(self.tokens)
         if mask.shape[1] > 2:
             mask[0, :2] = 0
@@ -271,6 +293,7 @@ class _Checker:
             yield self.line(f"layer {layer}: nothing attends to the future or padding", pattern * unseen[:, None], 0)
 
     def padding(self, side: str) -> Check:
+        """Padded rows have Hugging Face's logits, and those of rows without padding."""
         extra = self.tokens[:, :3]
         pads = extra.shape[1]
         order = (extra, self.tokens) if side == "left" else (self.tokens, extra)
@@ -289,6 +312,7 @@ class _Checker:
         )
 
     def cache(self) -> Check:
+        """A run in two chunks with a key/value cache."""
         from transformers import DynamicCache
 
         if self.run.virtual or self.run.cache_is_wrappers:
@@ -327,7 +351,7 @@ class _Checker:
 
         handle = self.tree.backbone.module.register_forward_pre_hook(read, with_kwargs=True)
         try:
-            with self.bridge.hooks([("hook_embed", note)]):
+            with self.bridge.hooks([("blocks.0.hook_resid_pre", note)]):
                 root.generate(self.tokens, attention_mask=mask, max_new_tokens=3, min_new_tokens=3, do_sample=False)
         finally:
             handle.remove()
@@ -458,9 +482,11 @@ class _Checker:
         yield CheckResult(f"{spec.name}: {aspect}", moved > 0, moved, 0.0, "an edit had no effect", spec.name, aspect)
 
     def edited(self, spec: HookSpec, function: Callable[[Tensor, HookPoint], Tensor | None]) -> Tensor:
+        """Logits of a run with one function."""
         return self.bridge.run_with_hooks(self.tokens, fwd_hooks=[(spec.name, function)])  # type: ignore[no-any-return]
 
     def switched_on(self, flag: Flag | None) -> _Switched:
+        """An opt-in flag, on for the length of a block."""
         return _Switched(self.cfg, flag)
 
 

@@ -1,0 +1,148 @@
+"""A decoder of no family that is known opens by its modules' names, with the points that hold on it; else it is refused."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from pellucid import TransformerBridge
+from pellucid.errors import HookNameError, UnsupportedModelError
+from pellucid.hook_points import HookPoint
+from tests.families import VOCAB, make_family
+from tests.models import is_pristine, random_tokens
+
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+
+
+def make(kind: str, **settings: Any) -> Any:
+    config = getattr(transformers, f"{kind}Config")(**SIZES, **settings)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.1)
+    return model
+
+
+def opened(model: Any) -> tuple[TransformerBridge, str]:
+    """A bridge, and what it said when it was made."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        bridge = TransformerBridge(model)
+    return bridge, "\n".join(str(warning.message) for warning in said)
+
+
+@pytest.mark.parametrize("family", ["llama", "olmo2", "gemma2", "gptj"])
+def test_what_is_read_off_a_model_is_what_its_family_says(family: str) -> None:
+    """A model of a known family under another name: the same points, with the same axes and aliases."""
+    wanted = TransformerBridge(make_family(family))
+    model = make_family(family)
+    model.config.model_type = "nobodys"
+    if family == "gptj":  # its scores are made in a method: names do not say so
+        with pytest.raises(UnsupportedModelError, match="scores and pattern could not be reached"):
+            TransformerBridge(model)
+        return
+    bridge, said = opened(model)
+    assert "nobodys (unlisted) is a family that Pellucid does not know" in said
+    assert "unlisted" in repr(bridge)
+    assert dict(bridge.hook_index) == dict(wanted.hook_index)
+    assert bridge.adapter.family.block == wanted.adapter.family.block
+    assert bridge.adapter.family.attention == wanted.adapter.family.attention
+    assert bridge.adapter.family.norm.gain == wanted.adapter.family.norm.gain
+    tokens = random_tokens()
+    assert torch.equal(bridge.run_with_cache(tokens)[0], wanted(tokens))
+    assert is_pristine(model)
+    again, silent = opened(model)  # it has been tried
+    assert "unlisted" not in silent
+    assert list(again.hook_dict) == list(bridge.hook_dict)
+
+
+def test_points_that_are_not_what_their_names_say_are_left_out() -> None:
+    """Granite multiplies embeddings, and what each branch gives, where no module shows it."""
+    model = make("Granite", residual_multiplier=0.5, embedding_multiplier=2.0, logits_scaling=3.0)
+    bridge, said = opened(model)
+    assert "blocks.{i}.hook_attn_out, blocks.{i}.hook_mlp_out, hook_embed." in said
+    for name in ("blocks.1.hook_attn_out", "blocks.1.attn.o.hook_out", "hook_embed"):
+        with pytest.raises(HookNameError):
+            bridge.run_with_cache(random_tokens(), names_filter=name)
+    tokens = random_tokens()
+    logits, cache = bridge.run_with_cache(tokens)
+    assert torch.equal(cache["hook_logits"], logits)
+    assert not torch.equal(cache["hook_unembed"], logits)
+    report = bridge.verify(layers=[1], progress=False)
+    assert report.ok, report.failed
+
+
+@pytest.mark.parametrize("kind", ["Starcoder2", "Cohere2"])
+def test_others_hold(kind: str) -> None:
+    bridge, said = opened(make(kind))
+    assert "left out" not in said
+    report = bridge.verify(layers=[1], progress=False)
+    assert report.ok, report.failed
+
+
+def test_a_point_that_is_dead_is_left_out() -> None:
+    """An attention of somebody's own that makes its pattern without a softmax of Hugging Face's kind."""
+    model = make_family("llama")
+    model.config.model_type = "nobodys"
+    attention: Any = model.model.layers[1].self_attn
+    inner = type(attention).forward
+
+    class Uncached(type(attention)):  # type: ignore[misc]
+        def forward(self, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+            return inner(self, *args, past_key_values=None, **kwargs)
+
+    attention.__class__ = Uncached
+    bridge, said = opened(model)
+    assert "blocks.{i}.attn.hook_rot_k" in said
+    assert "blocks.1.attn.hook_rot_k" not in bridge.hook_dict
+    tokens = random_tokens()
+
+    def edit(tensor: Tensor, hook: HookPoint) -> Tensor:
+        return tensor * 2
+
+    edited = bridge.run_with_hooks(tokens, fwd_hooks=[("blocks.1.attn.hook_q", edit)])
+    assert not torch.equal(edited, bridge(tokens))
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("Qwen2Moe", r"the modules of mlp of a block are not those of one .* There: .*experts.*Looked for one of:\n  "),
+        (
+            "Phi3",
+            r"self_attn of a block are not those of one \(a projection that gives several of them is not guessed at\)",
+        ),
+        ("Olmo", r"its norms \(OlmoLayerNorm\) compute in no way that it knows"),
+    ],
+)
+def test_what_fits_none_is_refused(kind: str, said: str) -> None:
+    more = {"num_experts": 4, "moe_intermediate_size": 16} if kind == "Qwen2Moe" else {}
+    model = make(kind, **more)
+    model.config.model_type = "nobodys"
+    with pytest.raises(UnsupportedModelError, match=r"(?s)" + said):
+        TransformerBridge(model)
+    assert is_pristine(model)
+
+
+def test_a_module_with_weights_that_nobody_knows_is_refused() -> None:
+    """What it adds to the stream, and where, no name says."""
+    model = make_family("llama")
+    model.config.model_type = "nobodys"
+    model.model.layers[0].side = torch.nn.Linear(2, 2)
+    with pytest.raises(UnsupportedModelError, match=r"(?s)the modules of a block are not those of one\. There: .*side"):
+        TransformerBridge(model)
