@@ -115,6 +115,10 @@ def verified(dtype: torch.dtype) -> Callable[[Callable[..., Any]], str]:
     """``verify()`` of a model in a dtype."""
 
     def trial(make: Callable[..., Any]) -> str:
+        try:
+            make(dtype)(random_tokens())
+        except Exception:
+            return "Hugging Face raises"
         report: CheckReport = TransformerBridge(make(dtype)).verify(layers=[0, 1])
         return f"{len(report.results)} checks" if report.ok else f"fails: {report.failed[0].name}"
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from pellucid.arguments import check_kind
 from pellucid.config import TransformerBridgeConfig
 from pellucid.model_bridge.family import Family
 from pellucid.model_bridge.generalized_components.fused_layouts import Grouped, Stacked
@@ -41,7 +42,15 @@ def linears_of(family: Family) -> dict[str, tuple[str, ...]]:
 
 
 def published_places(family: Family) -> tuple[str, ...]:
-    """Where the units of arXiv 2404.02431 are: the outputs of all linear layers of a block."""
+    """Where the units of arXiv 2404.02431 are: the outputs of all linear layers of a block.
+
+    Args:
+        family: a model's family, ``bridge.adapter.family``.
+
+    Raises:
+        InputError: it is none.
+    """
+    check_kind("family", family, Family, "a model's family, bridge.adapter.family")
     return tuple(place for places in linears_of(family).values() for place in places)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import xarray as xr
 
-from pellucid.analysis import expert_neurons, language_neurons, neuron_files, neurons, perplexity
+from pellucid.analysis import expert_neurons, language_neurons, linear_units, neuron_files, neurons, perplexity
 from tests.arguments.bench import (
     BRIDGE,
     CORPUS,
@@ -93,6 +93,8 @@ CALLS: dict[str, Call] = {
         expert_neurons.unit_of_linear, module="mlp.dense_h_to_4h", layer=0, index=1, n_heads=2, d_head=4
     ),
     "head_unit": made(expert_neurons.head_unit, unit=expert_neurons.Unit("attn.hook_q", 0, 5), d_head=4),
+    "activity_place": made(neurons.activity_place, bridge=BRIDGE),
+    "published_places": made(linear_units.published_places, family=Of(lambda bench: bench.bridge.adapter.family)),
     "read_language_neurons": not_run(made(neuron_files.read_language_neurons, path="no.pth", languages=["en", "fr"])),
     "read_expertise": not_run(made(neuron_files.read_expertise, path="no.csv", cfg=Of(lambda bench: bench.bridge.cfg))),
 }
@@ -240,5 +242,6 @@ REFUSED: list[Line] = [
     *a_path("read_expertise", "path"),
     ("read_expertise", {"cfg": 3}, "cfg is a model's sizes"),
     *a_text("read_expertise", "label"),
+    ("published_places", {"family": "bloom"}, "family is a model's family"),
     ("read_expertise", {"family": "bloom"}, "family is a model's family"),
 ]

@@ -92,6 +92,7 @@ TRUTH = "any truth value"
 STATE = "Pellucid's own state, saved and loaded with a checksum"
 
 NOT_TRIED: dict[str, str] = {
+    **dict.fromkeys(("linears_of", "find_linear", "unit_places"), "what read_expertise is made of"),
     **dict.fromkeys(
         (
             "CheckReport", "Collected", "CorpusBatch", "LabelCount", "TokenContext", "TransformerBridgeConfig", "PatchingResult",
