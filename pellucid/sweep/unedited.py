@@ -98,9 +98,11 @@ class Unedited:
 
     def _refuse_tokens_of_wrapped(self, edit: Edit) -> None:
         if self._positions.virtual and self.bridge.hook_spec(edit.hook).component == EMBEDDING:
+            instead = "embed.hook_out" if self.bridge.adapter.family.outside.embed_norm else "blocks.0.hook_resid_pre"
             raise InputError(
                 f"{edit.hook} has the tokens only, not the {self._positions.virtual} virtual positions that the model's "
-                "wrapper puts before them, so its positions are not the run's. Edit embed.hook_out, or give other tokens."
+                "wrapper puts before them, so its positions are not the run's. "
+                f"Edit {instead}, or give other tokens."
             )
 
     def needed_names(self, edits: Iterable[EditSet]) -> list[str]:

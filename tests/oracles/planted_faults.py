@@ -363,6 +363,41 @@ FAULTS = (
         "tests/sweep/test_engine.py",
     ),
     Fault(
+        "an MLP of a parallel block hears its own attention",
+        "pellucid/experiments/paths.py",
+        "return 1 if self.parallel else 2",
+        "return 2",
+        "tests/experiments/test_families.py -k neox",
+    ),
+    Fault(
+        "a path through an MLP leaves out the norm after it",
+        "pellucid/experiments/path_patching.py",
+        'return parts["ln2_post"].forward(added) if family.block.ln2_post else added',
+        "return added",
+        "tests/experiments/test_families.py -k to_the_end",
+    ),
+    Fault(
+        "heads of shared keys are counted as those of queries",
+        "pellucid/experiments/places.py",
+        'indices(heads, sizes[axis], "heads")',
+        'indices(heads, sizes["n_heads"], "heads")',
+        "tests/experiments/test_families.py -k head",
+    ),
+    Fault(
+        "a head of a normed branch is taken for a sender",
+        "pellucid/experiments/path_patching.py",
+        "if head is not None and family.block.ln1_post:",
+        "if False:",
+        "tests/experiments/test_families.py -k refused",
+    ),
+    Fault(
+        "a patching table counts shared keys by head of queries",
+        "pellucid/patching/generic.py",
+        'model.cfg.n_key_value_heads if "n_key_value_heads" in axes else model.cfg.n_heads',
+        "model.cfg.n_heads",
+        "tests/patching/test_families.py -k whole_forwards",
+    ),
+    Fault(
         "a fused kernel's missing mask stays missing",
         "pellucid/sweep/base_run.py",
         "if mask is None and self.alibi is None:",
@@ -660,8 +695,8 @@ FAULTS = (
     Fault(
         "a computed MLP forgets what it added before",
         "pellucid/experiments/path_patching.py",
-        "rows[None])[0] - as_usual",
-        "rows[None])[0]",
+        "rows[None])[0] - as_usual)",
+        "rows[None])[0])",
         "tests/experiments/test_path_patching.py",
     ),
     Fault(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor
 
 from pellucid import TransformerBridge
@@ -134,6 +135,36 @@ def test_a_fused_kernel(name: str, side: str) -> None:
     result = compare(bridge, tokens, mask, [edit_at(spec, sizes, other, choice) for spec in specs], least=0.3)
     # Padding before the first token holds other numbers where a layer is looked at: such edits are whole forwards.
     assert result.plan.n_whole <= (scores if side == "padded left" else 0)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_window_longer_than_the_prompt(attention: str) -> None:
+    bridge, tokens = TransformerBridge(make_family("mistral", attention=attention, sliding_window=32)), ids(3)
+    edits = [
+        Edit(f"blocks.{layer}.hook_resid_pre", Scale(1.5), positions=p, neurons=0) for layer in range(3) for p in (0, 4)
+    ]
+    compare(bridge, tokens, None, edits)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("virtual", [0, 3], ids=["lora", "prompt tuning"])
+def test_an_adapter_acts(name: str, virtual: int) -> None:
+    inside = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}[name]
+    adapter: Any = LoraConfig(target_modules=inside, r=4, init_lora_weights=False)
+    if virtual:
+        adapter = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=virtual)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        bridge = TransformerBridge(get_peft_model(make_family(name), adapter).eval())
+    tokens = ids(3)
+    mask = mask_of(tokens, "left")
+    hooks = [f"blocks.{layer}.{hook}" for layer in (0, 2) for hook in ("hook_resid_pre", "attn.hook_v", "hook_mlp_out")]
+    edits = [Edit(hook, Scale(1.5), positions=virtual + 4) for hook in hooks]
+    result = Sweep(bridge, tokens, LogitDifference(ANSWER, FOIL), attention_mask=mask).run(edits)
+    expected = torch.stack([score(whole_logits(bridge, tokens, edit, mask)[:, virtual:], mask) for edit in edits])
+    assert result.plan.n_whole == 0
+    assert float((result.values["metric"] - expected).abs().max()) <= 2e-6 * float(expected.abs().max())
+    assert float((expected - result.base["metric"]).abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize("name", ["bloom", "llama", "gpt_neox", "gemma3", "olmo2"])
