@@ -187,15 +187,9 @@ def config_from_huggingface(
         device: where the model's inputs go.
 
     Raises:
-        UnsupportedModelError: another architecture, or attributes that no BLOOM has or that would change numbers, all of
-            them listed.
+        UnsupportedModelError: attributes that no BLOOM has or that would change numbers, all of them listed.
     """
     attributes = config.to_dict()
-    if config.model_type != "bloom":
-        raise UnsupportedModelError(
-            f"Pellucid opens BLOOM models; this configuration says model_type={config.model_type!r}. "
-            "BLOOMZ, fine-tuned and mid-training BLOOM checkpoints all say 'bloom'."
-        )
     problems = _problems(attributes)
     if problems:
         raise UnsupportedModelError(

@@ -1,4 +1,4 @@
-"""Run parity, hook table, generation and run context against several transformers releases: scripts/check matrix
+"""Run parity, hook table, generation, run context and every family against several transformers releases: scripts/check matrix
 
 Each release has an environment of its own under .venv-matrix/RELEASE, made with the interpreter that runs this script:
 the lowest release that pyproject.toml allows, the one of constraints.txt and the newest that the registry has. The table
@@ -23,6 +23,10 @@ CHECKS = {
     "generation": ["tests/model_bridge/test_generation.py"],
     "run context": ["tests/model_bridge/test_run_context.py"],
     "names of arguments": ["tests/model_bridge/test_releases.py"],
+    "families: parity": ["tests/oracles/test_family_parity.py"],
+    "families: edits": ["tests/oracles/test_family_edits.py"],
+    "families: generation": ["tests/oracles/test_family_generate.py"],
+    "families: sweeps": ["tests/sweep/test_families.py"],
 }
 PACKAGES = (
     "accelerate einops huggingface_hub hypothesis numpy pandas peft psutil pytest rich safetensors tqdm typer xarray"

@@ -8,7 +8,7 @@ import inspect
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -338,7 +338,7 @@ def test_a_module_has_one_specified_public_class() -> None:
 # (c), (e) Text
 # --------------------------------------------------------------------------------------------------------------------
 
-LONGEST_FILE = 700
+LONGEST_FILE = 550
 RUNS_CODE_FROM_DATA = re.compile(r"(?<![\w.])(eval|exec)\(|^\s*(import|from)\s+(pickle|marshal|dill|shelve)\b", re.M)
 MACHINE_PATH = re.compile(r"(?<![\w.:/])/(home|Users|root|work|opt|mnt|tmp|scratch|data)/[\w.]")
 """A path that exists on somebody's machine only."""
@@ -355,6 +355,57 @@ def tracked_text() -> list[Path]:
         folders = ("pellucid", "tests", "docs", "examples", "scripts", "benchmarks", ".ci")
         paths = [path for folder in folders for path in (ROOT / folder).rglob("*")] + list(ROOT.glob("*.*"))
     return [path for path in paths if path.is_file() and b"\0" not in path.read_bytes()[:4096]]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Families are data
+# --------------------------------------------------------------------------------------------------------------------
+
+FAMILIES_ROOM = PACKAGE / "model_bridge" / "supported_architectures"
+MACHINERY = ("__init__", "bloom", "decoder", "reading", "registry", "unlisted")
+"""Modules of that room that are no family's data. BLOOM's has its adapter as well, whose path is specified."""
+LONGEST_FAMILY = 80
+
+
+def families_asked_for(source: str, names: Collection[str]) -> list[int]:
+    """Lines that compare something with a family's name, by ``==``, ``in`` or a ``match``."""
+    lines = []
+    for node in ast.walk(ast.parse(source)):
+        compared: list[ast.expr] = []
+        if isinstance(node, ast.Compare):
+            compared = [node.left, *node.comparators]
+        elif isinstance(node, ast.MatchValue):
+            compared = [node.value]
+        constants = [each for part in compared for each in ast.walk(part) if isinstance(each, ast.Constant)]
+        if any(constant.value in names for constant in constants if isinstance(constant.value, str)):
+            lines.append(node.lineno)
+    return lines
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_nobody_asks_for_a_familys_name(path: Path) -> None:
+    from pellucid.model_bridge.supported_architectures import ARCHITECTURES
+
+    if path.parent != FAMILIES_ROOM:
+        assert not families_asked_for(path.read_text("utf-8"), ARCHITECTURES)
+
+
+def test_a_planted_question_for_a_familys_name_is_found() -> None:
+    for source in (
+        "if kind == 'llama':\n    pass",
+        "x = kind in ('bloom', 'opt')",
+        "match k:\n    case 'gpt2':\n        pass",
+    ):
+        assert families_asked_for(source, {"llama", "bloom", "gpt2"})
+
+
+def test_a_family_is_a_short_file() -> None:
+    long = {
+        path.name: lines
+        for path in FAMILIES_ROOM.glob("*.py")
+        if path.stem not in MACHINERY and (lines := path.read_text("utf-8").count("\n")) > LONGEST_FAMILY
+    }
+    assert not long, long
 
 
 @pytest.mark.parametrize("path", MODULES, ids=dotted)
