@@ -1,4 +1,4 @@
-"""Run parity, hook table, generation, run context and every family against several transformers releases: scripts/check matrix
+"""Run parity, hook table, generation, run context and families against several transformers releases: scripts/check matrix
 
 Each release has an environment of its own under .venv-matrix/RELEASE, made with the interpreter that runs this script:
 the lowest release that pyproject.toml allows, the one of constraints.txt and the newest that the registry has. The table

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -114,12 +114,20 @@ def mask_of(tokens: Tensor, side: str | None) -> Tensor | None:
 CORE = ("llama", "gpt2", "gemma2", "gpt_neox")
 """Families that are always tested in full; the others in full where ``PELLUCID_FAMILIES=all`` (``scripts/check families``)."""
 
+LAYOUTS = ("llama-biased", "qwen3", "gemma3", "olmo2", "phi3", "stablelm-parallel", "gptj")
+"""With the core, one configuration of each layout: what is tested of every layout, where not of every family."""
+
 ALL = os.environ.get("PELLUCID_FAMILIES") == "all"
 
 
 def in_full(name: str) -> bool:
     """Whether a family is tested in full here."""
     return ALL or name in CORE
+
+
+def of_each_layout(names: Iterable[str] = CONFIGS) -> list[str]:
+    """Those of ``names`` that stand for a layout; all of them where ``PELLUCID_FAMILIES=all``."""
+    return [name for name in names if ALL or name in (*CORE, *LAYOUTS)]
 
 
 def native_arguments(model: Any, mask: Tensor | None, length: int) -> dict[str, Tensor]:

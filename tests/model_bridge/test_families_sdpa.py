@@ -11,7 +11,7 @@ import torch
 
 from pellucid import TransformerBridge
 from pellucid.errors import UnsupportedModelError
-from tests.families import CONFIGS, make_family, mask_of
+from tests.families import CONFIGS, make_family, mask_of, of_each_layout
 from tests.models import random_tokens
 from tests.tiny_tokenizers import byte_level
 
@@ -28,7 +28,7 @@ def native(model: Any, tokens: torch.Tensor, mask: torch.Tensor | None = None) -
 
 
 @pytest.mark.parametrize("side", [None, "left", "right"])
-@pytest.mark.parametrize("name", WITH)
+@pytest.mark.parametrize("name", of_each_layout(WITH))
 def test_a_live_model_that_runs_sdpa_stays_hugging_faces(name: str, side: str | None) -> None:
     model, eager = make_family(name, attention="sdpa"), make_family(name)
     bridge = TransformerBridge.boot_transformers(hf_model=model)

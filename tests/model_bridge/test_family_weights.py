@@ -20,7 +20,7 @@ from pellucid.model_bridge.generalized_components import FusedLinearBridge
 from pellucid.model_bridge.generalized_components.fused_layouts import Grouped
 from pellucid.model_bridge.generalized_components.weights import why_not_by_row
 from pellucid.weight_processing import STEPS, Step
-from tests.families import CONFIGS, make_family
+from tests.families import CONFIGS, make_family, of_each_layout
 from tests.models import random_tokens
 
 F64 = torch.float64
@@ -127,14 +127,14 @@ VIEWS = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O")
 MLP_VIEWS = ("W_in", "W_out", "b_in", "b_out")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", of_each_layout(NAMES))
 def test_views_are_the_modules_own_weights(name: str) -> None:
     bridge = TransformerBridge(make_family(name, F64))
     with torch.no_grad():
         check_views(bridge, bridge.hf_model)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", of_each_layout(NAMES))
 def test_what_is_written_to_a_view_is_in_the_model(name: str) -> None:
     model = make_family(name, F64)
     bridge, before = TransformerBridge(model), copy.deepcopy(model.state_dict())
@@ -150,7 +150,7 @@ def test_what_is_written_to_a_view_is_in_the_model(name: str) -> None:
         assert torch.equal(value, (2 if doubled else 1) * before[key]), key
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", of_each_layout(NAMES))
 def test_stacked_weights_and_circuits(name: str) -> None:
     bridge = TransformerBridge(make_family(name, F64))
     cfg = bridge.cfg
@@ -177,7 +177,7 @@ def test_stacked_weights_and_circuits(name: str) -> None:
                 missing()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", of_each_layout(NAMES))
 def test_weights_are_set_part_by_part(name: str) -> None:
     model = make_family(name, F64)
     bridge = TransformerBridge(model)
@@ -209,7 +209,7 @@ def test_positions_and_embedding() -> None:
     torch.testing.assert_close(gemma.W_E_eff, gemma.W_E * factor, rtol=1e-15, atol=0)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", of_each_layout())
 def test_every_module_is_known_to_compute_row_by_row(name: str) -> None:
     assert why_not_by_row(make_family(name)) is None
 
@@ -246,7 +246,7 @@ def padded(tokens: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("name", IN_FLOAT64)
+@pytest.mark.parametrize("name", of_each_layout(IN_FLOAT64))
 def test_log_probabilities_stay_step_by_step_and_all_at_once(name: str, tied: bool) -> None:
     """In float64 throughout, and in Hugging Face's own model, which goes through float32 here and there."""
     tokens = random_tokens(vocab=97)
@@ -263,7 +263,7 @@ def test_log_probabilities_stay_step_by_step_and_all_at_once(name: str, tied: bo
         assert largest(log_probabilities(bridge.hf_model, tokens) - native) < BARE.get(name, 1e-14), steps
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", of_each_layout(NAMES))
 def test_steps_that_a_family_does_not_allow(name: str) -> None:
     """Asked for: refused with the reason, nothing changed. Not named: left out, and said."""
     bridge = TransformerBridge(make_family(name))
@@ -285,7 +285,7 @@ def test_steps_that_a_family_does_not_allow(name: str) -> None:
         assert reason in state.left_out[step]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", of_each_layout())
 def test_processed_as_it_comes(name: str) -> None:
     """Whatever a family allows: log-probabilities stay, or the call is refused and nothing has changed."""
     bridge = TransformerBridge(make_family(name))
@@ -314,7 +314,7 @@ def test_an_illegal_step_would_be_wrong() -> None:
         assert largest(log_probabilities(gemma, tokens) - before) > 1e-4  # 1e-6 is what a legal step moves
 
 
-@pytest.mark.parametrize("name", IN_FLOAT64)
+@pytest.mark.parametrize("name", of_each_layout(IN_FLOAT64))
 def test_invariants(name: str) -> None:
     bridge = TransformerBridge(make_family(name, F64))
     model, names = bridge.hf_model, dict(bridge.hf_model.named_parameters())
@@ -357,7 +357,7 @@ def test_the_circuits_of_gpt2_are_in_their_singular_basis() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", of_each_layout(NAMES))
 def test_processed_in_float64_and_rounded_once(name: str, dtype: torch.dtype) -> None:
     """The weights are those of the same numbers in float64, rounded."""
     model = make_family(name, dtype)
@@ -372,7 +372,7 @@ def test_processed_in_float64_and_rounded_once(name: str, dtype: torch.dtype) ->
         torch.testing.assert_close(value, exact.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-9, msg=path)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", of_each_layout())
 def test_a_model_is_saved_so_that_hugging_face_loads_it(name: str, tmp_path: Path) -> None:
     """As it is and processed: the reloaded model has the same log-probabilities, and the processed form again."""
     dtype = F64 if name in IN_FLOAT64 else torch.float32
@@ -396,7 +396,7 @@ def test_a_model_is_saved_so_that_hugging_face_loads_it(name: str, tmp_path: Pat
                 torch.testing.assert_close(getattr(again, view), getattr(bridge, view), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", of_each_layout())
 def test_hash_state_and_back(name: str, tmp_path: Path) -> None:
     tied = CONFIGS[name][1].get("tie_word_embeddings", name.startswith(("gemma", "gpt2")))
     bridge = TransformerBridge(make_family(name, tie_word_embeddings=tied))
@@ -418,7 +418,7 @@ def test_hash_state_and_back(name: str, tmp_path: Path) -> None:
     assert (tied or not folds) == torch.equal(norm, bridge.ln_final.module.weight)
 
 
-@pytest.mark.parametrize("name", IN_FLOAT64)
+@pytest.mark.parametrize("name", of_each_layout(IN_FLOAT64))
 def test_keeping_the_tie(name: str) -> None:
     bridge = TransformerBridge(make_family(name, F64, tie_word_embeddings=True))
     tokens = random_tokens(vocab=97)

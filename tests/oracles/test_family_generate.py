@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pellucid import TransformerBridge
 from pellucid.hook_points import HookPoint
-from tests.families import CONFIGS, make_family, mask_of
+from tests.families import make_family, mask_of, of_each_layout
 from tests.models import is_pristine, random_tokens
 
 NEW = {"max_new_tokens": 5, "min_new_tokens": 5}
@@ -31,7 +31,7 @@ def generated(model: Any, tokens: Tensor, mask: Tensor | None, way: str) -> Tens
     return found
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", of_each_layout())
 def test_generate(family: str) -> None:
     native = make_family(family)
     bridge = TransformerBridge(make_family(family))
@@ -46,7 +46,7 @@ def test_generate(family: str) -> None:
     assert is_pristine(bridge.hf_model)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", of_each_layout())
 def test_an_edit_of_a_position_acts_with_a_cache_as_without(family: str) -> None:
     """A prompt's column is edited in the first step alone: its keys and values stay in the cache."""
     bridge = TransformerBridge(make_family(family))

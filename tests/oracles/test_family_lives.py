@@ -17,7 +17,7 @@ from torch import Tensor
 from pellucid import TransformerBridge
 from pellucid.errors import UnsupportedModelError
 from pellucid.hook_points import HookPoint
-from tests.families import ALL, CONFIGS, make_family
+from tests.families import ALL, CONFIGS, make_family, of_each_layout
 from tests.models import is_pristine, random_tokens
 
 SCORES = "blocks.1.attn.hook_attn_scores"
@@ -41,7 +41,7 @@ def adapted(model: Any, bridge: TransformerBridge) -> Any:
         return get_peft_model(model, config).eval()
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", of_each_layout())
 def test_adapters(family: str) -> None:
     """LoRA put on before wrapping or after it: PEFT's bits, nothing hooked and every point cached."""
     tokens = random_tokens()
@@ -58,7 +58,7 @@ def test_adapters(family: str) -> None:
             assert torch.equal(bridge.run_with_cache(tokens)[0], wanted)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", of_each_layout())
 def test_copies_and_pickles(family: str) -> None:
     """A copy fires its own points and computes with its own weights, made while the model is hooked or not."""
     tokens = random_tokens()
@@ -82,7 +82,7 @@ def test_copies_and_pickles(family: str) -> None:
     assert is_pristine(bridge.hf_model)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", of_each_layout())
 def test_a_run_in_another_thread_is_untouched(family: str) -> None:
     tokens = random_tokens()
     model = make_family(family)
@@ -116,7 +116,7 @@ def test_compiles_to_one_graph_when_unhooked(family: str) -> None:
         assert torch.equal(compiled(tokens, use_cache=False).logits, plain)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", of_each_layout())
 def test_a_foreign_forward_is_refused_where_it_hides_the_scores(family: str) -> None:
     """Somebody's own forward on attention computes what no point of ours can reach; everything outside it stays ours."""
     bridge = TransformerBridge(make_family(family))

@@ -16,7 +16,7 @@ from pellucid import TransformerBridge
 from pellucid.errors import InputError, UnsupportedModelError
 from pellucid.names import HookSpec
 from pellucid.sweep import Add, Edit, FromRun, LogitDifference, Scale, SetTo, Sweep, Zero
-from tests.families import CONFIGS, VOCAB, make_family, mask_of
+from tests.families import VOCAB, make_family, mask_of, of_each_layout
 from tests.models import is_pristine, make_bloom
 from tests.sweep.reference import whole_logits
 
@@ -92,7 +92,7 @@ def compare(
 
 
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", of_each_layout())
 def test_an_edit_at_every_point_equals_a_whole_forward(name: str, side: str) -> None:
     bridge, tokens = make_bridge(name), ids(3)
     mask = mask_of(tokens, SIDES[side])
@@ -108,7 +108,7 @@ def test_an_edit_at_every_point_equals_a_whole_forward(name: str, side: str) -> 
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in CONFIGS if name != "gpt2-upcast"]
+    "name", [name for name in of_each_layout() if name != "gpt2-upcast"]
 )  # Hugging Face refuses its float64
 def test_a_float64_model(name: str) -> None:
     bridge, tokens = make_bridge(name, torch.float64), ids(3)
