@@ -75,7 +75,7 @@ def what_opens() -> str:
 def _norms(family: Family) -> str:
     block = family.block
     places = [name for name, there in (("before", block.ln1), ("after", block.ln1_post)) if there]
-    kind = {"layer": "layer norm", "rms": "RMS"}[family.norm.kind]
+    kind = {"layer": "layer norm", "rms": "RMS", "centred": "layer norm without bias"}[family.norm.kind]
     return f"{kind}, {' and '.join(places)} each branch"
 
 

@@ -49,6 +49,7 @@ INTERNAL = {
     "DecoderEdits": "inside the oracle of edits",
     "Draws": "inside a run",
     "Encoder": "inside a corpus",
+    "FunctionAttends": "inside a sweep",
     "FastAttention": "inside a run",
     "FrequencyPenalty": "inside generate",
     "HookSession": "inside a run or a block of hooks",

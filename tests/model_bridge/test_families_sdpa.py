@@ -15,7 +15,7 @@ from tests.families import CONFIGS, make_family, mask_of, of_each_layout
 from tests.models import random_tokens
 from tests.tiny_tokenizers import byte_level
 
-WITHOUT = ("gemma2", "gpt2-upcast")
+WITHOUT = ("gemma2", "gpt2-upcast", "gptj")
 WITH = [name for name in CONFIGS if name not in WITHOUT]
 PATTERN = ("hook_attn_scores", "hook_pattern")
 
@@ -75,7 +75,7 @@ def test_the_bridge_hands_its_choice_to_the_model(name: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("name", WITHOUT)
 def test_what_has_no_sdpa_is_refused_by_name(name: str) -> None:
     bridge = TransformerBridge(make_family(name))
-    with pytest.raises(UnsupportedModelError, match=r"(Gemma 2|GPT-2) .*no sdpa"):
+    with pytest.raises(UnsupportedModelError, match=r"(Gemma 2|GPT-2|GPT-J) .*no sdpa"):
         bridge.set_attn_implementation("sdpa")
     with pytest.raises(UnsupportedModelError, match="no sdpa"):
         TransformerBridge.boot_transformers(hf_model=bridge.hf_model, attn_implementation="sdpa")

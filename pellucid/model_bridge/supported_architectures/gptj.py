@@ -25,5 +25,6 @@ GPTJ = Family(
         activation="activation_function",
     ),
     float64=False,
+    sdpa="none",
     notes="Attention and MLP in parallel behind one norm; float32 scores; the head has a bias.",
 )

@@ -42,6 +42,7 @@ OBEYED = frozenset(
 
 PUBLISHED: Mapping[str, tuple[Any, ...]] = {
     "n_ctx": (),  # GPT-2
+    "unk_token_id": (),  # what converters of GGUF files write: the tokenizer's
     "is_llama_config": (),  # SmolLM2
     "rope_interleaved": (False,),
     "use_mrope": (False,),  # Qwen2

@@ -33,6 +33,7 @@ from pellucid.model_bridge.running.run_positions import RunPositions, puts_promp
 from pellucid.model_bridge.running.runner import Runner
 from pellucid.model_bridge.verification.check_report import MOVES, CheckReport, CheckResult
 from pellucid.names import PATTERN_SITES, Flag, HookSpec
+from pellucid.padding import position_ids
 from pellucid.progress import progress_bar
 
 
@@ -181,8 +182,7 @@ class Checker:
             return {}
         if not self.tree.adapter.family.takes_position_ids or puts_prompts_before(self.bridge.hf_model):
             return {"attention_mask": mask}
-        ids = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
-        return {"attention_mask": mask, "position_ids": ids[:, -length:]}
+        return {"attention_mask": mask, "position_ids": position_ids(mask)[:, -length:]}
 
     def native_cached(
         self, model: nn.Module, tokens: Tensor, cache: Any, attention_mask: Tensor | None = None
