@@ -40,6 +40,7 @@ from pellucid.model_bridge.supported_architectures import (
     Architecture,
     architecture_of,
     architecture_of_model,
+    as_installed,
 )
 from pellucid.model_bridge.supported_architectures.reading import PUBLISHED, attributes_read, keys_read
 from pellucid.names import nearest
@@ -330,7 +331,7 @@ def make_adapter(model: nn.Module) -> ArchitectureAdapter:
     """
     config: Any = model.config
     architecture = architecture_of_model(model)
-    family = architecture.family.of(config)
+    family = as_installed(architecture.family.of(config), model)
     embedding = _submodule(model, family.inside(family.outside.embed))
     device = "cpu" if embedding is None else str(_device_of(embedding))
     adapter = architecture.adapter(architecture.read(config, _dtype_of(model), device), family)

@@ -1,7 +1,7 @@
 """The families that are known: one file each, made into components by :mod:`decoder`."""
 
 from pellucid.model_bridge.supported_architectures.bloom import BloomArchitectureAdapter
-from pellucid.model_bridge.supported_architectures.decoder import DecoderAdapter
+from pellucid.model_bridge.supported_architectures.decoder import DecoderAdapter, as_installed
 from pellucid.model_bridge.supported_architectures.registry import (
     ARCHITECTURES,
     Architecture,
@@ -16,4 +16,5 @@ __all__ = [
     "DecoderAdapter",
     "architecture_of",
     "architecture_of_model",
+    "as_installed",
 ]

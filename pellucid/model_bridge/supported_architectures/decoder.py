@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -45,6 +46,22 @@ BACKBONE_ARGUMENTS = ("input_ids", "attention_mask", "inputs_embeds", "use_cache
 """Arguments that Pellucid gives to every model and its backbone; the cache is named apart."""
 
 _PARTS = ("hook_q", "hook_k", "hook_v")
+
+
+def as_installed(family: Family, model: nn.Module) -> Family:
+    """The family as the installed release writes it.
+
+    Releases rewrite a family with a softmax in a method of its own (GPT-J in transformers 5.24) to look up an attention
+    function, as most do: then its dropout is a function too, and blocks give the residual alone.
+    """
+    attention = family.attention
+    if attention.softmax_in in ("function", "forward"):
+        return family
+    first = dict(model.named_modules()).get(f"{family.blocks_path}.0.{attention.name}")
+    if first is None or attention.softmax_in in vars(type(first)):
+        return family
+    rewritten = replace(attention, softmax_in="function", pattern_at="dropout", heads_first=False)
+    return replace(family, attention=rewritten, block=replace(family.block, gives_tuple=False))
 
 
 class DecoderAdapter(ArchitectureAdapter):
