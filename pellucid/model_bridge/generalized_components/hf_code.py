@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from types import CellType, FunctionType
 from typing import Any
 
@@ -119,10 +119,16 @@ WIDE_TORCH = Standing(torch, {"float32": torch.float64})
 """``torch`` whose float32 is float64: for float64 models, whose norms Hugging Face computes in float32 otherwise."""
 
 
+@cache
+def _widened(function: Callable[..., Any]) -> FunctionType:
+    """A norm's forward in float64: bound once, not at each call of each layer."""
+    return rebound(function, {"torch": WIDE_TORCH})
+
+
 def in_float64(method: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
     """``method`` of a norm, in float64 throughout if its weights are float64; else itself."""
     plain = getattr(method, "__func__", None)
     weight = next(module.parameters(), None)
     if plain is None or weight is None or weight.dtype is not torch.float64:
         return method
-    return partial(rebound(plain, {"torch": WIDE_TORCH}), module)
+    return partial(_widened(plain), module)

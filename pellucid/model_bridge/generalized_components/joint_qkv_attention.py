@@ -24,7 +24,6 @@ from pellucid.conversion_utils.conversion_steps.rearrange_tensor_conversion impo
 from pellucid.conversion_utils.fused_qkv import PARTS, Part
 from pellucid.errors import InputError
 from pellucid.hook_points import PointOwner
-from pellucid.hook_values import bits_differ
 from pellucid.model_bridge.generalized_components.attention import AttentionBridge
 from pellucid.model_bridge.generalized_components.base import (
     GeneralizedComponent,
@@ -32,8 +31,8 @@ from pellucid.model_bridge.generalized_components.base import (
     WeightTargets,
     plain_weight,
     readable_parameter,
-    splice,
 )
+from pellucid.model_bridge.generalized_components.head_results import head_results, with_results
 from pellucid.model_bridge.generalized_components.linear import LinearBridge
 from pellucid.model_bridge.generalized_components.random_numbers import Draws
 from pellucid.model_bridge.generalized_components.split_inputs import (
@@ -44,7 +43,6 @@ from pellucid.model_bridge.generalized_components.split_inputs import (
     with_head_inputs,
     with_own_input,
 )
-from pellucid.run_context import hooks_suppressed
 
 SplitFunction = Callable[[nn.Module], tuple[nn.Module, nn.Module, nn.Module]]
 """The original attention to its query, key and value transformations ``[..., d_model] -> [..., n_heads * d_head]``."""
@@ -339,7 +337,7 @@ class JointQKVAttentionBridge(AttentionBridge):
         draws = Draws(self.output_projection, z.device) if self.is_live("hook_result") else None
         contribution = self._dense(z.flatten(-2))
         if draws is not None:
-            contribution = self._with_results(z, contribution, draws)
+            contribution = with_results(self, self.output_projection, self._dense, z, contribution, draws)
         return self.fire("hook_attn_out", contribution)
 
     @property
@@ -353,36 +351,10 @@ class JointQKVAttentionBridge(AttentionBridge):
         contribution: Tensor = self.output_projection(z_flat)
         return contribution
 
-    def _with_results(self, z: Tensor, native: Tensor, draws: Draws) -> Tensor:
-        result = self._results(z, draws)
-        looks = self.only_reads("hook_result")
-        edited = self.fire("hook_result", result, private=True)
-        if looks:
-            return native
-        changed = bits_differ(edited, result).flatten(-2).any(-1, keepdim=True)
-        with draws.again():
-            bias = hooks_suppressed(self._dense, torch.zeros_like(z[:1, :1].flatten(-2)))
-        return splice(native, edited.sum(dim=-2) + bias, changed)
-
     def results(self, z: Tensor) -> Tensor:
         """Each head's contribution without b_O, ``[batch, pos, n_heads, d_model]``, from ``z``."""
-        return self._results(z, Draws(self.output_projection, z.device))
-
-    def _results(self, z: Tensor, draws: Draws) -> Tensor:
-        dense: Any = self.output_projection
-        if plain_weight(dense, nn.Linear):
-            return torch.einsum("bqnh,mnh->bqnm", z, dense.weight.unflatten(1, (self.n_heads, -1)))
-        # Adapted, quantised or offloaded: call it with one head at a time.
-        none = torch.zeros_like(z)
-        with draws.again():
-            bias = self._dense(none[:1, :1].flatten(-2))
-        heads = []
-        for head in range(self.n_heads):
-            only = none.clone()
-            only[:, :, head] = z[:, :, head]
-            with draws.again():
-                heads.append(self._dense(only.flatten(-2)) - bias)
-        return torch.stack(heads, dim=2)
+        layer = self.output_projection
+        return head_results(layer, self._dense, z, Draws(layer, z.device))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """``(hidden_states, attention_mask=None)`` to ``(contribution, pattern)``.

@@ -7,21 +7,19 @@ from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from pellucid.conversion_utils.fused_qkv import PARTS, Part
 from pellucid.errors import WeightError
-from pellucid.hook_values import bits_differ
 from pellucid.model_bridge.generalized_components.base import (
     GeneralizedComponent,
     Site,
     WeightTarget,
     WeightTargets,
     plain_weight,
-    splice,
 )
 from pellucid.model_bridge.generalized_components.fused_layouts import PartsOfFused
+from pellucid.model_bridge.generalized_components.head_results import head_results, with_results
 from pellucid.model_bridge.generalized_components.hf_code import in_float64
 from pellucid.model_bridge.generalized_components.random_numbers import Draws
 from pellucid.model_bridge.generalized_components.split_inputs import (
@@ -125,37 +123,12 @@ class OutputProjectionBridge(LinearBridge):
             return super()._mapped(original, input)
         draws = Draws(self.module, input.device)
         native = super()._mapped(original, input)
-        result = self._results(original, input, draws)
-        looks = self.only_reads("hook_result")
-        edited = self.fire("hook_result", result, private=True)
-        if looks:
-            return native
-        changed = bits_differ(edited, result).flatten(-2).any(-1, keepdim=True)
-        with draws.again():
-            bias = original(torch.zeros_like(input[:1, :1]))
-        return splice(native, edited.sum(dim=-2) + bias, changed)
+        z = input.unflatten(-1, (self.n_heads, -1))
+        return with_results(self, self.module, original, z, native, draws)
 
     def results(self, z: Tensor) -> Tensor:
         """Each head's contribution without b_O, ``[batch, pos, n_heads, d_model]``, from ``z``, nothing firing."""
-        flat = z.flatten(-2)
-        return hooks_suppressed(self._results, self.module, flat, Draws(self.module, z.device))
-
-    def _results(self, original: Any, flat: Tensor, draws: Draws) -> Tensor:
-        layer: Any = self.module
-        z = flat.unflatten(-1, (self.n_heads, -1))
-        if plain_weight(layer, nn.Linear):
-            return torch.einsum("bqnh,mnh->bqnm", z, layer.weight.unflatten(1, (self.n_heads, -1)))
-        # Conv1D, adapted, quantised or offloaded: it is called with one head at a time.
-        none = torch.zeros_like(z)
-        with draws.again():
-            bias = original(none[:1, :1].flatten(-2))
-        heads = []
-        for head in range(self.n_heads):
-            only = none.clone()
-            only[:, :, head] = z[:, :, head]
-            with draws.again():
-                heads.append(original(only.flatten(-2)) - bias)
-        return torch.stack(heads, dim=2)
+        return hooks_suppressed(head_results, self.module, self.module, z, Draws(self.module, z.device))
 
 
 class FusedLinearBridge(GeneralizedComponent):

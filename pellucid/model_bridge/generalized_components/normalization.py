@@ -115,12 +115,18 @@ class NormalizationBridge(GeneralizedComponent):
             wide = x if x.dtype == torch.float64 else x.float()
             variance, centre = torch.var_mean(wide, dim=-1, correction=0, keepdim=True)
             scale, mean = with_gradient_of(scale, (variance + eps).sqrt()), with_gradient_of(mean, centre)
+        return self._with_edits(native, wide - mean, scale, normalized, x.dtype)
+
+    def _with_edits(
+        self, native: Tensor, divided: Tensor, scale: Tensor, normalized: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """Fire scale and normalised input, ``divided / scale``; what an edit of them makes of ``native``."""
         edited_scale = self.fire("hook_scale", scale, private=True)
         rescaled = bits_differ(scale, edited_scale)
-        normalized = splice(normalized, (wide - mean) / edited_scale, rescaled)
+        normalized = splice(normalized, divided / edited_scale, rescaled)
         edited = self.fire("hook_normalized", normalized, private=True)
         changed = rescaled | bits_differ(normalized, edited).any(-1, keepdim=True)
-        return splice(native, self._affine(edited), changed)
+        return splice(native, self._affine(edited, dtype), changed)
 
     def _layer_norm(self) -> nn.LayerNorm:
         module = self.module
@@ -130,7 +136,8 @@ class NormalizationBridge(GeneralizedComponent):
             )
         return module
 
-    def _affine(self, normalized: Tensor) -> Tensor:
+    def _affine(self, normalized: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the norm makes of its normalised input; ``dtype`` is its input's."""
         module = self._layer_norm()
         with align_module_device(module):  # an offloaded norm's weights are in memory only inside this block
             scaled = normalized * module.weight

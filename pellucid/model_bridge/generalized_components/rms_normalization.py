@@ -12,8 +12,6 @@ from accelerate.utils import align_module_device
 from torch import Tensor
 
 from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
-from pellucid.hook_values import bits_differ
-from pellucid.model_bridge.generalized_components.base import splice
 from pellucid.model_bridge.generalized_components.hf_code import in_float64
 from pellucid.model_bridge.generalized_components.normalization import InputIs, NormalizationBridge, Role
 from pellucid.run_context import hooks_suppressed
@@ -81,18 +79,14 @@ class RMSNormalizationBridge(NormalizationBridge):
             self.fire("hook_scale", scale)
             self.fire("hook_normalized", normalized)
             return native
-        edited_scale = self.fire("hook_scale", scale, private=True)
-        rescaled = bits_differ(scale, edited_scale)
-        normalized = splice(normalized, wide / edited_scale, rescaled)
-        edited = self.fire("hook_normalized", normalized, private=True)
-        changed = rescaled | bits_differ(normalized, edited).any(-1, keepdim=True)
-        return splice(native, self._with_gain(edited, x.dtype), changed)
+        return self._with_edits(native, wide, scale, normalized, x.dtype)
 
     def _centred(self, wide: Tensor) -> Tensor:
         """What is divided by the scale."""
         return wide
 
-    def _with_gain(self, normalized: Tensor, dtype: torch.dtype) -> Tensor:
+    def _affine(self, normalized: Tensor, dtype: torch.dtype) -> Tensor:
+        """See :meth:`NormalizationBridge._affine`; gains differ in where they round."""
         module = self.module
         with align_module_device(module):  # see NormalizationBridge
             gain: Tensor = module.weight
