@@ -6,28 +6,41 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-LONG = "Everyone has the right to life, liberty and security of person.\n" * 1200
+LONG = "Everyone has the right to life, liberty and security of person.\n" * 500
 
 
-def interrupted(command: list[str], folder: Path, begun: Callable[[], bool]) -> tuple[int, str]:
-    """Exit code and standard error of a process that got SIGINT once ``begun()``."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    with subprocess.Popen(
-        [sys.executable, *command], cwd=folder, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
-    ) as running:
-        while not begun():
-            assert running.poll() is None, running.communicate()[1]
-            time.sleep(0.02)
-        running.send_signal(signal.SIGINT)
-        said = running.communicate(timeout=120)[1].decode()
-    return running.returncode, said
+# Python runs this before anything else of the child. The signal is sent by the child itself, at the first thing it does
+# after the files it names are there: a test that waits for them from outside is late on a slow machine (the command was
+# over before the signal came).
+SENT_WHEN_THERE = """
+import glob, os, signal, sys
+waiting = [True]
+def hook(event, arguments):
+    if waiting and len(glob.glob(os.environ["INTERRUPT_WHEN"])) >= int(os.environ["INTERRUPT_COUNT"]):
+        waiting.clear()
+        os.kill(os.getpid(), signal.SIGINT)
+sys.addaudithook(lambda event, arguments: hook(event, arguments) if event in ("open", "os.rename", "os.listdir") else None)
+"""
+
+
+def interrupted(command: list[str], folder: Path, files: str, count: int = 1) -> tuple[int, str]:
+    """Exit code and standard error of a process that gets SIGINT once ``count`` paths match ``files``."""
+    (folder / "start").mkdir()
+    (folder / "start" / "sitecustomize.py").write_text(SENT_WHEN_THERE, "utf-8")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(folder / "start"), str(ROOT)]),
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "INTERRUPT_WHEN": str(folder / files),
+        "INTERRUPT_COUNT": str(count),
+    }
+    done = subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, timeout=300)
+    return done.returncode, done.stderr.decode()
 
 
 def again(command: list[str], folder: Path) -> str:
@@ -47,7 +60,7 @@ def test_harvest_keeps_its_shards(tmp_path: Path) -> None:
     def shards() -> int:
         return sum(record.stem.isdecimal() for record in store.glob("*.json"))
 
-    code, said = interrupted(command, tmp_path, lambda: shards() > 1)
+    code, said = interrupted(command, tmp_path, "store/[0-9]*.json", count=2)
     assert code == 130
     assert said.splitlines()[-1] == (
         f"interrupted: {shards()} finished shards are kept in store: the same command goes on from there."
@@ -64,7 +77,7 @@ def test_neurons_keeps_its_counts(kept: bool, tmp_path: Path) -> None:
     command = ["-m", "pellucid", "neurons", "demo", "--text", "en=en.txt", "--text", "fr=fr.txt", "--context", "64"]
     command += ["--measured-tokens", "0", "--examples", "0", "--out", "study"]
     counting = tmp_path / "study" / "counting"
-    code, said = interrupted(command, tmp_path, (counting / "0").exists if kept else (tmp_path / "study").exists)
+    code, said = interrupted(command, tmp_path, "study/counting/*/*.safetensors" if kept else "study")
     assert code == 130
     state = any(counting.glob("*/*.safetensors"))
     assert state or not kept
@@ -82,14 +95,14 @@ from pellucid.demo import load_demo_bridge
 from pellucid.running_stats import CountPositive
 bridge = load_demo_bridge()
 corpus = Corpus.from_text({"en": "en.txt"}, bridge.tokenizer, context=64)
-found = bridge.collect(corpus, {"blocks.0.mlp.hook_post": [CountPositive()]}, checkpoint="state", every=0.5)
+found = bridge.collect(corpus, {"blocks.0.mlp.hook_post": [CountPositive()]}, checkpoint="state", every=0.01)
 print(found.n_tokens["en"] == corpus.tokens("en"))
 """
 
 
 def test_a_collection_goes_on(tmp_path: Path) -> None:
     (tmp_path / "en.txt").write_text(LONG, "utf-8")
-    code, said = interrupted(["-c", COLLECT], tmp_path, lambda: any((tmp_path / "state").glob("*.safetensors")))
+    code, said = interrupted(["-c", COLLECT], tmp_path, "state/*.safetensors")
     assert code in (130, -signal.SIGINT)
     assert said.splitlines()[-1] == (
         "KeyboardInterrupt: the state is in state/collected.safetensors; the same call goes on from there"
