@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -16,8 +16,9 @@ from pellucid.arguments import (
     check_wholes,
 )
 from pellucid.corpora.batches import CorpusBatch, LabelCount, TokenContext, batch_of
-from pellucid.corpora.examples import checked_pairs, contexts_in, read_documents
-from pellucid.corpora.packing import Checkpoint, Encoder, Packing, Row, Rules, Tally, chunks, rows
+from pellucid.corpora.examples import checked_pairs, contexts_in
+from pellucid.corpora.label_rows import LabelRows
+from pellucid.corpora.packing import Encoder, Packing, Row, Rules
 from pellucid.corpora.sources import (
     LONGEST_DOCUMENT,
     DatasetRows,
@@ -98,7 +99,6 @@ class Corpus:
         check_choice("packing", packing, ("packed", "documents"))
         check_choice("tail", tail, ("drop", "keep"))
         check_choice("long_documents", long_documents, ("split", "refuse"))
-        self._sources = dict(sources)
         self.labels: tuple[str, ...] = tuple(sources)
         self.tokenizer = tokenizer
         self.pad_id = pad_id_of(tokenizer) if pad_id is None else check_count("pad_id", pad_id, at_least=0)
@@ -109,10 +109,7 @@ class Corpus:
             keep_tail=tail == "keep",
             split_long=packing == "packed" or long_documents == "split",
         )
-        self._counts: dict[str, LabelCount] = {}
-        self._checkpoints: dict[str, list[Checkpoint]] = {}
-        self._stamps: dict[str, list[list[int]]] = {}
-        self._kept: dict[str, list[Row]] = {}
+        self._of = {label: LabelRows(label, source, tokenizer, self.rules) for label, source in sources.items()}
         self._tokenizer_hash = tokenizer_fingerprint(tokenizer)
 
     # -- making one ----------------------------------------------------------------------------------------------------
@@ -301,7 +298,7 @@ class Corpus:
         for label in labels:
             held: list[Row] = []
             at = start
-            for row in self._rows(label, start):
+            for row in self._of[label].rows(start):
                 if stop is not None and at + len(held) >= stop:
                     break
                 held.append(row)
@@ -312,30 +309,7 @@ class Corpus:
             if held:
                 yield batch_of(label, held, at, side, length, self.pad_id)
             elif at == 0 and stop != 0:
-                raise CorpusError(self._too_short(label))
-
-    def _rows(self, label: str, start: int) -> Iterator[Row]:
-        begin = Checkpoint(0, 0, 0, self._sources[label].start)
-        if start and label in self._counts:
-            begin = next(mark for mark in reversed([begin, *self._checkpoints[label]]) if mark.row <= start)
-        if label in self._stamps:
-            self._check_stamp(label, self._stamps[label])
-        if label in self._kept:
-            yield from self._kept[label][start:]
-            return
-        source, encode = self._sources[label], Encoder(label, self.tokenizer)
-        stream = chunks(source, encode, self.rules, begin.cursor, begin.document)
-        for number, row in enumerate(rows(stream, self.rules, begin), begin.row):
-            if number >= start:
-                yield row
-
-    def _too_short(self, label: str) -> str:
-        if self.rules.packing == "documents":
-            return f"The label {label!r} has no tokens: its documents are empty."
-        return (
-            f"The label {label!r} has no row: its text has fewer than {self.rules.context} tokens. Give more text, a "
-            'smaller context=, or tail="keep".'
-        )
+                raise CorpusError(self._of[label].too_short())
 
     def chosen(self, labels: str | Sequence[str] | None) -> tuple[str, ...]:
         """The labels asked for, ``None`` being all.
@@ -353,7 +327,7 @@ class Corpus:
         return given
 
     def _need_label(self, label: str) -> None:
-        if check_text("label", label) not in self._sources:
+        if check_text("label", label) not in self._of:
             near = nearest(str(label), self.labels)
             raise InputError(f"The corpus has no label {label!r}. Nearest: {', '.join(map(repr, near))}.")
 
@@ -373,41 +347,13 @@ class Corpus:
             CorpusError: what cannot be read; a label without a row.
         """
         chosen = self.chosen(labels)
-        missing = [label for label in chosen if label not in self._counts]
+        missing = [label for label in chosen if self._of[label].counted is None]
         if missing:
             with progress_bar(desc="reading the corpus", unit=" tokens", show=progress) as bar:
                 for label in missing:
-                    self._walk(label, bar.update)
-        return {label: self._counts[label] for label in chosen}
-
-    def _walk(self, label: str, tell: Callable[[int], Any]) -> None:
-        source, tally = self._sources[label], Tally()
-        stamp = source.stamp()
-        begin = Checkpoint(0, 0, 0, source.start)
-        stream = chunks(source, Encoder(label, self.tokenizer), self.rules, begin.cursor, 0, tally)
-        # Files only: they are known by their stamp, and a streamed data set is read anew each time.
-        left = KEPT_BYTES - sum(map(_bytes_of, self._kept.values())) if stamp else 0
-        kept: list[Row] | None = []
-        for row in rows(stream, self.rules, begin, tally):
-            tell(len(row.ids))
-            if kept is not None:
-                kept.append(row)
-                left -= _bytes_of([row])
-                kept = kept if left >= 0 else None
-        if tally.rows == 0:
-            raise CorpusError(self._too_short(label))
-        self._check_stamp(label, stamp)
-        self._stamps[label], self._checkpoints[label] = stamp, tally.checkpoints
-        if kept is not None:
-            self._kept[label] = kept
-        self._counts[label] = LabelCount(
-            tally.rows,
-            tally.tokens,
-            tally.documents,
-            tally.empty_documents,
-            tally.dropped_tokens,
-            tally.digest.hexdigest(),
-        )
+                    kept = sum(each.kept_bytes for each in self._of.values())
+                    self._of[label].read(bar.update, KEPT_BYTES - kept)
+        return {label: found for label in chosen if (found := self._of[label].counted) is not None}
 
     def count(self, label: str) -> LabelCount:
         """Rows, tokens and documents of a label; reads it once."""
@@ -435,7 +381,7 @@ class Corpus:
 
     def describe(self) -> dict[str, Any]:
         """Settings, counts and hash, for a manifest (JSON). Reads every label once."""
-        labels = {label: self._sources[label].describe() | asdict(self.count(label)) for label in self.labels}
+        labels = {label: self._of[label].source.describe() | asdict(self.count(label)) for label in self.labels}
         return self._settings() | {"labels": labels, "content_hash": self.content_hash}
 
     def __repr__(self) -> str:
@@ -447,14 +393,7 @@ class Corpus:
         """Counts and places of every label that was read (JSON); for :meth:`restore_index`."""
         return {
             "settings": digest(self._settings()),
-            "labels": {
-                label: {
-                    "count": asdict(count),
-                    "stamp": self._stamps[label],
-                    "checkpoints": [asdict(mark) for mark in self._checkpoints[label]],
-                }
-                for label, count in self._counts.items()
-            },
+            "labels": {label: each.state() for label, each in self._of.items() if each.counted is not None},
         }
 
     def restore_index(self, state: Mapping[str, Any]) -> None:
@@ -472,17 +411,9 @@ class Corpus:
             )
         for label, found in state["labels"].items():
             self._need_label(label)
-            self._check_stamp(label, found["stamp"])
+            self._of[label].check_stamp(found["stamp"])
         for label, found in state["labels"].items():
-            self._counts[label] = LabelCount(**found["count"])
-            self._stamps[label] = found["stamp"]
-            self._checkpoints[label] = [Checkpoint(**mark) for mark in found["checkpoints"]]
-
-    def _check_stamp(self, label: str, stamp: list[list[int]]) -> None:
-        if self._sources[label].stamp() != stamp:
-            raise CorpusError(
-                f"The files of {label!r} have changed since they were read (size or time): make the corpus anew."
-            )
+            self._of[label].restore(found)
 
     # -- text of examples ----------------------------------------------------------------------------------------------
 
@@ -493,9 +424,7 @@ class Corpus:
             InputError: a number that the label does not have.
         """
         self._need_label(label)
-        marks = [(0, self._sources[label].start)]
-        marks += [(mark.document, mark.cursor) for mark in self._checkpoints.get(label, ())]
-        return read_documents(self._sources[label], label, marks, check_wholes("numbers", numbers, empty=True))
+        return self._of[label].documents(check_wholes("numbers", numbers, empty=True))
 
     def text_of(self, label: str, document: int) -> str:
         """The text of a document.
@@ -541,7 +470,3 @@ def _check_labels(given: Any, argument: str) -> None:
         )
     for label in given:
         check_text(f"a label of {argument}", label)
-
-
-def _bytes_of(kept: Sequence[Row]) -> int:
-    return sum(array.nbytes for row in kept for array in (row.ids, row.documents, row.positions))

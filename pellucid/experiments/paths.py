@@ -19,7 +19,7 @@ receiver                what it reads from the residual stream
 
 Globs choose several: ``L*H*`` is every head, ``L3H*.v`` the values of layer 3's heads. Where several heads of queries share
 keys and values, the heads of ``.k`` and ``.v`` are those of keys and values. Along the stream the order is attention, MLP,
-next layer; where a block runs both in parallel, its MLP hears what its attention hears. A path leads forward only.
+next layer; where a block runs both in parallel, its MLP reads what its attention reads. A path leads forward only.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class Receiver:
     head: int
     place: int
 
-    def hears(self, sender: Sender) -> bool:
+    def comes_after(self, sender: Sender) -> bool:
         """Whether what the sender adds is there yet."""
         return sender.place <= self.place
 

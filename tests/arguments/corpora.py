@@ -80,7 +80,11 @@ CALLS: dict[str, Call] = {
     ),
     "Corpus.from_dataset": made(Corpus.from_dataset, datasets={"en": Rows()}, tokenizer=TOKENIZER),
     "Corpus.from_tokens": made(Corpus.from_tokens, tokens={"en": [[1, 2, 3]]}),
-    "Corpus": made(Corpus, sources=Of(lambda bench: bench.corpus._sources), tokenizer=TOKENIZER),
+    "Corpus": made(
+        Corpus,
+        sources=Of(lambda bench: {label: each.source for label, each in bench.corpus._of.items()}),
+        tokenizer=TOKENIZER,
+    ),
     "Corpus.batches": entered(corpus("batches", batch_size=2)),
     "Corpus.index": corpus("index"),
     "Corpus.chosen": corpus("chosen", labels=None),

@@ -106,7 +106,7 @@ NOT_TRIED: dict[str, str] = {
         (
             "Collected.empty", "Collected.saw", "Picture.hovers", "Sweep.base_scores", "Sweep.scores", "Picture.printed_in", "TransformerBridgeConfig.sizes", "HookPoint.detach", "HookPoint.drop", "HookPoint.fire", "HookPoint.forward",
             "HookPoint.put", "HookPoint.enable_reshape", "TransformerBridge.positions_of", "Statistic.to", "Workspace.take",
-            "NeuronEdit.job_identity", "NeuronChange.check", "NeuronChange.edits", "Text.batches", "Receiver.hears",
+            "NeuronEdit.job_identity", "NeuronChange.check", "NeuronChange.edits", "Text.batches", "Receiver.comes_after",
             "place_of", "unit_shape", "refuse_no_effect", "as_neurons", "check_units", "read_prompts",
             "refuse_different_lengths", "find_site", "check_by", "make_grid", "about_run", "words_of", "about_metrics",
             "in_float32", "check_scores", "between", "switched", "default_by", "keep", "left_of", "score_of", "differing",

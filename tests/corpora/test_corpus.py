@@ -101,7 +101,7 @@ def test_rows_are_those_of_a_plain_reading_from_any_row_on(
         assert (
             rows_of(corpus, "a", start_row=start, stop_row=start + 4) == expected[start : start + 4]
         )  # from a checkpoint
-        other = Corpus(corpus._sources, None, context, corpus.rules.packing, corpus.rules.separator or "none",
+        other = Corpus({label: each.source for label, each in corpus._of.items()}, None, context, corpus.rules.packing, corpus.rules.separator or "none",
                        "keep" if keep_tail else "drop")  # fmt: skip
         other.restore_index(json.loads(json.dumps(corpus.index_state())))
         assert rows_of(other, "a", start_row=start) == expected[start:]

@@ -164,8 +164,8 @@ def test_a_path_into_an_mlp(name: str) -> None:
     bridge.set_use_hook_mlp_in(True)
     for sender in SENDERS:
         difference = other[sent(sender)] - usual[sent(sender)]
-        hears = sender not in ("L1.mlp_out", *(("L1.attn_out",) if parallel else ()))
-        add = {"blocks.1.hook_mlp_in": lambda tensor, hook, added=difference: tensor + added} if hears else {}
+        reads = sender not in ("L1.mlp_out", *(("L1.attn_out",) if parallel else ()))
+        add = {"blocks.1.hook_mlp_in": lambda tensor, hook, added=difference: tensor + added} if reads else {}
         expected.append(forward(bridge, original, add))
     same(found, torch.stack(expected), base)
     backwards = path_patching(bridge, original, new, METRIC, "L1.mlp_out", "L1.mlp_in", freeze_mlps=True)
@@ -215,8 +215,8 @@ def test_heads_of_receivers_and_places_follow_the_block() -> None:
     assert "L1H2.k" not in names
     for parallel in (False, True):
         sender, receiver = senders_of(3, 6, parallel)["L1.attn_out"], receivers_of(3, 6, 2, parallel)["L1.mlp_in"]
-        assert receiver.hears(sender) is not parallel
-        assert receivers_of(3, 6, 2, parallel)["L2H0.q"].hears(sender)
+        assert receiver.comes_after(sender) is not parallel
+        assert receivers_of(3, 6, 2, parallel)["L2H0.q"].comes_after(sender)
 
 
 @pytest.mark.parametrize(

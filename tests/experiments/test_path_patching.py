@@ -369,7 +369,7 @@ def test_a_plan_comes_before_the_run(bridge: TransformerBridge, original: Tensor
     prepared = PathPatching(bridge, original, new, METRIC, "L*H*", "L*H*.[qkv]", freeze_mlps=True, each_receiver=True)
     plan = prepared.plan()
     assert plan.n_edits == 12 * 36
-    # Layer 2 hears 8 heads in 12 inputs, layer 1 hears 4 in 12; in the last layer a path has to end where it is read.
+    # Layer 2 reads 8 heads in 12 inputs, layer 1 reads 4 in 12; in the last layer a path has to end where it is read.
     assert plan.n_edits - plan.n_unchanged <= 8 * 12 + 4 * 12
     assert plan.n_unchanged >= 12 * 36 - 8 * 12 - 4 * 12
     found = prepared.run()
