@@ -1,4 +1,4 @@
-"""What the bridge costs on each family: beside bare Hugging Face, plain torch hooks and TransformerLens.
+"""What the bridge costs on each family: beside bare Hugging Face, plain torch hooks, TransformerLens and nnsight.
 
     python benchmarks/bench_families.py                    every case, writes results/families_<hardware>_<yyyymm>.md
     python benchmarks/bench_families.py --quick            a few repetitions, prints and writes nothing
@@ -12,6 +12,7 @@ timed in a process of its own, beside the same bare model there.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from pellucid import TransformerBridge
 
 BARE = "Hugging Face"
+SIGHT_ONE, SIGHT_ALL = "nnsight, one block saved", "nnsight, every module saved"
 NOTHING, ONE, PATTERNS, ALL = "nothing hooked", "one residual kept", "all patterns kept", "every point cached"
 PLAIN_ONE, PLAIN_ALL, OURS_ALL = "plain hook on one block", "plain hooks on every module", "the same points cached"
 
@@ -137,6 +139,35 @@ def programs_of(bridge: TransformerBridge, model: Any, tokens: Tensor) -> list[P
     ]
 
 
+# nnsight runs the body of a `with` block elsewhere: what is saved has to be a name there and returned after it (RET504).
+
+
+def sight_one(sight: Any, block: Any, tokens: Tensor) -> Any:
+    with sight.trace(tokens, use_cache=False):
+        residual = block.output.save()
+    return residual  # noqa: RET504
+
+
+def sight_all(sight: Any, tokens: Tensor) -> Any:
+    with sight.trace(tokens, use_cache=False) as tracer:
+        cache = tracer.cache(include_inputs=True)
+    return cache  # noqa: RET504
+
+
+def sight_programs(model: Any, blocks_path: str, tokens: Tensor) -> list[Program]:
+    """nnsight on a model of its own; none where it is not installed."""
+    if not installed("nnsight"):
+        return []
+    import nnsight  # type: ignore[import-not-found, unused-ignore]
+
+    sight: Any = nnsight.NNsight(model)
+    block = functools.reduce(getattr, blocks_path.split("."), sight)[1]
+    return [
+        Program(SIGHT_ONE, lambda: sight_one(sight, block, tokens)),
+        Program(SIGHT_ALL, lambda: sight_all(sight, tokens)),
+    ]
+
+
 def check_numbers(report: Report, bridge: TransformerBridge, model: Any, tokens: Tensor) -> None:
     """See that the programs compute the same."""
     native = model(tokens, use_cache=False, output_hidden_states=True, output_attentions=True)
@@ -161,13 +192,16 @@ def case_tiny(report: Report, names: list[str], rounds: int, clock: str, peer: b
         tokens = torch.randint(10, 1000, (4, 32), generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
             check_numbers(report, bridge, tiny_model(name), tokens)
-            found = measure(programs_of(bridge, model, tokens), rounds, warmup=10, clock=clock)
+            sight = sight_programs(tiny_model(name), bridge.adapter.blocks_path, tokens)
+            found = measure(programs_of(bridge, model, tokens) + sight, rounds, warmup=10, clock=clock)
             points = len(bridge.run_with_cache(tokens)[1])
         columns = [f"{found.ratio(program, BARE):.2f}" for program in (NOTHING, PLAIN_ONE, ONE, PATTERNS, ALL)]
         beside = peer_ratios(name, rounds, clock) if peer else {}
         peers = [f"{beside[key]:.2f}" if key in beside else "" for key in ("nothing", "one", "all")]
+        peers += [f"{found.ratio(key, BARE):.2f}" if sight else "" for key in (SIGHT_ONE, SIGHT_ALL)]
         rows.append((name, f"{found.median(BARE) * 1e3:.2f}", *columns, str(points), *peers))
     head = ("family", "bare ms", NOTHING, PLAIN_ONE, ONE, PATTERNS, ALL, "points", "TL: nothing", "TL: one", "TL: all")
+    head += ("nnsight: one", "nnsight: all")
     report.say("\n" + table(head, rows) + "\n")
 
 
