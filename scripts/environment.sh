@@ -42,7 +42,7 @@ PY
 )"
   # What the tests need includes what the demo needs.
   [[ -e "$venv/installed-test-$stamp" || -e "$venv/installed-$wanted-$stamp" ]] && return
-  [[ "$wanted" == test ]] && extras="[test,peer,plots,neurons,datasets,distributed]"
+  [[ "$wanted" == test ]] && extras="[test,peer,plots,neurons,datasets,distributed,docs]"
   [[ "$wanted" == runtime ]] && extras="[plots,neurons]" # what the commands of README.md need
   say "Installing into .venv (the first time takes a few minutes)"
   run_pip install -c "$root/constraints.txt" torch==2.13.0
