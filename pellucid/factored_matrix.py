@@ -269,3 +269,32 @@ def _kept(item: Any) -> Any:
     if isinstance(item, int) and not isinstance(item, bool):
         return slice(item, item + 1 if item != -1 else None)
     return item
+
+
+def composition_scores(left: FactoredMatrix, right: FactoredMatrix, broadcast_dims: bool = True) -> Tensor:
+    """How much of what ``left`` writes ``right`` reads: ``|left right| / (|left| |right|)``, Frobenius norms (Elhage 2021).
+
+    The products are never formed: norms are those of the small factors.
+
+    Args:
+        left: ``[..., ldim, d]``.
+        right: ``[..., d, rdim]``.
+        broadcast_dims: score every left one with every right one; else leading axes broadcast.
+
+    Returns:
+        ``[*left's leading axes, *right's]``, or their broadcast.
+
+    Raises:
+        InputError: the inner sizes differ.
+    """
+    if left.rdim != right.ldim:
+        raise InputError(
+            f"Composition scores need left.rdim and right.ldim to be equal: shapes are {tuple(left.shape)} and "
+            f"{tuple(right.shape)}."
+        )
+    write, read = left.collapse_l(), right.collapse_r()
+    if broadcast_dims:
+        write = write[(..., *(None,) * (read.dim() - 2), slice(None), slice(None))]
+    both: Tensor = torch.linalg.matrix_norm(write @ read)
+    scores: Tensor = both / torch.linalg.matrix_norm(write) / torch.linalg.matrix_norm(read)
+    return scores

@@ -25,8 +25,19 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # --------------------------------------------------------------------------------------------------------------------
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "tables", "version"),
-    ("arguments", "axes", "dtypes", "names", "padding", "progress", "slices", "storage.*", "token_text"),
+    ("errors", "peer_names", "tables", "version"),
+    (
+        "arguments",
+        "axes",
+        "dtypes",
+        "hook_introspection",
+        "names",
+        "padding",
+        "progress",
+        "slices",
+        "storage.*",
+        "token_text",
+    ),
     (
         "config",
         "run_context",
@@ -46,10 +57,19 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("model_bridge.verification.*", "model_bridge.weights.*"),
     ("model_bridge.corpus.*",),
     ("model_bridge.transformer_bridge",),
-    ("", "model_bridge", "sweep.*"),
+    ("", "model_bridge", "model_bridge.bridge", "sweep.*"),
     ("experiments.*",),
     ("analysis.*", "demo.*", "patching.*", "scale.*"),
-    ("plots.*", "report.*"),
+    (
+        "ActivationCache",
+        "FactoredMatrix",
+        "HookedRootModule",
+        "SVDInterpreter",
+        "evals",
+        "plots.*",
+        "report.*",
+        "utilities.*",
+    ),
     ("cli.*",),
     ("__main__",),
 )
@@ -73,6 +93,7 @@ WITHOUT_TORCH = (
     "",
     "errors",
     "names",
+    "peer_names",
     "progress",
     "tables",
     "token_text",

@@ -52,6 +52,7 @@ INTERNAL = {
     "FunctionAttends": "inside a sweep",
     "FastAttention": "inside a run",
     "FrequencyPenalty": "inside generate",
+    "HookIntrospectionMixin": "a part of a user's own class",
     "HookSession": "inside a run or a block of hooks",
     "Hooks": "inside a bridge",
     "Intercept": "inside the oracle of edits",

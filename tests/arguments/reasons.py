@@ -24,7 +24,6 @@ NO_LINE_NEEDED: dict[str, str] = {
     "prepend": TRUTH,
     "pad_to_context": TRUTH,
     "normalize": TRUTH,
-    "level": "accepted for TransformerLens' callers, and documented so",
     "baseline": TRUTH,
     "of_effect": TRUTH,
     "check_contents": TRUTH,
