@@ -167,6 +167,7 @@ REFUSED: list[Line] = [
     ("to_string", {"tokens": [1.5]}, "Token ids are integers; found torch.float32"),
     ("to_string", {"tokens": object()}, "Token ids are integers; found object"),
     ("to_str_tokens", {"input": torch.tensor([4000])}, "Token id 4000"),
+    ("to_str_tokens", {"input": torch.tensor(5)}, "to_str_tokens takes ids .*one id alone"),
     ("to_str_tokens", {"prepend_bos": True}, "prepend_bos is for strings"),
     ("to_str_tokens", {"padding_side": "middle"}, "Invalid padding_side"),
     ("to_single_token", {"string": "two words"}, "not a single token"),
@@ -251,6 +252,7 @@ REFUSED: list[Line] = [
             (3, "name of a hook point is a string; found 3|(name|names_filter) is a name, a glob.*found 3"),
         )
     ),
+    *((name, {"level": 1.5}, "level is a whole number") for name in ("add_hook", "HookPoint.add_hook")),
     *(
         (name, {argument: 3}, f"{argument} is a function of a tensor")
         for name, argument in (

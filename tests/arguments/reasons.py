@@ -21,6 +21,7 @@ NO_LINE_NEEDED: dict[str, str] = {
     "assert_effect": "any truth value; tests/model_bridge/test_bad_input.py",
     "including_permanent": TRUTH,
     "is_permanent": TRUTH,
+    "level": "a context level: what add_hook refuses, remove_hooks and its kin do not find",
     "prepend": TRUTH,
     "pad_to_context": TRUTH,
     "normalize": TRUTH,

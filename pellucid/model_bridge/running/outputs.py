@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import InputError, UnsupportedModelError
+from pellucid.hook_points import HookFunction
 
 
 def logits_of(output: Any, model: nn.Module, arguments: Mapping[str, Any], cfg: TransformerBridgeConfig) -> Tensor:
@@ -38,8 +40,19 @@ def refuse_rows(given: Tensor) -> None:
         raise InputError(f"remove_batch_dim needs a batch of one row; found {given.shape[0]}.")
 
 
-def without_batch_dim(output: Any) -> Any:
-    """The first row of every tensor that has rows; a mean loss has none."""
-    if isinstance(output, tuple):
-        return tuple(map(without_batch_dim, output))
-    return output[0] if isinstance(output, Tensor) and output.dim() > 0 else output
+def of_one_row(function: HookFunction) -> HookFunction:
+    """The function of a hook, shown a tensor of one row without its batch axis; what it returns is given the axis again.
+
+    It is shown a view, so that an edit in place is one of the tensor.
+    """
+
+    @functools.wraps(function)
+    def shown(tensor: Tensor, hook: Any) -> Any:
+        if tensor.dim() == 0 or tensor.shape[0] != 1:  # shown in another shape (``enable_reshape``)
+            return function(tensor, hook=hook)
+        result = function(tensor[0], hook=hook)
+        if isinstance(result, tuple) and len(result) == 1:
+            result = result[0]
+        return result[None] if isinstance(result, Tensor) else result
+
+    return shown

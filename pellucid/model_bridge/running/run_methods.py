@@ -22,7 +22,7 @@ from pellucid.model_bridge.hooking.hook_session import HookSession
 from pellucid.model_bridge.hooking.hooks import HookRequest
 from pellucid.model_bridge.running.caching import CacheRequest, cached_specs, caching_functions
 from pellucid.model_bridge.running.generation import GenerationSettings, check_settings, generate, prepare_generation
-from pellucid.model_bridge.running.outputs import refuse_rows, without_batch_dim
+from pellucid.model_bridge.running.outputs import of_one_row, refuse_rows
 from pellucid.model_bridge.running.run_positions import RunPositions
 from pellucid.model_bridge.running.runner import ATTN_IMPLEMENTATIONS, AttnImplementation, Prepared, ReturnType, Runner
 from pellucid.model_bridge.running.tokens import PaddingSide, TextOrTokens, TokenRules, ids_as_given
@@ -157,7 +157,8 @@ class RunMethods(HookMethods):
             reset_hooks_end: ``False`` leaves the functions on.
             clear_contexts: empty every point's ``ctx`` afterwards.
             return_type: see :meth:`forward`, as for the arguments below and ``inputs_embeds``.
-            remove_batch_dim: give the output of a single row without its batch axis; hooks see it with it.
+            remove_batch_dim: show functions the tensors of a single row without their batch axis; what they return is given
+                it again. The output has it, as in TransformerLens.
             assert_effect: raise if a forward function never ran or left its tensor unchanged to the bit.
 
         Raises:
@@ -182,6 +183,9 @@ class RunMethods(HookMethods):
         span = self.runner.span(prepared)
         forward = self._hooks.requests(fwd_hooks, "fwd", span)
         handles = forward + self._hooks.requests(bwd_hooks, "bwd", span)
+        if remove_batch_dim:
+            for handle in handles:
+                handle.user_hook = of_one_row(handle.user_hook)
         for handle in forward:
             handle.must_change = assert_effect
         session = HookSession(self._tree, handles, keep=not reset_hooks_end)
@@ -193,7 +197,7 @@ class RunMethods(HookMethods):
         if assert_effect:
             for handle in forward:
                 handle.check_effect()
-        return without_batch_dim(output) if remove_batch_dim else output
+        return output
 
     def run_with_cache(
         self,
@@ -227,8 +231,8 @@ class RunMethods(HookMethods):
             names_filter: which points to keep; ``None`` keeps all, the logits among them.
             stop_at_layer: see :meth:`forward`.
             start_at_layer: see :meth:`forward`.
-            pos_slice: which positions of the run to keep: one, a slice or a list; other positions are never stored. Virtual
-                positions of a wrapper (prompt tuning) are counted.
+            pos_slice: which positions of the run to keep: one, a range ``(start, stop[, step])``, a list or a mask; other
+                positions are never stored. Virtual positions of a wrapper (prompt tuning) are counted.
             incl_bwd: run ``backward()`` on the loss and keep gradients too, under ``name + "_grad"``.
             reset_hooks_end: ``False`` leaves the caching functions on: the cache then holds what the last run showed them.
                 Not with ``remove_batch_dim``.

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -95,19 +96,27 @@ class TokenMethods:
 
     def to_str_tokens(
         self,
-        input: TextOrTokens,
+        input: TextOrTokens | np.ndarray,
         prepend_bos: bool | None = None,
         padding_side: PaddingSide | None = None,
     ) -> list[str] | list[list[str]]:
         """Each token's text; a list of lists for several rows. Part of a character decodes to U+FFFD.
 
         Args:
-            input: a string, strings, or a tensor of ids.
+            input: a string, strings, or a tensor or NumPy array of ids; of no ids, no strings.
             prepend_bos: see :meth:`to_tokens`; for strings.
             padding_side: accepted for TransformerLens' callers: each text's own tokens are given, so nothing is padded.
         """
+        if isinstance(input, np.ndarray):
+            input = torch.from_numpy(input)
         self._check_text_arguments(input, prepend_bos, padding_side)
         if isinstance(input, Tensor):
+            if input.dim() == 0:
+                raise InputError(
+                    "to_str_tokens takes ids [pos] or [batch, pos]; found one id alone. Give [id] as a tensor."
+                )
+            if input.numel() == 0:
+                return []
             rows = [
                 [str(self._rules.decode([token])) for token in row]
                 for row in input.reshape(-1, input.shape[-1]).tolist()
