@@ -55,7 +55,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("model_bridge.hooking.*", "model_bridge.reference_edits.*", "model_bridge.supported_architectures.*"),
     ("model_bridge.running.*",),
     ("model_bridge.verification.*", "model_bridge.weights.*"),
-    ("model_bridge.corpus.*",),
+    ("model_bridge.corpus.*", "model_bridge.peer_words"),
     ("model_bridge.transformer_bridge",),
     ("", "model_bridge", "model_bridge.bridge", "sweep.*"),
     ("experiments.*",),
@@ -82,6 +82,7 @@ USERS_OF_TRANSFORMERS = (
     "model_bridge.running.checkpoint",
     "model_bridge.running.generation",
     "model_bridge.running.loading",
+    "model_bridge.running.outputs",
     "model_bridge.verification.self_check",
 )
 """Who imports transformers, and only inside functions: it takes seconds to load."""

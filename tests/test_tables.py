@@ -43,6 +43,7 @@ INTERNAL = {
     "BloomArchitectureAdapter": "a table of the code",
     "Cells": "inside a sweep",
     "Checker": "inside verify()",
+    "CircuitMethods": "a part of the bridge's class",
     "ComponentTree": "inside a bridge",
     "Costs": "inside a sweep",
     "DecoderAdapter": "a table of the code",

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pellucid.errors import InputError
-from pellucid.losses import next_token_loss
+from pellucid.losses import check_shapes, next_token_loss
 
 
 def lm_cross_entropy_loss(
@@ -20,13 +19,9 @@ def lm_cross_entropy_loss(
         per_token: ``[batch, pos - 1]``, zeros where nothing counts, and not the mean.
 
     Raises:
-        InputError: a mask of another shape than the tokens; no position counts.
+        InputError: shapes that differ; no position counts.
     """
-    if attention_mask is not None and attention_mask.shape != tokens.shape:
-        raise InputError(
-            f"attention_mask must have the same shape as tokens, {tuple(tokens.shape)}; found "
-            f"{tuple(attention_mask.shape)}."
-        )
+    check_shapes(logits, tokens, attention_mask)
     return next_token_loss(logits, tokens, attention_mask, per_token)
 
 

@@ -1,4 +1,4 @@
-"""What comes out of a run: logits, whatever module is around the model, and rows without their axis."""
+"""What goes into and comes out of a run: key/value caches; logits, whatever module is around the model; rows alone."""
 
 from __future__ import annotations
 
@@ -56,3 +56,22 @@ def of_one_row(function: HookFunction) -> HookFunction:
         return result[None] if isinstance(result, Tensor) else result
 
     return shown
+
+
+def one_cache(past_key_values: Any | None, past_kv_cache: Any | None) -> Any | None:
+    """The key/value cache of a run, given under either name.
+
+    Raises:
+        InputError: under both.
+    """
+    if past_key_values is not None and past_kv_cache is not None:
+        raise InputError("past_kv_cache is another name of past_key_values: give one of them.")
+    return past_kv_cache if past_key_values is None else past_key_values
+
+
+def new_cache(model: nn.Module) -> Any:
+    """An empty key/value cache, of Hugging Face's class."""
+    from transformers import DynamicCache
+
+    config: Any = getattr(model, "config", None)
+    return DynamicCache(config=config)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pellucid.arguments import check_choice, check_count, check_list
+from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import InputError
 from pellucid.model_bridge.running.tokens import PaddingSide, TextOrTokens, TokenRules
 
@@ -19,6 +20,11 @@ class TokenMethods:
     """``to_tokens`` and its kin."""
 
     _rules: TokenRules
+
+    @property
+    @abstractmethod
+    def cfg(self) -> TransformerBridgeConfig:
+        """Sizes and switches."""
 
     @property
     @abstractmethod
@@ -41,7 +47,7 @@ class TokenMethods:
         prepend_bos: bool | None = None,
         padding_side: PaddingSide | None = None,
         move_to_device: bool = True,
-        truncate: Literal[False] = False,
+        truncate: bool = False,
         return_mask: Literal[False] = False,
     ) -> Tensor: ...
 
@@ -52,7 +58,7 @@ class TokenMethods:
         prepend_bos: bool | None = None,
         padding_side: PaddingSide | None = None,
         move_to_device: bool = True,
-        truncate: Literal[False] = False,
+        truncate: bool = False,
         *,
         return_mask: Literal[True],
     ) -> tuple[Tensor, Tensor]: ...
@@ -63,7 +69,7 @@ class TokenMethods:
         prepend_bos: bool | None = None,
         padding_side: PaddingSide | None = None,
         move_to_device: bool = True,
-        truncate: Literal[False] = False,
+        truncate: bool = False,
         return_mask: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Token ids ``[batch, pos]`` of a string or strings, exactly as ``tokenizer(text)`` gives them.
@@ -74,16 +80,14 @@ class TokenMethods:
                 ``False`` leaves out the one that the tokenizer puts. By default, as the tokenizer does.
             padding_side: of shorter rows; by default the tokenizer's.
             move_to_device: put them where the model is.
-            truncate: only ``False``: nothing is cut off.
+            truncate: cut off what is beyond ``cfg.n_ctx`` tokens of a text. Nothing is unless it is asked for.
             return_mask: give ``(tokens, mask)``, the mask ``[batch, pos]`` int64 with 1 at tokens and 0 at padding. Strings
                 of different lengths are padded, and ids alone do not say where: a run takes it as ``attention_mask=``.
 
         Raises:
-            InputError: no tokenizer, empty text, ``truncate=True``.
+            InputError: no tokenizer, empty text.
         """
-        if truncate:
-            raise InputError("Nothing is cut off: shorten the tokens yourself, to_tokens(text)[:, :n].")
-        tokens, mask = self._rules.encode(input, prepend_bos, padding_side)
+        tokens, mask = self._rules.encode(input, prepend_bos, padding_side, self.cfg.n_ctx if truncate else None)
         device = self.device if move_to_device else tokens.device
         tokens = tokens.to(device)
         if not return_mask:
