@@ -92,7 +92,8 @@ class TransformerBridgeConfig:
     ``n_key_value_heads`` heads of keys and values, as many as of queries unless several queries share one;
     ``default_prepend_bos`` is what ``prepend_bos=None`` means, ``None`` leaves it to the tokenizer.
     The four ``use_*`` flags say which opt-in hook points are on; set them through the bridge's ``set_use_*`` methods.
-    ``use_normalization_before_and_after``: a norm follows attention and MLP too.
+    ``use_normalization_before_and_after``: a norm follows attention and MLP too. ``seed`` is for who makes random weights to
+    say with which; nothing here reads it.
     """
 
     n_layers: int
@@ -129,6 +130,7 @@ class TransformerBridgeConfig:
     use_attn_in: bool = False
     use_hook_mlp_in: bool = False
     tokenizer_name: str | None = None
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         self.n_key_value_heads = self.n_key_value_heads or self.n_heads
@@ -154,10 +156,6 @@ class TransformerBridgeConfig:
     def ungroup_grouped_query_attention(self) -> bool:
         """``False``, for tools of TransformerLens': heads of keys and values are never repeated for each head of queries."""
         return False
-
-    @property
-    def seed(self) -> None:
-        """``None``, for tools of TransformerLens': a bridge sets no seed."""
 
     def to_dict(self) -> dict[str, Any]:
         """Every field by name."""
