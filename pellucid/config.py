@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import torch
 
-from pellucid.errors import UnsupportedModelError
+from pellucid.arguments import check_mapping
+from pellucid.errors import InputError, UnsupportedModelError, warn
 from pellucid.names import Flag
 
 HANDLED = frozenset(
@@ -91,6 +92,8 @@ class TransformerBridgeConfig:
     ``n_key_value_heads`` heads of keys and values, as many as of queries unless several queries share one;
     ``default_prepend_bos`` is what ``prepend_bos=None`` means, ``None`` leaves it to the tokenizer.
     The four ``use_*`` flags say which opt-in hook points are on; set them through the bridge's ``set_use_*`` methods.
+    ``use_normalization_before_and_after``: a norm follows attention and MLP too. ``seed`` is for who makes random weights to
+    say with which; nothing here reads it.
     """
 
     n_layers: int
@@ -114,6 +117,7 @@ class TransformerBridgeConfig:
     final_rms: bool = False
     gated_mlp: bool = False
     parallel_attn_mlp: bool = False
+    use_normalization_before_and_after: bool = False
     output_logits_soft_cap: float = 0.0
     output_logits_scale: float = 1.0
     attn_only: bool = False
@@ -125,6 +129,8 @@ class TransformerBridgeConfig:
     use_split_qkv_input: bool = False
     use_attn_in: bool = False
     use_hook_mlp_in: bool = False
+    tokenizer_name: str | None = None
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         self.n_key_value_heads = self.n_key_value_heads or self.n_heads
@@ -139,6 +145,39 @@ class TransformerBridgeConfig:
     def attn_scale(self) -> float:
         """What queries times keys are divided by, sqrt(d_head)."""
         return math.sqrt(self.d_head)
+
+    @property
+    def n_params(self) -> int:
+        """Weights of attention and MLP, biases, norms and embeddings not counted, as TransformerLens counts."""
+        attention = 2 * self.d_model * self.d_head * (self.n_heads + self.n_key_value_heads)
+        return self.n_layers * (attention + (2 + self.gated_mlp) * self.d_model * (self.d_mlp or 0))
+
+    @property
+    def ungroup_grouped_query_attention(self) -> bool:
+        """``False``, for tools of TransformerLens': heads of keys and values are never repeated for each head of queries."""
+        return False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any]) -> TransformerBridgeConfig:
+        """The configuration of such a dictionary; of fields that are not here a warning tells, as no number depends on them.
+
+        Raises:
+            InputError: no mapping; a size is missing.
+        """
+        known = {field.name for field in fields(cls)}
+        unknown = [
+            name for name in check_mapping("config_dict", config_dict, "names of fields to values") if name not in known
+        ]
+        if unknown:
+            warn(f"Fields of a configuration that are not here are left out: {', '.join(unknown)}.")
+        missing = [name for name in ("n_layers", "n_heads", "d_model", "d_head", "d_vocab") if name not in config_dict]
+        if missing:
+            raise InputError(f"config_dict lacks {', '.join(missing)}.")
+        return cls(**{name: value for name, value in config_dict.items() if name in known})
 
     @property
     def d_vocab_out(self) -> int:

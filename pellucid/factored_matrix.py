@@ -13,6 +13,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,17 +26,20 @@ class FactoredMatrix:
     """``A @ B`` without forming it.
 
     Args:
-        A: ``[..., ldim, mdim]``, floating point.
-        B: ``[..., mdim, rdim]``, floating point.
+        A: ``[..., ldim, mdim]``, floating point: a tensor, or whatever multiplies as one (``ndim``, ``shape``, ``@``), of
+            which products alone can be had.
+        B: ``[..., mdim, rdim]``, likewise.
 
     Raises:
         InputError: fewer than two axes, inner sizes that differ, or leading axes that do not broadcast.
     """
 
     def __init__(self, A: Tensor, B: Tensor) -> None:
-        check_kind("A", A, Tensor, "a tensor [..., left, middle]")
-        check_kind("B", B, Tensor, "a tensor [..., middle, right]")
-        if A.dim() < 2 or B.dim() < 2 or A.shape[-1] != B.shape[-2]:
+        given: tuple[tuple[str, Any, str], ...] = (("A", A, "left, middle"), ("B", B, "middle, right"))
+        for name, factor, axes in given:
+            if not (hasattr(factor, "ndim") and hasattr(factor, "broadcast_to")):
+                check_kind(name, factor, Tensor, f"a tensor [..., {axes}]")
+        if A.ndim < 2 or B.ndim < 2 or A.shape[-1] != B.shape[-2]:
             raise InputError(
                 f"A factored matrix is [..., ldim, mdim] times [..., mdim, rdim]; found {tuple(A.shape)} and "
                 f"{tuple(B.shape)}."
@@ -44,8 +48,8 @@ class FactoredMatrix:
             leading = torch.broadcast_shapes(A.shape[:-2], B.shape[:-2])
         except RuntimeError as error:
             raise InputError(f"The leading axes of {tuple(A.shape)} and {tuple(B.shape)} do not broadcast.") from error
-        self.A = A.broadcast_to(*leading, *A.shape[-2:])
-        self.B = B.broadcast_to(*leading, *B.shape[-2:])
+        self.A = A.broadcast_to((*leading, *A.shape[-2:]))
+        self.B = B.broadcast_to((*leading, *B.shape[-2:]))
         self.ldim, self.mdim, self.rdim = A.shape[-2], A.shape[-1], B.shape[-1]
         self.shape = torch.Size((*leading, self.ldim, self.rdim))
         self.has_leading_dims = len(leading) > 0
@@ -60,7 +64,7 @@ class FactoredMatrix:
         """Times a matrix (factored again, through the smaller inner size) or a vector ``[rdim]`` (a tensor)."""
         if isinstance(other, FactoredMatrix):
             return self._times(other.A)._times(other.B)
-        if other.dim() < 2:
+        if other.ndim < 2:
             self._check_inner("right", other.shape[-1], self.rdim, other.shape)
             return (self.A @ (self.B @ other.unsqueeze(-1))).squeeze(-1)
         return self._times(other)
@@ -74,7 +78,7 @@ class FactoredMatrix:
     def __rmatmul__(self, other: Tensor) -> FactoredMatrix | Tensor:
         """A matrix (factored again) or a vector ``[ldim]`` (a tensor) times this."""
         self._check_inner("left", other.shape[-1], self.ldim, other.shape)
-        if other.dim() < 2:
+        if other.ndim < 2:
             return ((other.unsqueeze(-2) @ self.A) @ self.B).squeeze(-2)
         if self.ldim > self.mdim:
             return FactoredMatrix(other @ self.A, self.B)
@@ -203,31 +207,47 @@ class FactoredMatrix:
         return FactoredMatrix(self.A.unsqueeze(place), self.B.unsqueeze(place))
 
     def __getitem__(self, index: Any) -> FactoredMatrix:
-        """Part of it, still factored: leading axes first, then rows, then columns.
+        """Part of it, still factored: as the product is indexed, without forming it.
 
-        An integer for a row or a column keeps that axis with size 1, so that the result is still a matrix.
+        An integer for a row or a column keeps that axis with size 1, so that the result is still a matrix. Masks and lists,
+        tensors and arrays of integers, and new axes, work as torch's; a mask may not reach from leading axes into rows.
 
         Raises:
-            InputError: more indices than axes, more than one ellipsis, or a new axis among rows and columns.
+            InputError: more indices than axes, more than one ellipsis, or a mask of leading axes and rows together.
         """
-        items = self._without_ellipsis(index if isinstance(index, tuple) else (index,))
+        items = self._without_ellipsis([_plain(item) for item in (index if isinstance(index, tuple) else (index,))])
         leading: list[Any] = []
         matrix: list[Any] = []
+        new_axes: list[int] = []
         consumed = 0
         for item in items:
             width = _axes_of(item)
             inside = consumed >= self.ndim - 2
-            if (inside and item is None) or (not inside and consumed + width > self.ndim - 2):
+            if not inside and consumed + width > self.ndim - 2:
                 raise InputError(
                     f"{item!r} reaches into the rows and columns of a factored matrix {tuple(self.shape)}."
                 )
-            (matrix if inside else leading).append(item)
+            if inside and item is None:
+                new_axes.append(consumed - (self.ndim - 2))
+            else:
+                (matrix if inside else leading).append(item)
             consumed += width
         if consumed > self.ndim:
-            raise InputError(f"{consumed} indices are too many for a factored matrix {tuple(self.shape)}.")
+            raise InputError(f"{index!r} is too long an index for a factored matrix {tuple(self.shape)}.")
         rows, columns = (*(_kept(item) for item in matrix), slice(None), slice(None))[:2]
         chosen = tuple(leading)
-        return FactoredMatrix(self.A[chosen][..., rows, :], self.B[chosen][..., :, columns])
+        found = FactoredMatrix(self.A[chosen][..., rows, :], self.B[chosen][..., :, columns])
+        for place in new_axes:
+            found = found._with_axis(place)
+        return found
+
+    def _with_axis(self, place: int) -> FactoredMatrix:
+        """A new axis before the rows (0), between rows and columns (1) or after the columns (2)."""
+        if place == 0:
+            return FactoredMatrix(self.A.unsqueeze(-3), self.B.unsqueeze(-3))
+        if place == 1:  # the rows become a leading axis
+            return FactoredMatrix(self.A.unsqueeze(-2), self.B.unsqueeze(-3))
+        return FactoredMatrix(self.B.transpose(-2, -1).unsqueeze(-3), self.A.unsqueeze(-1))
 
     def get_corner(self, k: int = 3) -> Tensor:
         """The first ``k`` entries along every axis, for looking at."""
@@ -237,7 +257,7 @@ class FactoredMatrix:
     def __repr__(self) -> str:
         return f"FactoredMatrix: Shape({tuple(self.shape)}), Hidden Dim({self.mdim})"
 
-    def _without_ellipsis(self, items: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _without_ellipsis(self, items: list[Any]) -> list[Any]:
         places = [place for place, item in enumerate(items) if item is Ellipsis]
         if len(places) > 1:
             raise InputError("An index can hold one ellipsis.")
@@ -245,7 +265,7 @@ class FactoredMatrix:
             return items
         place = places[0]
         rest = self.ndim - sum(_axes_of(item) for item in items if item is not Ellipsis)
-        return items[:place] + (slice(None),) * max(rest, 0) + items[place + 1 :]
+        return items[:place] + [slice(None)] * max(rest, 0) + items[place + 1 :]
 
     def _check_inner(self, side: str, found: int, wanted: int, shape: torch.Size) -> None:
         if found != wanted:
@@ -255,11 +275,22 @@ class FactoredMatrix:
             )
 
 
+def _plain(item: Any) -> Any:
+    """An index as an integer, a slice, ``None``, an ellipsis or a tensor; NumPy's numbers and 0-d tensors are integers."""
+    if isinstance(item, list | tuple):
+        item = torch.as_tensor(item)
+    if isinstance(item, np.ndarray | np.generic):
+        item = torch.as_tensor(item)
+    if isinstance(item, Tensor) and item.dim() == 0 and item.dtype != torch.bool and not item.is_floating_point():
+        return int(item)
+    return item
+
+
 def _axes_of(item: Any) -> int:
-    """How many axes an index takes up: none for a new axis, several for a mask."""
+    """How many axes an index takes up: none for a new axis, several for a mask (torch takes bytes for one)."""
     if item is None:
         return 0
-    if isinstance(item, Tensor) and item.dtype == torch.bool:
+    if isinstance(item, Tensor) and item.dtype in (torch.bool, torch.uint8):
         return item.dim()
     return 1
 
@@ -269,3 +300,32 @@ def _kept(item: Any) -> Any:
     if isinstance(item, int) and not isinstance(item, bool):
         return slice(item, item + 1 if item != -1 else None)
     return item
+
+
+def composition_scores(left: FactoredMatrix, right: FactoredMatrix, broadcast_dims: bool = True) -> Tensor:
+    """How much of what ``left`` writes ``right`` reads: ``|left right| / (|left| |right|)``, Frobenius norms (Elhage 2021).
+
+    The products are never formed: norms are those of the small factors.
+
+    Args:
+        left: ``[..., ldim, d]``.
+        right: ``[..., d, rdim]``.
+        broadcast_dims: score every left one with every right one; else leading axes broadcast.
+
+    Returns:
+        ``[*left's leading axes, *right's]``, or their broadcast.
+
+    Raises:
+        InputError: the inner sizes differ.
+    """
+    if left.rdim != right.ldim:
+        raise InputError(
+            f"Composition scores need left.rdim and right.ldim to be equal: shapes are {tuple(left.shape)} and "
+            f"{tuple(right.shape)}."
+        )
+    write, read = left.collapse_l(), right.collapse_r()
+    if broadcast_dims:
+        write = write[(..., *(None,) * (read.dim() - 2), slice(None), slice(None))]
+    both: Tensor = torch.linalg.matrix_norm(write @ read)
+    scores: Tensor = both / torch.linalg.matrix_norm(write) / torch.linalg.matrix_norm(read)
+    return scores

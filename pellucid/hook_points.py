@@ -30,9 +30,10 @@ from typing import Any, Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from pellucid.arguments import check_choice, check_function
+from pellucid.arguments import check_choice, check_function, check_whole
 from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
 from pellucid.errors import GradientError, HookValueError, InputError, NoEffectError
+from pellucid.hook_introspection import HookIntrospectionMixin as HookIntrospectionMixin
 from pellucid.hook_values import (
     add_note,
     bits_differ,
@@ -86,6 +87,7 @@ class LensHandle:
         scope: the block, run or ``add_hook`` it belongs to; it acts while and where that does.
         reads_only: a caching function of ours, which never writes.
         must_change: ``assert_effect``: note whether the tensor was changed.
+        level: the context level that ``add_hook`` was given, if any.
     """
 
     point: HookPoint
@@ -96,13 +98,19 @@ class LensHandle:
     scope: Scope = field(default_factory=Scope)
     reads_only: bool = False
     must_change: bool = False
+    level: int | None = None
     calls: int = field(default=0, init=False)
     changed: bool = field(default=False, init=False)
 
     @property
     def context_level(self) -> int | None:
-        """Depth of the ``hooks()`` block it belongs to, ``None`` outside one."""
-        return None if self.scope.everywhere else self.scope.level
+        """The level it was attached with, or the depth of the ``hooks()`` block it belongs to; ``None`` outside one."""
+        return self.level if self.level is not None or self.scope.everywhere else self.scope.level
+
+    @property
+    def hook(self) -> LensHandle:
+        """Itself: what ``handle.hook.remove()`` of TransformerLens' callers goes through."""
+        return self
 
     @property
     def who(self) -> str:
@@ -227,6 +235,7 @@ class HookPoint(NoTorchHooks):
         for handle in self.handles():
             if handle.scope.everywhere and not handle.scope.closed:
                 copied = LensHandle(clone, handle.user_hook, handle.direction, handle.name, handle.is_permanent)
+                copied.level = handle.level
                 copied.scope.everywhere = True
                 clone.put(copied)
         clone.owner = copy.deepcopy(self.owner, memo)  # which knows the points in use, and is being copied itself
@@ -268,7 +277,7 @@ class HookPoint(NoTorchHooks):
             hook: the function; a backward one is given the gradient of the loss with respect to the tensor.
             dir: ``"fwd"`` or ``"bwd"``.
             is_permanent: keep it when hooks are reset.
-            level: accepted for TransformerLens' callers; which block a function belongs to is decided by the block.
+            level: a context level of the caller's own, by which ``remove_hooks`` and ``has_hooks`` find it.
             prepend: run it before the functions already attached.
 
         Returns:
@@ -279,7 +288,7 @@ class HookPoint(NoTorchHooks):
         """
         check_function("hook", hook, "a function of a tensor and its hook point")
         check_choice("dir", dir, ("fwd", "bwd"))
-        handle = LensHandle(self, hook, dir, self.name, is_permanent)
+        handle = LensHandle(self, hook, dir, self.name, is_permanent, level=_checked(level))
         return attach_for_good((handle,), self.owner, prepend)[0]
 
     def add_perma_hook(self, hook: HookFunction, dir: Direction = "fwd") -> LensHandle:
@@ -471,6 +480,10 @@ def attach_for_good(handles: Sequence[LensHandle], owner: PointOwner | None, pre
         if owner is not None:
             owner.sync()
         raise
+
+
+def _checked(level: int | None) -> int | None:
+    return None if level is None else check_whole("level", level)
 
 
 def _is_closed(handle: LensHandle) -> bool:

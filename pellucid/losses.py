@@ -9,6 +9,23 @@ from pellucid.errors import InputError
 from pellucid.padding import NO_TOKEN, targets
 
 
+def check_shapes(logits: Tensor, tokens: Tensor, attention_mask: Tensor | None) -> None:
+    """Refuse logits, tokens and a mask that are not of the same positions.
+
+    Raises:
+        InputError: naming the shapes.
+    """
+    if not isinstance(logits, Tensor) or not isinstance(tokens, Tensor) or logits.dim() != 3 or tokens.dim() != 2:
+        raise InputError("A loss is of logits [batch, pos, d_vocab] and tokens [batch, pos], tensors both.")
+    if logits.shape[:2] != tokens.shape:
+        raise InputError(f"The logits are of positions {tuple(logits.shape[:2])}, and tokens of {tuple(tokens.shape)}.")
+    if attention_mask is not None and tuple(attention_mask.shape) != tuple(tokens.shape):
+        raise InputError(
+            f"attention_mask must have the same shape as tokens, {tuple(tokens.shape)}; found "
+            f"{tuple(attention_mask.shape)}."
+        )
+
+
 def next_token_loss(logits: Tensor, tokens: Tensor, attention_mask: Tensor | None, per_token: bool = False) -> Tensor:
     """Cross-entropy of each token given those before it, in nats, in float32 at least.
 

@@ -306,11 +306,16 @@ def runs_through(spec: HookSpec, start: int, stop: int, n_layers: int) -> bool:
     """Whether a run that is given the residual entering block ``start`` and ends before block ``stop`` fires a point.
 
     ``start`` is :data:`FROM_TOKENS` or :data:`FROM_EMBEDDINGS` for a run from there, ``stop`` is ``n_layers + 1`` for one to
-    the logits.
+    the logits. The entry of block ``stop`` fires too, on what the run returns; it is no part of the run (:func:`is_part`).
     """
+    enters = spec.site == "hook_in" and spec.component == f"blocks.{stop}"
+    return enters or is_part(spec, start, stop, n_layers)
+
+
+def is_part(spec: HookSpec, start: int, stop: int, n_layers: int) -> bool:
+    """Whether a point is one of those between ``start`` and ``stop``, as :func:`runs_through` takes them."""
     if spec.layer is not None:
-        enters = spec.site == "hook_in" and spec.component == f"blocks.{stop}"
-        return start <= spec.layer < stop or enters
+        return start <= spec.layer < stop
     if spec.component == "embed":
         return start == FROM_TOKENS
     return start < 0 if spec.component in BEFORE_BLOCKS else stop > n_layers

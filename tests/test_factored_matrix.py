@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -135,9 +136,50 @@ def test_indexing_by_tensors_and_new_axes() -> None:
     assert close(matrix[:, chosen].AB, product[:, chosen])
     assert close(matrix[0, 0, [1, 4]].AB, product[0, 0, [1, 4]])
     assert close(matrix[None].AB, product[None])
-    for wrong in ((..., ...), (0, 1, 2, 3, 4), (0, 0, None)):
+    one, two = torch.tensor(1), np.int64(2)
+    assert close(matrix[one, two, two, -1].AB, product[1, 2, 2:3, -1:])
+    for given in (mask.numpy(), mask.tolist(), tuple(map(tuple, mask.tolist()))):
+        assert close(matrix[given, ..., 1].AB, product[mask][..., 1:2])
+    assert close(matrix[[1, 0], ..., 1].AB, product[[1, 0], ..., 1:2])
+    for index in ((..., None), (..., None, slice(1, 3)), (..., None, None), (..., None, slice(None), None)):
+        assert close(matrix[index].AB, product[index])
+    assert close(matrix[0, 1, :, None, ...].AB, product[0, 1, :, None])
+    assert close(matrix[0, 0, None].AB, product[0, 0, None])
+    for wrong in ((..., ...), (0, 1, 2, 3, 4), torch.ones(2, 4, 5, dtype=torch.bool)):
         with pytest.raises(InputError):
             matrix[wrong]
+
+
+class Like:
+    """No tensor, and multiplies as one."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.ndim, self.shape = tensor, tensor.ndim, tensor.shape
+
+    def unsqueeze(self, dim: int) -> Like:
+        return Like(self.tensor.unsqueeze(dim))
+
+    def squeeze(self, dim: int) -> Like:
+        return Like(self.tensor.squeeze(dim))
+
+    def broadcast_to(self, shape: Any) -> Like:
+        return Like(self.tensor.broadcast_to(shape))
+
+    def __matmul__(self, other: Any) -> Any:
+        if isinstance(other, FactoredMatrix):
+            return NotImplemented
+        return Like(self.tensor @ (other.tensor if isinstance(other, Like) else other))
+
+    def __rmatmul__(self, other: Any) -> Like:
+        return Like(other @ self.tensor)
+
+
+def test_products_with_what_multiplies_as_a_tensor() -> None:
+    matrix, product = pair(SHAPES[0])
+    right, left = (torch.randn(size, dtype=torch.float64) for size in ((7, 2), (2, 5)))
+    assert close((matrix @ Like(right)).AB.tensor, product @ right)
+    assert close((Like(left) @ matrix).AB.tensor, left @ product)
+    assert close((matrix @ Like(right[:, 0])).tensor, product @ right[:, 0])
 
 
 def test_half_precision_is_decomposed_in_float32() -> None:

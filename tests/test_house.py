@@ -25,8 +25,19 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # --------------------------------------------------------------------------------------------------------------------
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "tables", "version"),
-    ("arguments", "axes", "dtypes", "names", "padding", "progress", "storage.*", "token_text"),
+    ("errors", "peer_names", "tables", "version"),
+    (
+        "arguments",
+        "axes",
+        "dtypes",
+        "hook_introspection",
+        "names",
+        "padding",
+        "progress",
+        "slices",
+        "storage.*",
+        "token_text",
+    ),
     (
         "config",
         "run_context",
@@ -44,12 +55,21 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("model_bridge.hooking.*", "model_bridge.reference_edits.*", "model_bridge.supported_architectures.*"),
     ("model_bridge.running.*",),
     ("model_bridge.verification.*", "model_bridge.weights.*"),
-    ("model_bridge.corpus.*",),
+    ("model_bridge.corpus.*", "model_bridge.peer_words"),
     ("model_bridge.transformer_bridge",),
-    ("", "model_bridge", "sweep.*"),
+    ("", "model_bridge", "model_bridge.bridge", "sweep.*"),
     ("experiments.*",),
     ("analysis.*", "demo.*", "patching.*", "scale.*"),
-    ("plots.*", "report.*"),
+    (
+        "ActivationCache",
+        "FactoredMatrix",
+        "HookedRootModule",
+        "SVDInterpreter",
+        "evals",
+        "plots.*",
+        "report.*",
+        "utilities.*",
+    ),
     ("cli.*",),
     ("__main__",),
 )
@@ -62,6 +82,7 @@ USERS_OF_TRANSFORMERS = (
     "model_bridge.running.checkpoint",
     "model_bridge.running.generation",
     "model_bridge.running.loading",
+    "model_bridge.running.outputs",
     "model_bridge.verification.self_check",
 )
 """Who imports transformers, and only inside functions: it takes seconds to load."""
@@ -73,6 +94,7 @@ WITHOUT_TORCH = (
     "",
     "errors",
     "names",
+    "peer_names",
     "progress",
     "tables",
     "token_text",

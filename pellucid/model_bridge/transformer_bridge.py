@@ -23,11 +23,18 @@ from pellucid.corpora import Corpus
 from pellucid.errors import InputError
 from pellucid.model_bridge.corpus.collected import Collected
 from pellucid.model_bridge.corpus.collecting import Requests, collect
+from pellucid.model_bridge.hooking.caching_methods import CachingMethods
 from pellucid.model_bridge.hooking.hooks import Hooks
 from pellucid.model_bridge.hooking.mounting import ComponentTree
+from pellucid.model_bridge.peer_words import PeerWords
 from pellucid.model_bridge.running.checkpoint import RANDOM_WEIGHTS
-from pellucid.model_bridge.running.loading import find_decoder, load_model, make_adapter, refuse_beside_model
-from pellucid.model_bridge.running.run_methods import RunMethods
+from pellucid.model_bridge.running.loading import (
+    find_decoder,
+    load_model,
+    make_adapter,
+    refuse_beside_model,
+    tokenizer_of,
+)
 from pellucid.model_bridge.running.runner import (
     ATTN_IMPLEMENTATIONS,
     Runner,
@@ -37,15 +44,16 @@ from pellucid.model_bridge.running.tokens import TextOrTokens, TokenRules, ids_a
 from pellucid.model_bridge.verification.check_report import CheckReport
 from pellucid.model_bridge.verification.self_check import run_checks
 from pellucid.model_bridge.verification.unlisted import TRIED, keep_what_holds
+from pellucid.model_bridge.weights.circuit_methods import CircuitMethods
 from pellucid.model_bridge.weights.hashing import weights_hash
 from pellucid.model_bridge.weights.record import record_of
 from pellucid.model_bridge.weights.unembedding_table import loading, portable_state
-from pellucid.model_bridge.weights.weight_methods import WeightMethods, refuse_early
+from pellucid.model_bridge.weights.weight_methods import refuse_early
 from pellucid.names import PATTERN_SITES
 from pellucid.torch_hooks import NoTorchHooks
 
 
-class TransformerBridge(RunMethods, WeightMethods, TokenMethods, NoTorchHooks):
+class TransformerBridge(PeerWords, CachingMethods, CircuitMethods, TokenMethods, NoTorchHooks):
     """A language model whose every activation can be read and changed.
 
     Args:
@@ -67,6 +75,7 @@ class TransformerBridge(RunMethods, WeightMethods, TokenMethods, NoTorchHooks):
         self._hooks = Hooks(self._tree)
         self._rules = TokenRules(tokenizer, self.cfg.d_vocab, self.cfg.default_prepend_bos)
         self.runner = Runner(self._modules, self._tree, self._rules)
+        self.cfg.tokenizer_name = getattr(tokenizer, "name_or_path", None)
         self.training = hf_model.training
         if not (self._tree.adapter.family.listed or self._tree.notes.get(TRIED)):
             keep_what_holds(self, self._tree)
@@ -96,7 +105,7 @@ class TransformerBridge(RunMethods, WeightMethods, TokenMethods, NoTorchHooks):
 
         Args:
             model_name: hub name (``"openai-community/gpt2"``) or folder, of a model or of a PEFT adapter. With
-                ``hf_model`` it may be left out.
+                ``hf_model`` it may be left out, or says whose tokenizer to load.
             hf_config_overrides: configuration attributes to set before loading.
             device: where to put the model.
             dtype: of the weights; by default the checkpoint's own, as with Hugging Face.
@@ -133,6 +142,8 @@ class TransformerBridge(RunMethods, WeightMethods, TokenMethods, NoTorchHooks):
                 offload_folder=offload_folder,
                 load_weights=None if load_weights else False,
             )
+            if tokenizer is None and model_name:
+                tokenizer = tokenizer_of(os.fspath(check_path("model_name", model_name)), trust_remote_code)
             bridge = cls(hf_model, tokenizer)
             return bridge._as_asked(process_weights, attn_implementation)
         if model_name == "":

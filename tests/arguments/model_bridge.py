@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 
-from pellucid import ActivationCache, HookPoint, TransformerBridge, get_act_name, running_stats
+from pellucid import (
+    ActivationCache,
+    HookPoint,
+    TransformerBridge,
+    TransformerBridgeConfig,
+    get_act_name,
+    running_stats,
+)
 from pellucid.demo import MODEL_FOLDER
 from pellucid.factored_matrix import FactoredMatrix
 from tests.arguments.bench import (
@@ -54,6 +61,24 @@ CALLS: dict[str, Call] = {
     "run_with_cache": method("run_with_cache"),
     "hooks": entered(method("hooks", fwd_hooks=[(POST, look)])),
     "generate": method("generate", max_new_tokens=1, verbose=False),
+    "generate_stream": entered(method("generate_stream", max_new_tokens=1, verbose=False)),
+    "hf_generate": method("hf_generate", max_new_tokens=1),
+    "get_caching_hooks": method("get_caching_hooks"),
+    "add_caching_hooks": method("add_caching_hooks", names_filter=POST),
+    "cache_all": method("cache_all", cache={}),
+    "cache_some": method("cache_some", cache={}, names=POST),
+    "input_to_embed": method("input_to_embed"),
+    "loss_fn": method("loss_fn", logits=torch.zeros(1, 2, 9), tokens=IDS),
+    "accumulated_bias": method("accumulated_bias", layer=1),
+    "all_composition_scores": method("all_composition_scores", mode="Q"),
+    "block_hooks": method("block_hooks", layer_idx=1),
+    "block_submodules": method("block_submodules", layer_idx=1),
+    "blocks_with": method("blocks_with", submodule="attn"),
+    "stack_params_for": method("stack_params_for", submodule="attn", attr_path="attn.W_Q"),
+    "config.from_dict": made(
+        TransformerBridgeConfig.from_dict,
+        config_dict={"n_layers": 1, "n_heads": 1, "d_model": 2, "d_head": 2, "d_vocab": 3},
+    ),
     "estimate_cache": method("estimate_cache"),
     "check_input": method("check_input"),
     "add_hook": method("add_hook", name=POST, hook_fn=look),
@@ -99,6 +124,7 @@ RUNS: list[tuple[dict[str, Any], str]] = [
     ({"input": 7}, "Input is .*found int"),
     ({"input": torch.tensor([[4000]])}, "Token id 4000 is outside the vocabulary"),
     ({"return_type": "logit"}, "Invalid return_type: 'logit'"),
+    ({"return_type": "logits_and_cache", "stop_at_layer": 1}, "stop_at_layer has no logits"),
     ({"loss_per_token": True}, "loss_per_token=True would have no effect: return_type='logits'"),
     ({"loss_per_token": True, "return_type": None}, "loss_per_token=True would have no effect"),
     ({"prepend_bos": True}, "prepend_bos is for strings"),
@@ -161,12 +187,12 @@ REFUSED: list[Line] = [
     ("list_hooks", {"dir": "forward"}, "Invalid dir: .forward"),
     ("to_tokens", {"input": ""}, "has no tokens: there is nothing"),
     ("to_tokens", {"padding_side": "middle"}, "padding_side is"),
-    ("to_tokens", {"truncate": True}, "Nothing is cut off"),
     ("to_string", {"tokens": -1}, "Token id -1 is outside"),
     ("to_string", {"tokens": [4000]}, "Token id 4000 is outside"),
     ("to_string", {"tokens": [1.5]}, "Token ids are integers; found torch.float32"),
     ("to_string", {"tokens": object()}, "Token ids are integers; found object"),
     ("to_str_tokens", {"input": torch.tensor([4000])}, "Token id 4000"),
+    ("to_str_tokens", {"input": torch.tensor(5)}, "to_str_tokens takes ids .*one id alone"),
     ("to_str_tokens", {"prepend_bos": True}, "prepend_bos is for strings"),
     ("to_str_tokens", {"padding_side": "middle"}, "Invalid padding_side"),
     ("to_single_token", {"string": "two words"}, "not a single token"),
@@ -212,7 +238,7 @@ REFUSED: list[Line] = [
     *whole("run_with_cache", "max_cache_bytes"),
     *(
         (name, given, words)
-        for name in ("generate", "check_input")
+        for name in ("check_input",)
         for given, words in (
             ({"input": 7}, "Input is .*found int"),
             ({"input": torch.tensor([[4000]])}, "Token id 4000"),
@@ -221,21 +247,71 @@ REFUSED: list[Line] = [
             ({"attention_mask": MASK}, "attention_mask must have shape"),
         )
     ),
-    *whole("generate", "max_new_tokens", 1),
-    *whole("generate", "top_k", 1),
-    *number("generate", "top_p", 0.0, 1.5),
-    *number("generate", "temperature", -1.0),
-    *number("generate", "freq_penalty", -1.0),
-    *number("generate", "repetition_penalty", 0.0),
-    ("generate", {"do_sample": False, "top_k": 3}, "top_k=3 would have no effect"),
-    ("generate", {"temperature": 0, "top_p": 0.5}, "top_p=0.5 would have no effect"),
-    ("generate", {"eos_token_id": 1.5}, "eos_token_id is a whole number"),
-    ("generate", {"eos_token_id": 4000}, "eos_token_id must be at most 2047"),
-    ("generate", {"eos_token_id": 3, "stop_at_eos": False}, "eos_token_id=3 would have no effect"),
-    ("generate", {"return_type": "text"}, "return_type"),
-    ("generate", {"stop_strings": 3}, "stop_strings is a list of strings"),
-    ("generate", {"stop_strings": [""]}, "an entry of stop_strings is a string"),
-    ("generate", {"stopping_criteria": 3}, "stopping_criteria is a function"),
+    *(
+        line
+        for name in ("generate", "generate_stream", "hf_generate")
+        for line in (
+            *whole(name, "max_new_tokens", 1),
+            *whole(name, "top_k", 1),
+            *number(name, "top_p", 0.0, 1.5),
+            *number(name, "temperature", -1.0),
+            (name, {"input": 7}, "Input is .*found int"),
+            (name, {"do_sample": False, "top_k": 3}, "top_k=3 would have no effect"),
+            (name, {"temperature": 0, "top_p": 0.5}, "top_p=0.5 would have no effect"),
+            (name, {"eos_token_id": 1.5}, "eos_token_id is a whole number"),
+            (name, {"eos_token_id": 4000}, "eos_token_id must be at most 2047"),
+            (name, {"return_type": "text"}, "return_type"),
+        )
+    ),
+    *(
+        line
+        for name in ("generate", "generate_stream")
+        for line in (
+            *number(name, "freq_penalty", -1.0),
+            *number(name, "repetition_penalty", 0.0),
+            (name, {"prepend_bos": True}, "prepend_bos is for strings"),
+            (name, {"padding_side": "middle"}, "padding_side"),
+            (name, {"attention_mask": MASK}, "attention_mask must have shape"),
+            (name, {"eos_token_id": 3, "stop_at_eos": False}, "eos_token_id=3 would have no effect"),
+            (name, {"stop_strings": 3}, "stop_strings is a list of strings"),
+            (name, {"stop_strings": [""]}, "an entry of stop_strings is a string"),
+            (name, {"stopping_criteria": 3}, "stopping_criteria is a function"),
+        )
+    ),
+    ("generate", {"input": torch.tensor([[4000]])}, "Token id 4000"),
+    ("generate", {"names_filter": POST}, "names_filter and device .*no effect without return_cache"),
+    ("generate", {"device": "cpu"}, "names_filter and device .*no effect without return_cache"),
+    *whole("generate_stream", "max_tokens_per_yield", 1),
+    *(
+        line
+        for name in ("get_caching_hooks", "add_caching_hooks")
+        for line in (
+            (name, {"names_filter": "nonsense"}, "No hook point is called .nonsense"),
+            (name, {"device": "nowhere"}, "device='nowhere' is none that torch knows"),
+            (name, {"cache": 3}, "cache maps names to tensors"),
+        )
+    ),
+    ("get_caching_hooks", {"pos_slice": object()}, "A slice is an integer, a range"),
+    *((name, {"cache": 3}, "cache maps names to tensors") for name in ("cache_all", "cache_some")),
+    *((name, {"device": "nowhere"}, "none that torch knows") for name in ("cache_all", "cache_some")),
+    ("cache_some", {"names": "nonsense"}, "No hook point is called .nonsense"),
+    ("input_to_embed", {"input": 7}, "Input is .*found int"),
+    ("input_to_embed", {"prepend_bos": True}, "prepend_bos is for strings"),
+    ("input_to_embed", {"padding_side": "middle"}, "padding_side"),
+    ("input_to_embed", {"attention_mask": MASK}, "attention_mask must have shape"),
+    ("loss_fn", {"logits": torch.zeros(2, 9)}, r"logits \[batch, pos, d_vocab\]"),
+    ("loss_fn", {"tokens": torch.zeros(1, 3)}, "logits are of positions .1, 2., and tokens of .1, 3."),
+    ("loss_fn", {"attention_mask": MASK}, "attention_mask must have the same shape as tokens"),
+    *whole("accumulated_bias", "layer", 0),
+    ("accumulated_bias", {"layer": 4, "mlp_input": True}, "layer must be at most 3"),
+    ("all_composition_scores", {"mode": "X"}, "Invalid mode: 'X'"),
+    *whole("block_hooks", "layer_idx", 0),
+    *whole("block_submodules", "layer_idx", 0),
+    *a_text("blocks_with", "submodule"),
+    ("stack_params_for", {"submodule": "mamba"}, "No block has a component 'mamba'"),
+    *a_text("stack_params_for", "attr_path"),
+    ("config.from_dict", {"config_dict": 3}, "config_dict maps names of fields"),
+    ("config.from_dict", {"config_dict": {"n_layers": 1}}, "config_dict lacks n_heads"),
     ("boot_transformers", {"model_name": ["x"]}, "model_name is a path"),
     ("boot_transformers", {"model_name": 3}, "model_name is a path"),
     ("boot_transformers", {"model_name": ""}, "model_name is missing"),
@@ -251,6 +327,7 @@ REFUSED: list[Line] = [
             (3, "name of a hook point is a string; found 3|(name|names_filter) is a name, a glob.*found 3"),
         )
     ),
+    *((name, {"level": 1.5}, "level is a whole number") for name in ("add_hook", "HookPoint.add_hook")),
     *(
         (name, {argument: 3}, f"{argument} is a function of a tensor")
         for name, argument in (

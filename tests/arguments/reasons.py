@@ -21,10 +21,10 @@ NO_LINE_NEEDED: dict[str, str] = {
     "assert_effect": "any truth value; tests/model_bridge/test_bad_input.py",
     "including_permanent": TRUTH,
     "is_permanent": TRUTH,
+    "level": "a context level: what add_hook refuses, remove_hooks and its kin do not find",
     "prepend": TRUTH,
     "pad_to_context": TRUTH,
     "normalize": TRUTH,
-    "level": "accepted for TransformerLens' callers, and documented so",
     "baseline": TRUTH,
     "of_effect": TRUTH,
     "check_contents": TRUTH,
@@ -43,6 +43,10 @@ NO_LINE_NEEDED: dict[str, str] = {
     "use_past_kv_cache": TRUTH,
     "output_logits": TRUTH,
     "return_input_tokens": TRUTH,
+    "return_cache": TRUTH,
+    "past_kv_cache": "another name of past_key_values; both together: tests/model_bridge/test_peer_words.py",
+    "remove_batch_dim": TRUTH,
+    "incl_bwd": TRUTH,
     "skip_special_tokens": TRUTH,
 }
 """Of every call that has one called so."""
@@ -93,8 +97,12 @@ EXPLAINED: dict[tuple[str, str], str] = {
     ("FactoredMatrix.get_corner", "k"): "an end of a slice",
     ("FactoredMatrix.unsqueeze", "k"): "torch's own, which refuses what is not an axis",
     ("attention_pattern", "tokenizer"): "Hugging Face's, or any that decodes alike",
-    ("estimate_cache", "incl_bwd"): TRUTH,
     ("to_tokens", "prepend_bos"): TRUTH,
+    ("to_tokens", "truncate"): TRUTH,
+    ("loss_fn", "per_token"): TRUTH,
+    ("accumulated_bias", "mlp_input"): TRUTH,
+    ("accumulated_bias", "include_mlp_biases"): TRUTH,
+    ("stack_params_for", "reshape_fn"): "a function of a weight",
     ("ablation", "change"): TRUTH,
 }
 """Of one call."""

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from pellucid import TransformerBridge
-from pellucid.errors import CacheKeyError, CacheTooLargeError, HookUnreachableError, InputError
+from pellucid.errors import CacheKeyError, CacheTooLargeError, HookUnreachableError, HookValueError, InputError
 from tests.models import is_pristine, make_bloom, make_pair, random_tokens
 
 
@@ -85,25 +85,75 @@ def test_stop_returns_the_residual_and_runs_nothing_after() -> None:
     assert is_pristine(bridge.hf_model)
 
 
-def test_resid_pre_fires_where_a_run_starts_and_stops() -> None:
+def test_what_a_part_of_a_run_holds() -> None:
     bridge, _ = make_pair()
     tokens = random_tokens()
     _, cache = bridge.run_with_cache(tokens)
-    double = [("blocks.2.hook_resid_pre", lambda t, hook: t * 2)]
+    double = [("blocks.1.hook_resid_post", lambda t, hook: t * 2)]
     assert torch.equal(bridge.run_with_hooks(tokens, stop_at_layer=2, fwd_hooks=double), cache["resid_pre", 2] * 2)
-    _, stopped = bridge.run_with_cache(tokens, stop_at_layer=1)
-    assert list(stopped)[-1] == "blocks.1.hook_resid_pre"
-    assert "blocks.1.ln1.hook_out" not in stopped
+    for stop in (0, 1, 3):
+        output, stopped = bridge.run_with_cache(tokens, stop_at_layer=stop)
+        assert set(stopped) == {
+            name for name in cache if not name.startswith(("ln_final", "hook_unembed"))
+            and not name.startswith(tuple(f"blocks.{layer}." for layer in range(stop, 3)))
+        }  # fmt: skip
+        output.zero_()  # the caller's: not that of the cache
+        for name in stopped:
+            assert torch.equal(stopped[name], cache[name]), name
     _, started = bridge.run_with_cache(cache["resid_pre", 2], start_at_layer=2)
     assert next(iter(started)) == "blocks.2.hook_resid_pre"
     for name in started:
         assert torch.equal(started[name], cache[name])
 
 
+def test_functions_of_a_single_row_see_no_batch_axis() -> None:
+    bridge, _ = make_pair()
+    tokens, seen = random_tokens(1, 5), []
+
+    def first_out(tensor: Tensor, hook: Any) -> None:
+        seen.append(tuple(tensor.shape))
+        tensor[0] = 0
+
+    name = "blocks.1.hook_resid_post"
+    wanted = bridge.run_with_hooks(tokens, fwd_hooks=[(name, lambda t, hook: t.index_fill(1, torch.tensor([0]), 0.0))])
+    returned = [(name, lambda t, hook: t.index_fill(0, torch.tensor([0]), 0.0))]
+    for hooks in ([(name, first_out)], returned):
+        assert torch.equal(bridge.run_with_hooks(tokens, fwd_hooks=hooks, remove_batch_dim=True), wanted)
+    assert seen == [(5, 48)]
+    gradients: list[Tensor] = []
+    for alone in (False, True):
+        grab = [(name, lambda g, hook: gradients.append(g.clone()))]
+        bridge.run_with_hooks(tokens, bwd_hooks=grab, return_type="loss", remove_batch_dim=alone).backward()
+    assert torch.equal(gradients[0][0], gradients[1])
+    with pytest.raises(HookValueError, match=r"hook <lambda> \(.*test_running.py"):
+        bridge.run_with_hooks(tokens, fwd_hooks=[(name, lambda t, hook: t[0])], remove_batch_dim=True)
+
+
+def test_backward_functions_pass_over_token_ids() -> None:
+    bridge, _ = make_pair()
+    seen: list[str] = []
+    bridge.add_hook(lambda name: "embed" in name, lambda g, hook: seen.append(hook.name), dir="bwd")
+    bridge(random_tokens(), return_type="loss").backward()
+    bridge.reset_hooks()
+    assert "embed.hook_in" not in seen
+    assert "hook_embed" in seen
+
+
+def test_a_level_of_the_callers_own() -> None:
+    bridge, _ = make_pair()
+    for level in (1, 2):
+        bridge.add_hook("hook_embed", lambda t, hook: None, level=level)
+    bridge.reset_hooks(level=2)
+    assert [handle.context_level for handle in bridge.hook_dict["hook_embed"].fwd_hooks] == [1]
+    bridge.hook_dict["hook_embed"].fwd_hooks[0].hook.remove()
+    assert not bridge.live_hooks()
+
+
 @pytest.mark.parametrize(
     ("name", "span"),
     [
         ("blocks.2.attn.hook_q", {"stop_at_layer": 2}),
+        ("blocks.2.hook_resid_pre", {"stop_at_layer": 2}),
         ("hook_unembed", {"stop_at_layer": 3}),
         ("ln_final.hook_scale", {"stop_at_layer": 3}),
         ("blocks.1.ln1.hook_in", {"stop_at_layer": 0}),
@@ -229,13 +279,29 @@ def test_cache_lookup() -> None:
         cache["blocks.1.attn.hook_z_grad"]
 
 
-@pytest.mark.parametrize("pos_slice", [-1, 0, slice(1, 5), slice(None, None, 3), [0, 6, 2], torch.tensor([3])])
+@pytest.mark.parametrize(
+    "pos_slice",
+    [
+        -1,
+        0,
+        slice(1, 5),
+        slice(None, None, 3),
+        [0, 6, 2],
+        torch.tensor([3]),
+        (1, 4),
+        (0, 6, 2),
+        torch.arange(7) % 2 == 0,
+    ],
+)
 def test_positions_kept(pos_slice: Any) -> None:
     bridge, _ = make_pair()
     tokens = random_tokens(2, 7)
     _, full = bridge.run_with_cache(tokens)
     _, cache = bridge.run_with_cache(tokens, pos_slice=pos_slice)
-    wanted = torch.arange(7)[[pos_slice] if isinstance(pos_slice, int) else pos_slice]
+    if isinstance(pos_slice, tuple):  # a range, as in TransformerLens
+        wanted = torch.arange(7)[slice(*pos_slice)]
+    else:
+        wanted = torch.arange(7)[[pos_slice] if isinstance(pos_slice, int) else pos_slice]
     for name, tensor in cache.items():
         axis = bridge._tree.index[name].pos_axis
         assert torch.equal(tensor, full[name].index_select(axis, wanted)), name
@@ -334,6 +400,8 @@ def test_tokens(demo: TransformerBridge) -> None:
     assert demo.to_string(demo.to_tokens([text, text])) == [text, text]
     assert "".join(demo.to_str_tokens(text)) == text
     assert demo.to_str_tokens([text, "Toda"])[0] == demo.to_str_tokens(text)
+    assert demo.to_str_tokens(demo.to_tokens(text)[0].numpy()) == demo.to_str_tokens(text)
+    assert demo.to_str_tokens(torch.tensor([], dtype=torch.int64)) == []
     long = text * 2000
     assert demo.to_tokens(long).shape[1] == len(demo.tokenizer(long)["input_ids"]) > 4000
     token = demo.to_single_token(" the")

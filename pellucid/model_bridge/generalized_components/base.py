@@ -17,14 +17,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, TypeAlias, overload
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, overload
 
 import torch
 from torch import Tensor, nn
 
 from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
-from pellucid.errors import HookNameError, NotSetUpError, UnsupportedModelError, WeightError
-from pellucid.hook_points import HookPoint, LensHandle, PointOwner
+from pellucid.errors import HookNameError, InputError, NotSetUpError, UnsupportedModelError, WeightError
+from pellucid.hook_points import HookFunction, HookPoint, LensHandle, PointOwner
 from pellucid.model_bridge.generalized_components.weights import has_weight
 from pellucid.model_bridge.generalized_components.weights import plain_weight as plain_weight
 from pellucid.model_bridge.generalized_components.weights import readable_parameter as readable_parameter
@@ -240,7 +240,43 @@ class GeneralizedComponent(NoTorchHooks):
             return (self.fire("hook_out", output[0]), *output[1:])
         return self.fire("hook_out", output)
 
+    def __getattr__(self, name: str) -> Any:
+        """An attribute of the Hugging Face module that the component has not: ``weight``, ``variance_epsilon``."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            module = None if name.startswith("_") or "_place" not in vars(self) else self.original_component
+            if module is None or not hasattr(module, name):
+                raise
+        return getattr(module, name)
+
     # -- hook points ---------------------------------------------------------------------------------------------------
+
+    def add_hook(self, hook_fn: HookFunction, hook_name: Literal["output", "input"] = "output") -> LensHandle:
+        """Attach a function to ``hook_out``, or to ``hook_in``.
+
+        Args:
+            hook_fn: called as ``hook_fn(tensor, hook=point)``.
+            hook_name: which of the two.
+
+        Raises:
+            InputError: another name.
+        """
+        return self._end(hook_name).add_hook(hook_fn)
+
+    def remove_hooks(self, hook_name: Literal["output", "input"] | None = None) -> None:
+        """Take the functions off ``hook_out`` or ``hook_in``, or off both.
+
+        Raises:
+            InputError: another name.
+        """
+        for end in ("output", "input") if hook_name is None else (hook_name,):
+            self._end(end).remove_hooks("both")
+
+    def _end(self, hook_name: str) -> HookPoint:
+        if hook_name not in ("output", "input"):
+            raise InputError(f"Hook name {hook_name!r} not supported: 'output' and 'input' are. Others are attributes.")
+        return self.hook_out if hook_name == "output" else self.hook_in
 
     @classmethod
     def sites(cls) -> list[str]:

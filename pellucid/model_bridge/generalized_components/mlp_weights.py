@@ -6,7 +6,6 @@ from typing import Literal, cast
 
 from torch import Tensor
 
-from pellucid.errors import WeightError
 from pellucid.model_bridge.generalized_components.base import WeightTargets
 from pellucid.model_bridge.generalized_components.linear import FusedLinearBridge, LinearBridge
 from pellucid.model_bridge.generalized_components.mlp import MLPBridge
@@ -28,8 +27,6 @@ class MLPWeights(MLPBridge):
         return self._linear(part).b
 
     def _linear(self, part: Part) -> LinearBridge:
-        if part not in self.submodules:
-            raise WeightError(f"{self.path} is no gated MLP: it has no W_gate and no b_gate. Its weights: W_in, W_out.")
         return cast(LinearBridge, self._child(part))
 
     @property
@@ -38,13 +35,13 @@ class MLPWeights(MLPBridge):
         return self._weight("in")
 
     @property
-    def W_gate(self) -> Tensor:
-        """``[d_model, d_mlp]``, a writable view of the projection that is activated.
+    def _is_gated(self) -> bool:
+        return "gate" in self.submodules or "gate_up" in self.submodules
 
-        Raises:
-            WeightError: the MLP has no gate.
-        """
-        return self._weight("gate")
+    @property
+    def W_gate(self) -> Tensor | None:
+        """``[d_model, d_mlp]``, a writable view of the projection that is activated; ``None`` without a gate."""
+        return self._weight("gate") if self._is_gated else None
 
     @property
     def W_out(self) -> Tensor:
@@ -57,13 +54,9 @@ class MLPWeights(MLPBridge):
         return self._bias("in")
 
     @property
-    def b_gate(self) -> Tensor:
-        """``[d_mlp]``; zeros of their own where the projection has no bias.
-
-        Raises:
-            WeightError: the MLP has no gate.
-        """
-        return self._bias("gate")
+    def b_gate(self) -> Tensor | None:
+        """``[d_mlp]``; zeros of their own where the projection has no bias; ``None`` without a gate."""
+        return self._bias("gate") if self._is_gated else None
 
     @property
     def b_out(self) -> Tensor:

@@ -19,6 +19,7 @@ from pellucid.model_bridge.generalized_components.base import (
     GeneralizedComponent,
     Site,
     StopForward,
+    readable_parameter,
     splice,
     with_gradient_of,
 )
@@ -66,6 +67,22 @@ class NormalizationBridge(GeneralizedComponent):
     def unit_weight(self) -> float:
         """The weight with which it only normalises."""
         return 1.0
+
+    @property
+    def w(self) -> Tensor:
+        """``[d_model]``: TransformerLens' name of the weight (of Gemma's, what 1 is added to; see :meth:`gain`)."""
+        return readable_parameter(self.module, "weight", self.path)
+
+    @property
+    def b(self) -> Tensor:
+        """``[d_model]``: TransformerLens' name of the bias.
+
+        Raises:
+            AttributeError: the norm has none.
+        """
+        if getattr(self.module, "bias", None) is None:
+            raise AttributeError(f"{self.path} has no bias, b: it is a norm without one.")
+        return readable_parameter(self.module, "bias", self.path)
 
     def gain(self) -> Tensor:
         """``[d_model]``: what the normalised input is multiplied with; the weight itself, or computed from it."""

@@ -17,9 +17,10 @@ from pellucid.errors import CacheTooLargeError, InputError
 from pellucid.hook_points import HookPoint
 from pellucid.names import HookSpec
 from pellucid.run_context import Scope, current_run
+from pellucid.slices import Slice, SliceInput
 
-PosSlice: TypeAlias = int | slice | Sequence[int] | Tensor | None
-"""Positions to keep: one (its axis stays), a slice, a list of indices, or all."""
+PosSlice: TypeAlias = "Slice | SliceInput"
+"""Positions to keep: one (its axis stays), a range ``(start, stop[, step])``, a list or mask, or all."""
 
 
 EMBEDDING = "embed"
@@ -42,28 +43,11 @@ def kept_positions(pos_slice: PosSlice, length: int) -> Tensor | slice:
     Raises:
         InputError: a position outside the run.
     """
-    if pos_slice is None:
-        return slice(None)
-    if isinstance(pos_slice, slice):
-        if pos_slice.step is not None and pos_slice.step < 1:
-            raise InputError(f"pos_slice steps forward; found {pos_slice}. A list of positions keeps any order.")
-        if not kept_count(pos_slice, length):
-            raise InputError(f"pos_slice={pos_slice} keeps none of the run's {length} positions, 0 to {length - 1}.")
-        return pos_slice
     try:
-        given = torch.as_tensor([pos_slice] if isinstance(pos_slice, int) else pos_slice)
-    except (TypeError, ValueError, RuntimeError):
-        raise InputError(f"pos_slice is a position, a slice or several positions; found {pos_slice!r}.") from None
-    if not given.numel():
-        raise InputError("pos_slice is empty: it keeps no position.")
-    if given.dtype == torch.bool or given.is_floating_point():
-        raise InputError(
-            f"pos_slice is positions (integers), not {given.dtype}; mask.nonzero()[:, 0] has those of a mask."
-        )
-    wanted = given.long()
-    if wanted.dim() != 1 or bool(((wanted < -length) | (wanted >= length)).any()):
-        raise InputError(f"pos_slice asks for positions {wanted.tolist()}; the run has {length}, 0 to {length - 1}.")
-    return wanted % length
+        wanted = Slice.unwrap(pos_slice)
+    except InputError as error:
+        raise InputError(f"pos_slice is a position, a slice or several positions. {error}") from None
+    return wanted.positions(length)
 
 
 def refuse_unseen(positions: Tensor, virtual: int, name: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from typing_extensions import Self
 
-from pellucid.arguments import check_function
+from pellucid.arguments import check_function, check_whole
 from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import InputError
 from pellucid.hook_points import (
@@ -204,7 +204,7 @@ class HookMethods:
             hook_fn: called as ``hook_fn(tensor, hook=point)``.
             dir: ``"fwd"``, or ``"bwd"`` for gradients.
             is_permanent: keep it when hooks are reset.
-            level: accepted for TransformerLens' callers, decided by :meth:`hooks`.
+            level: a context level of the caller's own, by which ``reset_hooks(level=)`` finds it.
             prepend: run it before the functions already there.
 
         Returns:
@@ -216,7 +216,11 @@ class HookMethods:
         """
         check_function("hook_fn", hook_fn, "a function of a tensor and its hook point")
         chosen = self._hooks.select(name, dir, "name")
-        handles = [LensHandle(self._tree.point(spec.name), hook_fn, dir, asked, is_permanent) for spec, asked in chosen]
+        depth = None if level is None else check_whole("level", level)
+        handles = [
+            LensHandle(self._tree.point(spec.name), hook_fn, dir, asked, is_permanent, level=depth)
+            for spec, asked in chosen
+        ]
         return attach_for_good(handles, self._tree, prepend)
 
     def add_perma_hook(self, name: NamesFilter, hook_fn: HookFunction, dir: Direction = "fwd") -> HookHandles:

@@ -13,7 +13,7 @@ from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import GradientError, HookDisabledError, HookUnreachableError, InputError, UnsupportedModelError
 from pellucid.hook_points import Direction, Directions, HookFunction, HookPoint, LensHandle
 from pellucid.model_bridge.hooking.mounting import ComponentTree
-from pellucid.names import FROM_EMBEDDINGS, SETTERS, Flag, HookSpec, NamesFilter, runs_through, table_of_points
+from pellucid.names import FROM_EMBEDDINGS, SETTERS, Flag, HookSpec, NamesFilter, is_part, table_of_points
 from pellucid.run_context import acts
 from pellucid.tables import NamesView, Table
 
@@ -153,7 +153,7 @@ class Hooks:
     ) -> list[tuple[HookSpec, str]]:
         """Points that a run from block ``start`` up to block ``stop`` passes; a named one it does not pass is refused."""
         start, stop = span
-        passed = [(spec, asked) for spec, asked in chosen if runs_through(spec, start, stop, self.cfg.n_layers)]
+        passed = [(spec, asked) for spec, asked in chosen if is_part(spec, start, stop, self.cfg.n_layers)]
         entries = (
             [names_filter] if isinstance(names_filter, str) or callable(names_filter) else list(names_filter or ())
         )

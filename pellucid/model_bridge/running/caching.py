@@ -20,7 +20,7 @@ from pellucid.model_bridge.hooking.cache_plan import (
 from pellucid.model_bridge.hooking.hooks import Hooks
 from pellucid.model_bridge.hooking.mounting import ComponentTree
 from pellucid.model_bridge.running.runner import Prepared, Runner
-from pellucid.names import HookSpec, NamesFilter, runs_through
+from pellucid.names import HookSpec, NamesFilter, is_part
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def cached_specs(runner: Runner, hooks: Hooks, prepared: Prepared, names_filter:
     chosen = runner.tree.index.select(names_filter, runner.cfg.flags)
     span = runner.span(prepared)
     if span is not None and names_filter is None:
-        chosen = [pair for pair in chosen if runs_through(pair[0], *span, runner.cfg.n_layers)]
+        chosen = [pair for pair in chosen if is_part(pair[0], *span, runner.cfg.n_layers)]
     elif span is not None:
         chosen = hooks.reachable(chosen, names_filter, span)
     return [spec for spec, _ in chosen]
@@ -103,5 +103,10 @@ def _others_may_write(tree: ComponentTree) -> bool:
 
 def _owned_by_caller(prepared: Prepared) -> frozenset[str]:
     """Points whose tensor the caller has given or will be given back (the logits are shared, and said to be)."""
-    layers = [layer for layer in (prepared.start, prepared.stop) if layer is not None]
-    return frozenset({"embed.hook_in", *(f"blocks.{layer}.hook_resid_pre" for layer in layers)})
+    start, stop = prepared.start, prepared.stop
+    owned = {"embed.hook_in"}
+    if start is not None:
+        owned.add(f"blocks.{start}.hook_resid_pre")
+    if stop is not None:
+        owned.add(f"blocks.{stop - 1}.hook_resid_post" if stop else "hook_embed")
+    return frozenset(owned)

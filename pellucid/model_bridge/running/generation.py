@@ -106,32 +106,78 @@ class GenerationSettings:
         return bool(self.output_logits or self.hf_kwargs.get("return_dict_in_generate"))
 
 
-def generate(runner: Runner, input: TextOrTokens, prepared: Prepared, settings: GenerationSettings) -> Any:
+def generate(runner: Runner, prepared: Prepared, settings: GenerationSettings) -> Any:
     """Run ``generate`` of the model, in a context of its own.
 
     Args:
         runner: what runs the model.
-        input: as the user gave it: text in, text out.
-        prepared: the same, checked.
+        prepared: the checked input.
         settings: checked, see :func:`check_settings`.
 
     Returns:
-        Text, token ids ``[rows, pos]`` or Hugging Face's output object.
+        Token ids ``[rows, pos]`` or Hugging Face's output object.
     """
-    wants_text = _wants_text(settings, input, prepared)
-    if wants_text:
-        runner.rules.need()
     named = {"inputs_embeds": prepared.given} if prepared.tokens is None else {"input_ids": prepared.tokens}
-    ends = _end_tokens(runner.model, runner.rules, settings)
+    ends = end_tokens(runner.model, runner.rules, settings)
     session = HookSession(runner.tree, components=[*runner.helpers(None, None), "generate"])
     with runner.safely(prepared.given):
-        output = session.during(partial(_generate, runner, named, prepared.attention_mask, settings, ends))
-    if not wants_text:
-        return output
+        return session.during(partial(_generate, runner, named, prepared.attention_mask, settings, ends))
+
+
+def as_asked(
+    runner: Runner, input: TextOrTokens, prepared: Prepared, settings: GenerationSettings, generated: Any
+) -> Any:
+    """What was generated, as text where that is asked for: one, or one a row.
+
+    Args:
+        runner: what ran the model.
+        input: as the user gave it: text in, text out.
+        prepared: the same, checked.
+        settings: those of the generation.
+        generated: what :func:`generate` gave.
+    """
+    if not wants_text(settings, input, prepared):
+        return generated
+    ends = end_tokens(runner.model, runner.rules, settings)
     # Of embeddings, Hugging Face returns the new tokens alone.
     length, mask = (0, None) if prepared.tokens is None else (prepared.tokens.shape[1], prepared.attention_mask)
-    texts = texts_of(runner.rules, output, length, mask, ends, settings.skip_special_tokens)
+    texts = texts_of(runner.rules, generated, length, mask, ends, settings.skip_special_tokens)
     return texts if isinstance(input, list | tuple) or len(texts) > 1 else texts[0]
+
+
+def whole_sequences(
+    runner: Runner, prepared: Prepared, settings: GenerationSettings, generated: Any
+) -> tuple[Tensor, Tensor]:
+    """Prompts and continuations ``[batch, pos]``, and their mask: that of the prompts, then 1 up to each row's end.
+
+    Raises:
+        InputError: there are more sequences than prompts.
+    """
+    tokens: Tensor = generated.sequences if settings.gives_object else generated
+    prompts = prepared.given
+    if tokens.shape[0] != prompts.shape[0]:
+        raise InputError(
+            f"return_cache runs each prompt's sequence once more; there are {tokens.shape[0]} sequences of "
+            f"{prompts.shape[0]} prompts. Run them yourself: run_with_cache(sequences)."
+        )
+    mask = torch.ones_like(tokens)
+    if prepared.attention_mask is not None:
+        mask[:, : prompts.shape[1]] = prepared.attention_mask
+    elif prepared.tokens is not None:
+        mask[:, : prompts.shape[1]] = guessed_mask(runner, prepared.tokens, settings)
+    ends = end_tokens(runner.model, runner.rules, settings).eos
+    if ends:
+        ended = torch.isin(tokens[:, prompts.shape[1] :], torch.tensor(ends, device=tokens.device)).long()
+        mask[:, prompts.shape[1] :] = ended.cumsum(1) - ended == 0  # the end itself is a token
+    return tokens, mask
+
+
+def guessed_mask(runner: Runner, tokens: Tensor, settings: GenerationSettings) -> Tensor:
+    """``[batch, pos]``: which ids Hugging Face's ``generate`` takes for padding where it is given no mask."""
+    ends = end_tokens(runner.model, runner.rules, settings)
+    if ends.pad is None or ends.pad in ends.eos or not bool((tokens == ends.pad).any()):
+        return torch.ones_like(tokens)
+    return (tokens != ends.pad).long()
 
 
 def prepare_generation(
@@ -167,7 +213,7 @@ def prepare_generation(
         if prepared.attention_mask is None and not isinstance(input, Tensor):
             # Text without padding, and Hugging Face guesses: it would take a "<pad>" written in the text for some.
             prepared.attention_mask = torch.ones_like(prepared.given)
-    if not settings.skip_special_tokens and not _wants_text(settings, input, prepared):
+    if not settings.skip_special_tokens and not wants_text(settings, input, prepared):
         raise InputError(
             "skip_special_tokens=False would have no effect: this call returns token ids, and all of them."
         )
@@ -177,10 +223,13 @@ def prepare_generation(
             f"max_length counts the prompt too, which has {count} tokens here, and max_new_tokens has a default: give "
             f"max_new_tokens=max_length - {count} instead."
         )
+    if wants_text(settings, input, prepared):
+        runner.rules.need()
     return prepared
 
 
-def _wants_text(settings: GenerationSettings, input: TextOrTokens, prepared: Prepared) -> bool:
+def wants_text(settings: GenerationSettings, input: TextOrTokens, prepared: Prepared) -> bool:
+    """Whether text is to be returned, not token ids."""
     if settings.gives_object:
         return False
     given_text = prepared.tokens is not None and isinstance(input, str | list | tuple)
@@ -291,7 +340,8 @@ def check_settings(rules: TokenRules, settings: GenerationSettings) -> None:
         )
 
 
-def _end_tokens(model: nn.Module, rules: TokenRules, settings: GenerationSettings) -> EndTokens:
+def end_tokens(model: nn.Module, rules: TokenRules, settings: GenerationSettings) -> EndTokens:
+    """The ids that end a row of this generation."""
     config = getattr(model, "generation_config", None)
     eos = settings.eos_token_id
     if eos is None:

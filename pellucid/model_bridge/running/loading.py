@@ -287,6 +287,19 @@ def load_tokenizer(name_or_path: str, shared: str, **common: Any) -> Any | None:
         raise
 
 
+def tokenizer_of(name_or_path: str, trust_remote_code: bool) -> Any | None:
+    """The tokenizer of the checkpoint that a live model is said to be; ``None``, with a warning, where none loads."""
+    local = os.path.isdir(name_or_path)
+    try:
+        return load_tokenizer(name_or_path, "", trust_remote_code=trust_remote_code, local_files_only=local)
+    except Exception as error:  # see load_tokenizer
+        warn(
+            f"No tokenizer of {name_or_path} loads ({(str(error) or type(error).__name__).splitlines()[0]}); token ids can "
+            "be run, strings cannot. Pass tokenizer= to use one."
+        )
+        return None
+
+
 def _shared_tokenizers(name: str, shared: str) -> list[str]:
     """Where to look: a mid-training checkpoint's final one first."""
     final = re.sub(r"-intermediate$", "", name)

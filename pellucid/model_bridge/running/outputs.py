@@ -1,7 +1,8 @@
-"""What comes out of a run: logits, whatever module is around the model, and rows without their axis."""
+"""What goes into and comes out of a run: key/value caches; logits, whatever module is around the model; rows alone."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import InputError, UnsupportedModelError
+from pellucid.hook_points import HookFunction
 
 
 def logits_of(output: Any, model: nn.Module, arguments: Mapping[str, Any], cfg: TransformerBridgeConfig) -> Tensor:
@@ -38,8 +40,38 @@ def refuse_rows(given: Tensor) -> None:
         raise InputError(f"remove_batch_dim needs a batch of one row; found {given.shape[0]}.")
 
 
-def without_batch_dim(output: Any) -> Any:
-    """The first row of every tensor that has rows; a mean loss has none."""
-    if isinstance(output, tuple):
-        return tuple(map(without_batch_dim, output))
-    return output[0] if isinstance(output, Tensor) and output.dim() > 0 else output
+def of_one_row(function: HookFunction) -> HookFunction:
+    """The function of a hook, shown a tensor of one row without its batch axis; what it returns is given the axis again.
+
+    It is shown a view, so that an edit in place is one of the tensor.
+    """
+
+    @functools.wraps(function)
+    def shown(tensor: Tensor, hook: Any) -> Any:
+        if tensor.dim() == 0 or tensor.shape[0] != 1:  # shown in another shape (``enable_reshape``)
+            return function(tensor, hook=hook)
+        result = function(tensor[0], hook=hook)
+        if isinstance(result, tuple) and len(result) == 1:
+            result = result[0]
+        return result[None] if isinstance(result, Tensor) else result
+
+    return shown
+
+
+def one_cache(past_key_values: Any | None, past_kv_cache: Any | None) -> Any | None:
+    """The key/value cache of a run, given under either name.
+
+    Raises:
+        InputError: under both.
+    """
+    if past_key_values is not None and past_kv_cache is not None:
+        raise InputError("past_kv_cache is another name of past_key_values: give one of them.")
+    return past_kv_cache if past_key_values is None else past_key_values
+
+
+def new_cache(model: nn.Module) -> Any:
+    """An empty key/value cache, of Hugging Face's class."""
+    from transformers import DynamicCache
+
+    config: Any = getattr(model, "config", None)
+    return DynamicCache(config=config)

@@ -1,14 +1,13 @@
-"""The bridge's words for runs, TransformerLens' names: forward, with hooks, with a cache, generation.
+"""The bridge's words for runs, TransformerLens' names: forward, with hooks, with a cache.
 
-A run is checked and made in :mod:`runner`, what a cache keeps is decided in :mod:`caching`, and generation is
-:mod:`generation`'s.
+A run is checked and made in :mod:`runner`, and what a cache keeps is decided in :mod:`caching`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +20,7 @@ from pellucid.model_bridge.hooking.hook_methods import HookMethods
 from pellucid.model_bridge.hooking.hook_session import HookSession
 from pellucid.model_bridge.hooking.hooks import HookRequest
 from pellucid.model_bridge.running.caching import CacheRequest, cached_specs, caching_functions
-from pellucid.model_bridge.running.generation import GenerationSettings, check_settings, generate, prepare_generation
-from pellucid.model_bridge.running.outputs import refuse_rows, without_batch_dim
+from pellucid.model_bridge.running.outputs import of_one_row, one_cache, refuse_rows
 from pellucid.model_bridge.running.run_positions import RunPositions
 from pellucid.model_bridge.running.runner import ATTN_IMPLEMENTATIONS, AttnImplementation, Prepared, ReturnType, Runner
 from pellucid.model_bridge.running.tokens import PaddingSide, TextOrTokens, TokenRules, ids_as_given
@@ -89,13 +87,15 @@ class RunMethods(HookMethods):
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
         inputs_embeds: Tensor | None = None,
+        past_kv_cache: Any | None = None,
     ) -> Any:
         """Run the model.
 
         Args:
             input: a string, strings, token ids ``[pos]`` or ``[batch, pos]``, or with ``start_at_layer`` the residual
                 ``[batch, pos, d_model]`` that enters that block.
-            return_type: ``"logits"``, ``"loss"``, ``"both"`` (logits and loss) or ``None``.
+            return_type: ``"logits"``, ``"loss"``, ``"both"`` (logits and loss), ``"logits_and_cache"`` (logits and the
+                key/value cache, a new one without ``past_key_values``) or ``None``.
             loss_per_token: losses ``[batch, pos - 1]``, zero where position or target is padding, and not their mean; only
                 with a loss.
             prepend_bos: see :meth:`to_tokens`; for strings.
@@ -107,6 +107,7 @@ class RunMethods(HookMethods):
             stop_at_layer: return the residual that enters this block, and run nothing after; negative counts from the end.
             inputs_embeds: ``[batch, pos, d_model]`` of the model's dtype, in the place of ``input``: what the token
                 embedding would give. A run of embeddings has no tokens, so no loss.
+            past_kv_cache: another name of ``past_key_values``.
 
         Returns:
             Logits ``[batch, pos, d_vocab]``, loss, both, ``None``, or the residual with ``stop_at_layer``. ``pos`` are the
@@ -120,7 +121,7 @@ class RunMethods(HookMethods):
             prepend_bos,
             padding_side,
             attention_mask,
-            past_key_values,
+            one_cache(past_key_values, past_kv_cache),
             start_at_layer,
             stop_at_layer,
             inputs_embeds,
@@ -147,6 +148,7 @@ class RunMethods(HookMethods):
         remove_batch_dim: bool = False,
         assert_effect: bool = False,
         inputs_embeds: Tensor | None = None,
+        past_kv_cache: Any | None = None,
     ) -> Any:
         """Run the model with functions attached for this run.
 
@@ -156,8 +158,9 @@ class RunMethods(HookMethods):
             bwd_hooks: the same for gradients; they fire in ``backward()``, also after this call.
             reset_hooks_end: ``False`` leaves the functions on.
             clear_contexts: empty every point's ``ctx`` afterwards.
-            return_type: see :meth:`forward`, as for the arguments below and ``inputs_embeds``.
-            remove_batch_dim: give the output of a single row without its batch axis; hooks see it with it.
+            return_type: see :meth:`forward`, as for the arguments below, ``inputs_embeds`` and ``past_kv_cache``.
+            remove_batch_dim: show functions the tensors of a single row without their batch axis; what they return is given
+                it again. The output has it, as in TransformerLens.
             assert_effect: raise if a forward function never ran or left its tensor unchanged to the bit.
 
         Raises:
@@ -170,7 +173,7 @@ class RunMethods(HookMethods):
             prepend_bos,
             padding_side,
             attention_mask,
-            past_key_values,
+            one_cache(past_key_values, past_kv_cache),
             start_at_layer,
             stop_at_layer,
             inputs_embeds,
@@ -182,6 +185,9 @@ class RunMethods(HookMethods):
         span = self.runner.span(prepared)
         forward = self._hooks.requests(fwd_hooks, "fwd", span)
         handles = forward + self._hooks.requests(bwd_hooks, "bwd", span)
+        if remove_batch_dim:
+            for handle in handles:
+                handle.user_hook = of_one_row(handle.user_hook)
         for handle in forward:
             handle.must_change = assert_effect
         session = HookSession(self._tree, handles, keep=not reset_hooks_end)
@@ -193,7 +199,7 @@ class RunMethods(HookMethods):
         if assert_effect:
             for handle in forward:
                 handle.check_effect()
-        return without_batch_dim(output) if remove_batch_dim else output
+        return output
 
     def run_with_cache(
         self,
@@ -217,6 +223,7 @@ class RunMethods(HookMethods):
         attention_mask: Tensor | None = None,
         past_key_values: Any | None = None,
         inputs_embeds: Tensor | None = None,
+        past_kv_cache: Any | None = None,
     ) -> tuple[Any, Any]:
         """Run the model and keep activations.
 
@@ -227,8 +234,8 @@ class RunMethods(HookMethods):
             names_filter: which points to keep; ``None`` keeps all, the logits among them.
             stop_at_layer: see :meth:`forward`.
             start_at_layer: see :meth:`forward`.
-            pos_slice: which positions of the run to keep: one, a slice or a list; other positions are never stored. Virtual
-                positions of a wrapper (prompt tuning) are counted.
+            pos_slice: which positions of the run to keep: one, a range ``(start, stop[, step])``, a list or a mask; other
+                positions are never stored. Virtual positions of a wrapper (prompt tuning) are counted.
             incl_bwd: run ``backward()`` on the loss and keep gradients too, under ``name + "_grad"``.
             reset_hooks_end: ``False`` leaves the caching functions on: the cache then holds what the last run showed them.
                 Not with ``remove_batch_dim``.
@@ -236,7 +243,7 @@ class RunMethods(HookMethods):
             device: where to keep tensors.
             dtype: as what to keep floating-point ones.
             max_cache_bytes: refuse before running if the cache would take more.
-            return_type: see :meth:`forward`, as for the arguments below and ``inputs_embeds``.
+            return_type: see :meth:`forward`, as for the arguments below, ``inputs_embeds`` and ``past_kv_cache``.
 
         Returns:
             ``(output, cache)``. Tensors of the cache do not change afterwards, with one sharing to know of: the entry
@@ -259,7 +266,7 @@ class RunMethods(HookMethods):
             prepend_bos,
             padding_side,
             attention_mask,
-            past_key_values,
+            one_cache(past_key_values, past_kv_cache),
             start_at_layer,
             stop_at_layer,
             inputs_embeds,
@@ -334,100 +341,3 @@ class RunMethods(HookMethods):
             InputError: the wrapper changes the input in a way that does not say which positions hold the tokens.
         """
         return self.runner.positions_of(prepared)
-
-    def generate(
-        self,
-        input: TextOrTokens = "",
-        max_new_tokens: int = 10,
-        stop_at_eos: bool = True,
-        eos_token_id: int | Sequence[int] | None = None,
-        do_sample: bool = True,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        temperature: float = 1.0,
-        freq_penalty: float = 0.0,
-        repetition_penalty: float = 1.0,
-        use_past_kv_cache: bool = True,
-        prepend_bos: bool | None = None,
-        padding_side: PaddingSide | None = None,
-        return_type: Literal["input", "str", "tokens"] = "input",
-        verbose: bool = True,
-        output_logits: bool = False,
-        return_input_tokens: bool = False,
-        stop_strings: str | Sequence[str] | None = None,
-        stopping_criteria: Any | None = None,
-        attention_mask: Tensor | None = None,
-        skip_special_tokens: bool = True,
-        inputs_embeds: Tensor | None = None,
-        **hf_kwargs: Any,
-    ) -> Any:
-        """Generate with Hugging Face's ``generate``, hooks firing at each step.
-
-        Signature and defaults are TransformerLens'. Of the checkpoint's generation configuration only token ids are taken;
-        other fields on which tokens depend are left out and named in a warning. A hook reads the step, absolute positions
-        and rows from ``hook.run``.
-
-        Args:
-            input: a string, strings, or token ids; leave it out with ``inputs_embeds``.
-            max_new_tokens: how many tokens to add at most.
-            stop_at_eos: end a row at the end-of-sequence token; finished rows are filled with the padding token.
-            eos_token_id: another end-of-sequence token, or several.
-            do_sample: sample; ``False`` takes the most probable token.
-            top_k: sample among the ``top_k`` most probable.
-            top_p: sample among those that make up ``top_p`` of the probability.
-            temperature: divides the logits before sampling.
-            freq_penalty: subtracted from a token's logit for each time it has occurred, greedy or sampled.
-            repetition_penalty: Hugging Face's: divides a positive logit, and multiplies a negative one, of a token that has
-                occurred.
-            use_past_kv_cache: keep keys and values between steps.
-            prepend_bos: see :meth:`to_tokens`.
-            padding_side: of shorter strings; generation wants ``"left"``, the default here. Refused with token ids.
-            return_type: ``"tokens"``, ``"str"``, or as the input came.
-            verbose: show a progress bar over steps.
-            output_logits: return Hugging Face's output object, with ``logits`` and ``sequences``.
-            return_input_tokens: return ``(output, input tokens)``.
-            stop_strings: end a row when one of these has been written.
-            stopping_criteria: one of Hugging Face's, or several.
-            attention_mask: ``[batch, pos]`` for token ids. Without one Hugging Face takes ids equal to the padding token
-                for padding, and a ``PellucidWarning`` says so where there are any.
-            skip_special_tokens: leave the tokenizer's special tokens out of texts, those of the prompt too. ``False``
-                keeps them, and the end-of-sequence token that ended a row; padding is left out either way.
-            inputs_embeds: see :meth:`forward`. What comes back are the new tokens alone: there are no others.
-            hf_kwargs: anything else ``generate`` of Hugging Face takes (``num_beams``, ``streamer``, ...); it refuses
-                what it does not know.
-
-        Raises:
-            InputError: see :meth:`forward`; an argument out of range, or one that would have no effect beside the others.
-        """
-        settings = GenerationSettings(
-            max_new_tokens=max_new_tokens,
-            stop_at_eos=stop_at_eos,
-            eos_token_id=eos_token_id,
-            do_sample=do_sample,
-            top_k=top_k,
-            top_p=top_p,
-            temperature=temperature,
-            freq_penalty=freq_penalty,
-            repetition_penalty=repetition_penalty,
-            use_past_kv_cache=use_past_kv_cache,
-            return_type=return_type,
-            verbose=verbose,
-            output_logits=output_logits,
-            stop_strings=stop_strings,
-            stopping_criteria=stopping_criteria,
-            skip_special_tokens=skip_special_tokens,
-            hf_kwargs=hf_kwargs,
-        )
-        check_settings(self._rules, settings)
-        prepared = prepare_generation(
-            self.runner,
-            input,
-            prepend_bos,
-            padding_side,
-            attention_mask,
-            inputs_embeds,
-            settings,
-            return_input_tokens,
-        )
-        output = generate(self.runner, input, prepared, settings)
-        return (output, prepared.tokens) if return_input_tokens else output

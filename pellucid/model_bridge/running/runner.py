@@ -23,7 +23,7 @@ from pellucid.model_bridge.generalized_components.base import StopForward
 from pellucid.model_bridge.hooking.cache_plan import RunSize
 from pellucid.model_bridge.hooking.hook_session import HookSession
 from pellucid.model_bridge.hooking.mounting import ComponentTree
-from pellucid.model_bridge.running.outputs import logits_of
+from pellucid.model_bridge.running.outputs import logits_of, new_cache
 from pellucid.model_bridge.running.run_positions import (
     RunPositions,
     positions_of_input,
@@ -35,7 +35,7 @@ from pellucid.names import FROM_EMBEDDINGS, FROM_TOKENS
 from pellucid.padding import last_columns, position_ids
 from pellucid.run_context import set_fast_attention, set_span
 
-ReturnType: TypeAlias = Literal["logits", "loss", "both"] | None
+ReturnType: TypeAlias = Literal["logits", "loss", "both", "logits_and_cache"] | None
 AttnImplementation: TypeAlias = Literal["eager", "sdpa"]
 ATTN_IMPLEMENTATIONS = ("eager", "sdpa")
 
@@ -377,14 +377,16 @@ class Runner:
         Raises:
             InputError: it cannot be run, or would not have that output.
         """
-        check_choice("return_type", return_type, ("logits", "loss", "both", None))
+        check_choice("return_type", return_type, ("logits", "loss", "both", "logits_and_cache", None))
         wants_loss = return_type in ("loss", "both")
         if loss_per_token and not wants_loss:
             raise InputError(
                 f"loss_per_token=True would have no effect: return_type={return_type!r} gives no loss. Ask for "
                 "return_type='loss' or 'both'."
             )
-        if wants_loss and stop_at_layer is not None:
+        if return_type == "logits_and_cache" and past_key_values is None:
+            past_key_values = new_cache(self.tree.root)
+        if (wants_loss or return_type == "logits_and_cache") and stop_at_layer is not None:
             raise InputError(f"A run with stop_at_layer has no logits: return_type={return_type!r} cannot be had.")
         if wants_loss and (start_at_layer is not None or inputs_embeds is not None):
             raise InputError(
@@ -487,6 +489,8 @@ class Runner:
             return None
         if return_type == "logits":
             return output
+        if return_type == "logits_and_cache":
+            return output, prepared.past_key_values
         positions = self.positions_of(prepared)
         assert positions.tokens is not None  # see prepare_run
         loss = next_token_loss(output, positions.tokens, positions.attention_mask, loss_per_token)

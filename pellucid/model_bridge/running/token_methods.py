@@ -6,10 +6,12 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pellucid.arguments import check_choice, check_count, check_list
+from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import InputError
 from pellucid.model_bridge.running.tokens import PaddingSide, TextOrTokens, TokenRules
 
@@ -18,6 +20,11 @@ class TokenMethods:
     """``to_tokens`` and its kin."""
 
     _rules: TokenRules
+
+    @property
+    @abstractmethod
+    def cfg(self) -> TransformerBridgeConfig:
+        """Sizes and switches."""
 
     @property
     @abstractmethod
@@ -40,7 +47,7 @@ class TokenMethods:
         prepend_bos: bool | None = None,
         padding_side: PaddingSide | None = None,
         move_to_device: bool = True,
-        truncate: Literal[False] = False,
+        truncate: bool = False,
         return_mask: Literal[False] = False,
     ) -> Tensor: ...
 
@@ -51,7 +58,7 @@ class TokenMethods:
         prepend_bos: bool | None = None,
         padding_side: PaddingSide | None = None,
         move_to_device: bool = True,
-        truncate: Literal[False] = False,
+        truncate: bool = False,
         *,
         return_mask: Literal[True],
     ) -> tuple[Tensor, Tensor]: ...
@@ -62,7 +69,7 @@ class TokenMethods:
         prepend_bos: bool | None = None,
         padding_side: PaddingSide | None = None,
         move_to_device: bool = True,
-        truncate: Literal[False] = False,
+        truncate: bool = False,
         return_mask: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Token ids ``[batch, pos]`` of a string or strings, exactly as ``tokenizer(text)`` gives them.
@@ -73,16 +80,14 @@ class TokenMethods:
                 ``False`` leaves out the one that the tokenizer puts. By default, as the tokenizer does.
             padding_side: of shorter rows; by default the tokenizer's.
             move_to_device: put them where the model is.
-            truncate: only ``False``: nothing is cut off.
+            truncate: cut off what is beyond ``cfg.n_ctx`` tokens of a text. Nothing is unless it is asked for.
             return_mask: give ``(tokens, mask)``, the mask ``[batch, pos]`` int64 with 1 at tokens and 0 at padding. Strings
                 of different lengths are padded, and ids alone do not say where: a run takes it as ``attention_mask=``.
 
         Raises:
-            InputError: no tokenizer, empty text, ``truncate=True``.
+            InputError: no tokenizer, empty text.
         """
-        if truncate:
-            raise InputError("Nothing is cut off: shorten the tokens yourself, to_tokens(text)[:, :n].")
-        tokens, mask = self._rules.encode(input, prepend_bos, padding_side)
+        tokens, mask = self._rules.encode(input, prepend_bos, padding_side, self.cfg.n_ctx if truncate else None)
         device = self.device if move_to_device else tokens.device
         tokens = tokens.to(device)
         if not return_mask:
@@ -95,19 +100,27 @@ class TokenMethods:
 
     def to_str_tokens(
         self,
-        input: TextOrTokens,
+        input: TextOrTokens | np.ndarray,
         prepend_bos: bool | None = None,
         padding_side: PaddingSide | None = None,
     ) -> list[str] | list[list[str]]:
         """Each token's text; a list of lists for several rows. Part of a character decodes to U+FFFD.
 
         Args:
-            input: a string, strings, or a tensor of ids.
+            input: a string, strings, or a tensor or NumPy array of ids; of no ids, no strings.
             prepend_bos: see :meth:`to_tokens`; for strings.
             padding_side: accepted for TransformerLens' callers: each text's own tokens are given, so nothing is padded.
         """
+        if isinstance(input, np.ndarray):
+            input = torch.from_numpy(input)
         self._check_text_arguments(input, prepend_bos, padding_side)
         if isinstance(input, Tensor):
+            if input.dim() == 0:
+                raise InputError(
+                    "to_str_tokens takes ids [pos] or [batch, pos]; found one id alone. Give [id] as a tensor."
+                )
+            if input.numel() == 0:
+                return []
             rows = [
                 [str(self._rules.decode([token])) for token in row]
                 for row in input.reshape(-1, input.shape[-1]).tolist()

@@ -62,9 +62,15 @@ class TokenRules:
         return self.tokenizer
 
     def encode(
-        self, text: str | Sequence[str], prepend_bos: bool | None = None, padding_side: PaddingSide | None = None
+        self,
+        text: str | Sequence[str],
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide | None = None,
+        longest: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Ids ``[batch, pos]`` and, if anything was padded, their mask ``[batch, pos]`` (else ``None``).
+
+        Of each text the first ``longest`` tokens, or all of them.
 
         Raises:
             InputError: no tokenizer, no text, text without tokens, an unknown padding side, no padding token.
@@ -86,7 +92,7 @@ class TokenRules:
                 f"Text {empty[0]} ({texts[empty[0]]!r}) has no tokens: there is nothing to run. prepend_bos=True begins "
                 "with the beginning-of-sequence token."
             )
-        return self._pad(rows, padding_side)
+        return self._pad([row[:longest] for row in rows], padding_side)
 
     def _pad(self, rows: list[list[int]], padding_side: PaddingSide | None) -> tuple[Tensor, Tensor | None]:
         length = max(map(len, rows))

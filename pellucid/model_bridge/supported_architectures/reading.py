@@ -141,6 +141,7 @@ def read_settings(
         final_rms=not family.norm.centres,
         gated_mlp=family.mlp.is_gated,
         parallel_attn_mlp=family.block.parallel,
+        use_normalization_before_and_after=bool(family.block.ln1 and family.block.ln1_post),
         tie_word_embeddings=bool(more["tie_word_embeddings"]),
         output_logits_soft_cap=more[where.final_cap] or 0.0,
         output_logits_scale=more[where.logit_scale] or 1.0,

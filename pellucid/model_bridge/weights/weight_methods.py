@@ -43,6 +43,9 @@ def refuse_early(asked: bool | Mapping[str, bool], cfg: TransformerBridgeConfig)
         refuse_by_config(cfg, steps)
 
 
+COMPATIBILITY = "compatibility_mode"
+
+
 class WeightMethods:
     """Weights by name, and their processing.
 
@@ -141,6 +144,7 @@ class WeightMethods:
         Raises:
             WeightError: see :meth:`process_weights`.
         """
+        self._tree.notes[COMPATIBILITY] = True
         if no_processing:
             return
         with warnings.catch_warnings():
@@ -153,6 +157,11 @@ class WeightMethods:
                 fold_value_biases=fold_value_biases,
                 refactor_factored_attn_matrices=refactor_factored_attn_matrices,
             )
+
+    @property
+    def compatibility_mode(self) -> bool:
+        """Whether :meth:`enable_compatibility_mode` was called. It decides no name: TransformerLens' are always there."""
+        return bool(self._tree.notes.get(COMPATIBILITY, False))
 
     def unprocess_weights(self, checkpoint: str | os.PathLike[str] | None = None) -> None:
         """Put the original weights back, in place, and tie again what was tied.
@@ -238,27 +247,16 @@ class WeightMethods:
         return torch.stack([block.mlp.W_in for block in self._blocks()])
 
     @property
-    def W_gate(self) -> Tensor:
-        """``[n_layers, d_model, d_mlp]``: what is activated in a gated MLP.
-
-        Raises:
-            WeightError: the MLPs have no gate.
-        """
-        return torch.stack([self._gated(block).W_gate for block in self._blocks()])
+    def W_gate(self) -> Tensor | None:
+        """``[n_layers, d_model, d_mlp]``: what is activated in a gated MLP; ``None`` where the MLPs have no gate."""
+        gated = self._tree.cfg.gated_mlp
+        return torch.stack([block.mlp.W_gate for block in self._blocks()]) if gated else None
 
     @property
-    def b_gate(self) -> Tensor:
-        """``[n_layers, d_mlp]``.
-
-        Raises:
-            WeightError: the MLPs have no gate.
-        """
-        return torch.stack([self._gated(block).b_gate for block in self._blocks()])
-
-    def _gated(self, block: Any) -> Any:
-        if not self._tree.cfg.gated_mlp:
-            raise WeightError(f"{block.mlp.path} is no gated MLP: it has no W_gate and no b_gate.")
-        return block.mlp
+    def b_gate(self) -> Tensor | None:
+        """``[n_layers, d_mlp]``; ``None`` where the MLPs have no gate."""
+        gated = self._tree.cfg.gated_mlp
+        return torch.stack([block.mlp.b_gate for block in self._blocks()]) if gated else None
 
     @property
     def W_out(self) -> Tensor:
