@@ -26,7 +26,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "tables", "version"),
-    ("arguments", "axes", "dtypes", "names", "padding", "progress", "storage.*", "token_text"),
+    ("arguments", "axes", "dtypes", "names", "padding", "progress", "slices", "storage.*", "token_text"),
     (
         "config",
         "run_context",
