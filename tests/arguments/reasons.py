@@ -44,6 +44,14 @@ NO_LINE_NEEDED: dict[str, str] = {
     "output_logits": TRUTH,
     "return_input_tokens": TRUTH,
     "skip_special_tokens": TRUTH,
+    "incl_mid": TRUTH,
+    "incl_embeds": TRUTH,
+    "incl_remainder": TRUTH,
+    "apply_ln": TRUTH,
+    "return_labels": TRUTH,
+    "expand_neurons": TRUTH,
+    "recompute_ln": TRUTH,
+    "enable_grad": TRUTH,
 }
 """Of every call that has one called so."""
 
