@@ -60,8 +60,17 @@ def shown(parts: Tensor, onto: Onto | None) -> Tensor:
 
 
 def stacked(rows: Sequence[Tensor]) -> Tensor:
-    """Rows of one shape behind a new first axis; a row that lacks the batch axis or has it once is repeated."""
-    return torch.stack(torch.broadcast_tensors(*rows))
+    """Rows of one shape behind a new first axis.
+
+    Raises:
+        InputError: the embedding has other positions than the blocks: a wrapper of the model puts some before the tokens.
+    """
+    if len({row.shape for row in rows}) > 1:
+        raise InputError(
+            f"The parts have shapes {sorted({tuple(row.shape) for row in rows})}: the model's wrapper puts virtual "
+            "positions before the tokens, which the embedding does not see. Leave the embeddings out (incl_embeds=False)."
+        )
+    return torch.stack(list(rows))
 
 
 # -- outputs of branches -----------------------------------------------------------------------------------------------
@@ -179,6 +188,25 @@ def stack_heads(
             stack = written.new_empty((layer * heads, *written.shape[1:]))
         stack[below * heads : (below + 1) * heads] = written
     return stack, [f"L{below}H{head}" for below in range(layer) for head in range(heads)]
+
+
+def sources_written(run: CachedRun, layer: int, pos: Slice, onto: Onto) -> Tensor:
+    """``[..., n_heads, source, n]``: what each head of a layer moved to a position from each source position, projected.
+
+    A head's values at a source, times its pattern's entry there; over all sources that is :func:`heads_written`.
+    """
+    stream = model_of(run).stream
+    norm = stream.norm_after(layer, "attn")
+    after = None if norm is None else _over(_over(frozen(run, norm, pos), -2), -2)
+    pattern = pos.apply(run[f"blocks.{layer}.attn.hook_pattern"].movedim(-2, -3), -3)  # [..., pos, head, source]
+    values = run[f"blocks.{layer}.attn.hook_v"]
+    group = pattern.shape[-2] // values.shape[-2]
+    values = values.repeat_interleave(group, -2) if group > 1 else values
+    weight, scales = _pulled(stream.weight(layer, "attn"), onto.over(-2).over(-2), after, values)
+    said = torch.einsum("...shd,hdn->...hsn", values.to(weight.dtype), weight)
+    if pattern.dim() == values.dim():  # several positions of each row
+        said = said.unsqueeze(-4)
+    return _divided(pattern[..., None].to(said.dtype) * said, scales)
 
 
 # -- neurons -----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ part's own; they are kept apart.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
 
@@ -87,8 +88,9 @@ class StreamModel(Protocol):
     def tokens_to_residual_directions(self, tokens: Any) -> Tensor:
         """Columns of ``W_U``."""
 
-    def run_with_hooks(self, input: Any, **arguments: Any) -> Any:
-        """A run."""
+    @property
+    def run_with_hooks(self) -> Callable[..., Any]:
+        """What runs it."""
 
     def to_single_token(self, string: str) -> int:
         """The id of a string that is one token."""
