@@ -49,8 +49,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "corpora.*",
         "conversion_utils.*",
     ),
-    ("hook_points", "activation_cache", "weight_processing"),
-    ("model_bridge.generalized_components.*", "model_bridge.family"),
+    ("hook_points", "decomposition.*", "weight_processing"),
+    ("activation_cache", "model_bridge.generalized_components.*", "model_bridge.family"),
     ("model_bridge.architecture_adapter", "model_bridge.hook_tables"),
     ("model_bridge.hooking.*", "model_bridge.reference_edits.*", "model_bridge.supported_architectures.*"),
     ("model_bridge.running.*",),
@@ -103,6 +103,7 @@ WITHOUT_TORCH = (
     "cli.options",
     "cli.prompt",
     "cli.mistakes",
+    "cli.reading",
     "cli.terminal",
 )
 """Who may be imported without loading torch. The command line's other modules are imported when a command is chosen."""

@@ -52,6 +52,7 @@ from pellucid.cli.options import (
     example,
     number_list,
 )
+from pellucid.cli.reading import attribute
 from pellucid.experiments.options import PatchingChoices, SweepOptions
 
 app = typer.Typer(
@@ -354,6 +355,12 @@ def patch(
         whole = patch_model(choice, request, format)
     if not whole:
         raise typer.Exit(INTERRUPTED)
+
+
+app.command(
+    short_help="Which parts of the model wrote a logit?",
+    epilog=example("pellucid attribute --by head --picture heads.html"),
+)(attribute)
 
 
 @app.command(

@@ -18,6 +18,9 @@ DEMO_FILES = ("demo.json", "demo.safetensors", "induction.svg")
 PATCH_FILES = ("patch.json", "patch.csv")
 """What ``pellucid patch`` writes."""
 
+ATTRIBUTE_FILES = ("attribution.json", "attribution.csv")
+"""What ``pellucid attribute`` writes."""
+
 STUDY_PICTURES = ("layers.html", "overlap.html", "change.html", "examples.html")
 STUDY_FILES = (
     "neurons.json",

@@ -81,6 +81,22 @@ class MetricName(str, Enum):
     kl_divergence = "kl-divergence"
 
 
+class Part(str, Enum):
+    """What a logit is attributed to."""
+
+    component = "component"
+    head = "head"
+    neuron = "neuron"
+    source = "source"
+
+
+class LogitPositions(str, Enum):
+    """Which positions' logits are attributed."""
+
+    last = "last"
+    all = "all"
+
+
 @dataclass(frozen=True)
 class ModelChoice:
     """Which model, and how it is loaded."""

@@ -32,6 +32,7 @@ from tests.arguments.bench import (
     a_path,
     a_text,
     bound,
+    choice,
     entered,
     look,
     made,
@@ -46,6 +47,15 @@ def method(name: str, /, **works: Any) -> Call:
     of = getattr(TransformerBridge, name)
     ids = {"input": THE_IDS} if "input" in inspect.signature(of).parameters else {}
     return bound(lambda bench: bench.bridge, of, **(ids | works))
+
+
+def cached(name: str, /, **works: Any) -> Call:
+    """A method of the cache."""
+    return bound(lambda bench: bench.cache, getattr(ActivationCache, name), **works)
+
+
+STACK = Of(lambda bench: bench.cache.decompose_resid())
+"""Parts of the residual stream, ``[part, batch, pos, d_model]``."""
 
 
 def point(name: str, /, **works: Any) -> Call:
@@ -103,8 +113,23 @@ CALLS: dict[str, Call] = {
     "enable_compatibility_mode": not_run(method("enable_compatibility_mode")),
     "unprocess_weights": not_run(method("unprocess_weights")),
     "collect": method("collect", corpus=CORPUS, statistics={POST: [running_stats.CountPositive()]}),
-    "ActivationCache": made(ActivationCache, activations=Of(lambda bench: bench.cache.cache_dict), index=BRIDGE),
-    "cache.to": bound(lambda bench: bench.cache, ActivationCache.to),
+    "ActivationCache": made(ActivationCache, cache_dict=Of(lambda bench: bench.cache.cache_dict), model=BRIDGE),
+    "cache.to": cached("to"),
+    "cache.apply_slice_to_batch_dim": cached("apply_slice_to_batch_dim", batch_slice=0),
+    "cache.toggle_autodiff": not_run(cached("toggle_autodiff")),
+    "cache.save": not_run(cached("save", path="kept.safetensors")),
+    "cache.load": not_run(made(ActivationCache.load, path="kept.safetensors", bridge=BRIDGE)),
+    "cache.accumulated_resid": cached("accumulated_resid"),
+    "cache.decompose_resid": cached("decompose_resid"),
+    "cache.stack_head_results": cached("stack_head_results"),
+    "cache.get_neuron_results": cached("get_neuron_results", layer=0, pos_slice=-1),
+    "cache.stack_neuron_results": cached("stack_neuron_results", layer=1, pos_slice=-1),
+    "cache.get_full_resid_decomposition": cached("get_full_resid_decomposition", layer=1, pos_slice=-1),
+    "cache.apply_ln_to_stack": cached("apply_ln_to_stack", residual_stack=STACK),
+    "cache.logit_attrs": cached("logit_attrs", residual_stack=STACK, tokens=5),
+    "cache.logit_bias": cached("logit_bias", tokens=5),
+    "cache.logit_lens": cached("logit_lens"),
+    "cache.stack_activation": cached("stack_activation", activation_name="z"),
     "HookPoint.add_hook": point("add_hook", hook=look),
     "HookPoint.add_perma_hook": point("add_perma_hook", hook=look),
     "HookPoint.remove_hooks": point("remove_hooks"),
@@ -362,10 +387,90 @@ REFUSED: list[Line] = [
     ("collect", {"statistics": 3}, "statistics maps hook names"),
     ("collect", {"statistics": [3]}, "statistics is a list of pairs"),
     ("collect", {"start_row": 10**6}, "start_row=1000000 is beyond the last row"),
-    ("ActivationCache", {"activations": 3}, "activations maps hook names"),
-    ("ActivationCache", {"index": 3}, "index is a bridge"),
-    ("ActivationCache", {"tokens": False}, "tokens is a tensor of ids"),
+    ("ActivationCache", {"cache_dict": 3}, "cache_dict maps hook names"),
+    ("ActivationCache", {"model": 3}, "model is a bridge"),
+    ("ActivationCache", {"has_batch_dim": 3}, "has_batch_dim is True or False"),
+    ("ActivationCache", {"tokens": False}, "tokens is a tensor"),
     ("ActivationCache", {"attention_mask": 3}, "attention_mask is a tensor"),
+    ("cache.apply_slice_to_batch_dim", {"batch_slice": "0"}, "A slice is an integer"),
+    ("cache.apply_slice_to_batch_dim", {"batch_slice": 1}, "asks for .1.; axis 0 has 1"),
+    ("cache.toggle_autodiff", {"mode": 3}, "mode is True or False"),
+    *a_path("cache.save", "path"),
+    *a_path("cache.load", "path"),
+    *(
+        (f"cache.{name}", {"layer": wrong}, words)
+        for name in (
+            "accumulated_resid",
+            "decompose_resid",
+            "stack_head_results",
+            "stack_neuron_results",
+            "get_full_resid_decomposition",
+            "apply_ln_to_stack",
+            "stack_activation",
+        )
+        for wrong, words in ((9, "layer is 0 to 3, or 4, -1 or None"), (1.5, "layer is a whole number"))
+    ),
+    *(
+        (f"cache.{name}", {"pos_slice": wrong}, words)
+        for name in (
+            "accumulated_resid",
+            "decompose_resid",
+            "stack_head_results",
+            "get_neuron_results",
+            "stack_neuron_results",
+            "get_full_resid_decomposition",
+            "apply_ln_to_stack",
+            "logit_attrs",
+        )
+        for wrong, words in ((8, "asks for .8.; axis -[23] has 8"), ("8", "A slice is an integer"))
+    ),
+    *(
+        (f"cache.{name}", {"mlp_input": True, "layer": 4}, "mlp_input=True needs a layer below 4")
+        for name in (
+            "accumulated_resid",
+            "decompose_resid",
+            "stack_neuron_results",
+            "get_full_resid_decomposition",
+            "apply_ln_to_stack",
+        )
+    ),
+    *(
+        (f"cache.{name}", {"project_output_onto": wrong}, "project_output_onto is ")
+        for name in ("get_neuron_results", "stack_neuron_results", "get_full_resid_decomposition")
+        for wrong in (3, torch.ones(3), torch.ones(1, 1, 1))
+    ),
+    *choice("cache.decompose_resid", "mode"),
+    ("cache.get_neuron_results", {"layer": 4}, "layer must be at most 3"),
+    ("cache.get_neuron_results", {"neuron_slice": [10**6]}, "asks for .1000000."),
+    ("cache.stack_neuron_results", {"neuron_slice": "1"}, "A slice is an integer"),
+    *(
+        (f"cache.{name}", {"residual_stack": wrong}, "residual_stack (is a tensor|holds residuals|has shape)")
+        for name in ("apply_ln_to_stack", "logit_attrs")
+        for wrong in (3, torch.ones(2, 1, 8, 3), torch.ones(2, 1, 5, 256))
+    ),
+    *(
+        (f"cache.{name}", {"batch_slice": 1}, "asks for .1.; axis . has 1")
+        for name in ("apply_ln_to_stack", "logit_attrs", "logit_lens")
+    ),
+    *((f"cache.{name}", {"tokens": 4000}, "Token id 4000") for name in ("logit_attrs", "logit_bias")),
+    ("cache.logit_attrs", {"tokens": torch.ones(3, 3, dtype=torch.long)}, "tokens are one, .batch. or .batch, pos."),
+    *(
+        (f"cache.{name}", {"incorrect_tokens": torch.ones(2, dtype=torch.long)}, "tokens and incorrect_tokens have one")
+        for name in ("logit_attrs", "logit_bias")
+    ),
+    ("cache.logit_lens", {"layers": [9]}, "layers are places among 0_pre"),
+    ("cache.logit_lens", {"layers": 3}, "layers is a list of places"),
+    ("cache.logit_lens", {"positions": 8}, "asks for .8."),
+    ("cache.logit_lens", {"lens": 3}, "lens is a function"),
+    ("cache.logit_lens", {"vocab": [4000]}, "vocab is token ids, 0 to 2047"),
+    ("cache.logit_lens", {"vocab": [5], "top_k": 2}, "at most one of vocab, targets and top_k"),
+    ("cache.logit_lens", {"targets": [1.5]}, "an entry of targets is a whole number"),
+    ("cache.logit_lens", {"targets": torch.ones(3, 3, dtype=torch.long)}, "A tensor of targets has one for each"),
+    *choice("cache.logit_lens", "return_type"),
+    *whole("cache.logit_lens", "top_k", 1),
+    *whole("cache.logit_lens", "chunk_size", 1),
+    ("cache.stack_activation", {"activation_name": 3}, "A key is a name"),
+    ("cache.stack_activation", {"sublayer_type": 3}, "layer_type is a string"),
     ("get_act_name", {"name": 3}, "name is a hook's short name"),
     ("get_act_name", {"layer": 1.5}, "layer is a whole number"),
     ("get_act_name", {"layer": True}, "layer is a whole number"),

@@ -48,6 +48,14 @@ NO_LINE_NEEDED: dict[str, str] = {
     "remove_batch_dim": TRUTH,
     "incl_bwd": TRUTH,
     "skip_special_tokens": TRUTH,
+    "incl_mid": TRUTH,
+    "incl_embeds": TRUTH,
+    "incl_remainder": TRUTH,
+    "apply_ln": TRUTH,
+    "return_labels": TRUTH,
+    "expand_neurons": TRUTH,
+    "recompute_ln": TRUTH,
+    "enable_grad": TRUTH,
 }
 """Of every call that has one called so."""
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pellucid import sweep
-from pellucid.analysis import ablation, labelled, patching, path_patching
+from pellucid.analysis import ablation, attribution, labelled, patching, path_patching
 from tests.arguments.bench import (
     BRIDGE,
     CACHE,
@@ -83,6 +83,7 @@ CALLS: dict[str, Call] = {
     "Scale": of_value(sweep.Scale, factor=2.0),
     "Apply": of_value(sweep.Apply, function=torch.neg),
     "FromRun": of_value(sweep.FromRun, run=CACHE),
+    "logit_attribution": made(attribution.logit_attribution, bridge=BRIDGE, prompt=THE_IDS, answer=5),
     "LogitDifference": of_metric(sweep.LogitDifference, answer=1, foil=2),
     "LogProbability": of_metric(sweep.LogProbability, answer=1),
     "Probability": of_metric(sweep.Probability, answer=1),
@@ -98,6 +99,18 @@ CALLS: dict[str, Call] = {
 }
 
 REFUSED: list[Line] = [
+    ("logit_attribution", {"prompt": 7}, "Input is .*found int"),
+    ("logit_attribution", {"answer": 4000}, "answer must be at most 2047"),
+    ("logit_attribution", {"answer": [5, 6]}, "answer has 2 tokens for 1 rows"),
+    ("logit_attribution", {"foil": -1}, "foil must be at least 0"),
+    ("logit_attribution", {"foil": 5}, "answer and foil are the same token"),
+    ("logit_attribution", {"attention_mask": MASK}, "attention_mask must have shape"),
+    ("logit_attribution", {"prepend_bos": True}, "prepend_bos is for strings"),
+    *choice("logit_attribution", "by"),
+    *choice("logit_attribution", "positions"),
+    *choice("logit_attribution", "rows"),
+    *whole("logit_attribution", "top_k", 1),
+    *whole("logit_attribution", "check", 0),
     ("Sweep", {"input": ""}, "has no tokens"),
     ("Sweep", {"metric": 3}, "is a Metric or a function of logits"),
     ("Sweep", {"metric": {}}, "No metric was given"),

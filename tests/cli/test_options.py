@@ -22,6 +22,7 @@ WRONG: Mapping[str, Sequence[str]] = {
     "--batch-size": ("x", "0", "1.5"),
     "--batches-per-shard": ("x", "0"),
     "--by": ("nonsense", ""),
+    "--check": ("x", "-1"),
     "--clean": ("",),
     "--context": ("x", "0"),
     "--corpus": ("", "en=", "en=nowhere.txt"),
@@ -85,6 +86,7 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mapping[str, list[s
     monkeypatch.chdir(tmp_path)
     (tmp_path / "en.txt").write_text("Everyone has the right to life.\n" * 20)
     return {
+        "attribute": ["attribute"],
         "check": ["check", "demo", "--layers", "0"],
         "demo": ["demo"],
         "harvest": [

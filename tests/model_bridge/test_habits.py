@@ -67,12 +67,15 @@ def test_a_cache_made_by_hand(bridge: TransformerBridge) -> None:
     ours = ActivationCache(dict(cache), bridge)
     assert torch.equal(ours["pattern", 1], cache["pattern", 1])
     assert list(ours) == list(cache)
-    other = ActivationCache({"blocks.0.hook_in": cache["resid_pre", 0]}, bridge, tokens)
+    other = ActivationCache({"blocks.0.hook_in": cache["resid_pre", 0]}, bridge, tokens=tokens)
     assert list(other) == ["blocks.0.hook_resid_pre"]
     assert torch.equal(other["resid_pre", 0], other["blocks.0.hook_in"])
     assert torch.equal(other.real, torch.ones_like(tokens, dtype=torch.bool))
-    with pytest.raises(InputError, match="third argument is has_batch_dim="):
-        ActivationCache({}, bridge, False)  # type: ignore[arg-type]
+    assert other.model is bridge
+    alone = ActivationCache({"hook_embed": cache["hook_embed"][0]}, bridge, False)  # TransformerLens' third argument
+    assert not alone.has_batch_dim
+    with pytest.raises(InputError, match="has_batch_dim is True or False; found tensor"):
+        ActivationCache({}, bridge, tokens)  # type: ignore[arg-type]
 
 
 def test_an_estimate_reads_well(bridge: TransformerBridge) -> None:

@@ -354,7 +354,7 @@ def test_a_base_cache_of_another_run_is_refused_by_name(first: int) -> None:
     refused(cache_of(tokens[:1]), "2 rows of 7 positions")
     refused(cache_of(random_tokens(2, 8)), "2 rows of 7 positions")
     refused(cache_of(tokens, pos_slice=-1), "2 rows of 7 positions")
-    refused(own.to(dtype=torch.float32), "is torch.float32 on cpu")
+    refused(cache_of(tokens).to(dtype=torch.float32), "is torch.float32 on cpu")
     refused({name: own[name][:, :6] for name in names}, "2 rows of 7 positions")
     if first == 0:
         refused({name: own[name].flip(0) for name in names}, r"blocks\.0\.hook_resid_pre holds other numbers")

@@ -289,10 +289,10 @@ class RunMethods(HookMethods):
                 self.clear_contexts()
         run = self.runner.positions_of(prepared)
         tokens = None if run.tokens is None else run.tokens.clone()
-        cache = ActivationCache(recorder.kept, self._tree.index, tokens, run.attention_mask)
+        cache = ActivationCache(recorder.kept, self, tokens=tokens, attention_mask=run.attention_mask)
         recorder.kept = cache.cache_dict  # where functions that are left on keep what later runs show them
         if remove_batch_dim:
-            cache = cache.remove_batch_dim()
+            cache.remove_batch_dim()
         return output, cache if return_cache_object else cache.cache_dict
 
     def estimate_cache(

@@ -24,6 +24,7 @@ from pellucid.model_bridge.weights.legality import Request, refuse_adapters, ref
 from pellucid.model_bridge.weights.record import WeightsState, is_tied, record_of, state_of
 from pellucid.model_bridge.weights.restoring import unprocess
 from pellucid.model_bridge.weights.rewriting import process
+from pellucid.model_bridge.weights.stream import ResidualStream
 from pellucid.model_bridge.weights.unembedding_table import folded_unembedding, folded_unembedding_bias
 from pellucid.run_context import hooks_suppressed
 
@@ -179,6 +180,11 @@ class WeightMethods:
     def weights_state(self) -> WeightsState:
         """Which steps were applied to which part of the model; ``print(bridge.weights_state)`` gives a table."""
         return state_of(self._tree)
+
+    @property
+    def stream(self) -> ResidualStream:
+        """What writes to the residual stream and what reads it: norms and output maps, as the model computes them now."""
+        return ResidualStream(self._tree, self._folds_on_access())
 
     def _blocks(self) -> list[Any]:
         return list(self._tree.blocks)
