@@ -15,6 +15,9 @@ import torch
 
 import pellucid
 from pellucid import Corpus, TransformerBridge
+from pellucid.analysis.lens import LogitLens, fitting
+from pellucid.analysis.lens.files import LensFile
+from pellucid.analysis.lens.readout import RowStatistics
 from pellucid.analysis.neurons import force
 from pellucid.conversion_utils.conversion_steps import ChainTensorConversion, RearrangeTensorConversion
 from pellucid.experiments.ablation import Ablation
@@ -161,6 +164,11 @@ def objects(bridge: TransformerBridge, tmp_path_factory: pytest.TempPathFactory)
         "run": seen[1],
         "conversion": ChainTensorConversion([RearrangeTensorConversion("b p d -> b p d")]),
         "sweep": sweep,
+        "lens": LogitLens(bridge),
+        "fit": fitting.Fit(corpus),
+        "fit's state": fitting.FitState({"rows": many}, {"label 0": 1}, 5, {}),
+        "lens file": LensFile("tuned", {"A.0": many}, {}, {}),
+        "rows of logits": RowStatistics(many, many, many, many, many, many, many, many),
         "plan": sweep.plan(edits),
         "batch of a plan": sweep.plan(edits).batches[0],
         "sweep result": sweep.run(edits),

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from pellucid.errors import InputError
 from pellucid.model_bridge.generalized_components.base import plain_weight
 from pellucid.model_bridge.hooking.hook_session import HookSession
+from pellucid.model_bridge.running.outputs import scaled_and_capped
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.sweep.lazy_logits import Asked, Cells, LazyLogits, ReadsElsewhere, Recorder, plain
 from pellucid.sweep.metrics import Metric, Reads, cells_of
@@ -65,14 +66,11 @@ class Unembedding:
 
     def _as_given(self, logits: Tensor) -> Tensor:
         """The logits as Hugging Face gives them: scaled and capped, where the model does that."""
-        cfg, model = self._bridge.cfg, self._bridge.runner.tree.components["model"]
         if not self._bridge.adapter.family.logits_change:
             return logits
-        if cfg.output_logits_scale != 1:
-            logits = logits * cfg.output_logits_scale
-        if cfg.output_logits_soft_cap:
-            logits = torch.tanh(logits / cfg.output_logits_soft_cap) * cfg.output_logits_soft_cap
-        return model.fire("hook_logits", logits)
+        return self._bridge.runner.tree.components["model"].fire(
+            "hook_logits", scaled_and_capped(logits, self._bridge.cfg)
+        )
 
 
 @dataclass(eq=False)

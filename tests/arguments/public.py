@@ -18,6 +18,7 @@ import pellucid.scale
 
 LISTED = (
     "pellucid",
+    "pellucid.analysis.lens",
     "pellucid.patching",
     "pellucid.sweep",
     "pellucid.running_stats",
@@ -136,6 +137,15 @@ NOT_TRIED: dict[str, str] = {
         for method in ("bound", "check", "reads", "score")
     },
     **{f"{statistic}.load_state_dict": STATE for statistic in ("Statistic", "AveragePrecision", "CountPositive")},
+    "Lens": "abstract",
+    **dict.fromkeys(
+        (
+            f"{kind}.{method}"
+            for kind in ("Lens", "LogitLens", "TunedLens", "JacobianLens")
+            for method in ("translate", "translate_back", "from_file")
+        ),
+        INSIDE,
+    ),
     "TransformerBridge.set_use_attn_in": TRUTH,
     "TransformerBridge.set_use_hook_mlp_in": TRUTH,
     "TransformerBridge.set_use_split_qkv_input": TRUTH,

@@ -427,7 +427,7 @@ FAULTS = (
     ),
     Fault(
         "a sweep scores logits before they are capped",
-        "pellucid/sweep/scoring.py",
+        "pellucid/model_bridge/running/outputs.py",
         "if cfg.output_logits_soft_cap:",
         "if False:",
         "tests/sweep/test_families.py -k gemma2",

@@ -20,6 +20,7 @@ from pellucid.corpora import Corpus, CorpusBatch
 from pellucid.errors import InputError
 from pellucid.model_bridge.corpus.collected import Collected, Hook, describe_request
 from pellucid.model_bridge.corpus.corpus_pass import (
+    COLLECTION,
     PaddingSide,
     PassBatch,
     RowPlan,
@@ -71,7 +72,7 @@ def collect(
             **plan.settings(),
             **job_identity(bridge),
         }
-        saved = StateFolder(bridge, folder, job, every, state)
+        saved = StateFolder(bridge, folder, job, every, state, COLLECTION)
         state = saved.state
         batches = plan.batches(corpus, state.n_rows)
     taps = {hook.spec.name: partial(_update, state, hook.spec.name) for hook in hooks}

@@ -64,6 +64,7 @@ class LabelledRows(Protocol):
 
 
 R = TypeVar("R", bound=LabelledRows)
+S = TypeVar("S")
 PaddingSide: TypeAlias = Literal["left", "right"]
 Tap: TypeAlias = "Callable[[Tensor, PassBatch[Any]], None]"
 """What is called with an activation ``[batch, pos, *features]``, at the positions of the rows, and the batch. The tensor is
@@ -214,7 +215,27 @@ class _Tap:
 STATE_FILE = "collected.safetensors"
 
 
-class StateFolder:
+@dataclass(frozen=True)
+class StateFile(Generic[S]):
+    """How the state of one kind of job is kept.
+
+    Attributes:
+        name: of the file.
+        read: a file to the state, and the JSON that was written beside it.
+        write: the state, and JSON beside it, to a file.
+        what: the job, for an error.
+    """
+
+    name: str
+    read: Callable[[Path], tuple[S, dict[str, Any]]]
+    write: Callable[[Path, S, Mapping[str, Any]], None]
+    what: str
+
+
+COLLECTION: StateFile[Collected] = StateFile(STATE_FILE, read_collected, write_collected, "the collection")
+
+
+class StateFolder(Generic[S]):
     """A folder with the state of one unfinished job, which the same call goes on from with equal bits.
 
     Hooks are part of the job as they are when a state is written, not as they were when it was begun: one that counts its
@@ -226,6 +247,7 @@ class StateFolder:
         job: what the bits depend on (JSON).
         every: seconds between states.
         empty: the state of a job that begins here.
+        file: how it is kept.
 
     Attributes:
         state: what was seen so far: of the folder, or ``empty``.
@@ -235,21 +257,23 @@ class StateFolder:
         InputError: a damaged state.
     """
 
-    def __init__(self, model: RunnableModel, folder: Path, job: dict[str, Any], every: float, empty: Collected) -> None:
-        self.path = folder / STATE_FILE
-        self._model, self._job, self._every = model, job, every
-        self._watched = Watched(model, "the collection")
+    def __init__(
+        self, model: RunnableModel, folder: Path, job: dict[str, Any], every: float, empty: S, file: StateFile[S]
+    ) -> None:
+        self.path = folder / file.name
+        self._model, self._job, self._every, self._file = model, job, every, file
+        self._watched = Watched(model, file.what)
         self._interrupted = False
         folder.mkdir(parents=True, exist_ok=True)
         remove_abandoned_parts(folder)
         self.state = self._held() if self.path.exists() else empty
         self._written = time.monotonic()
 
-    def _held(self) -> Collected:
-        held, extra = read_collected(self.path)
+    def _held(self) -> S:
+        held, extra = self._file.read(self.path)
         found = extra.get("job")
         if not isinstance(found, dict):
-            raise OtherJobError(f"{self.path} was saved by hand, not by an unfinished collect: give another folder.")
+            raise OtherJobError(f"{self.path} was saved by hand, not by an unfinished job: give another folder.")
         different = differences(found, self._job)
         if different:
             raise OtherJobError(
@@ -278,7 +302,7 @@ class StateFolder:
         """
         self._watched.refuse_change()
         self._job["hooks"] = hooks_on(self._model)
-        write_collected(self.path, self.state, {"job": self._job})
+        self._file.write(self.path, self.state, {"job": self._job})
         self._written = time.monotonic()
         if self._interrupted:
             raise KeyboardInterrupt(f"the state is in {self.path}; the same call goes on from there")
@@ -310,7 +334,7 @@ def corpus_pass(
     *,
     stop: int | None = None,
     bar: Any | None = None,
-    saved: StateFolder | None = None,
+    saved: StateFolder[Any] | None = None,
 ) -> Iterator[PassBatch[R]]:
     """Go through batches; each is run when the reader says so.
 

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pellucid.config import TransformerBridgeConfig
@@ -32,6 +33,15 @@ def logits_of(output: Any, model: nn.Module, arguments: Mapping[str, Any], cfg: 
         f"{type(model).__module__}.{type(model).__name__} is around the model, and its forward gives {what}; expected "
         f"logits [batch, pos, {cfg.d_vocab}], in an output with .logits, a tuple or alone. Bridge the model inside it."
     )
+
+
+def scaled_and_capped(logits: Tensor, cfg: TransformerBridgeConfig) -> Tensor:
+    """What Hugging Face gives for what the head gives ``[..., d_vocab]``, in its own order: scaled, then capped."""
+    if cfg.output_logits_scale != 1:
+        logits = logits * cfg.output_logits_scale
+    if cfg.output_logits_soft_cap:
+        logits = torch.tanh(logits / cfg.output_logits_soft_cap) * cfg.output_logits_soft_cap
+    return logits
 
 
 def refuse_rows(given: Tensor) -> None:
