@@ -48,6 +48,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("model_bridge.transformer_bridge",),
     ("", "model_bridge", "sweep.*"),
     ("experiments.*",),
+    ("steering.*",),
     ("analysis.*", "demo.*", "patching.*", "scale.*"),
     ("plots.*", "report.*"),
     ("cli.*",),
