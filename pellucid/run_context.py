@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from typing_extensions import ParamSpec
 
 from pellucid.errors import InputError
-from pellucid.padding import places, real_positions
+from pellucid.padding import counts, places, real_positions
 
 
 @dataclass(eq=False)
@@ -36,6 +36,8 @@ class GenerationRun:
         prompt_length: positions of the prompt that it was given, those of a continued cache among them.
         continues: whether it was given a cache.
         guided: whether guidance runs a second sequence.
+        prompt_mask: ``[prompt, pos]`` that it was given with the prompts, ``None`` without one. A prompt that is read in
+            chunks comes with the mask of what was read so far.
     """
 
     root: nn.Module
@@ -43,6 +45,7 @@ class GenerationRun:
     prompt_length: int
     continues: bool
     guided: bool
+    prompt_mask: Tensor | None = None
     prompt_end: int | None = None
     step: int = 0
     _cache: Any = None
@@ -188,6 +191,24 @@ class RunContext:
         if mask is None or mask.dim() != 2:
             return self.columns.expand(self.batch, self.length)
         return self._of_columns(places(mask))
+
+    @property
+    def prompt_lengths(self) -> Tensor:
+        """``[batch]`` int64: how many real positions the prompt of each row has, so that ``positions`` from there on are
+        generated ones; outside ``generate``, the real positions of this forward and of its cache.
+        """
+        mask, generation = self._attention_mask, self._generation
+        end = self.past_length + self._given.shape[1] if generation is None else self._prompt_end
+        if mask is None or mask.dim() != 2:
+            return torch.full((self.batch,), end, device=self.device)
+        known = counts(mask[:, :end].to(self.device))
+        left = end - mask.shape[1]
+        if left <= 0:
+            return known
+        whole = None if generation is None else generation.prompt_mask
+        if whole is None or whole.shape[1] < left:
+            return known + left
+        return known + counts(whole[:, -left:].to(self.device))[self.rows]
 
     @property
     def rows(self) -> Tensor:

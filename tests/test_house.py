@@ -59,6 +59,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("model_bridge.transformer_bridge",),
     ("", "model_bridge", "model_bridge.bridge", "sweep.*"),
     ("experiments.*",),
+    ("steering.*",),
     ("analysis.*", "demo.*", "patching.*", "scale.*"),
     (
         "ActivationCache",

@@ -351,6 +351,25 @@ def resolve(edit: Edit, spec: HookSpec, sizes: Mapping[str, int]) -> list[Write]
             f"{type(edit.value).__name__}."
         )
     given = {"positions": edit.positions, "heads": edit.heads, "neurons": edit.neurons, "keys": edit.keys}
+    region = chosen_region(spec, sizes, given)
+    rows = indices(edit.rows, sizes["batch"], f"rows of the edit of {spec.name}")
+    columns = region[spec.pos_axis - 1] or tuple(range(sizes["pos"]))
+    region[spec.pos_axis - 1] = None
+    places = tuple(range(len(columns)))
+    return [Write(spec, edit.value, row, sizes["batch"], columns, places, tuple(region)) for row in rows]
+
+
+def chosen_region(spec: HookSpec, sizes: Mapping[str, int], given: Mapping[str, Index]) -> list[tuple[int, ...] | None]:
+    """Indices on each axis after the batch; ``None`` is all of an axis.
+
+    Args:
+        spec: a hook point.
+        sizes: size of each axis word of which something is given.
+        given: by ``positions``, ``heads``, ``neurons`` or ``keys``, which of them; ``None`` for all.
+
+    Raises:
+        InputError: an index that the hook has no axis for, or that is out of range.
+    """
     words = _axis_words(spec)
     for name, index in given.items():
         if index is not None and name not in words:
@@ -360,14 +379,10 @@ def resolve(edit: Edit, spec: HookSpec, sizes: Mapping[str, int]) -> list[Write]
             )
     region: list[tuple[int, ...] | None] = [None] * (len(spec.axes) - 1)
     for name, axis in words.items():
-        index = given[name]
+        index = given.get(name)
         if index is not None:
             region[axis - 1] = indices(index, sizes[spec.axes[axis]], f"{name} of the edit of {spec.name}")
-    rows = indices(edit.rows, sizes["batch"], f"rows of the edit of {spec.name}")
-    columns = region[spec.pos_axis - 1] or tuple(range(sizes["pos"]))
-    region[spec.pos_axis - 1] = None
-    places = tuple(range(len(columns)))
-    return [Write(spec, edit.value, row, sizes["batch"], columns, places, tuple(region)) for row in rows]
+    return region
 
 
 def _axis_words(spec: HookSpec) -> dict[str, int]:

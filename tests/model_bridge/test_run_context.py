@@ -257,6 +257,25 @@ def test_a_conversation_goes_on(way: str) -> None:
     assert [entry[:2] for entry in seen] == [(0, [4, 5]), (1, [6]), (2, [7])]
 
 
+@WAYS
+@pytest.mark.parametrize("side", ["left", "right", None])
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"prefill_chunk_size": 4}, {"num_beams": 2}])
+def test_where_the_prompt_of_a_row_ends(way: str, options: dict[str, Any], side: str | None) -> None:
+    """In every forward, though the mask of a prompt's first chunk ends before the prompt does."""
+    bridge = make_bridge()
+    mask = torch.ones_like(TOKENS)
+    if side is not None:
+        mask[0, slice(0, 2) if side == "left" else slice(4, 6)] = 0
+    lengths: list[list[int]] = []
+    with bridge.hooks([("blocks.1.hook_resid_post", lambda t, hook: lengths.append(hook.run.prompt_lengths.tolist()))]):
+        generate(bridge, way, TOKENS, attention_mask=mask, **options)
+        bridge(TOKENS, attention_mask=mask)
+    whole = mask.sum(1).tolist()
+    assert lengths.pop() == whole
+    assert lengths
+    assert all(found == [length for length in whole for _ in range(options.get("num_beams", 1))] for found in lengths)
+
+
 def test_outside_generate_there_is_no_step() -> None:
     bridge = make_bridge()
     steps: list[Any] = []

@@ -101,10 +101,11 @@ def marks(model: RunnableModel) -> tuple[object, ...]:
     """
     if model.live_hooks() or _torch_hooks(model):
         return (object(),)
-    return json.dumps(conditions(model), sort_keys=True), _weight_marks(model)
+    return json.dumps(conditions(model), sort_keys=True), weight_marks(model)
 
 
-def _weight_marks(model: RunnableModel) -> tuple[object, ...]:
+def weight_marks(model: RunnableModel) -> tuple[object, ...]:
+    """The places and versions of all weights: equal within a process while nobody wrote to one (see :func:`marks`)."""
     return tuple(
         (
             name,
@@ -132,7 +133,7 @@ class Watched:
     def _now(self) -> tuple[dict[str, dict[str, Json]], tuple[object, ...], list[object]]:
         model = self._model
         handles: list[object] = [handle for handle in model.live_hooks() if not handle.reads_only]
-        return conditions(model, threads=self._threads), _weight_marks(model), [*handles, *_torch_hooks(model)]
+        return conditions(model, threads=self._threads), weight_marks(model), [*handles, *_torch_hooks(model)]
 
     def refuse_change(self) -> None:
         """See that it has not changed.

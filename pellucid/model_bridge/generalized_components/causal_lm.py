@@ -88,6 +88,7 @@ class GenerateBridge(GeneralizedComponent):
             prompt_length=1 if covers is None else covers.shape[1],
             continues=given_cache(kwargs) is not None,
             guided=next((scale for scale in scales if scale is not None), 1) != 1,
+            prompt_mask=mask if mask is not None and mask.dim() == 2 else None,
         )
         return in_own_context(self._run, run, partial(self.original(), inputs, *args, **kwargs))
 
