@@ -348,7 +348,7 @@ class HookPoint(NoTorchHooks):
         )
 
     def clear_context(self) -> None:
-        """Empty :attr:`ctx`."""
+        """Empty ``ctx``."""
         self.ctx = {}
 
     def enable_reshape(self, hook_conversion: BaseTensorConversion | None = None) -> None:

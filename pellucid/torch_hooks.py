@@ -12,7 +12,7 @@ from pellucid.errors import InputError
 class NoTorchHooks(nn.Module):
     """A module that runs of a bridge pass by: they call the Hugging Face model, so torch's own hooks here would be silent.
 
-    Used on its own (a component with :meth:`set_original_component`, a point in a user's own module) it is called as any
+    Used on its own (a component with ``set_original_component``, a point in a user's own module) it is called as any
     module is, and takes them.
     """
 

@@ -65,11 +65,24 @@ def public_modules() -> list[str]:
 # -- references in docstrings ------------------------------------------------------------------------------------------
 
 
-def resolves(target: str, module: Any, owner: Any | None) -> bool:
-    """Whether a reference leads to something: by its full name, or from the class or module that it stands in."""
-    parts = target.lstrip("~").removesuffix("()").split(".")
-    if any(_reached(start, parts) for start in (owner, module) if start is not None):
-        return True
+def resolved(reference: str, module: Any, owner: Any | None) -> str | None:
+    """The full name that a reference means, ``None`` if it leads nowhere.
+
+    It is looked for in the class that it stands in, in its module, among the modules of its package, and as a full name.
+    """
+    parts = _target(reference).lstrip("~").removesuffix("()").split(".")
+    if owner is not None and _reached(owner, parts):
+        return ".".join([module.__name__, owner.__qualname__, *parts])
+    if _reached(module, parts):
+        found = getattr(module, parts[0])
+        home = getattr(found, "__module__", None)
+        start = [home, found.__qualname__] if isinstance(home, str) and hasattr(found, "__qualname__") else None
+        return ".".join([*(start or [module.__name__, parts[0]]), *parts[1:]])
+    beside = [module.__name__.rpartition(".")[0], *parts]
+    return next((".".join(path) for path in (beside, parts) if _exists(path)), None)
+
+
+def _exists(parts: list[str]) -> bool:
     for cut in range(len(parts), 0, -1):
         try:
             found = importlib.import_module(".".join(parts[:cut]))
@@ -110,9 +123,7 @@ def dead_references() -> list[str]:
             continue
         module = importlib.import_module(found.name)
         for place, text, owner in docstrings(module):
-            dead += [
-                f"{place}: {target}" for target in ROLE.findall(text) if not resolves(_target(target), module, owner)
-            ]
+            dead += [f"{place}: {target}" for target in ROLE.findall(text) if resolved(target, module, owner) is None]
     return dead
 
 
@@ -132,8 +143,14 @@ def build(folder: Path) -> list[str]:
 
     @jinja2.pass_context
     def with_links(context: Any, docstring: str) -> str:
-        # pdoc makes a link of every full name in back ticks.
-        return to_markdown_with_context(context, ROLE.sub(lambda m: f"`{_target(m[1]).lstrip('~')}`", docstring))
+        module = importlib.import_module(context["module"].modulename)
+
+        def full(match: re.Match[str]) -> str:
+            owners = [None, *(value for value in vars(module).values() if inspect.isclass(value))]
+            names = (resolved(match[1], module, owner) for owner in owners)
+            return f"`{next((name for name in names if name), match[1])}`"  # pdoc makes a link of a full name
+
+        return to_markdown_with_context(context, ROLE.sub(full, docstring))
 
     pdoc.render.env.filters["to_markdown"] = with_links
     pdoc.render.configure(docformat="google", search=True, show_source=False, footer_text="Pellucid")

@@ -42,7 +42,7 @@ TABLES_BYTES = 32 * 2**20
 
 @dataclass(frozen=True)
 class NeuronRequest:
-    """What was asked for on the command line; ``None`` is what the model decides, see :func:`settled`."""
+    """What was asked for on the command line; ``None`` is what the model decides, see ``settled``."""
 
     text: tuple[str, ...]
     held_out: tuple[str, ...]

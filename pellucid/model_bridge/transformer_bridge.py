@@ -1,8 +1,10 @@
 """The bridge: a Hugging Face decoder under TransformerLens' names.
 
-It *has* what does the work: a tree of components (:mod:`mounting`), functions on their hook points (:mod:`hooks`), rules
-of tokens (:mod:`tokens`) and a runner (:mod:`runner`). What it inherits are words alone: TransformerLens' names for runs,
-hooks, weights and tokens, a class each. With nothing hooked a call goes straight to Hugging Face's model.
+It *has* what does the work: a tree of components (:mod:`~pellucid.model_bridge.hooking.mounting`), functions on their
+hook points (:mod:`~pellucid.model_bridge.hooking.hooks`), rules of tokens
+(:mod:`~pellucid.model_bridge.running.tokens`) and a runner (:mod:`~pellucid.model_bridge.running.runner`). What it
+inherits are words alone: TransformerLens' names for runs, hooks, weights and tokens, a class each. With nothing hooked
+a call goes straight to Hugging Face's model.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ class Statistic(ABC):
 
     @abstractmethod
     def _begin(self, device: torch.device) -> None:
-        """Make the empty state for :attr:`features`."""
+        """Make the empty state for ``features``."""
 
     @abstractmethod
     def _add(self, values: Tensor, mask: Tensor | None, places: Places | None) -> None:

@@ -1,4 +1,4 @@
-"""Statistics of a corpus on many processes: :meth:`bridge.collect` shard by shard, merged in the order of the shards.
+"""Statistics of a corpus on many processes: ``bridge.collect`` shard by shard, merged in the order of the shards.
 
 A shard's statistics depend on the job alone, and they are always merged one after another from shard 0 on. So integer
 statistics are exactly those of one process, and floating-point ones have equal bits for any number of workers. (They round

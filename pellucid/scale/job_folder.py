@@ -120,7 +120,7 @@ class ShardRecord:
     Attributes:
         shard: its number.
         rows: how many it has.
-        files: length and checksum by hook, and of :data:`ROWS`.
+        files: length and checksum by hook, and of ``ROWS``.
     """
 
     shard: int

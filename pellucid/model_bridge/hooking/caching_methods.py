@@ -34,17 +34,17 @@ class CachingMethods(HookMethods):
         cache: dict[str, Tensor] | None = None,
         pos_slice: PosSlice = None,
     ) -> tuple[dict[str, Tensor], list[tuple[str, HookFunction]], list[tuple[str, HookFunction]]]:
-        """A dictionary, and the functions for :meth:`hooks` or :meth:`run_with_hooks` that fill it.
+        """A dictionary, and the functions for :meth:`hooks` or ``run_with_hooks`` that fill it.
 
         Each entry is a copy, under the canonical name of its point and the name that was asked for.
 
         Args:
-            names_filter: which points, see :meth:`run_with_cache`.
+            names_filter: which points, see ``run_with_cache``.
             incl_bwd: gradients too, under ``name + "_grad"``.
             device: where to keep tensors.
             remove_batch_dim: drop the batch axis where it has size 1; a larger batch keeps it.
             cache: the dictionary to fill, by default a new one.
-            pos_slice: which positions to keep, see :meth:`run_with_cache`.
+            pos_slice: which positions to keep, see ``run_with_cache``.
 
         Returns:
             ``(cache, fwd_hooks, bwd_hooks)``; the last is empty without ``incl_bwd``.

@@ -197,7 +197,7 @@ class HookMethods:
         """Attach a function to the points that ``name`` matches, until it is removed or hooks are reset.
 
         It acts in every forward of the model, whichever thread runs it and whether the bridge or Hugging Face's model is
-        called; for a function of one run or block use :meth:`run_with_hooks` or :meth:`hooks`.
+        called; for a function of one run or block use ``run_with_hooks`` or :meth:`hooks`.
 
         Args:
             name: a name, glob, list or predicate.

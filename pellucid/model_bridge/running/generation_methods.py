@@ -79,7 +79,7 @@ class GenerationMethods(RunMethods):
             repetition_penalty: Hugging Face's: divides a positive logit, and multiplies a negative one, of a token that has
                 occurred.
             use_past_kv_cache: keep keys and values between steps.
-            prepend_bos: see :meth:`to_tokens`.
+            prepend_bos: see :meth:`~pellucid.model_bridge.running.token_methods.TokenMethods.to_tokens`.
             padding_side: of shorter strings; generation wants ``"left"``, the default here. Refused with token ids.
             return_type: ``"tokens"``, ``"str"``, or as the input came.
             verbose: show a progress bar over steps.

@@ -98,7 +98,7 @@ class RunMethods(HookMethods):
                 key/value cache, a new one without ``past_key_values``) or ``None``.
             loss_per_token: losses ``[batch, pos - 1]``, zero where position or target is padding, and not their mean; only
                 with a loss.
-            prepend_bos: see :meth:`to_tokens`; for strings.
+            prepend_bos: see :meth:`~pellucid.model_bridge.running.token_methods.TokenMethods.to_tokens`; for strings.
             padding_side: of shorter strings; their mask is made with them. Refused with token ids.
             attention_mask: ``[batch, pos]``, cached positions included, 1 at real tokens. Never guessed from ids: rows
                 that begin or end with the padding token are run as they are, and a ``PellucidWarning`` says so.

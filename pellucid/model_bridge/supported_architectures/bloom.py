@@ -109,7 +109,7 @@ class BloomArchitectureAdapter(DecoderAdapter):
         )
 
     def check_arguments(self, model: nn.Module) -> None:
-        """See :meth:`ArchitectureAdapter.check_arguments`."""
+        """See :meth:`pellucid.model_bridge.architecture_adapter.ArchitectureAdapter.check_arguments`."""
         for path, needed, only in FORWARD_ARGUMENTS:
             kind = type(model.get_submodule(path))
             if kind.__module__.startswith("transformers."):  # a module of the user's own is called as it is
