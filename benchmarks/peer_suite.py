@@ -4,8 +4,8 @@
 
 The source package of transformer-lens 4.3.0 (PyPI) holds them. It is fetched into a temporary folder, or taken from
 ``--source``. Every ``conftest.py`` is replaced by one (``peer_suite_conftest.py``) that gives the same fixtures and lets
-whatever model a test asks for by name be a tiny random BLOOM of the same numbers of layers and heads, on both sides. On ours an
-import hook gives ``pellucid.X`` for ``transformer_lens.X``. Each side runs in a process of its own (TransformerLens patches
+whatever model a test asks for by name be a tiny random BLOOM of the same numbers of layers and heads, on both sides. On ours
+an import hook gives ``pellucid.X`` for ``transformer_lens.X``. Each side runs in a process of its own (TransformerLens patches
 transformers); a test has 30 seconds. Only what passes on the peer counts.
 """
 
