@@ -1,7 +1,7 @@
 """Write the last part of docs/from_transformer_lens.md: every public name of TransformerLens' bridge, cache and utilities.
 
-The names are read off the installed package (extra ``peer``); what is not here is ``pellucid/peer_names.py``'s to say, and what
-differs is said below. A name without an answer is an error. ``tests/peer/test_names_peer.py`` holds the page against both.
+The names are read off the installed package (extra ``peer``); what is not here is ``pellucid/peer_names.py``'s to say, and
+what differs is said below. A name without an answer is an error. ``tests/peer/test_names_peer.py`` holds the page to both.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DIFFERENT: Mapping[str, Mapping[str, str]] = {
         "add_hook": "gives the handles; its second argument is `hook_fn`; opt-in points that are off are refused",
         "all_composition_scores": "a tensor, with `scores`, `layer_indices` and `head_labels`",
         "b_O": "zeros where a family has none, as all biases; there an `AttributeError`",
-        "boot_transformers": "the checkpoint's dtype unless told otherwise; nothing of `device`, `dtype`, ... beside `hf_model`",
+        "boot_transformers": "the checkpoint's dtype unless told otherwise; no `device`, `dtype`, ... beside `hf_model`",
         "cfg": "`attn_scale` and `act_fn` are the model's; `n_key_value_heads` is a number always",
         "compatibility_mode": "whether `enable_compatibility_mode` was called; names do not depend on it",
         "context_level": "of this thread; runs that are open count too",

@@ -15,7 +15,7 @@ from tests.models import make_bloom
 
 pytest.importorskip("transformer_lens", reason="TransformerLens is not installed (extra 'peer')")
 
-from scripts import make_peer_names_page as page  # noqa: E402
+from scripts import make_peer_names_page as page
 
 TEXT = page.PAGE.read_text("utf-8").partition(page.BEGIN)[2].partition(page.END)[0]
 PARTS = dict(zip(page.TITLES, re.split(r"^### .*$", TEXT, flags=re.M)[1:], strict=False))
