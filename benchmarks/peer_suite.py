@@ -1,12 +1,12 @@
 """TransformerLens' own tests, run on TransformerLens and on Pellucid: how many of those that pass there pass here.
 
-    python benchmarks/peer_suite.py --side both --files core --out benchmarks/results/peer_suite.json
+    python benchmarks/peer_suite.py --files core --out benchmarks/results/peer_suite.json
 
 The source package of transformer-lens 4.3.0 (PyPI) holds them. It is fetched into a temporary folder, or taken from
 ``--source``. Every ``conftest.py`` is replaced by one (``peer_suite_conftest.py``) that gives the same fixtures and lets
-whatever model a test asks for by name be a tiny random BLOOM of the same numbers of layers and heads, on both sides. On ours an
-import hook gives ``pellucid.X`` for ``transformer_lens.X``. Each side runs in a process of its own (TransformerLens patches
-transformers); a test has 30 seconds. Only what passes on the peer counts.
+whatever model a test asks for by name be a tiny random BLOOM of the same numbers of layers and heads, on both sides. On ours
+an import hook gives ``pellucid.X`` for ``transformer_lens.X``. Each side runs in a process of its own (TransformerLens
+patches transformers); a test has 30 seconds. Only what passes on the peer counts.
 """
 
 from __future__ import annotations
@@ -202,10 +202,8 @@ def main() -> None:
         source = asked.source or fetch(Path(temporary))
         shutil.rmtree(folder / "tests", ignore_errors=True)
         lay_out(source, folder)
-        if asked.peer is None:
-            peer = run("peer", folder, FILES[asked.files])
-        else:
-            peer = json.loads(asked.peer.read_text("utf-8"))
+        known = None if asked.peer is None else json.loads(asked.peer.read_text("utf-8"))
+        peer = run("peer", folder, FILES[asked.files]) if known is None else known
         found = compare(peer, run("ours", folder, FILES[asked.files]))
     for name, (here, there) in found["by file"].items():  # type: ignore[attr-defined]
         print(f"{here:5} of {there:4}  {name}")

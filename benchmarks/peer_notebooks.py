@@ -1,0 +1,211 @@
+"""TransformerLens' own notebooks, cell by cell, with the root renamed and nothing else: which cells that run there run here.
+
+    python benchmarks/peer_notebooks.py --out benchmarks/results/peer_notebooks.json
+
+The source package of transformer-lens 4.3.0 holds them. Whatever model a cell asks for is a random BLOOM shaped as GPT-2
+small (12 layers, 12 heads, d_model 96), with a tokenizer in which every word of the notebooks is a single token, on both
+sides. A cell runs when it raises nothing; it has 60 seconds, and its numbers are compared by the asserts in it alone. Needs
+``ipython`` and ``circuitsvis`` beside the extra ``peer``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from peer_suite import fetch
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = (
+    "Main_Demo",
+    "Exploratory_Analysis_Demo",
+    "Activation_Patching_in_TL_Demo",
+    "Attribution_Patching_Demo",
+    "Direct_Logit_Attribution_Demo",
+    "Head_Detector_Demo",
+    "Patchscopes_Generation_Demo",
+    "direct_path_patching_ioi",
+    "Santa_Coder",
+    "SVD_Interpreter_Demo",
+    "SVD_Circuits_Demo",
+    "Backward_Lens_Demo",
+    "ARENA_Content",
+    "Bridge_Evals_Demo",
+    "Realtime_Training_Telemetry_Demo",
+    "Qwen",
+    "stable_lm",
+    "Jacobian_Lens_Demo",
+    "Jacobian_Lens_Decomposition_Demo",
+    "Interactive_Neuroscope",
+    "LIT_Integration_Demo",
+)
+"""Those that run on a decoder of text; BERT, T5, LLaVA, Gemma, GPT-OSS, Othello, ... ask for other models."""
+SECONDS = 60
+
+
+def cells_of(notebook: Path) -> list[str]:
+    """The code cells."""
+    read = json.loads(notebook.read_text("utf-8"))
+    return ["".join(cell["source"]) for cell in read["cells"] if cell["cell_type"] == "code"]
+
+
+def make_tokenizer(texts: list[str], folder: Path) -> None:
+    """A byte-level tokenizer in which each word of the notebooks is one token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    words = sorted(set(re.findall(r"[A-Za-z]+|[^\sA-Za-z]", " ".join(texts))))
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=60000,
+        min_frequency=1,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator([*words, *(" " + word for word in words)], trainer)
+    end = "<|endoftext|>"
+    PreTrainedTokenizerFast(tokenizer_object=made, bos_token=end, eos_token=end, pad_token=end).save_pretrained(folder)
+
+
+def run_here(side: str, notebook: Path, tokenizer: Path, out: Path) -> None:
+    """Run one notebook in this process, and write for each cell what it raised, if anything."""
+    import signal
+
+    import torch
+    import transformers
+    from IPython.core.interactiveshell import InteractiveShell
+
+    real_tokenizer = transformers.AutoTokenizer.from_pretrained
+
+    def tokenizer_of(name: Any, *args: Any, **kwargs: Any) -> Any:
+        return real_tokenizer(str(name) if os.path.isdir(str(name)) else str(tokenizer))
+
+    transformers.AutoTokenizer.from_pretrained = tokenizer_of
+    size = max(20000, len(tokenizer_of("")))  # cells draw ids at random from a vocabulary of GPT-2's size
+
+    def model_of(*args: Any, **kwargs: Any) -> Any:
+        config = transformers.BloomConfig(
+            n_layer=12, n_head=12, hidden_size=96, vocab_size=size, seq_length=1024, bos_token_id=0, eos_token_id=0,
+            pad_token_id=0,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model = transformers.BloomForCausalLM._from_config(config, attn_implementation="eager").eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.03)
+        return model
+
+    for cls in (transformers.AutoModelForCausalLM, transformers.GPT2LMHeadModel):
+        cls.from_pretrained = classmethod(model_of)
+    if side == "peer":
+        from transformer_lens.model_bridge import TransformerBridge as Bridge
+    else:
+        from pellucid import TransformerBridge as Bridge
+    real_boot = Bridge.boot_transformers
+
+    def boot(cls: Any, name: Any = "", *args: Any, hf_model: Any = None, **kwargs: Any) -> Any:
+        model = model_of() if hf_model is None else hf_model
+        if side == "peer":
+            return real_boot("bloom", hf_model=model, tokenizer=tokenizer_of(""), device="cpu")
+        return cls(model, kwargs.get("tokenizer") or tokenizer_of(""))
+
+    Bridge.boot_transformers = classmethod(boot)
+
+    def too_long(*_: Any) -> None:
+        raise TimeoutError(f"longer than {SECONDS} s")
+
+    signal.signal(signal.SIGALRM, too_long)
+    shell = InteractiveShell.instance()
+    outcomes = []
+    for source in cells_of(notebook):
+        text = source if side == "peer" else source.replace("transformer_lens", "pellucid")
+        text = "\n".join(
+            "pass" if re.match(r"\s*(%pip|!pip|%load_ext|%autoreload|%env)", line) else line
+            for line in text.split("\n")
+        )
+        signal.alarm(SECONDS)
+        try:
+            result = shell.run_cell(text, silent=True)
+            error = result.error_before_exec or result.error_in_exec
+        except BaseException as raised:  # SystemExit of a cell
+            error = raised
+        finally:
+            signal.alarm(0)
+        outcomes.append("" if error is None else f"{type(error).__name__}: {error}"[:300])
+        out.write_text(json.dumps(outcomes), "utf-8")
+
+
+def run(side: str, notebook: Path, tokenizer: Path, folder: Path) -> list[str]:
+    """The outcome of each cell, from a process of its own."""
+    out = folder / f"{notebook.stem}.{side}.json"
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PLOTLY_RENDERER": "json",
+        "MPLBACKEND": "agg",
+        "CI": "1",
+    }
+    command = [sys.executable, __file__, "--one", side, str(notebook), str(tokenizer), str(out)]
+    with (folder / f"{notebook.stem}.{side}.log").open("w") as log:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(command, env=environment, cwd=folder, stdout=log, stderr=log, check=False, timeout=600)
+    return json.loads(out.read_text("utf-8")) if out.exists() else []  # type: ignore[no-any-return]
+
+
+def main() -> None:
+    """Run the notebooks on both sides, print the figures and write them."""
+    if sys.argv[1:2] == ["--one"]:
+        side, notebook, tokenizer, out = sys.argv[2:]
+        run_here(side, Path(notebook), Path(tokenizer), Path(out))
+        return
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--source", type=Path, help="the unpacked source package; fetched without it")
+    parser.add_argument("--work", type=Path, help="where to keep logs; a temporary folder without it")
+    parser.add_argument("--only", nargs="*", help="names of notebooks")
+    parser.add_argument("--out", type=Path)
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = asked.work or Path(temporary)
+        folder.mkdir(exist_ok=True)
+        source = asked.source or fetch(Path(temporary))
+        paths = [source / "demos" / f"{name}.ipynb" for name in asked.only or NOTEBOOKS]
+        make_tokenizer([text for path in paths for text in cells_of(path)], folder / "tokenizer")
+        found = {}
+        for path in paths:
+            peer, ours = (run(side, path, folder / "tokenizer", folder) for side in ("peer", "ours"))
+            ours += ["not reached"] * (len(peer) - len(ours))
+            wanted = [number for number, error in enumerate(peer) if not error]
+            left = {number: ours[number] for number in wanted if ours[number]}
+            found[path.stem] = {
+                "cells": len(cells_of(path)),
+                "peer": len(wanted),
+                "here": len(wanted) - len(left),
+                "left": left,
+            }
+            print(
+                f"{found[path.stem]['here']:4} of {len(wanted):3} of {found[path.stem]['cells']:3} {path.stem}",
+                flush=True,
+            )
+    print(
+        f"{sum(f['here'] for f in found.values())} of {sum(f['peer'] for f in found.values())} cells that run on the peer"
+    )  # type: ignore[misc]
+    if asked.out is not None:
+        asked.out.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""docs/from_transformer_lens.md lists every public name of TransformerLens' bridge, cache and utilities, and says the truth."""
+
+from __future__ import annotations
+
+import re
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+
+import pellucid
+from pellucid import ActivationCache, TransformerBridge, utilities
+from pellucid.peer_names import BRIDGE, CACHE, NOT_HERE, PACKAGE, UTILITIES
+from tests.models import make_bloom
+
+pytest.importorskip("transformer_lens", reason="TransformerLens is not installed (extra 'peer')")
+
+from scripts import make_peer_names_page as page
+
+TEXT = page.PAGE.read_text("utf-8").partition(page.BEGIN)[2].partition(page.END)[0]
+PARTS = dict(zip(page.TITLES, re.split(r"^### .*$", TEXT, flags=re.M)[1:], strict=False))
+METHODS = pytest.mark.skipif(
+    not hasattr(ActivationCache, "decompose_resid"), reason="the cache's methods are not here yet"
+)
+HEADS = pytest.mark.skipif(find_spec("pellucid.head_detector") is None, reason="head_detector is not here yet")
+PLACES = [BRIDGE, pytest.param(CACHE, marks=METHODS), UTILITIES, pytest.param(PACKAGE, marks=HEADS)]
+
+
+@pytest.fixture(scope="module")
+def names() -> dict[str, list[str]]:
+    return page.peers()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_every_name_is_listed_where_it_belongs(place: str, names: dict[str, list[str]]) -> None:
+    same, differ, absent, left = page.answers(place, names[place])
+    assert not left
+    line = next(line for line in PARTS[place].splitlines() if line.startswith("Here, and the same"))
+    assert re.findall(r"`([^`]+)`", line) == same
+    rows = dict(re.findall(r"^\| `([^`]+)` \| (.*) \|$", PARTS[place], flags=re.M))
+    assert rows == differ | absent
+    assert set(page.DIFFERENT[place]) <= set(names[place])
+    assert set(NOT_HERE[place]) <= set(names[place]) | {"component_mapping", "hook_aliases", "processor"}
+
+
+@pytest.mark.parametrize("place", [BRIDGE, UTILITIES, PACKAGE])
+def test_a_name_that_is_not_here_says_so(place: str) -> None:
+    owner: Any = {BRIDGE: TransformerBridge(make_bloom()), UTILITIES: utilities, PACKAGE: pellucid}[place]
+    for name in NOT_HERE[place]:
+        with pytest.raises(AttributeError, match=f"has no {name}, a name of TransformerLens'"):
+            getattr(owner, name)
