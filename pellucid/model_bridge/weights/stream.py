@@ -38,6 +38,9 @@ class ResidualStream:
     def __init__(self, tree: ComponentTree, folds_final_norm: bool) -> None:
         self._tree, self._folds = tree, folds_final_norm
 
+    def __repr__(self) -> str:
+        return f"ResidualStream of {type(self._tree.root).__name__}: norm(name), weight(layer, branch), bias(layer, branch)"
+
     def norm(self, name: str) -> Norm | None:
         """See :meth:`pellucid.decomposition.stream.Stream.norm`."""
         found = self._tree.components.get(name)
