@@ -5,8 +5,8 @@
     python benchmarks/bench_attribution.py --quick      a tiny model; writes nothing
 
 ``stack`` is TransformerLens' way: ``run_with_cache``, ``stack_head_results`` (all vectors of each head) and
-``logit_attrs``. ``labelled`` is ``logit_attribution(by="head", positions="all")``, which makes no head's vectors. Both end
-with the same numbers, which is checked. Time is paired and interleaved, see ``common.py``; memory is the growth of the largest
+``logit_attrs``. ``labelled`` is ``logit_attribution(by="head", positions="all")``, which makes no vectors. Both end with the
+same numbers, which is checked. Time is paired and interleaved, see ``common.py``; memory is the growth of the largest
 resident set (Linux' ``VmHWM``) over what the process held before, each program in a process of its own.
 """
 
