@@ -50,6 +50,7 @@ INTERNAL = {
     "ComponentTree": "inside a bridge",
     "Costs": "inside a sweep",
     "DecoderAdapter": "a table of the code",
+    "DecompositionMethods": "a part of a cache's class",
     "DecoderEdits": "inside the oracle of edits",
     "Draws": "inside a run",
     "Encoder": "inside a corpus",

@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pellucid.decomposition.residual import as_read
+from pellucid.decomposition.residual import read_by
 from pellucid.decomposition.stream import CachedRun, StreamModel, model_of
 from pellucid.errors import InputError
 from pellucid.slices import Slice, SliceInput
+
+AT_ONCE = 16
+"""Parts that are multiplied with directions at a time."""
 
 
 def directions_of(model: StreamModel, tokens: Any, incorrect_tokens: Any | None) -> Tensor:
@@ -45,19 +48,22 @@ def attributed(
     """See :meth:`DecompositionMethods.logit_attrs`."""
     batch = Slice.of(batch_slice)
     directions = directions_of(model_of(run), tokens, incorrect_tokens)
-    read = as_read(run, residual_stack, None, False, pos_slice, batch, has_batch_dim, False)
-    of_rows = has_batch_dim and batch.mode != "int" and read.dim() == 4 and directions.dim() == 2
-    if of_rows and directions.shape[0] == read.shape[1]:
+    stack, norm = read_by(run, residual_stack, None, False, pos_slice, batch, has_batch_dim)
+    of_rows = has_batch_dim and batch.mode != "int" and stack.dim() == 4 and directions.dim() == 2
+    if of_rows and directions.shape[0] == stack.shape[1]:
         directions = directions.unsqueeze(-2)  # a token a row, whatever the position
     try:
-        torch.broadcast_shapes(read.shape, directions.shape)
+        torch.broadcast_shapes(stack.shape, directions.shape)
     except RuntimeError:
         raise InputError(
             f"tokens are one, [batch] or [batch, pos] of the stack {list(residual_stack.shape)}; found "
             f"{list(directions.shape[:-1])}."
         ) from None
-    dtype = torch.promote_types(read.dtype, directions.dtype)
-    return (read.to(dtype) * directions.to(read.device, dtype)).sum(-1)
+    # The norm is taken to the few directions, not to the many parts, whose numbers are then read once and never copied.
+    dtype = torch.promote_types(torch.promote_types(stack.dtype, directions.dtype), norm.scale.dtype)
+    pulled = norm.pulled_back(directions.to(stack.device, dtype).unsqueeze(-1)).squeeze(-1)
+    products = [(parts.to(dtype) * pulled).sum(-1) for parts in stack.split(AT_ONCE)]
+    return torch.cat(products) / norm.scale.to(stack.device).squeeze(-1)
 
 
 def constant_of(model: StreamModel, tokens: Any, incorrect_tokens: Any | None) -> Tensor:

@@ -120,7 +120,8 @@ def _constants(run: CachedRun, layer: int, branch: BranchName, pos: Slice) -> li
     bias, norm = stream.bias(layer, branch), stream.norm_after(layer, branch)
     found = []
     if bias is not None:
-        found.append(bias if norm is None else frozen(run, norm, pos)(bias))
+        written = bias * stream.factor(layer)
+        found.append(written if norm is None else frozen(run, norm, pos)(written))
     if norm is not None and norm.bias is not None:
         found.append(norm.bias)
     return found
@@ -146,11 +147,11 @@ def heads_written(run: CachedRun, layer: int, pos: Slice, onto: Onto | None = No
     norm = stream.norm_after(layer, "attn")
     after = None if norm is None else _over(frozen(run, norm, pos), -2)
     if onto is None or name in run:
-        results = pos.apply(head_results(run, layer), -3)
+        results = pos.apply(head_results(run, layer), -3) * stream.factor(layer)
         written = results if after is None else after(results)
         return written if onto is None else onto.over(-2)(written)
     z = pos.apply(run[z_name], -3)
-    weight, scale = _pulled(stream.weight(layer, "attn"), onto.over(-2), after, z)
+    weight, scale = _pulled(stream.weight(layer, "attn") * stream.factor(layer), onto.over(-2), after, z)
     return _divided(torch.einsum("...hd,hdn->...hn", z.to(weight.dtype), weight), scale)
 
 
@@ -202,7 +203,7 @@ def sources_written(run: CachedRun, layer: int, pos: Slice, onto: Onto) -> Tenso
     values = run[f"blocks.{layer}.attn.hook_v"]
     group = pattern.shape[-2] // values.shape[-2]
     values = values.repeat_interleave(group, -2) if group > 1 else values
-    weight, scales = _pulled(stream.weight(layer, "attn"), onto.over(-2).over(-2), after, values)
+    weight, scales = _pulled(stream.weight(layer, "attn") * stream.factor(layer), onto.over(-2).over(-2), after, values)
     said = torch.einsum("...shd,hdn->...hsn", values.to(weight.dtype), weight)
     if pattern.dim() == values.dim():  # several positions of each row
         said = said.unsqueeze(-4)
@@ -227,6 +228,7 @@ def neurons_written(run: CachedRun, layer: int, neurons: Slice, pos: Slice, onto
         )
     post = neurons.apply(pos.apply(run[name], -2), -1)
     weight, norm = neurons.apply(model.stream.weight(layer, "mlp"), 0), model.stream.norm_after(layer, "mlp")
+    weight = weight * model.stream.factor(layer)
     after = None if norm is None else _over(frozen(run, norm, pos), -2)
     if onto is not None:
         projected, scales = _pulled(weight, onto.over(-2), after, post)

@@ -109,21 +109,45 @@ def as_read(
     recompute_ln: bool,
 ) -> Tensor:
     """See :meth:`DecompositionMethods.apply_ln_to_stack`."""
+    model = model_of(run)
+    end = end_of(model, layer)
+    if recompute_ln and end == model.cfg.n_layers:
+        stack = _rows_of(run, residual_stack, Slice.of(batch_slice), has_batch_dim)
+        return with_ln(run, stack, end, mlp_input, Slice.of(pos_slice), recompute=True)
+    stack, norm = read_by(run, residual_stack, layer, mlp_input, pos_slice, batch_slice, has_batch_dim)
+    return norm(stack)
+
+
+def read_by(
+    run: CachedRun,
+    residual_stack: Tensor,
+    layer: int | None,
+    mlp_input: bool,
+    pos_slice: Slice | SliceInput,
+    batch_slice: Slice | SliceInput,
+    has_batch_dim: bool,
+) -> tuple[Tensor, Frozen]:
+    """The rows of a stack that are asked for, and the norm that reads them, its scale at their rows and positions."""
     model, pos, batch = model_of(run), Slice.of(pos_slice), Slice.of(batch_slice)
+    end = end_of(model, layer)
+    check_mlp_input(model, end, mlp_input)
+    stack = _rows_of(run, residual_stack, batch, has_batch_dim)
+    return stack, _fitting(frozen(run, reader_of(model, end, mlp_input), pos, batch), stack)
+
+
+def _rows_of(run: CachedRun, residual_stack: Tensor, batch: Slice, has_batch_dim: bool) -> Tensor:
+    """A stack at some rows.
+
+    Raises:
+        InputError: no stack of this model's residuals.
+    """
     check_kind("residual_stack", residual_stack, Tensor, "a tensor [row, batch, pos, d_model]")
-    d_model = model.cfg.d_model
+    d_model = model_of(run).cfg.d_model
     if residual_stack.shape[-1] != d_model:
         raise InputError(
             f"residual_stack holds residuals of {d_model} features; found shape {list(residual_stack.shape)}."
         )
-    end = end_of(model, layer)
-    check_mlp_input(model, end, mlp_input)
-    if has_batch_dim and batch.mode != "identity":
-        residual_stack = batch.apply(residual_stack, 1)
-    if recompute_ln and end == model.cfg.n_layers:
-        return with_ln(run, residual_stack, end, mlp_input, pos, recompute=True)
-    norm = frozen(run, reader_of(model, end, mlp_input), pos, batch)
-    return _fitting(norm, residual_stack)(residual_stack)
+    return batch.apply(residual_stack, 1) if has_batch_dim and batch.mode != "identity" else residual_stack
 
 
 def _fitting(norm: Frozen, stack: Tensor) -> Frozen:

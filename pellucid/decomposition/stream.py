@@ -55,6 +55,9 @@ class Stream(Protocol):
     def bias(self, layer: int, branch: BranchName) -> Tensor | None:
         """``[d_model]``: what the same map adds, ``None`` where it adds nothing."""
 
+    def factor(self, layer: int) -> float:
+        """What the output of a block's branches is multiplied with before it is added."""
+
     def norm_after(self, layer: int, branch: BranchName) -> Norm | None:
         """The norm that the output of a branch goes through before it is added, ``None`` for none."""
 

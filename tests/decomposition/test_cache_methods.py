@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pellucid import ActivationCache, TransformerBridge
 from pellucid.errors import CacheKeyError, InputError, PellucidWarning, StoreError
+from pellucid.model_bridge.generalized_components.block import BlockBridge
 from pellucid.slices import Slice
 from tests.families import make_family
 from tests.models import make_bloom, random_tokens
@@ -317,3 +318,27 @@ def test_residuals_that_a_parallel_block_has_not() -> None:
         cached.accumulated_resid(incl_mid=True)
     with pytest.raises(InputError, match="mlp_input=True asks for the residual between"):
         cached.decompose_resid(1, mlp_input=True)
+
+
+def test_what_a_block_multiplies_its_branches_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that adds half of what its branches give, with weights twice as large, is the same model: so are its parts."""
+    plain, doubled = (TransformerBridge(make_bloom(DOUBLE)) for _ in range(2))
+    cached = plain.run_with_cache(random_tokens())[1]
+    with torch.no_grad():
+        for block in doubled.blocks:
+            for weight in (block.attn.W_O, block.attn.b_O, block.mlp.W_out, block.mlp.b_out):
+                weight *= 2
+    monkeypatch.setattr(BlockBridge, "factor", 0.5)
+    half = ActivationCache(dict(cached), doubled)
+    direction = torch.randn(48, dtype=DOUBLE)
+    for given in (None, direction):
+        torch.testing.assert_close(
+            half.get_full_resid_decomposition(project_output_onto=given),
+            _with_factor_of_one(monkeypatch, cached, given),
+        )
+
+
+def _with_factor_of_one(monkeypatch: pytest.MonkeyPatch, cached: ActivationCache, direction: Tensor | None) -> Any:
+    with monkeypatch.context() as usual:
+        usual.setattr(BlockBridge, "factor", 1.0)
+        return cached.get_full_resid_decomposition(project_output_onto=direction)

@@ -32,7 +32,101 @@ POSITIONS = "pellucid/model_bridge/running/run_positions.py"
 WEIGHTS = "pellucid/model_bridge/weights"
 FAMILY_WEIGHTS = "tests/model_bridge/test_family_weights.py"
 
+DECOMPOSITION = "pellucid/decomposition"
+IDENTITIES = "tests/decomposition/test_identities.py"
+
 FAULTS = (
+    Fault(
+        "a part is read without the norm's gain, as TransformerLens reads it",
+        f"{DECOMPOSITION}/stream.py",
+        "return divided if self.norm.gain is None else divided * self.norm.gain.to(divided)",
+        "return divided",
+        f"{IDENTITIES} -k blocks_norm",
+    ),
+    Fault(
+        "a logit is attributed without the norm's gain",
+        f"{DECOMPOSITION}/stream.py",
+        "pulled = self.norm.gain.to(pulled)[:, None] * pulled",
+        "pulled = pulled",
+        f"{IDENTITIES} -k logits",
+    ),
+    Fault(
+        "heads are shown before the norm that follows attention",
+        f"{DECOMPOSITION}/parts.py",
+        "        written = results if after is None else after(results)",
+        "        written = results",
+        f"{IDENTITIES} -k residual",
+    ),
+    Fault(
+        "a norm that centres is taken for one that does not",
+        f"{WEIGHTS}/stream.py",
+        "        centres = self._tree.adapter.family.norm.centres\n",
+        "        centres = found.centres\n",
+        f"{IDENTITIES} -k logits",
+    ),
+    Fault(
+        "the final norm's gain is applied twice where W_U has it folded in",
+        f"{WEIGHTS}/stream.py",
+        'if name == "ln_final" and self._folds:',
+        "if False:",
+        "tests/decomposition/test_cache_methods.py -k processed",
+    ),
+    Fault(
+        "an adapter's output map is read off the layer under it",
+        f"{WEIGHTS}/stream.py",
+        "    return known and plain_weight(module, kind)",
+        "    return True",
+        "tests/decomposition/test_cache_methods.py -k adapter",
+    ),
+    Fault(
+        "biases that slow_but_exact leaves out are shown",
+        f"{WEIGHTS}/stream.py",
+        "        if cfg.sums_weight_slices:\n            return None\n",
+        "",
+        "tests/decomposition/test_cache_methods.py -k slow",
+    ),
+    Fault(
+        "the lens forgets what the model does to its logits",
+        f"{DECOMPOSITION}/readout.py",
+        "    logits: Tensor = model.run_with_hooks(given, fwd_hooks=instead, start_at_layer=model.cfg.n_layers)",
+        "    logits: Tensor = model.stream.final_norm(given) @ model.W_U + model.b_U",
+        f"{IDENTITIES} -k lens",
+    ),
+    Fault(
+        "a tuple of positions is a list of them",
+        "pellucid/slices.py",
+        "elif isinstance(input_slice, tuple | slice):",
+        "elif isinstance(input_slice, slice):",
+        "tests/test_slices.py",
+    ),
+    Fault(
+        "a cache that is moved is another one",
+        "pellucid/activation_cache.py",
+        "        self.cache_dict.update({name: tensor[0] for name, tensor in self.cache_dict.items()})",
+        "        self.cache_dict = dict(self.cache_dict) if self.has_batch_dim else {}",
+        "tests/decomposition/test_cache_methods.py -k in_place",
+    ),
+    Fault(
+        "a saved cache of another model is taken",
+        "pellucid/activation_cache.py",
+        "        made._refuse_other_model(file.name)\n",
+        "",
+        "tests/decomposition/test_cache_methods.py -k files",
+    ),
+    Fault(
+        "a head's attribution is laid to the wrong source",
+        f"{DECOMPOSITION}/parts.py",
+        'pattern = pos.apply(run[f"blocks.{layer}.attn.hook_pattern"].movedim(-2, -3), -3)',
+        'pattern = pos.apply(run[f"blocks.{layer}.attn.hook_pattern"].movedim(-2, -3).flip(-1), -3)',
+        "tests/analysis/test_attribution.py -k experiment",
+    ),
+    Fault(
+        "padded prompts are attributed at their last column",
+        "pellucid/analysis/attribution.py",
+        "        last = last_real(self.prompts.real).tolist()",
+        "        last = [self.prompts.length - 1] * self.prompts.n_rows",
+        "tests/analysis/test_attribution.py -k padded",
+    ),
     Fault(
         "a job's identity knows BLOOM's attributes only",
         "pellucid/model_bridge/supported_architectures/registry.py",

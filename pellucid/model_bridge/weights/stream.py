@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pellucid.decomposition.stream import BranchName, Norm
 from pellucid.dtypes import widened
 from pellucid.model_bridge.generalized_components import GeneralizedComponent, NormalizationBridge
+from pellucid.model_bridge.generalized_components.block import BlockBridge
 from pellucid.model_bridge.generalized_components.weights import CONV1D, linear_weight, plain_weight
 from pellucid.model_bridge.hooking.mounting import ComponentTree
 from pellucid.model_bridge.weights.form import shift_of
@@ -38,6 +39,9 @@ class ResidualStream:
     def __init__(self, tree: ComponentTree, folds_final_norm: bool) -> None:
         self._tree, self._folds = tree, folds_final_norm
 
+    def __repr__(self) -> str:
+        return f"ResidualStream of {type(self._tree.root).__name__}: norm(name), weight(layer, branch), bias(layer, branch)"
+
     def norm(self, name: str) -> Norm | None:
         """See :meth:`pellucid.decomposition.stream.Stream.norm`."""
         found = self._tree.components.get(name)
@@ -52,6 +56,10 @@ class ResidualStream:
     def norm_after(self, layer: int, branch: BranchName) -> Norm | None:
         """See :meth:`pellucid.decomposition.stream.Stream.norm_after`."""
         return self.norm(f"blocks.{layer}.{'ln1_post' if branch == 'attn' else 'ln2_post'}")
+
+    def factor(self, layer: int) -> float:
+        """See :meth:`pellucid.decomposition.stream.Stream.factor`."""
+        return cast(BlockBridge, self._tree.components[f"blocks.{layer}"]).factor
 
     def weight(self, layer: int, branch: BranchName) -> Tensor:
         """See :meth:`pellucid.decomposition.stream.Stream.weight`."""
