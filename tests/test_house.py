@@ -49,7 +49,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("", "model_bridge", "sweep.*"),
     ("experiments.*",),
     ("analysis.*", "demo.*", "patching.*", "scale.*"),
-    ("plots.*", "report.*"),
+    ("head_detector", "plots.*", "report.*"),
     ("cli.*",),
     ("__main__",),
 )
@@ -76,6 +76,7 @@ WITHOUT_TORCH = (
     "progress",
     "tables",
     "token_text",
+    "cli.analyses",
     "cli.app",
     "cli.files",
     "cli.options",

@@ -95,6 +95,9 @@ EXPLAINED: dict[tuple[str, str], str] = {
     ("attention_pattern", "tokenizer"): "Hugging Face's, or any that decodes alike",
     ("estimate_cache", "incl_bwd"): TRUTH,
     ("to_tokens", "prepend_bos"): TRUTH,
+    ("head_scores", "prior"): TRUTH,
+    ("stripe_ceiling", "bos"): TRUTH,
+    ("composition_scores", "broadcast_dims"): TRUTH,
     ("ablation", "change"): TRUTH,
 }
 """Of one call."""
