@@ -352,10 +352,10 @@ def test_what_a_reading_says(bridge: TransformerBridge) -> None:
 
 def test_chunks_do_not_matter(bridge: TransformerBridge, monkeypatch: pytest.MonkeyPatch) -> None:
     lens, tokens = LogitLens(bridge), TOKENS["one"][:1]
-    whole = {norm: lens.read(tokens, tokens=[3], norm=norm) for norm in ("recomputed", "frozen")}
+    whole = {norm: lens.read(tokens, positions=None, tokens=[3], norm=norm) for norm in ("recomputed", "frozen")}
     monkeypatch.setattr("pellucid.analysis.lens.readout.CHUNK", 5 * 97)
     for norm, found in whole.items():
-        chunked = lens.read(tokens, tokens=[3], norm=norm)
+        chunked = lens.read(tokens, positions=None, tokens=[3], norm=norm)
         for name in ("logit", "kl", "top_probability", "entropy"):
             torch.testing.assert_close(torch.from_numpy(chunked[name].values), torch.from_numpy(found[name].values))
     # With the scale of the last residual, what a layer adds to a logit is what its blocks wrote: it is linear.
@@ -396,7 +396,7 @@ def test_adding_a_direction_raises_its_token(demo: TransformerBridge) -> None:
         before = demo(prompt)[0, -1].log_softmax(-1)[token]
         after = demo.run_with_hooks(prompt, fwd_hooks=[(point_of(3), add)])[0, -1].log_softmax(-1)[token]
     assert float(after) > float(before) + 1
-    found = lens.read(prompt, tokens=" work", positions=-1)
+    found = lens.read(prompt, tokens=" work")
     assert found.token_text.values.tolist() == ["·work"]
     assert found.text.values.tolist() == ["·to"]
 

@@ -11,7 +11,7 @@ from tests.arguments.bench import NAN, Call, Line, Of, a_path, choice, made, num
 
 RESULT = Of(lambda bench: bench.array)
 TITLES = {"title": "t", "unit": "u"}
-READING = Of(lambda bench: LogitLens(bench.bridge).read(bench.ids, tokens=[5]))
+READING = Of(lambda bench: LogitLens(bench.bridge).read(bench.ids, tokens=[5], positions=None))
 SCORES = Of(lambda bench: head_scores(bench.bridge, bench.ids, prior=False))
 
 CALLS: dict[str, Call] = {

@@ -30,7 +30,6 @@ from tests.arguments.bench import (
     whole,
 )
 
-
 DATA_SET = xr.Dataset({"a": ("pos", [1.0, 2.0])}, attrs={"analysis": "x"})
 
 

@@ -74,9 +74,11 @@ def main() -> None:
             torch.full((48,), 3, dtype=torch.int64),
         )
         tokens = torch.randint(0, 97, (1, 9), generator=generator)
-        ours["readout"] = [lens.read(tokens, top_k=5).top_id.sel(layer=layer).values.tolist() for layer in (1, 2, 3)]
+        ours["readout"] = [
+            lens.read(tokens, positions=None, top_k=5).top_id.sel(layer=layer).values.tolist() for layer in (1, 2, 3)
+        ]
         ours["readout values"] = [
-            lens.read(tokens, top_k=5).top_logit.sel(layer=layer).values.tolist() for layer in (1, 2, 3)
+            lens.read(tokens, positions=None, top_k=5).top_logit.sel(layer=layer).values.tolist() for layer in (1, 2, 3)
         ]
         with tempfile.TemporaryDirectory() as folder:
             save_published(lens, Path(folder) / "ours.pt", dtype=torch.float32)
