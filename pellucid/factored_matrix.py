@@ -269,3 +269,39 @@ def _kept(item: Any) -> Any:
     if isinstance(item, int) and not isinstance(item, bool):
         return slice(item, item + 1 if item != -1 else None)
     return item
+
+
+def composition_scores(left: FactoredMatrix, right: FactoredMatrix, broadcast_dims: bool = True) -> Tensor:
+    """``|left @ right| / (|left| |right|)``, Frobenius norms; nothing of the outer sizes is formed.
+
+    Args:
+        left: ``[*left, ldim, inner]``.
+        right: ``[*right, inner, rdim]``.
+        broadcast_dims: every left with every right; ``False`` takes leading axes as they meet.
+
+    Returns:
+        ``[*left, *right]``, or the leading axes as they meet.
+
+    Raises:
+        InputError: inner sizes that differ, leading axes that do not broadcast.
+    """
+    check_kind("left", left, FactoredMatrix, "a FactoredMatrix")
+    check_kind("right", right, FactoredMatrix, "a FactoredMatrix")
+    if left.rdim != right.ldim:
+        raise InputError(f"The inner sizes differ: left is {tuple(left.shape)} and right {tuple(right.shape)}.")
+    mine, other = left.collapse_l(), right.collapse_r()  # norms stay as they are: orthogonal parts are gone
+    norms_left, norms_right = mine.norm(dim=(-2, -1)), other.norm(dim=(-2, -1))
+    if not broadcast_dims:
+        try:
+            scores: Tensor = (mine @ other).norm(dim=(-2, -1)) / norms_left / norms_right
+            return scores
+        except RuntimeError:
+            raise InputError(
+                f"The leading axes of {tuple(left.shape)} and {tuple(right.shape)} do not broadcast."
+            ) from None
+    # One left at a time: all products at once would be [*left, *right, rank, rank].
+    products = [(each @ other).norm(dim=(-2, -1)) for each in mine.reshape(-1, *mine.shape[-2:])]
+    leading = left.shape[:-2]
+    together = torch.stack(products).reshape(*leading, *right.shape[:-2])
+    every: Tensor = together / norms_left.reshape(*leading, *[1] * (right.ndim - 2)) / norms_right
+    return every

@@ -28,47 +28,11 @@ import pellucid
 from pellucid.arguments import check_choice, check_count, check_kind
 from pellucid.dtypes import widened
 from pellucid.errors import InputError
-from pellucid.factored_matrix import FactoredMatrix
+from pellucid.factored_matrix import FactoredMatrix, composition_scores
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.tables import BriefFields
 
 Mode: TypeAlias = Literal["Q", "K", "V"]
-
-
-def composition_scores(left: FactoredMatrix, right: FactoredMatrix, broadcast_dims: bool = True) -> Tensor:
-    """``|left @ right| / (|left| |right|)``, Frobenius norms; nothing of the outer sizes is formed.
-
-    Args:
-        left: ``[*left, ldim, inner]``.
-        right: ``[*right, inner, rdim]``.
-        broadcast_dims: every left with every right; ``False`` takes leading axes as they meet.
-
-    Returns:
-        ``[*left, *right]``, or the leading axes as they meet.
-
-    Raises:
-        InputError: inner sizes that differ, leading axes that do not broadcast.
-    """
-    check_kind("left", left, FactoredMatrix, "a FactoredMatrix")
-    check_kind("right", right, FactoredMatrix, "a FactoredMatrix")
-    if left.rdim != right.ldim:
-        raise InputError(f"The inner sizes differ: left is {tuple(left.shape)} and right {tuple(right.shape)}.")
-    mine, other = left.collapse_l(), right.collapse_r()  # norms stay as they are: orthogonal parts are gone
-    norms_left, norms_right = mine.norm(dim=(-2, -1)), other.norm(dim=(-2, -1))
-    if not broadcast_dims:
-        try:
-            scores: Tensor = (mine @ other).norm(dim=(-2, -1)) / norms_left / norms_right
-            return scores
-        except RuntimeError:
-            raise InputError(
-                f"The leading axes of {tuple(left.shape)} and {tuple(right.shape)} do not broadcast."
-            ) from None
-    # One left at a time: all products at once would be [*left, *right, rank, rank].
-    products = [(each @ other).norm(dim=(-2, -1)) for each in mine.reshape(-1, *mine.shape[-2:])]
-    leading = left.shape[:-2]
-    together = torch.stack(products).reshape(*leading, *right.shape[:-2])
-    every: Tensor = together / norms_left.reshape(*leading, *[1] * (right.ndim - 2)) / norms_right
-    return every
 
 
 def head_composition(ov: FactoredMatrix, qk: FactoredMatrix, mode: Mode) -> Tensor:
@@ -200,8 +164,8 @@ def composition(bridge: TransformerBridge, mode: Mode) -> xr.DataArray:
         mode: of what the later head reads: ``"Q"`` (queries), ``"K"`` (keys) or ``"V"`` (values).
 
     Returns:
-        ``[layer, head, to_layer, to_head]``, 0 to 1; 0 where ``to_layer`` is not later. Two random maps of rank r have about
-        ``sqrt(1 / d_model)`` times a number near ``sqrt(r)`` over ``sqrt(r)``: compare with other pairs, not with 0.
+        ``[layer, head, to_layer, to_head]``, 0 to 1; 0 where ``to_layer`` is not later. Two random maps score about
+        ``1 / sqrt(d_model)``, whatever their rank (``attrs["random"]``): compare with that, not with 0.
 
     Raises:
         InputError: another mode.
@@ -217,5 +181,6 @@ def composition(bridge: TransformerBridge, mode: Mode) -> xr.DataArray:
         "pellucid": pellucid.__version__,
         "model": bridge.cfg.model_name,
         "units": "1",
+        "random": bridge.cfg.d_model**-0.5,
     }
     return xr.DataArray(scores, coords, tuple(coords), "composition", about)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pellucid import Corpus, TransformerBridge
-from pellucid.analysis.composition import Circuits, circuits_of, composition, composition_scores
+from pellucid.analysis.composition import Circuits, circuits_of, composition
 from pellucid.analysis.heads import (
     HEAD_PATTERNS,
     PREFIX_MATCHING,
@@ -26,7 +26,7 @@ from pellucid.analysis.heads import (
 )
 from pellucid.demo import load_demo_bridge
 from pellucid.errors import InputError
-from pellucid.factored_matrix import FactoredMatrix
+from pellucid.factored_matrix import FactoredMatrix, composition_scores
 from pellucid.head_detector import detect_head
 from tests.families import CONFIGS, make_family, of_each_layout
 from tests.models import make_bloom, random_tokens
@@ -119,6 +119,17 @@ def test_the_embedded_models_heads() -> None:
     ours = head_scores(bridge, text, ["previous_token", "duplicate_token", "induction"])["share"].isel(prompt=0)
     for name in ("previous_token", "duplicate_token", "induction"):
         np.testing.assert_allclose(ours.sel(pattern=name), detect_head(bridge, text, f"{name}_head"), rtol=1e-5)  # type: ignore[arg-type]
+
+
+def test_a_detection_writes_to_no_cache() -> None:
+    bridge = load_demo_bridge()
+    with torch.no_grad():
+        _, cache = bridge.run_with_cache("a b c a b c", remove_batch_dim=True)
+    before = cache["pattern", 0].clone()
+    settings: dict[str, Any] = {"cache": cache, "exclude_bos": True, "exclude_current_token": True}
+    for measure in ("mul", "abs"):
+        detect_head(bridge, "a b c a b c", "induction_head", error_measure=measure, **settings)  # type: ignore[arg-type]
+    assert torch.equal(cache["pattern", 0], before)
 
 
 def test_rows_are_scored_without_their_padding() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from pellucid.analysis import composition, heads
-from pellucid.factored_matrix import FactoredMatrix
+from pellucid.factored_matrix import FactoredMatrix, composition_scores
 from tests.arguments.bench import (
     BRIDGE,
     CORPUS,
@@ -41,7 +41,7 @@ CALLS: dict[str, Call] = {
     "stripe_ceiling": made(heads.stripe_ceiling, length=20, bos=True),
     "copying_scores": made(heads.copying_scores, bridge=BRIDGE),
     "in_context_learning": not_run(made(heads.in_context_learning, bridge=BRIDGE, corpus=CORPUS, early=2, late=8)),
-    "composition_scores": made(composition.composition_scores, left=MATRIX, right=MATRIX),
+    "composition_scores": made(composition_scores, left=MATRIX, right=MATRIX),
     "head_composition": made(composition.head_composition, ov=MATRIX, qk=MATRIX, mode="Q"),
     "by_query_head": made(composition.by_query_head, weights=torch.ones(1, 2, 3), n_heads=4),
     "circuits_of": made(composition.circuits_of, bridge=BRIDGE),
