@@ -117,7 +117,8 @@ def _print(
     console, prompts = results(format), scores.attrs["prompts"]
     console.print(
         Text.assemble(
-            (f"{scores.sizes['prompt']} prompts  ", "bold"), prompts if isinstance(prompts, str) else "  ".join(prompts)
+            (f"{scores.sizes['prompt']} prompt{'s' * (scores.sizes['prompt'] > 1)}  ", "bold"),
+            prompts if isinstance(prompts, str) else "  ".join(prompts),
         )
     )
     for pattern, heads in strongest.items():

@@ -175,9 +175,9 @@ class StoppedError(Exception):
 
 
 def fits(bridge: TransformerBridge) -> Iterator[tuple[Any, dict[str, Any]]]:
-    yield JacobianLens, {"skip_first": 2, "cotangents": 16, "rows_per_prompt": 40}
-    yield TunedLens, {"batch_size": 2, "epochs": 2}
-    yield TunedLens, {"batch_size": 4, "optimizer": "adam"}
+    yield JacobianLens, {"skip_first": 2, "cotangents": 20, "rows_per_prompt": 20, "stop_row": 2}
+    yield TunedLens, {"batch_size": 1, "epochs": 2, "stop_row": 2}
+    yield TunedLens, {"batch_size": 1, "optimizer": "adam", "stop_row": 2}
 
 
 def test_a_fit_goes_on_with_equal_bits(

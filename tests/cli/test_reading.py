@@ -83,9 +83,10 @@ def test_heads_from_the_shell(tmp_path: Path) -> None:
     assert best["score"] == pytest.approx(float(mean.sel(layer=best["layer"], head=best["head"])))
     assert f"L{best['layer']}H{best['head']}" in done.stdout
     assert "induction by position" in picture.read_text("utf-8")
-    text = cli("heads", "demo", "the right to life", "--pattern", "induction")
+    text = cli("heads", "demo", "Everyone has", "--pattern", "induction")
     assert text.exit_code == 0, text.stderr
     assert "no token of the prompts has any" in text.stdout
+    assert text.stdout.startswith("1 prompt  Everyone")
 
 
 def test_a_data_set_comes_back() -> None:
