@@ -25,6 +25,8 @@ from pellucid.analysis.lens import (
 )
 from pellucid.analysis.lens.jacobian import jacobian_rows
 from pellucid.analysis.lens.readout import divergence
+from pellucid.demo import LENSES_FOLDER
+from pellucid.demo.texts import held_out_halves
 from pellucid.errors import CorpusError, InputError, OtherJobError, WeightError
 from tests.families import make_family
 from tests.models import make_bloom, random_tokens
@@ -381,6 +383,22 @@ def test_hooks_act_in_the_run_and_not_in_the_head(bridge: TransformerBridge) -> 
     assert calls == ["blocks.0.hook_resid_post", "ln_final.hook_out"]
     assert found["logit"].sel(layer=0).equals(plain["logit"].sel(layer=0))
     assert not found["logit"].sel(layer=3).equals(plain["logit"].sel(layer=3))
+
+
+def test_the_embedded_models_lenses(demo: TransformerBridge) -> None:
+    """They come with the package, fit its weights, and say more of unseen text than the logit lens does."""
+    files = sorted(LENSES_FOLDER.iterdir())
+    assert [file.stem for file in files] == ["jacobian", "tuned"]
+    assert sum(file.stat().st_size for file in files) < 300_000
+    paragraphs = [held_out_halves()[1][language][0] for language in ("en", "fr", "zh")]
+    found = {
+        lens.kind: [lens.read(text, positions=None, top_k=1).kl.mean("pos") for text in paragraphs]
+        for lens in (LogitLens(demo), *(load_lens(file, demo) for file in files))
+    }
+    for layer in (1, 2, 3):
+        means = {kind: sum(float(each.sel(layer=layer)) for each in kls) for kind, kls in found.items()}
+        assert means["tuned"] < 0.6 * means["logit"]
+        assert layer == 3 or means["Jacobian"] < 0.8 * means["logit"]
 
 
 def test_adding_a_direction_raises_its_token(demo: TransformerBridge) -> None:
