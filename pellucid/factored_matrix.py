@@ -303,29 +303,39 @@ def _kept(item: Any) -> Any:
 
 
 def composition_scores(left: FactoredMatrix, right: FactoredMatrix, broadcast_dims: bool = True) -> Tensor:
-    """How much of what ``left`` writes ``right`` reads: ``|left right| / (|left| |right|)``, Frobenius norms (Elhage 2021).
-
-    The products are never formed: norms are those of the small factors.
+    """``|left @ right| / (|left| |right|)``, Frobenius norms; nothing of the outer sizes is formed.
 
     Args:
-        left: ``[..., ldim, d]``.
-        right: ``[..., d, rdim]``.
-        broadcast_dims: score every left one with every right one; else leading axes broadcast.
+        left: ``[*left, ldim, inner]``.
+        right: ``[*right, inner, rdim]``.
+        broadcast_dims: every left with every right; ``False`` takes leading axes as they meet.
 
     Returns:
-        ``[*left's leading axes, *right's]``, or their broadcast.
+        ``[*left, *right]``, or the leading axes as they meet.
 
     Raises:
-        InputError: the inner sizes differ.
+        InputError: inner sizes that differ, leading axes that do not broadcast.
     """
+    check_kind("left", left, FactoredMatrix, "a FactoredMatrix")
+    check_kind("right", right, FactoredMatrix, "a FactoredMatrix")
     if left.rdim != right.ldim:
         raise InputError(
             f"Composition scores need left.rdim and right.ldim to be equal: shapes are {tuple(left.shape)} and "
             f"{tuple(right.shape)}."
         )
-    write, read = left.collapse_l(), right.collapse_r()
-    if broadcast_dims:
-        write = write[(..., *(None,) * (read.dim() - 2), slice(None), slice(None))]
-    both: Tensor = torch.linalg.matrix_norm(write @ read)
-    scores: Tensor = both / torch.linalg.matrix_norm(write) / torch.linalg.matrix_norm(read)
-    return scores
+    mine, other = left.collapse_l(), right.collapse_r()  # norms stay as they are: orthogonal parts are gone
+    norms_left, norms_right = mine.norm(dim=(-2, -1)), other.norm(dim=(-2, -1))
+    if not broadcast_dims:
+        try:
+            scores: Tensor = (mine @ other).norm(dim=(-2, -1)) / norms_left / norms_right
+            return scores
+        except RuntimeError:
+            raise InputError(
+                f"The leading axes of {tuple(left.shape)} and {tuple(right.shape)} do not broadcast."
+            ) from None
+    # One left at a time: all products at once would be [*left, *right, rank, rank].
+    products = [(each @ other).norm(dim=(-2, -1)) for each in mine.reshape(-1, *mine.shape[-2:])]
+    leading = left.shape[:-2]
+    together = torch.stack(products).reshape(*leading, *right.shape[:-2])
+    every: Tensor = together / norms_left.reshape(*leading, *[1] * (right.ndim - 2)) / norms_right
+    return every

@@ -15,6 +15,7 @@ import torch
 
 import pellucid
 from pellucid import Corpus, TransformerBridge
+from pellucid.analysis.composition import circuits_of
 from pellucid.analysis.lens import LogitLens, fitting
 from pellucid.analysis.lens.files import LensFile
 from pellucid.analysis.lens.readout import RowStatistics
@@ -165,6 +166,7 @@ def objects(bridge: TransformerBridge, tmp_path_factory: pytest.TempPathFactory)
         "run": seen[1],
         "conversion": ChainTensorConversion([RearrangeTensorConversion("b p d -> b p d")]),
         "sweep": sweep,
+        "circuits": circuits_of(bridge),
         "lens": LogitLens(bridge),
         "fit": fitting.Fit(corpus),
         "fit's state": fitting.FitState({"rows": many}, {"label 0": 1}, 5, {}),

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 import pellucid
+from pellucid.cli import analyses
 from pellucid.cli.files import (
     DEMO_FILES,
     PATCH_FILES,
@@ -190,6 +191,16 @@ def run(
         from pellucid.cli.run import RunRequest, run_text
 
         run_text(choice, RunRequest(prompt, tuple(hooks or ()), out, top_k, prepend_bos), format)
+
+
+app.command(
+    short_help="What the model would say after each layer.",
+    epilog=example("pellucid lens demo 'Everyone has the right to' --lens tuned --picture lens.html"),
+)(analyses.lens)
+app.command(
+    short_help="Which heads look at copies, and at the token before.",
+    epilog=example("pellucid heads demo --pattern induction --picture heads.html"),
+)(analyses.heads)
 
 
 @app.command(

@@ -16,6 +16,9 @@ from pellucid.model_bridge.transformer_bridge import TransformerBridge
 MODEL_FOLDER = Path(__file__).parent / "model"
 """Configuration, float16 weights and tokenizer."""
 
+LENSES_FOLDER = Path(__file__).parent / "lenses"
+"""A tuned and a Jacobian lens of it, fitted by ``scripts/fit_demo_lenses.py``."""
+
 
 def load_demo_bridge(dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> TransformerBridge:
     """The embedded model, bridged; in float32 unless told otherwise, as its figures were measured."""

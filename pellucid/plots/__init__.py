@@ -12,7 +12,9 @@ from __future__ import annotations
 from pellucid.plots.attention import attention_pattern
 from pellucid.plots.bar_charts import bars
 from pellucid.plots.examples import TokenExample, examples_page
+from pellucid.plots.heads import head_map
 from pellucid.plots.heat_maps import heat_map, heat_maps
+from pellucid.plots.lens import lens_table
 from pellucid.plots.picture import Picture
 from pellucid.plots.saving import check_picture_path, save_picture
 
@@ -23,7 +25,9 @@ __all__ = [
     "bars",
     "check_picture_path",
     "examples_page",
+    "head_map",
     "heat_map",
     "heat_maps",
+    "lens_table",
     "save_picture",
 ]

@@ -111,7 +111,8 @@ def _heat_map(picture: Picture, panel: Panel, number: int) -> Heatmap:
     assert panel.scale is not None
     shown: dict[str, Any] = {"hovertext": _hovers(picture, panel), "hoverinfo": "text", "hoverongaps": True}
     if picture.printed:
-        shown |= {"text": picture.printed_in(panel), "texttemplate": "%{text}"}
+        texts = [[escaped(text) for text in row] for row in picture.printed_in(panel)]
+        shown |= {"text": texts, "texttemplate": "%{text}"}
     axes = {"xaxis": f"x{_key(number)}", "yaxis": f"y{_key(number)}"}
     colours = f"coloraxis{_key(picture.scales.index(panel.scale))}"
     return Heatmap(z=panel.values, coloraxis=colours, name=escaped(visible(panel.heading)) or None, **shown, **axes)

@@ -146,7 +146,8 @@ def _sizes(picture: Picture) -> tuple[int, float, float]:
         bar = max(14.0, 14.0 * len(picture.series) + 8)
         return 1, max(wide, min(bar * len(x), _MOST_BARS)), 2 * high if panels == 1 else high
     cell = _PRINTED_CELL if picture.printed else _CELL
-    wide = max(_SMALLEST_PANEL, min(cell * len(x), _WIDEST))
+    widest = picture.widest_text  # a text has to fit, however wide the picture becomes
+    wide = max(_SMALLEST_PANEL, min(cell * len(x), _WIDEST), (widest + 8.0) * len(x) if widest else 0.0)
     high = max(_SMALLEST_PANEL / 2, min((0.75 if picture.printed else 1.0) * cell * len(y), _HIGHEST))
     columns = _best_columns(panels, wide, high, int(_WIDEST / (_NARROWEST_CELL * len(x))))
     if not picture.printed:

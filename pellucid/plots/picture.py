@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pellucid.plots.axis import Axis
-from pellucid.plots.text import visible
+from pellucid.plots.text import cut, visible, width
 
 BALANCE = ("#171c42", "#293a8f", "#0b66bd", "#4590b9", "#8eb5c2", "#d2d8db", "#f1eceb")
 BALANCE_ABOVE = ("#f1eceb", "#e6d2cc", "#d59d89", "#c46548", "#ac2b24", "#780e28", "#3c0911")
@@ -26,6 +26,9 @@ eye, also to those who see few colours. ``balance`` runs from blue through near 
 
 SERIES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 """Okabe and Ito's colours (2008) for bars, which readers with any kind of colour vision tell apart."""
+
+LONGEST_TEXT = 12
+"""Characters of a text in a cell; what is under the pointer has all of them."""
 
 GAP = "#b3b3b3"
 """A place without a finite number."""
@@ -87,11 +90,15 @@ class Panel:
         heading: one line, cut where the panel ends.
         values: float ``[row, column]`` of cells, or heights of bars ``[series, column]``.
         scale: colours of cells.
+        texts: what is written into cells instead of their numbers, ``[row][column]``, one line each.
+        said: more lines under the pointer, ``[row][column]``.
     """
 
     heading: str
     values: np.ndarray
     scale: Scale | None = None
+    texts: tuple[tuple[str, ...], ...] = ()
+    said: tuple[tuple[tuple[str, ...], ...], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +126,14 @@ class Picture:
     square: bool = False
 
     @property
+    def widest_text(self) -> float:
+        """Pixels of the widest text that is written into a cell, 0 where numbers are."""
+        return max(
+            (width(text) for panel in self.panels if panel.texts for row in self.printed_in(panel) for text in row),
+            default=0.0,
+        )
+
+    @property
     def scales(self) -> list[Scale]:
         """The scales of the panels, each once."""
         return list(dict.fromkeys(panel.scale for panel in self.panels if panel.scale is not None))
@@ -130,16 +145,25 @@ class Picture:
         scale = self.y if isinstance(self.y, Scale) else panel.scale
         named = f"{visible(scale.unit)}: " if scale is not None and scale.unit else ""
         above = [visible(panel.heading)] if panel.heading else []
-        return [
+        found = [
             [
                 [*above, *([row] if row else []), column, named + _full(value)]
                 for column, value in zip(columns, values, strict=True)
             ]
             for row, values in zip(rows, panel.values.tolist(), strict=True)
         ]
+        for lines, more in zip(found, panel.said, strict=False):
+            for at, line in enumerate(more):
+                lines[at] += map(visible, line)
+        return found
 
     def printed_in(self, panel: Panel) -> list[list[str]]:
-        """The numbers of a panel as they are written into cells; of all panels with one scale to the same decimals."""
+        """What is written into the cells of a panel: its texts, cut, or its numbers.
+
+        Numbers of all panels with one scale have the same decimals.
+        """
+        if panel.texts:
+            return [[cut(visible(text), LONGEST_TEXT) for text in row] for row in panel.texts]
         shown = np.concatenate([one.values.ravel() for one in self.panels if one.scale == panel.scale])
         decimals = _decimals(float(np.abs(shown[np.isfinite(shown)]).max(initial=0.0)))
         return [[_short(value, decimals) for value in row] for row in panel.values.tolist()]

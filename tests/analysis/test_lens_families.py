@@ -44,15 +44,15 @@ def test_identities(name: str) -> None:
         wanted = bridge(residuals[layer], start_at_layer=last)  # Hugging Face's whole forward from there
         for lens in (plain, zero, same):
             assert torch.equal(lens.logits(residuals[layer], layer), wanted), (lens.kind, layer)
-    found = plain.read(TOKENS[:1], tokens=[3, 4], top_k=3)
+    found = plain.read(TOKENS[:1], positions=None, tokens=[3, 4], top_k=3)
     alone = bridge(TOKENS[:1])[0]
     assert found.kl.dims == ("layer", "pos")
     assert float(found.kl.min()) >= 0
     assert not found.kl.isel(layer=-1).values.any()
     assert torch.equal(torch.from_numpy(found["logit"].values[-1]), alone[:, [3, 4]])
     assert found.top_id.values[-1, :, 0].tolist() == alone.argmax(-1).tolist()
-    assert found.equals(zero.read(TOKENS[:1], tokens=[3, 4], top_k=3))
-    assert found.equals(same.read(TOKENS[:1], tokens=[3, 4], top_k=3))
+    assert found.equals(zero.read(TOKENS[:1], positions=None, tokens=[3, 4], top_k=3))
+    assert found.equals(same.read(TOKENS[:1], positions=None, tokens=[3, 4], top_k=3))
 
 
 @pytest.mark.parametrize("name", of_each_layout(["bloom", *CONFIGS]))

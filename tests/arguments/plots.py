@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import xarray as xr
+
 from pellucid import plots
-from tests.arguments.bench import NAN, Call, Line, Of, a_path, made, number
+from pellucid.analysis.heads import head_scores
+from pellucid.analysis.lens import LogitLens
+from tests.arguments.bench import NAN, Call, Line, Of, a_path, choice, made, number
 
 RESULT = Of(lambda bench: bench.array)
 TITLES = {"title": "t", "unit": "u"}
+READING = Of(lambda bench: LogitLens(bench.bridge).read(bench.ids, tokens=[5], positions=None))
+SCORES = Of(lambda bench: head_scores(bench.bridge, bench.ids, prior=False))
 
 CALLS: dict[str, Call] = {
     "heat_map": made(plots.heat_map, result=RESULT, **TITLES),
     "heat_maps": made(plots.heat_maps, result=Of(lambda bench: {"a": bench.array}), **TITLES),
+    "head_map": made(plots.head_map, scores=SCORES),
+    "lens_table": made(plots.lens_table, reading=READING),
     "attention_pattern": made(plots.attention_pattern, cache=Of(lambda bench: bench.cache), layer=0),
     "bars": made(plots.bars, result=Of(lambda bench: bench.array[0]), **TITLES),
     "examples_page": made(plots.examples_page, examples={"a": [plots.TokenExample(["x"], [1.0])]}, **TITLES),
@@ -27,7 +35,7 @@ CALLS: dict[str, Call] = {
 REFUSED: list[Line] = [
     *(
         (name, {argument: wrong}, f"{argument} is a string")
-        for name in ("heat_map", "heat_maps", "bars", "examples_page")
+        for name in ("heat_map", "heat_maps", "bars", "examples_page", "lens_table")
         for argument in ("title", "unit", "subtitle")
         for wrong in (3, True, [])
     ),
@@ -46,6 +54,16 @@ REFUSED: list[Line] = [
             (name, {"labels": {"nowhere": ["a"]}}, "labels for nowhere"),
         )
     ),
+    ("head_map", {"title": 3}, "title is a string"),
+    ("head_map", {"subtitle": 3}, "subtitle is a string"),
+    ("head_map", {"scores": 3}, "scores is what head_scores gives"),
+    ("head_map", {"scores": xr.Dataset()}, "scores is what head_scores gives; found a data set of nothing"),
+    ("lens_table", {"reading": 3}, "reading is what Lens.read gives"),
+    ("lens_table", {"reading": xr.Dataset()}, "reading is what Lens.read gives; found a data set of nothing"),
+    *choice("lens_table", "show"),
+    ("lens_table", {"token": 5}, "token would have no effect"),
+    ("lens_table", {"token": 6, "show": "rank"}, "token is one that was followed, 5; found 6"),
+    ("lens_table", {"token": "x", "show": "rank"}, "token is a whole number"),
     ("heat_map", {"result": 3}, "the result is of type int"),
     ("attention_pattern", {"cache": 3}, "cache is the ActivationCache"),
     ("attention_pattern", {"layer": 99}, "The model has layers 0 to 3"),

@@ -138,6 +138,8 @@ NOT_TRIED: dict[str, str] = {
     },
     **{f"{statistic}.load_state_dict": STATE for statistic in ("Statistic", "AveragePrecision", "CountPositive")},
     "Lens": "abstract",
+    "Circuits": GIVEN,
+    **dict.fromkeys(("after_earlier_copy", "duplicate_token", "previous_token"), "called by head_scores, with a prompt's ids"),
     **dict.fromkeys(
         (
             f"{kind}.{method}"

@@ -111,6 +111,9 @@ EXPLAINED: dict[tuple[str, str], str] = {
     ("accumulated_bias", "mlp_input"): TRUTH,
     ("accumulated_bias", "include_mlp_biases"): TRUTH,
     ("stack_params_for", "reshape_fn"): "a function of a weight",
+    ("head_scores", "prior"): TRUTH,
+    ("stripe_ceiling", "bos"): TRUTH,
+    ("composition_scores", "broadcast_dims"): TRUTH,
     ("ablation", "change"): TRUTH,
 }
 """Of one call."""

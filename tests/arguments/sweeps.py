@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import xarray as xr
 
 from pellucid import sweep
 from pellucid.analysis import ablation, attribution, labelled, patching, path_patching
@@ -28,6 +29,8 @@ from tests.arguments.bench import (
     not_run,
     whole,
 )
+
+DATA_SET = xr.Dataset({"a": ("pos", [1.0, 2.0])}, attrs={"analysis": "x"})
 
 
 def of_metric(metric: Callable[..., Any], /, **works: Any) -> Call:
@@ -94,6 +97,8 @@ CALLS: dict[str, Call] = {
     "ablation": not_run(made(ablation.ablation, **ABLATED)),
     "path_patching": not_run(made(path_patching.path_patching, **PATHS)),
     "by_head": not_run(made(path_patching.by_head, result=Of(lambda bench: bench.array))),
+    "data_set_to_document": made(labelled.data_set_to_document, result=DATA_SET),
+    "data_set_from_document": made(labelled.data_set_from_document, document=labelled.data_set_to_document(DATA_SET)),
     "to_document": made(labelled.to_document, result=Of(lambda bench: bench.array)),
     "from_document": not_run(made(labelled.from_document, document={})),
 }
@@ -282,6 +287,9 @@ REFUSED: list[Line] = [
     ("by_head", {"result": 3}, "result is an array"),
     ("by_head", {}, "takes a result of path_patching"),
     ("to_document", {"result": 3}, "result is an array"),
+    ("data_set_to_document", {"result": 3}, "result is a data set"),
+    ("data_set_from_document", {"document": 3}, "document maps names"),
+    ("data_set_from_document", {"document": {"attrs": {}}}, "it has no 'variables'"),
     ("from_document", {"document": 3}, "document maps names"),
     ("from_document", {}, "document is no saved result"),
 ]

@@ -46,7 +46,14 @@ def is_text(output: str, quoted: bool = True) -> bool:
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------
 
-REQUIRED = {"check": ["demo"], "run": ["demo", "text"], "neurons": ["demo"], "harvest": ["demo", "--out", "store"]}
+REQUIRED = {
+    "check": ["demo"],
+    "run": ["demo", "text"],
+    "lens": ["demo", "text"],
+    "heads": ["demo"],
+    "neurons": ["demo"],
+    "harvest": ["demo", "--out", "store"],
+}
 VALUES = [
     (command, parameter.opts[0])
     for command, found in COMMANDS.items()

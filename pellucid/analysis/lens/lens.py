@@ -138,7 +138,7 @@ class Lens(ABC):
         prompt: TextOrTokens,
         *,
         layers: Sequence[int] | None = None,
-        positions: int | Sequence[int] | None = None,
+        positions: int | Sequence[int] | None = -1,
         tokens: TokenChoice = (),
         top_k: int = 5,
         norm: Norm = "recomputed",
@@ -146,13 +146,14 @@ class Lens(ABC):
     ) -> xr.Dataset:
         """What the model would say after each layer of one prompt.
 
-        One run, and the head on the residuals that are read. The head is most of a small model with a large vocabulary: at
-        one position all layers cost less than a forward, at all positions about ``layers`` heads.
+        One run, and the head on the residuals that are read: at one position all layers together cost less than a forward.
+        At all positions they cost ``layers`` heads, and the head is much of a model with a large vocabulary (SmolLM2, 64
+        tokens: 11 forwards).
 
         Args:
             prompt: a string, or token ids ``[pos]`` or ``[1, pos]``.
             layers: which, by default all that the lens has; negative ones count from the end.
-            positions: which, by default all; negative ones count from the end.
+            positions: which, by default the last; ``None`` for all. Negative ones count from the end.
             tokens: tokens to follow through the layers, as strings that are one token (a word has its leading space) or ids.
             top_k: how many of the most probable tokens to keep.
             norm: ``"frozen"`` divides by the scale that the final norm has in the run, so that the logits of two layers

@@ -265,12 +265,11 @@ class _Training:
 
     def step(self, batch: PassBatch[CorpusBatch], state: FitState) -> None:
         """One batch: the run, the divergence of each layer, one step of all."""
-        if state.tensors is not None and state.counts["steps"] and not self.optimizer.state_dict()["state"]:
+        if state.counts["steps"] and not self.optimizer.state_dict()["state"]:
             self.load(state)
         final = batch.positions.of_input(batch.run())
         real = batch.rows.attention_mask.to(final.device)
         log_final = widened(final[real]).log_softmax(-1)
-        gradients: list[Tensor] = []
         with torch.enable_grad():
             parts = [self._gradients(layer, self.residuals.pop(layer)[real], log_final) for layer in self.matrices]
         gradients = [matrix for matrix, _ in parts] + [bias for _, bias in parts]

@@ -1,0 +1,107 @@
+"""What TransformerLens says of heads and Jacobian lenses on one model, beside ours, as JSON: run in a process of its own.
+
+It replaces functions inside transformers when it is imported, so that every number of ours is taken before.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pellucid import TransformerBridge, head_detector
+from pellucid.analysis.composition import head_composition
+from pellucid.analysis.lens import JacobianLens, load_published, save_published
+from pellucid.demo import load_demo_bridge
+from tests.families import make_family
+
+TEXT = "Everyone has the right to life and everyone has the right to work."
+NAMES = ("previous_token_head", "duplicate_token_head", "induction_head")
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"error_measure": "abs"},
+    {"exclude_bos": True, "exclude_current_token": True},
+    {"heads": [(0, 1), (2, 3)]},
+    {"heads": {1: [0, 2]}},
+]
+
+
+def scores(module: Any, model: Any) -> dict[str, Any]:
+    """Scores by pattern and settings; of a list of texts; errors' words."""
+    found = {
+        f"{name} {number}": module.detect_head(model, TEXT, name, **settings).tolist()
+        for name in NAMES
+        for number, settings in enumerate(SETTINGS)
+    }
+    found["several"] = module.detect_head(model, [TEXT, TEXT[:30]], NAMES[2], exclude_bos=True).tolist()
+    own = torch.ones(5, 5).tril() / 2
+    tokens = torch.tensor([[5, 6, 5, 6, 7]])
+    for name in NAMES:
+        found[f"pattern {name}"] = getattr(module, f"get_{name}_detection_pattern")(tokens).tolist()
+    for key, call in {
+        "name": lambda: module.detect_head(model, TEXT, "nonsense"),
+        "shape": lambda: module.detect_head(model, TEXT, own),
+    }.items():
+        try:
+            call()
+        except AssertionError as error:
+            found[f"error {key}"] = str(error)
+    return found
+
+
+def main() -> None:
+    """Print what both say."""
+    with torch.no_grad():
+        bridge = load_demo_bridge()
+        tokenizer = bridge.tokenizer
+        ours: dict[str, Any] = {"scores": scores(head_detector, bridge)}
+        model = make_family("gpt2")
+        theirs_model = copy.deepcopy(model)
+        ours_bridge = TransformerBridge(model)
+        ours["composition"] = {
+            mode: head_composition(ours_bridge.OV, ours_bridge.QK, mode).tolist()  # type: ignore[arg-type]
+            for mode in ("Q", "K", "V")
+        }
+        generator = torch.Generator().manual_seed(0)
+        lens = JacobianLens(
+            ours_bridge,
+            {layer: torch.randn(48, 48, generator=generator) for layer in (1, 2)},
+            torch.full((48,), 3, dtype=torch.int64),
+        )
+        tokens = torch.randint(0, 97, (1, 9), generator=generator)
+        ours["readout"] = [
+            lens.read(tokens, positions=None, top_k=5).top_id.sel(layer=layer).values.tolist() for layer in (1, 2, 3)
+        ]
+        ours["readout values"] = [
+            lens.read(tokens, positions=None, top_k=5).top_logit.sel(layer=layer).values.tolist() for layer in (1, 2, 3)
+        ]
+        with tempfile.TemporaryDirectory() as folder:
+            save_published(lens, Path(folder) / "ours.pt", dtype=torch.float32)
+            from transformer_lens import head_detector as their_detector
+            from transformer_lens.model_bridge import TransformerBridge as Theirs
+            from transformer_lens.tools.analysis.jacobian_lens import JacobianLens as TheirLens
+
+            tokenizer.save_pretrained(folder)
+            tokenizer.name_or_path = folder
+            demo = Theirs.boot_transformers("bloom", hf_model=bridge.hf_model, tokenizer=tokenizer, device="cpu")
+            theirs: dict[str, Any] = {"scores": scores(their_detector, demo)}
+            theirs_model.config.architectures = [type(theirs_model).__name__]
+            other = Theirs.boot_transformers("gpt2", hf_model=theirs_model, tokenizer=tokenizer, device="cpu")
+            theirs["composition"] = {mode: other.all_composition_scores(mode).scores.tolist() for mode in "QKV"}
+            their_lens = TheirLens.load(str(Path(folder) / "ours.pt"))
+            read = their_lens.readout(other, tokens, top_k=5)
+            theirs["readout"] = [read.lens_topk_indices[layer].tolist() for layer in (0, 1, 2)]
+            theirs["readout values"] = [read.lens_topk_values[layer].tolist() for layer in (0, 1, 2)]
+            their_lens.save(str(Path(folder) / "theirs.pt"), dtype=torch.float32)
+            back = load_published(Path(folder) / "theirs.pt", ours_bridge)
+            ours["back"] = all(torch.equal(back.matrices[layer], lens.matrices[layer]) for layer in (1, 2))
+    json.dump({"ours": ours, "theirs": theirs}, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Head detection, composition and published Jacobian lenses beside TransformerLens 4.3.0, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("transformer_lens", reason="TransformerLens is not installed (extra 'peer')")
+
+
+@pytest.fixture(scope="module")
+def both() -> Any:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.peer.readings_peer"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout[done.stdout.index('{"ours"') :])
+
+
+def test_the_head_detector_says_the_same(both: Any) -> None:
+    ours, theirs = both["ours"]["scores"], both["theirs"]["scores"]
+    assert ours.keys() == theirs.keys()
+    for name, wanted in theirs.items():
+        if name.startswith("error"):
+            assert ours[name] == wanted
+        else:
+            # Their attention is computed in Python: a few ulps. "abs" is rounded to three places, which may fall apart.
+            tolerance = 1.01e-3 if name.endswith(" 1") else 1e-5
+            np.testing.assert_allclose(ours[name], wanted, atol=tolerance, err_msg=name)
+
+
+def test_composition_of_raw_weights_is_theirs(both: Any) -> None:
+    for mode, wanted in both["theirs"]["composition"].items():
+        np.testing.assert_allclose(both["ours"]["composition"][mode], wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_they_read_our_jacobian_lens_and_we_theirs(both: Any) -> None:
+    assert both["ours"]["readout"] == both["theirs"]["readout"]
+    np.testing.assert_allclose(both["ours"]["readout values"], both["theirs"]["readout values"], rtol=1e-4, atol=1e-5)
+    assert both["ours"]["back"]
