@@ -175,6 +175,9 @@ class RunContext:
 
     def _of_columns(self, values: Tensor) -> Tensor:
         """``[batch, columns of the whole sequence]`` to ``[batch, pos]``."""
+        end = self.past_length + self.length
+        if self._kept is None and values.shape[1] >= end:
+            return values[:, self.past_length : end].to(self.device)
         return torch.take_along_dim(values.to(self.device), self.columns.expand(self.batch, -1), 1)
 
     @property

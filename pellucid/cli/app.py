@@ -19,6 +19,7 @@ from pellucid.cli.files import (
     labelled_files,
     language_files,
     refuse_activations,
+    refuse_direction,
     refuse_file,
     refuse_folder,
     refuse_model,
@@ -46,14 +47,21 @@ from pellucid.cli.options import (
     ModelChoice,
     Packing,
     PickleOption,
+    PrependBos,
+    PromptFile,
+    PromptText,
     Revision,
+    SteeringMethod,
     StoreDtype,
     Tail,
     asks_for,
+    decimals,
     example,
     number_list,
+    number_or_word,
 )
 from pellucid.cli.reading import attribute
+from pellucid.errors import InputError
 from pellucid.experiments.options import PatchingChoices, SweepOptions
 
 app = typer.Typer(
@@ -152,12 +160,8 @@ def check(
 )
 def run(
     model: Model,
-    text: Annotated[
-        str | None, typer.Argument(metavar="TEXT", help="What to run; - reads it from standard input.")
-    ] = None,
-    prompt_file: Annotated[
-        Path | None, typer.Option(help="Run the text of this file (UTF-8; one line break at its end is left out).")
-    ] = None,
+    text: PromptText = None,
+    prompt_file: PromptFile = None,
     hooks: Annotated[
         list[str] | None,
         typer.Option(help="What to keep: a hook name or a glob, such as 'blocks.*.attn.hook_z'. May be repeated."),
@@ -166,10 +170,7 @@ def run(
         Path | None, typer.Option(help="A .safetensors file for what is kept, each tensor under its hook's name.")
     ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="How many next tokens to show.")] = 10,
-    prepend_bos: Annotated[
-        bool | None,
-        typer.Option(help="With the beginning-of-sequence token first or without; by default as the tokenizer does."),
-    ] = None,
+    prepend_bos: PrependBos = None,
     revision: Revision = None,
     device: Device = None,
     dtype: DtypeOption = Dtype.auto,
@@ -372,6 +373,119 @@ app.command(
     short_help="Which parts of the model wrote a logit?",
     epilog=example("pellucid attribute --by head --picture heads.html"),
 )(attribute)
+
+
+@app.command(
+    short_help="Steer what a model writes by a direction.",
+    epilog=example(
+        "pellucid steer demo 'Everyone has the right to' \\",
+        "  --positive 'Toute personne a droit' --negative 'Everyone has the right'",
+    ),
+)
+def steer(
+    model: Model,
+    text: PromptText = None,
+    prompt_file: PromptFile = None,
+    positive: Annotated[
+        list[str] | None,
+        typer.Option(help="A text that the direction points to. May be repeated. For demo there are some."),
+    ] = None,
+    negative: Annotated[
+        list[str] | None, typer.Option(help="A text that it points away from. May be repeated.")
+    ] = None,
+    positive_file: Annotated[
+        list[Path] | None, typer.Option(help="A file of such texts, one a line (UTF-8). May be repeated.")
+    ] = None,
+    negative_file: Annotated[
+        list[Path] | None, typer.Option(help="A file of texts that it points away from, likewise.")
+    ] = None,
+    direction: Annotated[
+        Path | None, typer.Option(help="A direction that was saved (--out), in the place of texts.")
+    ] = None,
+    method: Annotated[
+        SteeringMethod,
+        typer.Option(
+            help="means: the difference of the means; pairs, principal: as many texts of both kinds, in pairs: their mean "
+            "difference, their first principal component."
+        ),
+    ] = SteeringMethod.means,
+    site: Annotated[str | None, typer.Option(help="The activation: resid_post (the default), z, mlp_post, ...")] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Layers to steer at, such as 8,9,10. By default the middle one, or the direction's."),
+    ] = None,
+    position: Annotated[
+        str | None, typer.Option(help="Of each text: last (the default), mean, or one: from 0, negative from the end.")
+    ] = None,
+    strength: Annotated[str, typer.Option(help="Times the direction: one, or several, such as 1,2,4.")] = "1",
+    positions: Annotated[
+        str | None,
+        typer.Option(
+            help="Where it is added: last, prompt, generated, or numbers such as 0,-1. By default everywhere."
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to write at most.")] = 20,
+    top_k: Annotated[int, typer.Option(min=1, help="How many next tokens to show.")] = 5,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts of a forward.")] = 8,
+    prepend_bos: PrependBos = None,
+    out: Annotated[Path | None, typer.Option(help="Save the direction in this .safetensors file.")] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(
+            help="Next-token probabilities by strength, in this .html, .png or .svg file; needs the extra 'plots'."
+        ),
+    ] = None,
+    revision: Revision = None,
+    device: Device = None,
+    dtype: DtypeOption = Dtype.auto,
+    allow_pickle: PickleOption = False,
+    attn_implementation: AttentionOption = Attention.eager,
+    format: FormatOption = Format.auto,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Make a direction out of two kinds of texts, add it while MODEL writes, and show that beside what it writes anyway."""
+    with told_to_a_person(debug):
+        from pellucid.cli.prompt import read_lines, read_prompt
+
+        choice = ModelChoice(model, revision, device, dtype, allow_pickle, attn_implementation)
+        refuse_model(choice)
+        where = number_or_word(position, "--position", ("last", "mean"))
+        if isinstance(where, list) and len(where) > 1:
+            raise InputError(f"--position is one position of each text; found {position!r}.")
+        if out is not None:
+            refuse_direction(out, force)
+        if picture is not None:
+            refuse_picture(picture, force)
+        texts = {
+            "--positive": [*(positive or ()), *read_lines(positive_file or (), "--positive-file")],
+            "--negative": [*(negative or ()), *read_lines(negative_file or (), "--negative-file")],
+        }
+        strengths, chosen = decimals(strength, "--strength"), number_list(layers, "--layers")
+        steered = number_or_word(positions, "--positions", ("last", "prompt", "generated"))
+        prompt = read_prompt(text, prompt_file)
+        from pellucid.cli.steer import SteerRequest, steer_model
+
+        request = SteerRequest(
+            prompt=prompt,
+            positive=texts["--positive"],
+            negative=texts["--negative"],
+            direction=direction,
+            method=method,
+            site=site,
+            layers=chosen,
+            position=where[0] if isinstance(where, list) else where,
+            strengths=strengths,
+            positions=steered,
+            max_new_tokens=max_new_tokens,
+            top_k=top_k,
+            batch_size=batch_size,
+            prepend_bos=prepend_bos,
+            out=out,
+            picture=picture,
+            force=force,
+        )
+        steer_model(choice, request, format)
 
 
 @app.command(

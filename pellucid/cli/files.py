@@ -80,6 +80,17 @@ def refuse_activations(out: Path, hooks: Sequence[str] | None, force: bool) -> N
     refuse_out(out, force)
 
 
+def refuse_direction(out: Path, force: bool) -> None:
+    """See that ``pellucid steer`` can write its direction to ``out``.
+
+    Raises:
+        InputError: another ending, a file in the way.
+    """
+    if out.suffix != ".safetensors":
+        raise InputError(f"--out is a safetensors file: give it that ending, {out.with_suffix('.safetensors')}.")
+    refuse_out(out, force)
+
+
 def refuse_folder(folder: Path, names: Iterable[str] = (), force: bool = False) -> None:
     """See that results can be written to a folder, which is made with the first of them.
 

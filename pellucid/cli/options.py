@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_origin
 
 import typer
@@ -72,6 +74,14 @@ class DocumentKind(str, Enum):
     file = "file"
 
 
+class SteeringMethod(str, Enum):
+    """How texts become a direction."""
+
+    means = "means"
+    pairs = "pairs"
+    principal = "principal"
+
+
 class MetricName(str, Enum):
     """What is measured of a run."""
 
@@ -117,6 +127,14 @@ class ModelChoice:
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A hub name, a local folder, or demo for the embedded model.")
 ]
+PromptText = Annotated[str | None, typer.Argument(metavar="TEXT", help="What to run; - reads it from standard input.")]
+PromptFile = Annotated[
+    Path | None, typer.Option(help="Run the text of this file (UTF-8; one line break at its end is left out).")
+]
+PrependBos = Annotated[
+    bool | None,
+    typer.Option(help="With the beginning-of-sequence token first or without; by default as the tokenizer does."),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit, such as global_step10000.")]
 Device = Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps. By default cpu.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Of the weights; auto is the checkpoint's own (demo: float32).")]
@@ -159,6 +177,35 @@ def number_list(text: str | None, option: str) -> list[int] | None:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise InputError(f"{option} takes numbers with commas between them, such as 0,5,11; found {text!r}.") from None
+
+
+def decimals(text: str, option: str) -> list[float]:
+    """``0.5,2`` as numbers that are finite.
+
+    Raises:
+        InputError: anything else.
+    """
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(math.isfinite(number) for number in found):
+        raise InputError(f"{option} takes numbers with commas between them, such as 0.5,2; found {text!r}.")
+    return found
+
+
+def number_or_word(text: str | None, option: str, words: Sequence[str]) -> str | list[int] | None:
+    """One of ``words``, or ``0,5,-1`` as numbers.
+
+    Raises:
+        InputError: anything else.
+    """
+    if text is None or text in words:
+        return text
+    try:
+        return number_list(text, option)
+    except InputError:
+        raise InputError(f"{option} is {', '.join(words)}, or numbers such as 0,5,-1; found {text!r}.") from None
 
 
 # -- options that the library declares -----------------------------------------------------------------------------------

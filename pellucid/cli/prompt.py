@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from pellucid.errors import InputError
@@ -25,6 +26,24 @@ def read_prompt(text: str | None, prompt_file: Path | None) -> str:
     if not text:
         raise InputError("TEXT is empty: there is nothing to run.")
     return as_typed(text, "TEXT is not UTF-8: put it into a UTF-8 file and give --prompt-file.")
+
+
+def read_lines(files: Sequence[Path], option: str) -> list[str]:
+    """The lines of UTF-8 files that are not blank, in order.
+
+    Raises:
+        InputError: a file that is not there, or is not UTF-8.
+    """
+    lines: list[str] = []
+    for file in files:
+        if not file.expanduser().is_file():
+            raise InputError(f"{option}: there is no file {file}.")
+        try:
+            text = file.expanduser().read_bytes().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{option}: {file} is not UTF-8 at byte {error.start}: convert it first.") from None
+        lines += [line for line in text.splitlines() if line.strip()]
+    return lines
 
 
 def as_typed(text: str, mistake: str) -> str:

@@ -234,11 +234,11 @@ def find_site(bridge: TransformerBridge, site: str, layers: Index = None) -> Sit
     refuse_mid(bridge, site)
     n_layers = bridge.cfg.n_layers
     for template in (get_act_name(site, "{i}"), f"blocks.{{i}}.{site}"):
-        if _is_hook(bridge, template.format(i=0)):
+        if template.format(i=0) in bridge.hook_index:
             chosen = sorted(indices(layers, n_layers, "layers"))
             return Site(site, {layer: bridge.hook_spec(template.format(i=layer)) for layer in chosen})
     for name in (site, f"hook_{site}"):
-        if _is_hook(bridge, name) and bridge.hook_spec(name).layer is None:
+        if name in bridge.hook_index and bridge.hook_spec(name).layer is None:
             if layers is not None:
                 raise InputError(f"The site {site!r} is outside the blocks: leave layers out.")
             return Site(site, {None: bridge.hook_spec(name)})
@@ -260,14 +260,6 @@ def refuse_mid(bridge: TransformerBridge, site: str) -> None:
             f"Attention and MLP of {family.title} both read what enters the block: there is no residual between them, "
             "resid_mid. Take resid_pre or resid_post, or what each adds, attn_out and mlp_out."
         )
-
-
-def _is_hook(bridge: TransformerBridge, name: str) -> bool:
-    try:
-        bridge.hook_spec(name)
-    except HookNameError:
-        return False
-    return True
 
 
 def check_by(site: Site, by: str | Sequence[str]) -> tuple[str, ...]:

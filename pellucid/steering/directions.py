@@ -28,6 +28,7 @@ from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.names import HookSpec
 from pellucid.steering import files
 from pellucid.storage.json_text import Json
+from pellucid.sweep.edits import indices
 from pellucid.tables import BriefFields
 
 
@@ -66,7 +67,9 @@ def model_identity(bridge: TransformerBridge) -> ModelIdentity:
         except WeightError:  # offloaded
             found = None
         known = _HASHES[model] = (marks, found)
-    return ModelIdentity(cfg.model_name, cfg.d_model, cfg.n_layers, known[1])
+    # Of a folder, its name: where it lies on this machine is nobody else's business.
+    name = os.path.basename(cfg.model_name.rstrip("/")) if os.path.isabs(cfg.model_name) else cfg.model_name
+    return ModelIdentity(name, cfg.d_model, cfg.n_layers, known[1])
 
 
 @dataclass(frozen=True)
@@ -361,6 +364,9 @@ def direction_of(
             f"vectors are [{words}] = {sizes}, or one for each of {count} layers, {(count, *sizes)}; found shape "
             f"{tuple(vectors.shape)}."
         )
+    elif first.layer is not None:  # one for each layer, in the order in which the layers were asked for
+        asked = indices(layers, bridge.cfg.n_layers, "layers")
+        vectors = vectors[sorted(range(count), key=asked.__getitem__)]
     of = None if first.layer is None else tuple(layer for layer in specs if layer is not None)
     made: dict[str, Json] = {"by": "direction_of"}
     origin = Origin(site_of(first), tuple(features), of, model_identity(bridge), name, made)

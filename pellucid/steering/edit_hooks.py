@@ -46,23 +46,22 @@ class Effect:
         self._positions, self._steps = positions, steps
         self.forwards, self.applied, self.changed = 0, False, False
         self._columns, self._last_step = 0, -1
-        self._known: tuple[RunContext, Tensor] | None = None
+        self._known: tuple[RunContext, Tensor | None] | None = None
 
-    def selected(self, run: RunContext) -> Tensor:
-        """``[batch, pos]`` bool, worked out once a forward."""
+    def selected(self, run: RunContext) -> Tensor | None:
+        """``[batch, pos]`` bool, worked out once a forward; ``None`` where there is no position to act at."""
         known = self._known
         if known is not None and known[0] is run:
             return known[1]
         where = selected(run, self._positions, self._steps)
-        self._known = run, where
+        # On a GPU the question waits for the answer: there it is asked until it was yes once.
+        acts = (self.applied and where.device.type != "cpu") or bool(where.any())
+        self.applied = self.applied or acts
+        self._known = run, where if acts else None
         self._columns = max(self._columns, run.past_length + run.length)
         if run.step is not None:
             self._last_step = max(self._last_step, run.step)
-        return where
-
-    def forget(self) -> None:
-        """Let go of the last forward."""
-        self._known = None
+        return self._known[1]
 
     def missing(self) -> str | None:
         """Why the edit did nothing; ``None`` if it did something."""
@@ -111,9 +110,8 @@ class EditHook(BriefFields):
         run, effect = hook.run, self.effect
         where = effect.selected(run)
         effect.forwards += 1
-        if (not effect.applied or where.device.type == "cpu") and not bool(where.any()):
-            return None  # on a GPU the question waits for the answer: it is asked until it was yes once
-        effect.applied = True
+        if where is None:
+            return None
         value, mask = self._prepared(activation)
         places = where.to(activation.device)
         shape = [1] * activation.dim()

@@ -150,7 +150,7 @@ class Edit(BriefFields):
         return cls(change_of_json(found["change"], tensors), found["at"], **indices)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False, init=False)
 class Steering(BriefFields):
     """Edits in the order in which they act where they meet.
 
@@ -163,12 +163,13 @@ class Steering(BriefFields):
         InputError: no edits.
     """
 
-    edits: Sequence[Edit]
+    edits: tuple[Edit, ...]
 
-    def __post_init__(self) -> None:
-        given = (self.edits,) if isinstance(self.edits, Edit) else check_list("edits", self.edits, "edits")
-        edits = tuple(check_kind("an entry of edits", edit, Edit, "an Edit") for edit in given)
-        object.__setattr__(self, "edits", edits)
+    def __init__(self, edits: Edit | Sequence[Edit]) -> None:
+        given = (edits,) if isinstance(edits, Edit) else check_list("edits", edits, "edits")
+        object.__setattr__(
+            self, "edits", tuple(check_kind("an entry of edits", edit, Edit, "an Edit") for edit in given)
+        )
 
     def __add__(self, other: Edit | Steering) -> Steering:
         return Steering((*self.edits, *((other,) if isinstance(other, Edit) else other.edits)))

@@ -76,20 +76,23 @@ def selected(run: RunContext, positions: Positions, steps: Index) -> Tensor:
         positions: see :data:`Positions`.
         steps: of a generation, from 0; ``None`` for all. Outside ``generate`` no position has a step.
     """
-    own = run.positions
-    real = own >= 0
+    real = run.real
     if steps is not None:
-        if run.steps is None:
-            return torch.zeros_like(real)
-        real = real & _met(run.steps, steps, None)
+        real = real & _at_steps(run, steps)
     if positions is None:
         return real
-    if positions == "prompt":
-        return real & (own < run.prompt_lengths[:, None])
     if positions == "generated":
-        return real & (own >= run.prompt_lengths[:, None])
+        return real & _at_steps(run, slice(1, None))
+    if positions == "prompt":
+        return real if run.step is None else real & _at_steps(run, 0)
     index: Any = -1 if positions == "last" else positions
-    return real & _met(own, index, run.prompt_lengths[:, None])
+    return real & _met(run.positions, index, run.prompt_lengths[:, None])
+
+
+def _at_steps(run: RunContext, steps: Index) -> Tensor | bool:
+    """``[pos]`` bool: which positions have one of these steps; outside ``generate``, none."""
+    step = run.steps
+    return False if step is None else _met(step, steps, None)
 
 
 def _met(numbers: Tensor, index: Any, end: Tensor | None) -> Tensor:

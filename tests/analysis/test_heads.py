@@ -276,5 +276,5 @@ def test_composition_is_that_of_whole_matrices() -> None:
     pairs = composition_scores(left, right)
     assert pairs.shape == (4, 4)
     torch.testing.assert_close(composition_scores(left, right, broadcast_dims=False), pairs.diagonal())
-    with pytest.raises(InputError, match="inner sizes differ"):
+    with pytest.raises(InputError, match="left.rdim and right.ldim to be equal"):
         composition_scores(left, FactoredMatrix(torch.ones(5, 2), torch.ones(2, 5)))

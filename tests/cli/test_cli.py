@@ -88,7 +88,7 @@ def test_help_is_quick_and_loads_neither_torch_nor_transformers() -> None:
     loaded, seconds = done.stdout.splitlines()[-1].rsplit(" ", 1)
     assert loaded == "[]"
     assert float(seconds) < 1.0
-    for command in ("demo", "check", "run", "patch"):
+    for command in ("demo", "check", "run", "patch", "steer"):
         assert command in done.stdout
 
 

@@ -94,6 +94,6 @@ def test_neurons(folder: Path, tmp_path: Path, languages: list[str]) -> None:
 
 
 def test_help_speaks_of_any_decoder() -> None:
-    for command in ((), ("check",), ("run",), ("neurons",), ("patch",), ("harvest",), ("demo",)):
+    for command in ((), ("check",), ("run",), ("neurons",), ("patch",), ("steer",), ("harvest",), ("demo",)):
         said = " ".join(cli(*command, "--help").stdout.split())
         assert "BLOOM" not in said or command == ("demo",), said

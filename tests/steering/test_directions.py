@@ -137,6 +137,7 @@ def test_vectors_of_ones_own(bridge: TransformerBridge) -> None:
     direction = direction_of(bridge, own, layers=[1, 2], name="probe")
     assert torch.equal(direction.vectors, own.expand(2, 48))
     assert torch.equal(direction_of(bridge, torch.stack([own, -own]), layers=[0, 2]).at(2), -own)
+    assert torch.equal(direction_of(bridge, torch.stack([own, -own]), layers=[2, 0]).at(2), own)
     assert direction.unit().norms.tolist() == pytest.approx([1, 1], abs=1e-6)
     assert torch.equal((-direction).at(1), -own)
     assert direction.only(2).layers == (2,)
