@@ -46,7 +46,7 @@ def opened(model: Any) -> tuple[TransformerBridge, str]:
     return bridge, "\n".join(str(warning.message) for warning in said)
 
 
-@pytest.mark.parametrize("family", ["llama", "olmo2", "gemma2", "gptj"])
+@pytest.mark.parametrize("family", ["llama", "olmo2", "gemma2", "gptj", "qwen2_moe"])
 def test_what_is_read_off_a_model_is_what_its_family_says(family: str) -> None:
     """A model of a known family under another name: the same points, with the same axes and aliases."""
     wanted = TransformerBridge(make_family(family))
@@ -122,7 +122,7 @@ def test_a_point_that_is_dead_is_left_out() -> None:
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("Qwen2Moe", r"the modules of mlp of a block are not those of one .* There: .*experts.*Looked for one of:\n  "),
+        ("Glm4Moe", r"the modules of mlp of a block are not those of one .* There: .*experts.*Looked for one of:\n  "),
         (
             "Phi3",
             r"self_attn of a block are not those of one \(a projection that gives several of them is not guessed at\)",
@@ -131,7 +131,7 @@ def test_a_point_that_is_dead_is_left_out() -> None:
     ],
 )
 def test_what_fits_none_is_refused(kind: str, said: str) -> None:
-    more = {"num_experts": 4, "moe_intermediate_size": 16} if kind == "Qwen2Moe" else {}
+    more = {"n_routed_experts": 4, "moe_intermediate_size": 16, "first_k_dense_replace": 0} if kind == "Glm4Moe" else {}
     model = make(kind, **more)
     model.config.model_type = "nobodys"
     with pytest.raises(UnsupportedModelError, match=r"(?s)" + said):

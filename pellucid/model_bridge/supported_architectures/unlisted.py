@@ -67,11 +67,7 @@ def unlisted_family(model: nn.Module, known: Iterable[Family]) -> Family:
         first.get_submodule(mlp_name),
         f"{mlp_name} of a block",
         " (a projection that gives two of them is not guessed at)",
-        {
-            each.mlp: [each.mlp.up, each.mlp.down, each.mlp.gate]
-            for each in families
-            if not each.mlp.gate_up and each.mlp.name == mlp_name
-        },
+        {each.mlp: list(each.mlp.children) for each in families if not each.mlp.gate_up and each.mlp.name == mlp_name},
     )
     config: Any = model.config
     family = Family(
@@ -128,7 +124,8 @@ def _seen(model: nn.Module, family: Family) -> Family:
         "final": model.get_submodule(family.inside(outside.final_norm)),
     }
     watched["attention"] = attention.get_submodule(family.attention.o)
-    watched["mlp"] = block.get_submodule(family.mlp.name).get_submodule(family.mlp.down)
+    mlp = block.get_submodule(family.mlp.name)
+    watched["mlp"] = mlp if family.mlp.router else mlp.get_submodule(family.mlp.down)
     if branch:
         watched["branch"] = block.get_submodule(branch)
     if family.attention.q_norm:
@@ -173,7 +170,8 @@ def _watching(modules: dict[str, nn.Module]) -> Iterator[dict[str, tuple[Tensor,
     def note(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             given = args[0] if args else next(iter(kwargs.values()))
-            seen[name] = (given.detach().clone(), output.clone() if isinstance(output, Tensor) else output)
+            made = output[0] if isinstance(output, tuple) and name != "block" else output
+            seen[name] = (given.detach().clone(), made.clone() if isinstance(made, Tensor) else made)
 
         return hook
 
@@ -247,11 +245,17 @@ def _other_sizes(model: nn.Module, family: Family, cfg: TransformerBridgeConfig)
         family.attention.q: (_rows(attention, family.attention.q), q),
         family.attention.k: (_rows(attention, family.attention.k), kv),
         family.attention.v: (_rows(attention, family.attention.v), kv),
-        family.mlp.up: (_rows(mlp, family.mlp.up), cfg.sizes()["d_mlp"]),
     }
+    if family.mlp.router:
+        stacked = [each.numel() for each in mlp.get_submodule(family.mlp.experts).parameters() if each.dim() == 3]
+        wanted[family.mlp.router] = (_rows(mlp, family.mlp.router), cfg.num_experts)
+        wanted[family.mlp.experts] = (min(stacked, default=0), cfg.num_experts * cfg.d_model * cfg.sizes()["d_mlp"])
+    else:
+        wanted[family.mlp.up] = (_rows(mlp, family.mlp.up), cfg.sizes()["d_mlp"])
     return "; ".join(f"{name}: {found} there, {said} said" for name, (found, said) in wanted.items() if found != said)
 
 
 def _rows(parent: nn.Module, name: str) -> int | None:
     layer = parent.get_submodule(name)
-    return getattr(layer, "out_features", None)
+    weight = layer._parameters.get("weight")
+    return getattr(layer, "out_features", None if weight is None else weight.shape[0])
