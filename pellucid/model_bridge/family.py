@@ -129,6 +129,16 @@ class Attention:
     wide_scores: bool = False
     heads_first: bool = False
 
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Its projections to queries, keys and values."""
+        return (self.qkv,) if self.qkv else (self.q, self.k, self.v)
+
+    @property
+    def children(self) -> tuple[str, ...]:
+        """Its modules that have weights."""
+        return tuple(name for name in (*self.projections, self.o, self.q_norm, self.k_norm) if name)
+
 
 @dataclass(frozen=True)
 class MLP:

@@ -25,7 +25,6 @@ from pellucid.errors import (
     WeightError,
     warn,
 )
-from pellucid.model_bridge.supported_architectures import architecture_of
 
 CONFIG, ADAPTER_CONFIG, GENERATION_CONFIG = "config.json", "adapter_config.json", "generation_config.json"
 SAFE_WEIGHTS, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -129,7 +128,7 @@ def read_configuration(checkpoint: Checkpoint, trust_remote_code: bool = False) 
 
     Raises:
         InputError: a file of a local folder that is damaged.
-        UnsupportedModelError: a family that is not known, or values that Hugging Face does not accept.
+        UnsupportedModelError: a ``model_type`` that is none, or values that Hugging Face does not accept.
         OSError: no such model on the hub, or no network to ask.
     """
     import transformers
@@ -145,14 +144,12 @@ def read_configuration(checkpoint: Checkpoint, trust_remote_code: bool = False) 
         if os.path.lexists(generation):
             read_json(generation)  # Hugging Face leaves a broken one out without a word
     with _named(UnsupportedModelError, f"The configuration of {checkpoint.name} cannot be used"):
-        config = transformers.AutoConfig.from_pretrained(
+        return transformers.AutoConfig.from_pretrained(
             checkpoint.name,
             revision=checkpoint.revision,
             trust_remote_code=trust_remote_code,
             local_files_only=checkpoint.is_local,
         )
-    architecture_of(config.model_type, checkpoint.name)
-    return config
 
 
 def check_weight_files(checkpoint: Checkpoint, use_safetensors: bool | None) -> None:

@@ -38,6 +38,7 @@ from pellucid.model_bridge.running.checkpoint import (
 from pellucid.model_bridge.supported_architectures import (
     ARCHITECTURES,
     Architecture,
+    architecture_by_names,
     architecture_of,
     architecture_of_model,
     as_installed,
@@ -107,7 +108,7 @@ def load_model(
         raise InputError("device and device_map both say where the model goes; give one.")
     checkpoint = find_checkpoint(name_or_path, revision)
     config = read_configuration(checkpoint, trust_remote_code)
-    architecture = architecture_of(config.model_type, name_or_path)
+    architecture = _architecture_for(config, name_or_path)
     _override(config, hf_config_overrides or {}, architecture.listed)
     cfg = architecture.read(config)
     if inspect is not None:
@@ -184,6 +185,22 @@ def read_adapter(name_or_path: str, revision: str | None = None) -> Architecture
     config = read_configuration(find_checkpoint(name_or_path, revision))
     architecture = architecture_of(config.model_type, name_or_path)
     return architecture.adapter(architecture.read(config), architecture.family.of(config))
+
+
+def _architecture_for(config: Any, name: str) -> Architecture:
+    """The architecture of a configuration; of a model of no known family, by the names of its modules, made without weights.
+
+    Raises:
+        UnsupportedModelError: no causal language model of Hugging Face's own, or modules that fit no family.
+    """
+    import transformers
+
+    kind = transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if config.model_type in ARCHITECTURES or kind is None:
+        return architecture_of(config.model_type, name)
+    with torch.device("meta"):
+        bare = transformers.AutoModelForCausalLM.from_config(config)
+    return architecture_by_names(bare, name)
 
 
 def _override(config: Any, overrides: Mapping[str, Any], listed: frozenset[str]) -> None:

@@ -13,7 +13,7 @@ from pellucid.config import TransformerBridgeConfig
 from pellucid.conversion_utils.fused_qkv import Part
 from pellucid.errors import UnsupportedModelError
 from pellucid.model_bridge.architecture_adapter import ArchitectureAdapter
-from pellucid.model_bridge.family import Family
+from pellucid.model_bridge.family import Family, FusedLayout
 from pellucid.model_bridge.generalized_components import (
     BlockBridge,
     CentredNormalizationBridge,
@@ -48,7 +48,7 @@ MODEL_ARGUMENTS = ("input_ids", "attention_mask", "inputs_embeds", "use_cache", 
 BACKBONE_ARGUMENTS = ("input_ids", "attention_mask", "inputs_embeds", "use_cache")
 """Arguments that Pellucid gives to every model and its backbone; the cache is named apart."""
 
-_PARTS = ("hook_q", "hook_k", "hook_v")
+PARTS = ("hook_q", "hook_k", "hook_v")
 
 _NEURON_SITES = ("mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post")
 _IN_EXPERTS = (
@@ -71,6 +71,14 @@ def as_installed(family: Family, model: nn.Module) -> Family:
         return family
     rewritten = replace(attention, softmax_in="function", pattern_at="dropout", heads_first=False)
     return replace(family, attention=rewritten, block=replace(family.block, gives_tuple=False))
+
+
+def qkv_layout(layout: FusedLayout, cfg: TransformerBridgeConfig) -> PartsOfFused:
+    """Where queries, keys and values are in a fused projection, under the names of :data:`PARTS`."""
+    if layout == "grouped":
+        return Grouped(PARTS, cfg.n_key_value_heads, cfg.d_head)
+    q, kv = cfg.n_heads * cfg.d_head, cfg.n_key_value_heads * cfg.d_head
+    return Stacked(PARTS, (q, kv, kv), cfg.d_head)
 
 
 class DecoderAdapter(ArchitectureAdapter):
@@ -165,7 +173,9 @@ class DecoderAdapter(ArchitectureAdapter):
         parts: dict[str, GeneralizedComponent] = {}
         counts: dict[Part, int] = {"q": cfg.n_heads, "k": cfg.n_key_value_heads, "v": cfg.n_key_value_heads}
         if attention.qkv:
-            parts["qkv"] = FusedHeadsProjectionBridge(attention.qkv, cfg, layout=self._qkv_layout(), heads=counts)
+            parts["qkv"] = FusedHeadsProjectionBridge(
+                attention.qkv, cfg, layout=qkv_layout(attention.layout, cfg), heads=counts
+            )
         else:
             names: dict[Part, str] = {"q": attention.q, "k": attention.k, "v": attention.v}
             for part, count in counts.items():
@@ -183,13 +193,6 @@ class DecoderAdapter(ArchitectureAdapter):
         return HuggingFaceAttentionBridge(
             attention.name, cfg, parts, attention.softmax_in, attention.pattern_at, attention.heads_first
         )
-
-    def _qkv_layout(self) -> PartsOfFused:
-        cfg = self.cfg
-        if self.family.attention.layout == "grouped":
-            return Grouped(_PARTS, cfg.n_key_value_heads, cfg.d_head)
-        q, kv = cfg.n_heads * cfg.d_head, cfg.n_key_value_heads * cfg.d_head
-        return Stacked(_PARTS, (q, kv, kv), cfg.d_head)
 
     def _mlp(self) -> GeneralizedComponent:
         mlp, cfg, block = self.family.mlp, self.cfg, self.family.block
