@@ -64,6 +64,7 @@ EXPLAINED: dict[tuple[str, str], str] = {
             "use_safetensors",
             "process_weights",
             "allow_missing_weights",
+            "gguf_file",
         )
     },
     **{

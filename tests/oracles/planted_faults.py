@@ -1456,6 +1456,20 @@ FAULTS = (
         "tests/oracles/test_unlisted.py -k opens_by_name",
     ),
     Fault(
+        "a GGUF file is opened wherever its name leads",
+        "pellucid/model_bridge/running/checkpoint.py",
+        'if not gguf_file.endswith(".gguf") or PurePath(gguf_file)',
+        "if False and PurePath(gguf_file)",
+        "tests/model_bridge/test_gguf.py -k its_folder",
+    ),
+    Fault(
+        "what was read from a GGUF file is said to be quantised",
+        "pellucid/model_bridge/running/loading.py",
+        "if gguf_file is not None and getattr(model,",
+        "if False and getattr(model,",
+        "tests/model_bridge/test_gguf.py -k saved",
+    ),
+    Fault(
         "modules with weights that nobody knows are passed over",
         "pellucid/model_bridge/supported_architectures/unlisted.py",
         "        if not [name for name, _ in module.named_parameters() if not",
