@@ -1,7 +1,8 @@
 """The axis words, once. Every shape in the documentation, in errors and in the hook table is written with these.
 
 ``batch`` rows; ``pos`` positions of the tokens of this forward; ``key_pos`` key positions (cached ones included; with a
-static cache, its whole capacity); ``n_heads``; ``n_key_value_heads``; ``d_head``; ``d_model``; ``d_mlp``; ``d_vocab``.
+static cache, its whole capacity); ``n_heads``; ``n_key_value_heads``; ``d_head``; ``d_model``; ``d_mlp``; ``n_experts``;
+``d_vocab``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ AXES: Mapping[str, str] = {
     "d_head": "features of one head",
     "d_model": "features of the residual stream",
     "d_mlp": "neurons of one MLP",
+    "n_experts": "experts that a router chooses from",
     "d_vocab": "entries of the vocabulary",
     "1": "a single number",
 }

@@ -90,6 +90,7 @@ class TransformerBridgeConfig:
     ``d_model`` features, ``n_heads`` heads of ``d_head`` features, ``n_layers`` blocks, ``d_mlp`` neurons a block,
     ``d_vocab`` tokens, ``n_ctx`` the length it was trained on (BLOOM itself has no limit), ``eps`` of the norms;
     ``n_key_value_heads`` heads of keys and values, as many as of queries unless several queries share one;
+    ``d_mlp`` is an expert's where each token goes through ``experts_per_token`` of ``num_experts`` experts (0: of none);
     ``default_prepend_bos`` is what ``prepend_bos=None`` means, ``None`` leaves it to the tokenizer.
     The four ``use_*`` flags say which opt-in hook points are on; set them through the bridge's ``set_use_*`` methods.
     ``use_normalization_before_and_after``: a norm follows attention and MLP too. ``seed`` is for who makes random weights to
@@ -104,6 +105,8 @@ class TransformerBridgeConfig:
     n_ctx: int = 2048
     n_key_value_heads: int = 0
     d_mlp: int | None = None
+    num_experts: int = 0
+    experts_per_token: int = 0
     eps: float = 1e-5
     architecture: str = "BloomForCausalLM"
     model_name: str = ""
@@ -195,6 +198,7 @@ class TransformerBridgeConfig:
             "d_head": self.d_head,
             "d_model": self.d_model,
             "d_mlp": self.d_mlp or 4 * self.d_model,
+            "n_experts": self.num_experts,
             "d_vocab": self.d_vocab,
             "1": 1,
         }

@@ -109,6 +109,7 @@ class HookIndex(Mapping[str, HookSpec]):
         after: points fired after the blocks.
         n_layers: number of blocks.
         last_aliases: further names of points of the last block (alias to name with ``{i}``).
+        unreachable: names within a block that other models have, and why this one has not.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class HookIndex(Mapping[str, HookSpec]):
         after: Sequence[HookSpec],
         n_layers: int,
         last_aliases: Mapping[str, str] = {},
+        unreachable: Mapping[str, str] = {},
     ) -> None:
         specs = [*before]
         block = _with_reach(block)
@@ -130,6 +132,7 @@ class HookIndex(Mapping[str, HookSpec]):
         self._specs = {spec.name: spec for spec in specs}
         self._canonical = {alias: spec.name for spec in specs for alias in spec.aliases}
         self.n_layers = n_layers
+        self._unreachable = dict(unreachable)
         self._globs: dict[str, list[tuple[HookSpec, str]]] = {}
 
     def __getitem__(self, name: str) -> HookSpec:
@@ -172,8 +175,15 @@ class HookIndex(Mapping[str, HookSpec]):
         lines = [f"No hook point is called {name!r}."]
         if numbered and int(numbered.group(1)) >= self.n_layers:
             lines.append(f"The model has {self.n_layers} layers, 0 to {self.n_layers - 1}.")
+        lines += self._why_not(name)
         lines.append("Nearest names: " + ", ".join(nearest(name, self.all_names())) + ".")
         return " ".join(lines)
+
+    def _why_not(self, name: str) -> list[str]:
+        """Why a name, or a glob over the layers, is none here, where that can be said."""
+        inside = re.match(r"blocks\.[^.]+\.(.+)", name)
+        why = self._unreachable.get(inside[1] if inside else name)
+        return [] if why is None else [f"{why}."]
 
     def select(
         self, names_filter: NamesFilter, flags: Mapping[Flag, bool], *, argument: str = "names_filter"
@@ -229,7 +239,8 @@ class HookIndex(Mapping[str, HookSpec]):
             if matching:
                 raise _disabled(matching[0][0], matching[0][0].name)
             raise HookNameError(
-                f"The glob {name!r} matches no hook point. Nearest names: " + ", ".join(nearest(name, self)) + "."
+                " ".join([f"The glob {name!r} matches no hook point.", *self._why_not(name)])
+                + f" Nearest names: {', '.join(nearest(name, self))}."
             )
         spec = self[name]
         if not _is_on(spec, flags):

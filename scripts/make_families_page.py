@@ -28,7 +28,7 @@ from pellucid.model_bridge.supported_architectures import ARCHITECTURES  # noqa:
 from pellucid.model_bridge.verification.self_check import CheckReport  # noqa: E402
 from pellucid.running_stats import MeanVariance  # noqa: E402
 from pellucid.sweep import Edit, LogitDifference, Sweep, Zero  # noqa: E402
-from tests.families import CONFIGS, make_family  # noqa: E402
+from tests.families import CONFIGS, KIN, make_family  # noqa: E402
 from tests.models import make_bloom, random_tokens  # noqa: E402
 
 PAGE = ROOT / "docs" / "families.md"
@@ -151,7 +151,7 @@ def collects(make: Callable[..., Any]) -> str:
     bridge = TransformerBridge(make())
     rows = [random_tokens(1, 8, seed)[0] for seed in range(4)]
     corpus = Corpus.from_tokens({"x": rows}, context=8, packing="documents")
-    hook = "blocks.1.mlp.hook_post"
+    hook = "blocks.1.mlp.hook_post" if "blocks.1.mlp.hook_post" in bridge.hook_dict else "blocks.1.hook_mlp_out"
     mean = bridge.collect(corpus, {hook: [MeanVariance()]}, progress=False).array(hook, "mean_variance", "mean")
     _, cache = bridge.run_with_cache(torch.stack(rows), names_filter=hook)
     off = float((torch.from_numpy(mean.values[..., 0]).double() - cache[hook].double().mean((0, 1))).abs().max())
@@ -224,7 +224,7 @@ def cell(trial: Callable[[Callable[..., Any]], str], make: Callable[..., Any]) -
 def tried() -> str:
     """A row a configuration, a column a promise."""
     makers: dict[str, Callable[..., Any]] = {"bloom": make_bloom}
-    makers |= {name: lambda *given, name=name: make_family(name, *given) for name in CONFIGS}
+    makers |= {name: lambda *given, name=name: make_family(name, *given) for name in {**CONFIGS, **KIN}}
     lines = [f"| model | {' | '.join(TRIALS)} |", f"| --- |{' --- |' * len(TRIALS)}"]
     for name, make in makers.items():
         torch.manual_seed(0)

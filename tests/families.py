@@ -31,12 +31,14 @@ _LLAMA = {
     "max_position_embeddings": 64,
     "pad_token_id": 0,
 }
+_EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _WINDOW = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 _GEMMA = _LLAMA | {"head_dim": 10}
 
 CONFIGS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", _LLAMA),
     "llama-biased": ("LlamaConfig", _LLAMA | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "qwen2_moe": ("Qwen2MoeConfig", _LLAMA | _EXPERTS | {"shared_expert_intermediate_size": 24}),
     "mistral": ("MistralConfig", _LLAMA | {"sliding_window": 5}),
     "qwen2": ("Qwen2Config", _LLAMA),
     "qwen3": ("Qwen3Config", _LLAMA | {"head_dim": 10}),
@@ -69,10 +71,21 @@ CONFIGS: Mapping[str, tuple[str, dict[str, Any]]] = {
 }
 """By a name of ours: the class of the configuration, and its arguments."""
 
+KIN: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("MixtralConfig", _LLAMA | {"num_local_experts": 5, "num_experts_per_tok": 2}),
+    "qwen3_moe": ("Qwen3MoeConfig", _LLAMA | _EXPERTS | {"head_dim": 10, "norm_topk_prob": True}),
+    "olmoe": ("OlmoeConfig", _LLAMA | {"num_experts": 5, "num_experts_per_tok": 2}),
+}
+"""Each has a layout that others of :data:`CONFIGS` have together: among them where ``PELLUCID_FAMILIES=all``."""
+
+ALL = os.environ.get("PELLUCID_FAMILIES") == "all"
+if ALL:
+    CONFIGS = {**CONFIGS, **KIN}
+
 
 @cache
 def _built(name: str, settings: tuple[tuple[str, Any], ...], attention: str) -> Any:
-    kind, arguments = CONFIGS[name]
+    kind, arguments = {**CONFIGS, **KIN}[name]
     config = vars(transformers)[kind] if kind in vars(transformers) else getattr(transformers, kind)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -92,6 +105,8 @@ def make_family(name: str, dtype: torch.dtype = torch.float32, attention: str = 
     It is not cast with ``.to(dtype)`` alone: that rounds tables of rotations, which ``from_pretrained`` leaves in float32.
     """
     model = copy.deepcopy(_built(name, tuple(sorted(settings.items())), attention))
+    if dtype is torch.float64:
+        model.set_experts_implementation("eager")  # the grouped product, where there are experts, takes no float64
     tables = {key: buffer.clone() for key, buffer in model.named_buffers() if buffer.is_floating_point()}
     model.to(dtype)
     if dtype is not torch.float64:
@@ -116,8 +131,6 @@ CORE = ("llama", "gpt2", "gemma2", "gpt_neox")
 
 LAYOUTS = ("llama-biased", "qwen3", "gemma3", "olmo2", "phi3", "stablelm-parallel", "gptj")
 """With the core, one configuration of each layout: what is tested of every layout, where not of every family."""
-
-ALL = os.environ.get("PELLUCID_FAMILIES") == "all"
 
 
 def in_full(name: str) -> bool:

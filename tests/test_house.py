@@ -388,7 +388,7 @@ def tracked_text() -> list[Path]:
 # --------------------------------------------------------------------------------------------------------------------
 
 FAMILIES_ROOM = PACKAGE / "model_bridge" / "supported_architectures"
-MACHINERY = ("__init__", "bloom", "decoder", "reading", "registry", "unlisted")
+MACHINERY = ("__init__", "bloom", "decoder", "reading", "registry", "unlisted", "unlisted_layouts")
 """Modules of that room that are no family's data. BLOOM's has its adapter as well, whose path is specified."""
 LONGEST_FAMILY = 80
 

@@ -29,6 +29,8 @@ def linears_of(family: Family) -> dict[str, tuple[str, ...]]:
     # What a norm after the branch is added of is another tensor than the linear layer's output.
     found |= {attention.o: ("attn.hook_out" if family.block.ln1_post else "hook_attn_out",)}
     inner: dict[str, tuple[str, ...]] = {}
+    if mlp.router:  # experts are no linear layers, and what they compute inside has no points
+        return {f"{attention.name}.{name}": places for name, places in found.items()}
     if mlp.gate_up:
         inner = {mlp.gate_up: ("mlp.hook_pre", "mlp.hook_pre_linear")}
     elif mlp.gate:

@@ -242,6 +242,9 @@ def find_site(bridge: TransformerBridge, site: str, layers: Index = None) -> Sit
             if layers is not None:
                 raise InputError(f"The site {site!r} is outside the blocks: leave layers out.")
             return Site(site, {None: bridge.hook_spec(name)})
+    why = bridge.adapter.unreachable.get(get_act_name(site, 0).removeprefix("blocks.0."))
+    if why is not None:
+        raise HookNameError(f"No site is called {site!r} in this model. {why}.")
     raise HookNameError(
         f"No site is called {site!r}. Nearest: {', '.join(nearest(site, SITES))}. A site is an activation of every block: "
         f"{', '.join(SITES)}, or another hook name without its layer, such as ln1.hook_scale."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -32,6 +33,8 @@ class ArchitectureAdapter(ABC):
     """Hook points fired after the blocks."""
     last_block_aliases: Mapping[str, str]
     """Further names of points of the last block, which a component after the blocks shares."""
+    unreachable: Mapping[str, str] = MappingProxyType({})
+    """Names within a block that other models' points have, and why this one's inside is not reached."""
     backbone_path: str
     """Path of the module that runs the blocks."""
     blocks_path: str
@@ -47,7 +50,12 @@ class ArchitectureAdapter(ABC):
     def hook_index(self) -> HookIndex:
         """Every hook point by name."""
         return HookIndex(
-            self.hooks_before, self.hooks_in_block, self.hooks_after, self.cfg.n_layers, self.last_block_aliases
+            self.hooks_before,
+            self.hooks_in_block,
+            self.hooks_after,
+            self.cfg.n_layers,
+            self.last_block_aliases,
+            self.unreachable,
         )
 
     def leave_out(self, names: Collection[str]) -> None:

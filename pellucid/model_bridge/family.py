@@ -129,6 +129,16 @@ class Attention:
     wide_scores: bool = False
     heads_first: bool = False
 
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Its projections to queries, keys and values."""
+        return (self.qkv,) if self.qkv else (self.q, self.k, self.v)
+
+    @property
+    def children(self) -> tuple[str, ...]:
+        """Its modules that have weights."""
+        return tuple(name for name in (*self.projections, self.o, self.q_norm, self.k_norm) if name)
+
 
 @dataclass(frozen=True)
 class MLP:
@@ -140,6 +150,10 @@ class MLP:
         down: projection back.
         gate: projection that is activated in a gated MLP, ``""`` where there is none.
         gate_up: gate and up as one projection.
+        router: what chooses a token's experts, ``""`` where there are none. With experts the names above are unused: what
+            an expert computes inside is no tensor ``[batch, pos, ...]``, and has no points.
+        experts: the experts, all in one module.
+        beside: modules that every token goes through beside its experts.
     """
 
     name: str = "mlp"
@@ -147,11 +161,22 @@ class MLP:
     down: str = "down_proj"
     gate: str = "gate_proj"
     gate_up: str = ""
+    router: str = ""
+    experts: str = ""
+    beside: tuple[str, ...] = ()
 
     @property
     def is_gated(self) -> bool:
         """Whether two projections make the neurons."""
         return bool(self.gate or self.gate_up)
+
+    @property
+    def children(self) -> tuple[str, ...]:
+        """Its modules that have weights."""
+        if self.router:
+            return (self.router, self.experts, *self.beside)
+        into = (self.gate_up,) if self.gate_up else (self.gate, self.up)
+        return tuple(name for name in (*into, self.down) if name)
 
 
 @dataclass(frozen=True)
@@ -163,7 +188,9 @@ class Settings:
         n_heads: the number of heads.
         d_model: features of the residual stream.
         n_ctx: the length it was trained on.
-        d_mlp: neurons of an MLP; where it holds ``None``, there are ``4 * d_model``.
+        d_mlp: neurons of an MLP, or of one expert; where it holds ``None``, there are ``4 * d_model``.
+        num_experts: experts of a layer, ``""`` where there are none.
+        experts_per_token: how many of them a token goes through.
         n_key_value_heads: heads of keys and values, ``""`` where there are as many as of queries.
         d_head: features of a head, ``""`` where they are ``d_model / n_heads``.
         eps: of the norms.
@@ -183,6 +210,8 @@ class Settings:
     activation: str = "hidden_act"
     final_cap: str = ""
     logit_scale: str = ""
+    num_experts: str = ""
+    experts_per_token: str = ""
 
 
 Refused: TypeAlias = Mapping[str, tuple[tuple[Any, ...], str]]

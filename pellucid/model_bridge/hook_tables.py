@@ -18,6 +18,7 @@ _KEYS = ("batch", "pos", "n_key_value_heads", "d_head")
 _PER_HEAD_RESIDUAL = ("batch", "pos", "n_heads", "d_model")
 _SCORES = ("batch", "n_heads", "pos", "key_pos")
 _NEURONS = ("batch", "pos", "d_mlp")
+_EXPERTS = ("batch", "pos", "n_experts")
 _LOGITS = ("batch", "pos", "d_vocab")
 _ONE = ("batch", "pos", "1")
 
@@ -188,9 +189,7 @@ class _Writer:
                 "hook_out",
                 _RESIDUAL,
                 f"output of the first norm, {self._affine}" + ("; feeds attention and MLP" if shared else ""),
-                aliases=(f"{_ATTN}.hook_in", f"{_MLP}.hook_in", f"{_MLP}.in.hook_in")
-                if shared
-                else (f"{_ATTN}.hook_in",),
+                aliases=(f"{_ATTN}.hook_in", *self.shared_with_mlp()) if shared else (f"{_ATTN}.hook_in",),
             )
         yield from self.attention()
         yield from self.between()
@@ -203,6 +202,10 @@ class _Writer:
             "what leaves the block",
             aliases=(f"{_B}.hook_out", f"{_MLP}.hook_out") if block.adds_residual else (f"{_B}.hook_out",),
         )
+
+    def shared_with_mlp(self) -> tuple[str, ...]:
+        """Names as the MLP's input of what a norm gives attention and MLP."""
+        return (f"{_MLP}.hook_in", *(() if self.family.mlp.router else (f"{_MLP}.in.hook_in",)))
 
     def attention(self) -> Iterator[HookSpec]:
         """From the first norm to what attention adds."""
@@ -314,14 +317,17 @@ class _Writer:
             )
 
     def branch(self, name: str, component: str, site: str, post_norm: str, doc: str, alias: str) -> Iterator[HookSpec]:
-        """What a branch gives and what it adds to the stream, which a norm after it makes two tensors."""
-        own = f"{component}.hook_out"
+        """What a branch gives and what it adds to the stream, which a norm after it makes two tensors.
+
+        ``alias`` is the name that it has as a projection's output, ``""`` where it is none's.
+        """
+        own, names = f"{component}.hook_out", (alias,) if alias else ()
         if self.family.block.adds_residual:
-            yield HookSpec(name, component, site, _RESIDUAL, doc, aliases=(alias,))
+            yield HookSpec(name, component, site, _RESIDUAL, doc, aliases=names)
         elif not post_norm:
-            yield HookSpec(name, component, site, _RESIDUAL, doc, aliases=(alias, own))
+            yield HookSpec(name, component, site, _RESIDUAL, doc, aliases=(*names, own))
         else:
-            yield HookSpec(own, component, site, _RESIDUAL, "output of the branch, before its norm", aliases=(alias,))
+            yield HookSpec(own, component, site, _RESIDUAL, "output of the branch, before its norm", aliases=names)
             yield from self.norm(post_norm)
             yield HookSpec(
                 name,
@@ -383,6 +389,9 @@ class _Writer:
     def mlp(self) -> Iterator[HookSpec]:
         """From what enters the MLP to what it adds."""
         mlp, name = self.family.mlp, "GELU" if self.family.block.adds_residual else "the activation"
+        if mlp.router:
+            yield from self.experts()
+            return
         pre = HookSpec(
             f"{_MLP}.hook_pre",
             _MLP,
@@ -416,4 +425,23 @@ class _Writer:
             f"{_B}.ln2_post" if self.family.block.ln2_post else "",
             f"MLP's additive contribution: output of {mlp.down.rpartition('.')[2]}, before the residual is added",
             f"{_MLP}.out.hook_out",
+        )
+
+    def experts(self) -> Iterator[HookSpec]:
+        """What chooses the experts, and what they and the modules beside them add."""
+        yield HookSpec(
+            f"{_MLP}.hook_router_logits",
+            _MLP,
+            "hook_router_logits",
+            _EXPERTS,
+            "router logits; an edit changes which experts a token goes through, and their weights",
+            aliases=(f"{_MLP}.gate.hook_out",),
+        )
+        yield from self.branch(
+            f"{_B}.hook_mlp_out",
+            _MLP,
+            "hook_mlp_out",
+            f"{_B}.ln2_post" if self.family.block.ln2_post else "",
+            "MLP's additive contribution: weighted sum of the chosen experts, before the residual is added",
+            "",
         )

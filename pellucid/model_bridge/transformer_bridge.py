@@ -102,6 +102,7 @@ class TransformerBridge(PeerWords, CachingMethods, CircuitMethods, TokenMethods,
         use_safetensors: bool | None = True,
         process_weights: bool | Mapping[str, bool] = False,
         allow_missing_weights: bool = False,
+        gguf_file: str | None = None,
     ) -> TransformerBridge:
         """Open a checkpoint: a hub name, a local folder, or a live model.
 
@@ -126,8 +127,11 @@ class TransformerBridge(PeerWords, CachingMethods, CircuitMethods, TokenMethods,
                 loaded; what the configuration forbids is refused before any weight is read.
             allow_missing_weights: leave weights that the checkpoint lacks random, with a warning that names them, instead
                 of refusing it; :meth:`verify` then has a check that fails.
+            gguf_file: name of a GGUF file in the folder or repository, which holds configuration, weights and tokenizer.
+                Hugging Face makes ordinary weights of its numbers, in ``dtype`` or float32. It holds no code.
 
         Raises:
+            MissingExtraError: ``gguf_file``, and the package that reads it is not installed.
             InputError: contradicting arguments, no such folder, a damaged file in it, or no safetensors weights.
             WeightError: weights that are damaged, missing or of other sizes; see :meth:`process_weights`, too.
             UnsupportedModelError: a family that is not known, or one configured in a way we do not handle.
@@ -143,6 +147,7 @@ class TransformerBridge(PeerWords, CachingMethods, CircuitMethods, TokenMethods,
                 max_memory=max_memory,
                 offload_folder=offload_folder,
                 load_weights=None if load_weights else False,
+                gguf_file=gguf_file,
             )
             if tokenizer is None and model_name:
                 tokenizer = tokenizer_of(os.fspath(check_path("model_name", model_name)), trust_remote_code)
@@ -153,6 +158,8 @@ class TransformerBridge(PeerWords, CachingMethods, CircuitMethods, TokenMethods,
         check_path("model_name", model_name)
         if revision is not None:
             check_text("revision", revision)
+        if gguf_file is not None:
+            check_text("gguf_file", gguf_file)
         loaded = load_model(
             os.fspath(model_name),
             dtype=dtype,
@@ -167,6 +174,7 @@ class TransformerBridge(PeerWords, CachingMethods, CircuitMethods, TokenMethods,
             use_safetensors=use_safetensors,
             allow_missing_weights=allow_missing_weights,
             tokenizer=tokenizer,
+            gguf_file=gguf_file,
             inspect=partial(refuse_early, process_weights),
         )
         bridge = cls(loaded.model, loaded.tokenizer)

@@ -121,7 +121,7 @@ class Costs:
         """One block on packed rows."""
         cfg, heads = self.cfg, self.cfg.n_heads * self.cfg.d_head
         attention = 2 * cfg.d_model * (heads + cfg.n_key_value_heads * cfg.d_head)
-        mlp = (3 if cfg.gated_mlp else 2) * cfg.d_model * self.d_mlp
+        mlp = (3 if cfg.gated_mlp else 2) * cfg.d_model * self.d_mlp * max(1, cfg.experts_per_token)
         return rows * (2 * (attention + mlp) + 4 * heads * self.length)
 
     def unembed_flops(self, cells: int) -> int:

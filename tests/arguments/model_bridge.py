@@ -342,6 +342,7 @@ REFUSED: list[Line] = [
     ("boot_transformers", {"model_name": ""}, "model_name is missing"),
     ("boot_transformers", {"attn_implementation": "flash"}, "Invalid attn_implementation"),
     *a_text("boot_transformers", "revision"),
+    *a_text("boot_transformers", "gguf_file"),
     ("TransformerBridge", {"hf_model": 3}, "hf_model is a torch module"),
     ("TransformerBridge", {"hf_model": torch.nn.Linear(2, 2)}, "(?s)Linear.*no causal language model.*bloom"),
     *(

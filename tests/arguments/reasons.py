@@ -76,6 +76,7 @@ EXPLAINED: dict[tuple[str, str], str] = {
             "use_safetensors",
             "process_weights",
             "allow_missing_weights",
+            "gguf_file",
         )
     },
     **{

@@ -390,7 +390,7 @@ def test_a_model_is_saved_so_that_hugging_face_loads_it(name: str, tmp_path: Pat
             bridge.process_weights()
         else:
             again.process_weights()
-            for view in ("W_U", "b_U", "W_Q", "W_in", "b_O"):
+            for view in ("W_U", "b_U", "W_Q", "b_O", *(() if bridge.cfg.num_experts else ("W_in",))):
                 torch.testing.assert_close(getattr(again, view), getattr(bridge, view), rtol=1e-5, atol=1e-5)
 
 

@@ -144,7 +144,9 @@ def test_a_gradient_is_a_central_difference(family: str) -> None:
     of logits may differ by: 64 units in the last place a layer, as everywhere in these tests. Where Hugging Face goes through
     float32 inside, those units are float32's, and the step is larger, since that error falls with it.
     """
-    bridge = TransformerBridge(make_family(family, torch.float64))
+    # Of all experts: a choice among them is no smooth function.
+    every = {"num_experts_per_tok": 5} if "num_experts_per_tok" in CONFIGS[family][1] else {}
+    bridge = TransformerBridge(make_family(family, torch.float64, **every))
     exact = bridge.adapter.family.float64
     step = 1e-3 if exact else 0.05
     unit = torch.finfo(torch.float64 if exact else torch.float32).eps

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from torch import Tensor
+from transformers.models.phi3.modeling_phi3 import Phi3Attention
 
-from pellucid import TransformerBridge
-from pellucid.errors import HookNameError, UnsupportedModelError
+from pellucid import Corpus, TransformerBridge
+from pellucid.errors import HookNameError, PellucidWarning, UnsupportedModelError
 from pellucid.hook_points import HookPoint
+from pellucid.running_stats import MeanVariance
 from tests.families import VOCAB, make_family
 from tests.models import is_pristine, random_tokens
+from tests.tiny_tokenizers import byte_level
 
 SIZES = {
     "vocab_size": VOCAB,
@@ -46,7 +50,7 @@ def opened(model: Any) -> tuple[TransformerBridge, str]:
     return bridge, "\n".join(str(warning.message) for warning in said)
 
 
-@pytest.mark.parametrize("family", ["llama", "olmo2", "gemma2", "gptj"])
+@pytest.mark.parametrize("family", ["llama", "olmo2", "gemma2", "gptj", "qwen2_moe", "phi3", "gpt2", "gpt_neox"])
 def test_what_is_read_off_a_model_is_what_its_family_says(family: str) -> None:
     """A model of a known family under another name: the same points, with the same axes and aliases."""
     wanted = TransformerBridge(make_family(family))
@@ -122,16 +126,12 @@ def test_a_point_that_is_dead_is_left_out() -> None:
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("Qwen2Moe", r"the modules of mlp of a block are not those of one .* There: .*experts.*Looked for one of:\n  "),
-        (
-            "Phi3",
-            r"self_attn of a block are not those of one \(a projection that gives several of them is not guessed at\)",
-        ),
+        ("Glm4Moe", r"the modules of mlp of a block are not those of one\. There: .*experts.*Looked for one of:\n  "),
         ("Olmo", r"its norms \(OlmoLayerNorm\) compute in no way that it knows"),
     ],
 )
 def test_what_fits_none_is_refused(kind: str, said: str) -> None:
-    more = {"num_experts": 4, "moe_intermediate_size": 16} if kind == "Qwen2Moe" else {}
+    more = {"n_routed_experts": 4, "moe_intermediate_size": 16, "first_k_dense_replace": 0} if kind == "Glm4Moe" else {}
     model = make(kind, **more)
     model.config.model_type = "nobodys"
     with pytest.raises(UnsupportedModelError, match=r"(?s)" + said):
@@ -146,3 +146,72 @@ def test_a_module_with_weights_that_nobody_knows_is_refused() -> None:
     model.model.layers[0].side = torch.nn.Linear(2, 2)
     with pytest.raises(UnsupportedModelError, match=r"(?s)the modules of a block are not those of one\. There: .*side"):
         TransformerBridge(model)
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("self_attn.qkv_proj", "gives queries, keys and values together in no order that it knows"),
+        ("mlp.gate_up_proj", "gives gate and up in no order that it knows"),
+    ],
+)
+def test_a_fused_layout_that_is_not_proved_is_refused(path: str, said: str) -> None:
+    """An attention that takes values first, and an MLP that activates the second half."""
+    model = make_family("phi3")
+    model.config.model_type = "nobodys"
+    block: Any = model.model.layers[0]
+    if path.startswith("mlp"):
+        mlp = block.mlp
+        mlp.forward = lambda x: mlp.down_proj(
+            (lambda up, gate: up * mlp.activation_fn(gate))(*mlp.gate_up_proj(x).chunk(2, dim=-1))
+        )
+    else:
+        block.self_attn.__class__ = OtherOrder
+    with pytest.raises(UnsupportedModelError, match=said):
+        TransformerBridge(model)
+
+
+class OtherOrder(Phi3Attention):
+    """Phi-3's attention with keys and values exchanged."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        plain = self.qkv_proj.forward
+
+        def exchanged(x: Tensor) -> Tensor:
+            q, k, v = plain(x).split((48, 16, 16), dim=-1)
+            return torch.cat((q, v, k), dim=-1)
+
+        self.qkv_proj.forward = exchanged
+        return super().forward(hidden_states, *args, **kwargs)
+
+
+# -- by name -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_opens_by_name(tmp_path: Path) -> None:
+    make("Starcoder2").save_pretrained(tmp_path)
+    with pytest.warns(PellucidWarning, match=r"starcoder2 \(unlisted\) is a family that Pellucid does not know"):
+        bridge = TransformerBridge.boot_transformers(tmp_path, tokenizer=byte_level())
+    assert "unlisted" in repr(bridge)
+    native = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    tokens = random_tokens()
+    assert torch.equal(bridge(tokens), native(tokens, use_cache=False).logits)
+    corpus = Corpus.from_tokens({"x": [tokens[0]]}, context=9)
+    statistics = {"blocks.1.mlp.hook_post": [MeanVariance()]}
+    bridge.collect(corpus, statistics, checkpoint=tmp_path / "job", progress=False)  # its identity is asked for
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (
+            "Mamba",
+            r"model_type='mamba', a family that Pellucid does not know. It opens: .*There: .*Looked for one of:\n",
+        ),
+        ("T5", r"model_type='t5', a family that Pellucid does not know. It opens: bloom"),  # no causal language model
+    ],
+)
+def test_a_folder_that_fits_none_is_refused_before_weights_are_read(kind: str, said: str, tmp_path: Path) -> None:
+    getattr(transformers, f"{kind}Config")(num_hidden_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match=r"(?s)" + said):
+        TransformerBridge.boot_transformers(tmp_path)

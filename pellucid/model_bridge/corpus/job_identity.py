@@ -32,9 +32,9 @@ from pellucid.errors import InputError
 from pellucid.hook_values import describe_function
 from pellucid.model_bridge.corpus.function_hash import code_hash, function_hash
 from pellucid.model_bridge.generalized_components.weights import stored_parts
-from pellucid.model_bridge.hooking.mounting import StandIn
+from pellucid.model_bridge.hooking.mounting import StandIn, is_hooked
 from pellucid.model_bridge.running.runner import RunnableModel
-from pellucid.model_bridge.supported_architectures import architecture_of
+from pellucid.model_bridge.supported_architectures import may_change_numbers
 from pellucid.model_bridge.weights.hashing import tensor_hash, weights_hash
 from pellucid.storage.json_text import Json, differences
 from pellucid.version import __version__
@@ -169,11 +169,7 @@ def refuse_torch_hooks(model: RunnableModel) -> None:
 
 
 def _torch_hooks(model: RunnableModel) -> list[str]:
-    names = [
-        name or type(module).__name__
-        for name, module in model.hf_model.named_modules()
-        if module._forward_hooks or module._forward_pre_hooks
-    ]
+    names = [name or type(module).__name__ for name, module in model.hf_model.named_modules() if is_hooked(module)]
     if torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks:
         names.append("every module (torch.nn.modules.module.register_module_forward_hook)")
     return names
@@ -211,8 +207,8 @@ def hooks_on(model: RunnableModel) -> list[Json]:
 def _configuration(model: RunnableModel) -> dict[str, Json]:
     """Hugging Face's configuration, as far as it may change a number."""
     config: Any = model.runner.tree.root.config
-    decides = architecture_of(config.model_type, "The model's configuration").may_change_numbers
-    found = {name: _plain(value) for name, value in sorted(config.to_dict().items()) if decides(name)}
+    kind, said = config.model_type, config.to_dict()
+    found = {name: _plain(value) for name, value in sorted(said.items()) if may_change_numbers(kind, name)}
     return found | {"attn_implementation": _plain(config._attn_implementation)}
 
 

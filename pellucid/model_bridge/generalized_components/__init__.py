@@ -10,6 +10,7 @@ from pellucid.model_bridge.generalized_components.bloom_block import BloomBlockB
 from pellucid.model_bridge.generalized_components.bloom_mlp import BloomMLPBridge
 from pellucid.model_bridge.generalized_components.causal_lm import CausalLMBridge, GenerateBridge
 from pellucid.model_bridge.generalized_components.embedding import EmbeddingBridge
+from pellucid.model_bridge.generalized_components.experts import ExpertsBridge, RouterBridge
 from pellucid.model_bridge.generalized_components.hf_attention import HuggingFaceAttentionBridge
 from pellucid.model_bridge.generalized_components.hf_mlp import HuggingFaceMLPBridge
 from pellucid.model_bridge.generalized_components.joint_qkv_attention import JointQKVAttentionBridge
@@ -40,6 +41,7 @@ __all__ = [
     "CausalLMBridge",
     "CentredNormalizationBridge",
     "EmbeddingBridge",
+    "ExpertsBridge",
     "FusedHeadsProjectionBridge",
     "FusedLinearBridge",
     "GeneralizedComponent",
@@ -55,6 +57,7 @@ __all__ = [
     "OutputProjectionBridge",
     "PosEmbedBridge",
     "RMSNormalizationBridge",
+    "RouterBridge",
     "UnembeddingBridge",
     "build_alibi_slopes",
     "build_alibi_tensor",

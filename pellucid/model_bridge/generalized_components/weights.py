@@ -24,7 +24,7 @@ BY_ROW = (
         for name in ("linear", "sparse", "normalization", "dropout", "container", "activation")
     ),
     "torch.nn.utils.parametriz",  # parametrised classes, and what computes their weights
-    "transformers.models.",  # of the decoders that are bridged, all do
+    "transformers.models.",  # of the decoders that are bridged, all do; a choice of experts that is close may round over
     "transformers.activations",
     "transformers.pytorch_utils",  # Conv1D
     "peft.",

@@ -128,6 +128,13 @@ HUGGING_FACE_RECORDERS = "transformers.utils.output_capturing"
 """Where Hugging Face writes the hooks that it leaves on a model once ``output_attentions`` was asked for. They write to no
 tensor, and do nothing in a run that does not ask."""
 
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody has put torch hooks on a module, which may write to tensors."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(hook.__module__ != HUGGING_FACE_RECORDERS for hook in hooks)
+
+
 AFTER_BACKBONE = ("unembed", "model")
 """Components whose points fire when the backbone's forward has ended."""
 
@@ -374,11 +381,7 @@ class ComponentTree:
 
     def has_torch_hooks(self) -> bool:
         """Whether the user has put torch hooks on the model, which may write to tensors."""
-        return any(
-            hook.__module__ != HUGGING_FACE_RECORDERS
-            for module in self.root.modules()
-            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        )
+        return any(map(is_hooked, self.root.modules()))
 
     # -- copies --------------------------------------------------------------------------------------------------------
 

@@ -146,6 +146,13 @@ class DecoderEdits:
             ),
             "attn.hook_out": lambda: on_output(attention.get_submodule(self.family.attention.o), edit),
         }
+        if mlp_names.router:
+            simple |= {
+                "mlp.hook_out": lambda: on_output(mlp, edit),
+                "mlp.hook_router_logits": lambda: _router_logits(mlp, mlp.get_submodule(mlp_names.router), edit),
+            }
+            if not names.ln2_post:
+                simple["hook_mlp_out"] = simple["mlp.hook_out"]
         if tail in simple:
             return [simple[tail]()]
         if tail.startswith("mlp."):
@@ -286,6 +293,10 @@ class _Inside(TorchFunctionMode):
             module.register_forward_hook(lambda module, args, output: self._enter(False)),
         ]
 
+    def also(self, handle: Any) -> None:
+        """Remove another handle when the mode ends."""
+        self._handles.append(handle)
+
     def _enter(self, inside: bool) -> None:
         self._inside, self._mode.seen = inside, 0
 
@@ -298,6 +309,19 @@ class _Inside(TorchFunctionMode):
         for handle in self._handles:
             handle.remove()
         super().__exit__(*exception)
+
+
+def _router_logits(mlp: nn.Module, router: nn.Module, edit: Edit) -> Any:
+    """Edit what a router's linear map gives, ``[batch * pos, n_experts]``, by row and position."""
+    shapes: list[torch.Size] = []
+    handle = mlp.register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape[:2]))
+
+    def by_row(logits: Tensor) -> Tensor:
+        return edit(logits.view(*shapes[-1], -1)).flatten(0, 1)
+
+    mode = _Inside(router, Intercept(F.linear, 0, by_row, on_input=False))
+    mode.also(handle)
+    return mode
 
 
 def _into_method(module: nn.Module, name: str, edit: Edit) -> Remover:

@@ -7,6 +7,7 @@ safetensors files of its own folder and nothing else, unless pickle files were a
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Iterator
@@ -25,7 +26,6 @@ from pellucid.errors import (
     WeightError,
     warn,
 )
-from pellucid.model_bridge.supported_architectures import architecture_of
 
 CONFIG, ADAPTER_CONFIG, GENERATION_CONFIG = "config.json", "adapter_config.json", "generation_config.json"
 SAFE_WEIGHTS, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -49,17 +49,50 @@ class Checkpoint:
         revision: of it.
         adapter: hub name or folder of the adapter on it, ``None`` without one.
         adapter_revision: of the adapter.
+        gguf_file: the file of them that holds configuration and weights, ``None`` where they are files of Hugging Face's.
     """
 
     name: str
     revision: str | None = None
     adapter: str | None = None
     adapter_revision: str | None = None
+    gguf_file: str | None = None
 
     @property
     def is_local(self) -> bool:
         """Whether the configuration and the weights are in a folder: no network is asked then."""
         return os.path.isdir(self.name)
+
+    def gguf(self) -> dict[str, str]:
+        """Hugging Face's argument for a GGUF file, where it is one."""
+        return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+
+
+def find_gguf(name_or_path: str, gguf_file: str, revision: str | None = None) -> Checkpoint:
+    """Say where a GGUF file is that a user names.
+
+    Args:
+        name_or_path: a hub name or a folder.
+        gguf_file: the file's name there; inside it, nowhere else.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        InputError: no such folder or file, or a name that leads out of it.
+        MissingExtraError: the package that reads GGUF files is not installed.
+    """
+    parts = PurePath(gguf_file).parts
+    if not gguf_file.endswith(".gguf") or PurePath(gguf_file).is_absolute() or ".." in parts or "\\" in gguf_file:
+        raise InputError(f"gguf_file={gguf_file!r} is the name of a .gguf file inside {name_or_path}.")
+    path = os.path.expanduser(name_or_path)
+    if not os.path.isdir(path):
+        _refuse_no_folder(name_or_path, path)
+        path = name_or_path
+    elif not os.path.isfile(os.path.join(path, gguf_file)):
+        there = sorted(name for name in os.listdir(path) if name.endswith(".gguf"))
+        raise InputError(f"{path} has no file {gguf_file!r}. GGUF files there: {', '.join(there) or 'none'}.")
+    if importlib.util.find_spec("gguf") is None:
+        raise MissingExtraError(f"{gguf_file} is read by the package gguf: pip install 'pellucid[gguf]'.")
+    return Checkpoint(path, revision, gguf_file=gguf_file)
 
 
 def find_checkpoint(name_or_path: str, revision: str | None = None) -> Checkpoint:
@@ -129,12 +162,12 @@ def read_configuration(checkpoint: Checkpoint, trust_remote_code: bool = False) 
 
     Raises:
         InputError: a file of a local folder that is damaged.
-        UnsupportedModelError: a family that is not known, or values that Hugging Face does not accept.
+        UnsupportedModelError: a ``model_type`` that is none, or values that Hugging Face does not accept.
         OSError: no such model on the hub, or no network to ask.
     """
     import transformers
 
-    if checkpoint.is_local:
+    if checkpoint.is_local and checkpoint.gguf_file is None:
         kind = read_json(os.path.join(checkpoint.name, CONFIG)).get("model_type")
         if not isinstance(kind, str):
             raise UnsupportedModelError(
@@ -145,14 +178,13 @@ def read_configuration(checkpoint: Checkpoint, trust_remote_code: bool = False) 
         if os.path.lexists(generation):
             read_json(generation)  # Hugging Face leaves a broken one out without a word
     with _named(UnsupportedModelError, f"The configuration of {checkpoint.name} cannot be used"):
-        config = transformers.AutoConfig.from_pretrained(
+        return transformers.AutoConfig.from_pretrained(
             checkpoint.name,
             revision=checkpoint.revision,
             trust_remote_code=trust_remote_code,
             local_files_only=checkpoint.is_local,
+            **checkpoint.gguf(),
         )
-    architecture_of(config.model_type, checkpoint.name)
-    return config
 
 
 def check_weight_files(checkpoint: Checkpoint, use_safetensors: bool | None) -> None:

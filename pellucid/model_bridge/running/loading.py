@@ -28,6 +28,7 @@ from pellucid.model_bridge.running.checkpoint import (
     add_adapter,
     check_weight_files,
     find_checkpoint,
+    find_gguf,
     has_tokenizer,
     listed,
     named_weights,
@@ -38,6 +39,7 @@ from pellucid.model_bridge.running.checkpoint import (
 from pellucid.model_bridge.supported_architectures import (
     ARCHITECTURES,
     Architecture,
+    architecture_by_names,
     architecture_of,
     architecture_of_model,
     as_installed,
@@ -75,6 +77,7 @@ def load_model(
     use_safetensors: bool | None = True,
     allow_missing_weights: bool = False,
     tokenizer: Any | None = None,
+    gguf_file: str | None = None,
     inspect: Callable[[TransformerBridgeConfig], None] | None = None,
 ) -> LoadedModel:
     """Load a checkpoint with Hugging Face.
@@ -93,6 +96,7 @@ def load_model(
         use_safetensors: ``False`` allows pickle files, which can run code when loaded; ``None`` takes what is there.
         allow_missing_weights: leave weights that the checkpoint lacks random, with a warning, instead of refusing it.
         tokenizer: to use instead of the checkpoint's.
+        gguf_file: a GGUF file there, with configuration, weights and tokenizer; Hugging Face makes ordinary weights of it.
         inspect: shown the configuration before any weight is read; may raise.
 
     Raises:
@@ -105,9 +109,11 @@ def load_model(
 
     if device is not None and device_map is not None:
         raise InputError("device and device_map both say where the model goes; give one.")
-    checkpoint = find_checkpoint(name_or_path, revision)
+    checkpoint = (
+        find_checkpoint(name_or_path, revision) if gguf_file is None else find_gguf(name_or_path, gguf_file, revision)
+    )
     config = read_configuration(checkpoint, trust_remote_code)
-    architecture = architecture_of(config.model_type, name_or_path)
+    architecture = _architecture_for(config, name_or_path)
     _override(config, hf_config_overrides or {}, architecture.listed)
     cfg = architecture.read(config)
     if inspect is not None:
@@ -121,7 +127,8 @@ def load_model(
             trust_remote_code=trust_remote_code,
         )
     else:
-        check_weight_files(checkpoint, use_safetensors)
+        if gguf_file is None:
+            check_weight_files(checkpoint, use_safetensors)
         try:
             with named_weights(checkpoint.name):
                 model, found = transformers.AutoModelForCausalLM.from_pretrained(
@@ -141,6 +148,7 @@ def load_model(
                     },  # ours to load: PEFT knows kinds that Hugging Face does not
                     ignore_mismatched_sizes=True,  # ours to refuse, with names
                     output_loading_info=True,
+                    **_unpacked(checkpoint),
                 )
         except OSError as error:
             if use_safetensors and "safetensors" in str(error):
@@ -151,6 +159,10 @@ def load_model(
                     f"Hugging Face said: {str(error).splitlines()[0]}"
                 ) from error
             raise
+        if gguf_file is not None and getattr(model, "hf_quantizer", None) is not None:
+            model.hf_quantizer.remove_quantization_config(
+                model
+            )  # its weights are plain ones: Hugging Face saves them as such
         missing += _check_loaded(model, found, checkpoint.name, allow_missing_weights)
     if device is not None:
         model.to(device)
@@ -184,6 +196,32 @@ def read_adapter(name_or_path: str, revision: str | None = None) -> Architecture
     config = read_configuration(find_checkpoint(name_or_path, revision))
     architecture = architecture_of(config.model_type, name_or_path)
     return architecture.adapter(architecture.read(config), architecture.family.of(config))
+
+
+def _unpacked(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Hugging Face's arguments for a GGUF file; releases that could leave its weights packed are told to unpack them."""
+    import transformers
+
+    kind = getattr(transformers, "GgufConfig", None)
+    if checkpoint.gguf_file is None or kind is None:
+        return dict(checkpoint.gguf())
+    return {**checkpoint.gguf(), "quantization_config": kind(dequantize=True)}
+
+
+def _architecture_for(config: Any, name: str) -> Architecture:
+    """The architecture of a configuration; of a model of no known family, by the names of its modules, made without weights.
+
+    Raises:
+        UnsupportedModelError: no causal language model of Hugging Face's own, or modules that fit no family.
+    """
+    import transformers
+
+    kind = transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if config.model_type in ARCHITECTURES or kind is None:
+        return architecture_of(config.model_type, name)
+    with torch.device("meta"):
+        bare = transformers.AutoModelForCausalLM.from_config(config)
+    return architecture_by_names(bare, name)
 
 
 def _override(config: Any, overrides: Mapping[str, Any], listed: frozenset[str]) -> None:
@@ -246,7 +284,12 @@ def _tokenizer_of(checkpoint: Checkpoint, trust_remote_code: bool, shared: str) 
     if checkpoint.adapter is not None and has_tokenizer(checkpoint.adapter, checkpoint.adapter_revision):
         name, revision = checkpoint.adapter, checkpoint.adapter_revision
     return load_tokenizer(
-        name, shared, revision=revision, trust_remote_code=trust_remote_code, local_files_only=os.path.isdir(name)
+        name,
+        shared,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        local_files_only=os.path.isdir(name),
+        **checkpoint.gguf(),
     )
 
 

@@ -5,8 +5,10 @@ from pellucid.model_bridge.supported_architectures.decoder import DecoderAdapter
 from pellucid.model_bridge.supported_architectures.registry import (
     ARCHITECTURES,
     Architecture,
+    architecture_by_names,
     architecture_of,
     architecture_of_model,
+    may_change_numbers,
 )
 
 __all__ = [
@@ -14,7 +16,9 @@ __all__ = [
     "Architecture",
     "BloomArchitectureAdapter",
     "DecoderAdapter",
+    "architecture_by_names",
     "architecture_of",
     "architecture_of_model",
     "as_installed",
+    "may_change_numbers",
 ]

@@ -13,11 +13,12 @@ from pellucid.config import TransformerBridgeConfig
 from pellucid.conversion_utils.fused_qkv import Part
 from pellucid.errors import UnsupportedModelError
 from pellucid.model_bridge.architecture_adapter import ArchitectureAdapter
-from pellucid.model_bridge.family import Family
+from pellucid.model_bridge.family import Family, FusedLayout
 from pellucid.model_bridge.generalized_components import (
     BlockBridge,
     CentredNormalizationBridge,
     EmbeddingBridge,
+    ExpertsBridge,
     FusedHeadsProjectionBridge,
     FusedLinearBridge,
     GeneralizedComponent,
@@ -30,9 +31,11 @@ from pellucid.model_bridge.generalized_components import (
     OutputProjectionBridge,
     PosEmbedBridge,
     RMSNormalizationBridge,
+    RouterBridge,
     UnembeddingBridge,
 )
 from pellucid.model_bridge.generalized_components.block import Link
+from pellucid.model_bridge.generalized_components.experts import PROJECTION
 from pellucid.model_bridge.generalized_components.fused_layouts import Grouped, PartsOfFused, Stacked
 from pellucid.model_bridge.generalized_components.hf_arguments import cache_name, check_parameters
 from pellucid.model_bridge.generalized_components.hf_attention import EAGER, REGISTRY
@@ -45,7 +48,13 @@ MODEL_ARGUMENTS = ("input_ids", "attention_mask", "inputs_embeds", "use_cache", 
 BACKBONE_ARGUMENTS = ("input_ids", "attention_mask", "inputs_embeds", "use_cache")
 """Arguments that Pellucid gives to every model and its backbone; the cache is named apart."""
 
-_PARTS = ("hook_q", "hook_k", "hook_v")
+PARTS = ("hook_q", "hook_k", "hook_v")
+
+_NEURON_SITES = ("mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post")
+_IN_EXPERTS = (
+    "The MLP is a mixture of experts, whose neurons are inside the experts: each sees only the tokens that chose it, and "
+    "has no point. There are what enters it, mlp.hook_in, its mlp.hook_router_logits and what it adds, hook_mlp_out"
+)
 
 
 def as_installed(family: Family, model: nn.Module) -> Family:
@@ -64,6 +73,14 @@ def as_installed(family: Family, model: nn.Module) -> Family:
     return replace(family, attention=rewritten, block=replace(family.block, gives_tuple=False))
 
 
+def qkv_layout(layout: FusedLayout, cfg: TransformerBridgeConfig) -> PartsOfFused:
+    """Where queries, keys and values are in a fused projection, under the names of :data:`PARTS`."""
+    if layout == "grouped":
+        return Grouped(PARTS, cfg.n_key_value_heads, cfg.d_head)
+    q, kv = cfg.n_heads * cfg.d_head, cfg.n_key_value_heads * cfg.d_head
+    return Stacked(PARTS, (q, kv, kv), cfg.d_head)
+
+
 class DecoderAdapter(ArchitectureAdapter):
     """The components and hook points of a :class:`~pellucid.model_bridge.family.Family`.
 
@@ -79,6 +96,7 @@ class DecoderAdapter(ArchitectureAdapter):
         self.family = family
         table = hook_table(family, cfg.n_key_value_heads != cfg.n_heads)
         self.hooks_before, self.hooks_in_block, self.hooks_after = table.before, table.block, table.after
+        self.unreachable = dict.fromkeys(_NEURON_SITES, _IN_EXPERTS) if family.mlp.router else {}
         self.backbone_path, self.blocks_path = family.outside.backbone, family.blocks_path
 
     # -- components ----------------------------------------------------------------------------------------------------
@@ -155,7 +173,9 @@ class DecoderAdapter(ArchitectureAdapter):
         parts: dict[str, GeneralizedComponent] = {}
         counts: dict[Part, int] = {"q": cfg.n_heads, "k": cfg.n_key_value_heads, "v": cfg.n_key_value_heads}
         if attention.qkv:
-            parts["qkv"] = FusedHeadsProjectionBridge(attention.qkv, cfg, layout=self._qkv_layout(), heads=counts)
+            parts["qkv"] = FusedHeadsProjectionBridge(
+                attention.qkv, cfg, layout=qkv_layout(attention.layout, cfg), heads=counts
+            )
         else:
             names: dict[Part, str] = {"q": attention.q, "k": attention.k, "v": attention.v}
             for part, count in counts.items():
@@ -174,16 +194,12 @@ class DecoderAdapter(ArchitectureAdapter):
             attention.name, cfg, parts, attention.softmax_in, attention.pattern_at, attention.heads_first
         )
 
-    def _qkv_layout(self) -> PartsOfFused:
-        cfg = self.cfg
-        if self.family.attention.layout == "grouped":
-            return Grouped(_PARTS, cfg.n_key_value_heads, cfg.d_head)
-        q, kv = cfg.n_heads * cfg.d_head, cfg.n_key_value_heads * cfg.d_head
-        return Stacked(_PARTS, (q, kv, kv), cfg.d_head)
-
     def _mlp(self) -> GeneralizedComponent:
         mlp, cfg, block = self.family.mlp, self.cfg, self.family.block
         parts: dict[str, GeneralizedComponent] = {}
+        reads_stream = not block.parallel and not block.ln2
+        if mlp.router:
+            return ExpertsBridge(mlp.name, cfg, {"router": RouterBridge(mlp.router, cfg)}, input_is_stream=reads_stream)
         width = cfg.sizes()["d_mlp"]
         if mlp.gate_up:
             layout = Stacked(("hook_pre", "hook_pre_linear"), (width, width))
@@ -193,7 +209,6 @@ class DecoderAdapter(ArchitectureAdapter):
                 parts["gate"] = LinearBridge(mlp.gate, cfg)
             parts["in"] = LinearBridge(mlp.up, cfg)
         parts["out"] = LinearBridge(mlp.down, cfg)
-        reads_stream = not block.parallel and not block.ln2
         return HuggingFaceMLPBridge(mlp.name, cfg, parts, input_is_stream=reads_stream)
 
     def link_outer(self, outer: Mapping[str, GeneralizedComponent], blocks: list[GeneralizedComponent]) -> None:
@@ -206,7 +221,7 @@ class DecoderAdapter(ArchitectureAdapter):
     # -- what the model has to be --------------------------------------------------------------------------------------
 
     def missing_modules(self, model: nn.Module) -> list[str]:
-        """Which of the family's modules ``model`` has not."""
+        """Which of the family's modules ``model`` has not: a mixture of experts in some layers only lacks routers there."""
         present = {name for name, _ in model.named_modules(remove_duplicate=False)}
         outer = [self._paths("", component) for component in self.make_outer().values()]
         blocks = [self._paths("", self.make_block(layer)) for layer in range(self.cfg.n_layers)]
@@ -223,6 +238,8 @@ class DecoderAdapter(ArchitectureAdapter):
         check_parameters(type(backbone), BACKBONE_ARGUMENTS)
         cache_name(type(backbone))
         self.cache_name = cache_name(type(model))
+        if self.family.mlp.router:
+            self._check_router(model)
         self._check_attention(model.get_submodule(f"{self.blocks_path}.0.{self.family.attention.name}"))
 
     def _check_attention(self, attention: nn.Module) -> None:
@@ -244,6 +261,18 @@ class DecoderAdapter(ArchitectureAdapter):
                 f"{family.title}'s attention has it: its scores and pattern could not be reached. Install a release of "
                 "docs/compatibility.md."
             )
+
+    def _check_router(self, model: nn.Module) -> None:
+        """See that each block has experts, and that Hugging Face's router makes its logits by one linear map."""
+        mlp = self.family.mlp
+        for layer in range(self.cfg.n_layers):
+            found = model.get_submodule(f"{self.blocks_path}.{layer}.{mlp.name}.{mlp.router}")
+            kind, names = type(found), words_of(type(found).forward)
+            if PROJECTION not in names:
+                raise UnsupportedModelError(
+                    f"{kind.__module__}.{kind.__name__} of the installed transformers makes its logits without "
+                    f"F.{PROJECTION}, where they could be reached. Install a release of docs/compatibility.md."
+                )
 
     def split_qkv_matrix(self, original_attention_component: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
         """See :meth:`ArchitectureAdapter.split_qkv_matrix`.

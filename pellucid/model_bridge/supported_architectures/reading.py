@@ -116,6 +116,7 @@ def read_settings(
         config,
         (
             *(where.n_ctx, where.d_mlp, where.n_key_value_heads, where.d_head, where.eps, where.activation),
+            *(where.num_experts, where.experts_per_token),
             *(where.final_cap, where.logit_scale, "tie_word_embeddings", "_name_or_path"),
         ),
     )
@@ -129,6 +130,8 @@ def read_settings(
         n_ctx=more[where.n_ctx] or 2048,
         n_key_value_heads=more[where.n_key_value_heads] or n_heads,
         d_mlp=more[where.d_mlp] or 4 * d_model,
+        num_experts=more[where.num_experts] or 0,
+        experts_per_token=more[where.experts_per_token] or 0,
         eps=more[where.eps] or 1e-5,
         architecture=str((attributes.get("architectures") or [family.model_type])[0]),
         model_name=str(more["_name_or_path"] or ""),

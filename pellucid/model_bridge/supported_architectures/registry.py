@@ -20,13 +20,14 @@ from pellucid.model_bridge.supported_architectures.gpt2 import GPT2
 from pellucid.model_bridge.supported_architectures.gpt_neox import GPT_NEOX
 from pellucid.model_bridge.supported_architectures.gptj import GPTJ
 from pellucid.model_bridge.supported_architectures.llama import LLAMA, MISTRAL, QWEN2, QWEN3
+from pellucid.model_bridge.supported_architectures.mixtures import MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
 from pellucid.model_bridge.supported_architectures.olmo2 import OLMO2
 from pellucid.model_bridge.supported_architectures.phi import PHI
 from pellucid.model_bridge.supported_architectures.phi3 import PHI3
 from pellucid.model_bridge.supported_architectures.reading import listed_of, read_settings
 from pellucid.model_bridge.supported_architectures.smollm3 import SMOLLM3
 from pellucid.model_bridge.supported_architectures.stablelm import STABLELM
-from pellucid.model_bridge.supported_architectures.unlisted import unlisted_family
+from pellucid.model_bridge.supported_architectures.unlisted import named_family, unlisted_family
 
 ReadSettings: TypeAlias = Callable[..., TransformerBridgeConfig]
 """``(config, dtype, device)`` to our configuration."""
@@ -65,6 +66,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         family.model_type: _as_data(family)
         for family in (
             *(LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, GPT_NEOX, GEMMA, GEMMA2, GEMMA3, OLMO2, PHI3),
+            *(MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE),
             *(COHERE, GPTJ, PHI, SMOLLM3, STABLELM),
         )
     },
@@ -84,12 +86,39 @@ def architecture_of(model_type: object, what: str) -> Architecture:
     """
     found = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
     if found is None:
-        raise UnsupportedModelError(
-            f"{what} says model_type={model_type!r}, a family that Pellucid does not open. It opens: "
-            f"{', '.join(sorted(ARCHITECTURES))}. A live model whose modules have the names of one of these opens as "
-            "unlisted: load it with transformers and give it as hf_model=."
-        )
+        raise UnsupportedModelError(_unknown(model_type, what))
     return found
+
+
+def _unknown(model_type: object, what: str) -> str:
+    return (
+        f"{what} says model_type={model_type!r}, a family that Pellucid does not know. It opens: "
+        f"{', '.join(sorted(ARCHITECTURES))}; and, as unlisted, a model of Hugging Face's whose modules have the names of "
+        "one of these, once its weights are there to try its points on (TransformerBridge.boot_transformers)."
+    )
+
+
+def architecture_by_names(model: nn.Module, what: str) -> Architecture:
+    """What a model of no known family would be opened as, by the names and sizes of its modules; it needs no weights.
+
+    Raises:
+        UnsupportedModelError: its modules fit none, with what was looked for.
+    """
+    config: Any = model.config
+    try:
+        return _as_data(named_family(model, _with_plain_blocks()))
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{_unknown(config.model_type, what)}\n{error}") from None
+
+
+def _with_plain_blocks() -> list[Family]:
+    return [each.family for each in ARCHITECTURES.values() if not each.family.block.adds_residual]
+
+
+def may_change_numbers(model_type: object, attribute: str) -> bool:
+    """Whether an attribute of a configuration of some ``model_type`` is part of what decides the numbers of a run."""
+    found = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
+    return attribute not in BOOK_KEEPING if found is None else found.may_change_numbers(attribute)
 
 
 def architecture_of_model(model: nn.Module) -> Architecture:
@@ -102,5 +131,4 @@ def architecture_of_model(model: nn.Module) -> Architecture:
     model_type = config.model_type
     if model_type in ARCHITECTURES:
         return ARCHITECTURES[model_type]
-    known = [each.family for each in ARCHITECTURES.values() if not each.family.block.adds_residual]
-    return _as_data(unlisted_family(model, known))
+    return _as_data(unlisted_family(model, _with_plain_blocks()))

@@ -1,9 +1,9 @@
 """A decoder of no family that is known, whose modules have the names that known ones have: *unlisted*.
 
 Its family is read off the model. Names say which module is which, and every module with weights has to be one that is known;
-what names do not say (whether branches are parallel, how its norms compute, whether its logits are the head's output) is
-seen in one forward of the bare model. A projection that gives several parts is not guessed at: names do not say how they
-lie in it. Which points hold is for checks to find (:mod:`~pellucid.model_bridge.verification.unlisted`).
+what names do not say (whether branches are parallel, how its norms compute, how the parts of a fused projection lie, whether
+its logits are the head's output) is seen in one forward of the bare model. Which points hold is for checks to find
+(:mod:`~pellucid.model_bridge.verification.unlisted`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,11 @@ from pellucid.errors import UnsupportedModelError
 from pellucid.model_bridge.family import LAYER_NORM, Attention, Family, HeadNorm, NormKind, Outside, Settings
 from pellucid.model_bridge.generalized_components.hf_arguments import forward_parameters
 from pellucid.model_bridge.supported_architectures.reading import read_settings
+from pellucid.model_bridge.supported_architectures.unlisted_layouts import (
+    check_gate_first,
+    proved_attention,
+    watching_attention,
+)
 
 T = TypeVar("T")
 
@@ -42,8 +47,17 @@ def unlisted_family(model: nn.Module, known: Iterable[Family]) -> Family:
     Raises:
         UnsupportedModelError: its modules fit none, with what was looked for.
     """
+    return _seen(model, named_family(model, known))
+
+
+def named_family(model: nn.Module, known: Iterable[Family]) -> Family:
+    """As far as names and sizes say it; the model may have no weights yet (on the device ``meta``).
+
+    Raises:
+        UnsupportedModelError: its modules fit none, with what was looked for.
+    """
     families = list(known)
-    outside = _fitting(model, "the model", "", {each.outside: _outside(each.outside) for each in families})
+    outside = _fitting(model, "the model", {each.outside: _outside(each.outside) for each in families})
     blocks: Any = model.get_submodule(f"{outside.backbone}.{outside.blocks}")
     first = blocks[0]
     options = {
@@ -53,25 +67,17 @@ def unlisted_family(model: nn.Module, known: Iterable[Family]) -> Family:
         ]
         for each in families
     }
-    block, attention_name, mlp_name = _fitting(first, "a block", "", options)
-    attentions = {
-        each.attention for each in families if not each.attention.qkv and each.attention.name == attention_name
-    }
+    block, attention_name, mlp_name = _fitting(first, "a block", options)
+    attentions = {each.attention for each in families if each.attention.name == attention_name}
     attention = _fitting(
         first.get_submodule(attention_name),
         f"{attention_name} of a block",
-        " (a projection that gives several of them is not guessed at)",
-        {made: [made.q, made.k, made.v, made.o, made.q_norm, made.k_norm] for made in map(_plain, attentions)},
+        {made: list(made.children) for made in map(_plain, attentions)},
     )
     mlp = _fitting(
         first.get_submodule(mlp_name),
         f"{mlp_name} of a block",
-        " (a projection that gives two of them is not guessed at)",
-        {
-            each.mlp: [each.mlp.up, each.mlp.down, each.mlp.gate]
-            for each in families
-            if not each.mlp.gate_up and each.mlp.name == mlp_name
-        },
+        {each.mlp: list(each.mlp.children) for each in families if each.mlp.name == mlp_name},
     )
     config: Any = model.config
     family = Family(
@@ -86,7 +92,6 @@ def unlisted_family(model: nn.Module, known: Iterable[Family]) -> Family:
         listed=False,
         notes="Read off the model: no family of this name is known.",
     )
-    family = _seen(model, family)
     return _with_settings(model, family, {each.settings for each in families})
 
 
@@ -99,7 +104,7 @@ def _outside(outside: Outside) -> list[str]:
     return [outside.head, *(f"{outside.backbone}.{name}" for name in inside if name)]
 
 
-def _fitting(module: nn.Module, where: str, why: str, options: dict[T, list[str]]) -> T:
+def _fitting(module: nn.Module, where: str, options: dict[T, list[str]]) -> T:
     """The option all of whose modules are there, and no other module with weights."""
     for option, names in options.items():
         wanted = {name for name in names if name}
@@ -110,7 +115,7 @@ def _fitting(module: nn.Module, where: str, why: str, options: dict[T, list[str]
     present = sorted({name.rpartition(".")[0] or name for name, _ in module.named_parameters() if name.count(".") < 3})
     tried = sorted({", ".join(name for name in names if name) for names in options.values()})
     raise UnsupportedModelError(
-        f"This model is of no family that Pellucid knows, and the modules of {where} are not those of one{why}. There: "
+        f"This model is of no family that Pellucid knows, and the modules of {where} are not those of one. There: "
         f"{', '.join(present[:12])}. Looked for one of:\n" + "\n".join(f"  {line}" for line in tried)
     )
 
@@ -128,15 +133,21 @@ def _seen(model: nn.Module, family: Family) -> Family:
         "final": model.get_submodule(family.inside(outside.final_norm)),
     }
     watched["attention"] = attention.get_submodule(family.attention.o)
-    watched["mlp"] = block.get_submodule(family.mlp.name).get_submodule(family.mlp.down)
+    mlp = block.get_submodule(family.mlp.name)
+    watched["mlp"] = mlp if family.mlp.router else mlp.get_submodule(family.mlp.down)
     if branch:
         watched["branch"] = block.get_submodule(branch)
+    fused, both = family.attention.qkv, family.mlp.gate_up
+    if fused:
+        watched["qkv"] = attention.get_submodule(fused)
+    if both:
+        watched["gate_up"] = mlp.get_submodule(both)
     if family.attention.q_norm:
         watched["q_norm"] = attention.get_submodule(family.attention.q_norm)
     config: Any = model.config
     device = next(model.get_submodule(family.inside(outside.embed)).parameters()).device
     tokens = torch.arange(1, 8, device=device)[None] % int(config.vocab_size)  # seven positions: no number of heads
-    with _watching(watched) as seen, torch.no_grad():
+    with _watching(watched) as seen, watching_attention(attention) as attended, torch.no_grad():
         logits = model(input_ids=tokens, use_cache=False).logits
     parallel = bool(names.ln2) and torch.equal(seen["branch"][0], seen["block"][0])
     parallel = parallel or not (names.ln2 or names.ln1_post or names.ln2_post)
@@ -147,6 +158,11 @@ def _seen(model: nn.Module, family: Family) -> Family:
             "flat" if given.dim() == 3 else "positions first" if given.shape[1] == tokens.shape[1] else "heads first"
         )
         attention_data = replace(attention_data, head_norm=order)
+    if fused:
+        known = replace(family, attention=attention_data)
+        attention_data = proved_attention(known, read_settings(family, config), seen["qkv"][1], attended)
+    if both:
+        check_gate_first(family, mlp, seen["gate_up"][1], seen["mlp"][0])
     residual, left = seen["block"]
     gives_tuple = isinstance(left, tuple)
     summed = residual + seen["attention"][1] + seen["mlp"][1]
@@ -173,7 +189,8 @@ def _watching(modules: dict[str, nn.Module]) -> Iterator[dict[str, tuple[Tensor,
     def note(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             given = args[0] if args else next(iter(kwargs.values()))
-            seen[name] = (given.detach().clone(), output.clone() if isinstance(output, Tensor) else output)
+            made = output[0] if isinstance(output, tuple) and name != "block" else output
+            seen[name] = (given.detach().clone(), made.clone() if isinstance(made, Tensor) else made)
 
         return hook
 
@@ -242,16 +259,25 @@ def _other_sizes(model: nn.Module, family: Family, cfg: TransformerBridgeConfig)
     attention = blocks[0].get_submodule(family.attention.name)
     mlp = blocks[0].get_submodule(family.mlp.name)
     q, kv = cfg.n_heads * cfg.d_head, cfg.n_key_value_heads * cfg.d_head
-    wanted = {
+    wanted: dict[str, tuple[int | None, int]] = {
         "n_layers": (len(blocks), cfg.n_layers),
-        family.attention.q: (_rows(attention, family.attention.q), q),
-        family.attention.k: (_rows(attention, family.attention.k), kv),
-        family.attention.v: (_rows(attention, family.attention.v), kv),
-        family.mlp.up: (_rows(mlp, family.mlp.up), cfg.sizes()["d_mlp"]),
     }
+    widths = (q + 2 * kv,) if family.attention.qkv else (q, kv, kv)
+    for name, width in zip(family.attention.projections, widths, strict=True):
+        wanted[name] = (_rows(attention, name), width)
+    if family.mlp.router:
+        stacked = [each.numel() for each in mlp.get_submodule(family.mlp.experts).parameters() if each.dim() == 3]
+        wanted[family.mlp.router] = (_rows(mlp, family.mlp.router), cfg.num_experts)
+        wanted[family.mlp.experts] = (min(stacked, default=0), cfg.num_experts * cfg.d_model * cfg.sizes()["d_mlp"])
+    elif family.mlp.gate_up:
+        wanted[family.mlp.gate_up] = (_rows(mlp, family.mlp.gate_up), 2 * cfg.sizes()["d_mlp"])
+    else:
+        wanted[family.mlp.up] = (_rows(mlp, family.mlp.up), cfg.sizes()["d_mlp"])
     return "; ".join(f"{name}: {found} there, {said} said" for name, (found, said) in wanted.items() if found != said)
 
 
 def _rows(parent: nn.Module, name: str) -> int | None:
     layer = parent.get_submodule(name)
-    return getattr(layer, "out_features", None)
+    weight = layer._parameters.get("weight")
+    known = (vars(layer).get("out_features"), vars(layer).get("nf"))  # Conv1D's is [in, out]
+    return next((width for width in known if width is not None), None if weight is None else weight.shape[0])

@@ -304,6 +304,8 @@ class Checker:
         if not self.tree.is_float64():
             native = self.native(tokens, attention_mask=mask)
             yield self.line(f"padding {side}: logits", logits.double() - native.double(), 0)
+        if self.tree.adapter.family.mlp.router:
+            return  # another batch rounds otherwise, and a close choice of experts may fall otherwise, in Hugging Face too
         first = self.run.virtual + (pads if side == "left" else 0)
         real = logits.narrow(1, first, self.run.given).double()
         why = why_not_by_row(self.bridge.hf_model) or ""
@@ -323,6 +325,8 @@ class Checker:
             logits = self.bridge(chunk, past_key_values=ours)
             native = self.native_cached(self.bridge.hf_model, chunk, theirs)
         yield self.line("key/value cache: logits", logits.double() - native.double(), self.exact)
+        if self.tree.adapter.family.mlp.router:
+            return  # see padding()
         why = why_not_by_row(self.bridge.hf_model) or ""
         yield self.line(
             "key/value cache: as without it", logits.double() - self.base[:, cut:].double(), self.bound, why

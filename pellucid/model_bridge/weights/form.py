@@ -55,7 +55,7 @@ def form_of(tree: ComponentTree, block: GeneralizedComponent) -> BlockForm:
     if "ln1" in block.submodules:
         shared = tree.adapter.family.block.parallel and "ln2" not in block.submodules
         readers["ln1"] = QKV + (into_mlp if shared else ())
-    if "ln2" in block.submodules:
+    if "ln2" in block.submodules and into_mlp:  # a router and experts read it otherwise, and it keeps its gain
         readers["ln2"] = into_mlp
     last = norm_of(tree.components["ln_final"])
     return BlockForm(
@@ -95,6 +95,8 @@ def illegal_steps(tree: ComponentTree) -> dict[Step, str]:
         found.setdefault("center_writing_weights", "what is written to the stream comes from a norm")
     if not block.ln1 or not (block.ln2 or block.parallel):
         found.setdefault("center_writing_weights", "attention or MLP reads the stream without a norm")
+    if tree.adapter.family.mlp.router:
+        found.setdefault("center_writing_weights", "experts write to the stream, whose weights are not processed")
     if tree.adapter.family.attention.q_norm:
         found.setdefault("refactor_factored_attn_matrices", "queries and keys are normed between W_Q and W_K")
     if form.has_bias("attn.v") and not form.has_bias("attn.o"):

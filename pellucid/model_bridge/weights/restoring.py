@@ -84,6 +84,8 @@ def read_checkpoint(folder: str | os.PathLike[str], tree: ComponentTree) -> dict
         raise WeightError(f"{os.fspath(folder)} is not a folder with .safetensors files.")
     outside, tensors = tree.adapter.family.outside, dict[str, Tensor]()
     ignored = getattr(tree.root, "_keys_to_ignore_on_load_unexpected", None) or ()
+    if tree.adapter.family.mlp.router:
+        ignored = (".",)  # files name each expert, the model all of them together, and processing changes none
     whole, head = f"{outside.backbone.partition('.')[0]}.", outside.head_in_files or outside.head
     for name in names:
         for key, value in load_file(os.path.join(os.fspath(folder), name)).items():
