@@ -160,9 +160,8 @@ def run(side: str, notebook: Path, tokenizer: Path, folder: Path) -> list[str]:
         "CI": "1",
     }
     command = [sys.executable, __file__, "--one", side, str(notebook), str(tokenizer), str(out)]
-    with (folder / f"{notebook.stem}.{side}.log").open("w") as log:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            subprocess.run(command, env=environment, cwd=folder, stdout=log, stderr=log, check=False, timeout=600)
+    with (folder / f"{notebook.stem}.{side}.log").open("w") as log, contextlib.suppress(subprocess.TimeoutExpired):
+        subprocess.run(command, env=environment, cwd=folder, stdout=log, stderr=log, check=False, timeout=600)
     return json.loads(out.read_text("utf-8")) if out.exists() else []  # type: ignore[no-any-return]
 
 
