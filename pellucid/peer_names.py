@@ -46,7 +46,6 @@ NOT_HERE: Mapping[str, Mapping[str, str]] = {
         "LocallyOverridenDefaults": "give prepend_bos= and padding_side= to the call that they are for",
         "ModelWithCfg": "annotate pellucid.TransformerBridge",
         "NonlinearityType": "annotate str",
-        "TypedModuleList": "torch.nn.ModuleList",
         "aliases": "a point's other names: bridge.hook_spec(name).aliases",
         "attention": "bridge.blocks[i].attn.W_Q and its kin have the weights by head",
         "attn_implementation": "bridge.set_attn_implementation('eager')",
@@ -69,7 +68,6 @@ NOT_HERE: Mapping[str, Mapping[str, str]] = {
         "resolve_device_map": _ACCELERATE,
         "sort_devices_based_on_available_memory": _ACCELERATE,
         "tl_checkpoint_conversion": "TransformerLens' own checkpoints are not read: give a Hugging Face checkpoint",
-        "typed_module_list": "torch.nn.ModuleList",
     },
     BRIDGE: {
         "boot_native": "make Hugging Face's model of a configuration and give it: TransformerBridge(model, tokenizer)",

@@ -58,12 +58,10 @@ DIFFERENT: Mapping[str, Mapping[str, str]] = {
         "to": "takes a dtype too; integers stay",
     },
     UTILITIES: {
-        "bootstrap_ci": "without `chunk_size`",
         "download_file_from_hf": "torch files are read as weights alone, never as pickles",
         "get_device": "never `mps`: ask for it by name",
         "get_tokenizer_with_bos": "the tokenizer's own class opens it",
         "lm_cross_entropy_loss": "in float32 at least",
-        "sign_flip_permutation_pvalue": "without `exact_max_n`",
         "tokenize_and_concatenate": "a tokenizer without a padding token is not given one",
     },
     PACKAGE: {},

@@ -191,6 +191,14 @@ class TransformerBridge(PeerWords, CachingMethods, CircuitMethods, TokenMethods,
             self.set_attn_implementation(attn_implementation)
         return self
 
+    def __copy__(self) -> TransformerBridge:
+        # Another bridge on the same model, as one more constructed on it is: with a tokenizer of its own to set.
+        clone = type(self).__new__(type(self))
+        vars(clone).update(vars(self), _modules=dict(self._modules), _rules=copy.copy(self._rules))
+        clone.runner = Runner(clone._modules, clone._tree, clone._rules)
+        clone.runner.attn_implementation = self.attn_implementation
+        return clone
+
     def __deepcopy__(self, memo: dict[int, Any]) -> TransformerBridge:
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone

@@ -47,7 +47,12 @@ def standard_error(values: Tensor) -> Tensor:
 
 
 def bootstrap_interval(
-    values: Tensor, statistic: str, confidence: float, n_resamples: int, generator: torch.Generator
+    values: Tensor,
+    statistic: str,
+    confidence: float,
+    n_resamples: int,
+    generator: torch.Generator,
+    at_once: int = AT_ONCE,
 ) -> tuple[Tensor, Tensor]:
     """Percentile bootstrap of the mean or median over examples, ``[..., example]`` to two ``[...]``.
 
@@ -62,7 +67,7 @@ def bootstrap_interval(
     if count < 1:
         raise InputError("There are no examples to resample.")
     drawn = []
-    for size in _chunks(n_resamples):
+    for size in _chunks(n_resamples, check_count("chunk_size", at_once)):
         chosen = torch.randint(0, count, (size, count), generator=generator).to(values.device)
         samples = values[..., chosen]
         drawn.append(samples.mean(dim=-1) if statistic == "mean" else samples.median(dim=-1).values)
@@ -72,10 +77,16 @@ def bootstrap_interval(
     return low, high
 
 
-def sign_flip_pvalue(effects: Tensor, alternative: str, n_permutations: int, generator: torch.Generator) -> Tensor:
+def sign_flip_pvalue(
+    effects: Tensor,
+    alternative: str,
+    n_permutations: int,
+    generator: torch.Generator,
+    exact_up_to: int = EXACT_UP_TO,
+) -> Tensor:
     """P-value of a mean effect of zero, by flipping signs of examples, ``[..., example]`` to ``[...]``.
 
-    Up to :data:`EXACT_UP_TO` examples it is exact: the share of all sign patterns whose mean is at least as far out.
+    Up to ``exact_up_to`` examples it is exact: the share of all sign patterns whose mean is at least as far out.
     Beyond, ``n_permutations`` patterns are drawn and the observed one is counted among them.
 
     Raises:
@@ -88,24 +99,28 @@ def sign_flip_pvalue(effects: Tensor, alternative: str, n_permutations: int, gen
         raise InputError("There are no examples to permute.")
     wide = effects.to(torch.promote_types(effects.dtype, torch.float32))
     observed = wide.mean(dim=-1, keepdim=True)
-    slack = observed.abs() * (TIE * torch.finfo(wide.dtype).eps)
 
     def as_far_out(signs: Tensor) -> Tensor:
-        means = (wide.unsqueeze(-2) * signs.to(wide)).mean(dim=-1)
-        if alternative == "two-sided":
-            out = means.abs() >= observed.abs() - slack
-        else:
-            out = means >= observed - slack if alternative == "greater" else means <= observed + slack
-        return out.sum(dim=-1).to(wide)
+        return count_hits((wide.unsqueeze(-2) * signs.to(wide)).mean(dim=-1), observed, alternative)
 
-    if count <= EXACT_UP_TO:
+    if count <= exact_up_to:
         return as_far_out(torch.tensor(list(itertools.product((1.0, -1.0), repeat=count)))) / float(2**count)
     total = torch.zeros_like(observed[..., 0])
-    for size in _chunks(n_permutations):
+    for size in _chunks(n_permutations, AT_ONCE):
         total += as_far_out(torch.randint(0, 2, (size, count), generator=generator) * 2 - 1)
     return (total + 1) / (n_permutations + 1)
 
 
-def _chunks(total: int) -> Iterator[int]:
-    for start in range(0, total, AT_ONCE):
-        yield min(AT_ONCE, total - start)
+def count_hits(means: Tensor, observed: Tensor, alternative: str) -> Tensor:
+    """How many of the means ``[..., pattern]`` are at least as far out as the observed one ``[..., 1]``."""
+    slack = observed.abs() * (TIE * torch.finfo(means.dtype).eps)
+    if alternative == "two-sided":
+        out = means.abs() >= observed.abs() - slack
+    else:
+        out = means >= observed - slack if alternative == "greater" else means <= observed + slack
+    return out.sum(dim=-1).to(means.dtype)
+
+
+def _chunks(total: int, at_once: int) -> Iterator[int]:
+    for start in range(0, total, at_once):
+        yield min(at_once, total - start)

@@ -70,6 +70,7 @@ from pellucid.utilities.tokenize_utils import (
     get_tokens_with_bos_removed,
     tokenize_and_concatenate,
 )
+from pellucid.utilities.typed_module_list import TypedModuleList
 
 __all__ = [
     "SOFTCAP_DISABLED",
@@ -79,6 +80,7 @@ __all__ = [
     "Slice",
     "SliceInput",
     "SuccessRateInterval",
+    "TypedModuleList",
     "apply_softcap",
     "bootstrap_ci",
     "calc_fan_in_and_fan_out",

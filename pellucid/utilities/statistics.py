@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pellucid.arguments import check_kind, check_number
 from pellucid.errors import InputError
-from pellucid.patching.statistics import bootstrap_interval, generator_for, sign_flip_pvalue
+from pellucid.patching.statistics import AT_ONCE, EXACT_UP_TO, bootstrap_interval, generator_for, sign_flip_pvalue
+from pellucid.patching.statistics import count_hits as _count_hits  # noqa: F401 (TransformerLens' name of it)
 from pellucid.patching.statistics import standard_error as _standard_error
 
 
@@ -49,6 +50,7 @@ def bootstrap_ci(
     confidence: float = 0.95,
     n_resamples: int = 1000,
     generator: torch.Generator | None = None,
+    chunk_size: int = AT_ONCE,
 ) -> tuple[Tensor, Tensor]:
     """Percentile bootstrap of the mean or median along ``dim``: ``(low, high)``, without that axis.
 
@@ -56,7 +58,7 @@ def bootstrap_ci(
         InputError: no examples, or an argument out of range.
     """
     drawn = derive_generator(0) if generator is None else generator
-    return bootstrap_interval(_last(x, dim), statistic, confidence, n_resamples, drawn)
+    return bootstrap_interval(_last(x, dim), statistic, confidence, n_resamples, drawn, chunk_size)
 
 
 def sign_flip_permutation_pvalue(
@@ -66,14 +68,15 @@ def sign_flip_permutation_pvalue(
     n_permutations: int = 1000,
     generator: torch.Generator | None = None,
     alternative: str = "two-sided",
+    exact_max_n: int = EXACT_UP_TO,
 ) -> Tensor:
-    """P-value of a mean effect of zero along ``dim``, by flipping signs; exact up to 12 examples.
+    """P-value of a mean effect of zero along ``dim``, by flipping signs; exact up to ``exact_max_n`` examples.
 
     Raises:
         InputError: no examples, or an argument out of range.
     """
     drawn = derive_generator(0) if generator is None else generator
-    return sign_flip_pvalue(_last(effects, dim), alternative, n_permutations, drawn)
+    return sign_flip_pvalue(_last(effects, dim), alternative, n_permutations, drawn, exact_max_n)
 
 
 @dataclass(frozen=True)

@@ -319,6 +319,20 @@ def test_attributes() -> None:
         type(bridge.cfg).from_dict({**bridge.cfg.to_dict(), "nonsense": 1})
 
 
+def test_a_shallow_copy_has_a_tokenizer_of_its_own(demo: TransformerBridge) -> None:
+    other = copy.copy(demo)
+    other.tokenizer = None
+    assert demo.tokenizer is not None
+    assert other.hf_model is demo.hf_model
+    other.set_attn_implementation("sdpa")
+    assert demo.attn_implementation == "eager"
+    assert copy.copy(other).attn_implementation == "sdpa"
+    tokens = demo.to_tokens(PROMPTS[0])
+    assert torch.equal(copy.copy(demo)(tokens), demo(tokens))
+    with pytest.raises(InputError, match="Strings need a tokenizer"):
+        other(PROMPTS[0])
+
+
 def test_functions_on_a_component() -> None:
     bridge, _ = make_pair()
     attention = bridge.blocks[1].attn
