@@ -27,6 +27,7 @@ from pellucid.decomposition.parts import (
     Onto,
     branch_outputs,
     embeddings,
+    refuse_no_neurons,
     shown,
     sources_written,
     stack_heads,
@@ -108,6 +109,8 @@ def logit_attribution(
     check_count("check", check, 0)
     bridge.runner.refuse_training()
     refuse_no_sum(bridge, "logit_attribution")
+    if by == "neuron":
+        refuse_no_neurons(bridge)
     prompts = read_prompts(bridge, prompt, SweepOptions(prepend_bos=prepend_bos, attention_mask=attention_mask))
     if prompts.virtual:
         raise InputError("The model's wrapper puts virtual positions before the tokens: attribute without it.")

@@ -17,6 +17,7 @@ from pellucid.decomposition.stream import (
     BranchName,
     CachedRun,
     Frozen,
+    StreamModel,
     entering,
     frozen,
     model_of,
@@ -213,20 +214,24 @@ def sources_written(run: CachedRun, layer: int, pos: Slice, onto: Onto) -> Tenso
 # -- neurons -----------------------------------------------------------------------------------------------------------
 
 
-def neurons_written(run: CachedRun, layer: int, neurons: Slice, pos: Slice, onto: Onto | None = None) -> Tensor:
-    """``[..., neuron, d_model]`` or ``[..., neuron, n]``: what each neuron of a layer added to the stream, without b_out.
+def refuse_no_neurons(model: StreamModel) -> None:
+    """Refuse to tell neurons apart that cannot be seen.
 
     Raises:
-        InputError: the family has no neurons that can be seen (experts).
+        InputError: the family's MLPs are made of experts, or its neurons were not found.
     """
-    model = model_of(run)
-    name = f"blocks.{layer}.mlp.hook_post"
-    if name not in model.hook_index:
+    if "blocks.0.mlp.hook_post" not in model.hook_index:
         raise InputError(
-            f"Neurons are read at {name}, and this model has no such point: what its MLP is made of cannot be seen apart. "
-            "Its output as a whole is hook_mlp_out (decompose_resid; expand_neurons=False)."
+            "Neurons are read at mlp.hook_post, and this model has no such point: what its MLPs are made of cannot be seen "
+            "apart. Their output as a whole is hook_mlp_out (decompose_resid; expand_neurons=False)."
         )
-    post = neurons.apply(pos.apply(run[name], -2), -1)
+
+
+def neurons_written(run: CachedRun, layer: int, neurons: Slice, pos: Slice, onto: Onto | None = None) -> Tensor:
+    """``[..., neuron, d_model]`` or ``[..., neuron, n]``: what each neuron of a layer added to the stream, without b_out."""
+    model = model_of(run)
+    refuse_no_neurons(model)
+    post = neurons.apply(pos.apply(run[f"blocks.{layer}.mlp.hook_post"], -2), -1)
     weight, norm = neurons.apply(model.stream.weight(layer, "mlp"), 0), model.stream.norm_after(layer, "mlp")
     weight = weight * model.stream.factor(layer)
     after = None if norm is None else _over(frozen(run, norm, pos), -2)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pellucid import ActivationCache, TransformerBridge
+from pellucid.analysis.attribution import logit_attribution
 from pellucid.errors import CacheKeyError, InputError, PellucidWarning, StoreError
 from pellucid.model_bridge.generalized_components.block import BlockBridge
 from pellucid.slices import Slice
@@ -310,6 +311,45 @@ def test_a_stream_that_is_no_sum_is_refused() -> None:
     with pytest.raises(InputError, match="apply_residual_connection_post_layernorm=True"):
         cached.stack_neuron_results(1)
     assert torch.equal(cached.accumulated_resid()[-1], cached["resid_post", -1])
+
+
+def test_neurons_that_cannot_be_seen_are_refused() -> None:
+    bridge = TransformerBridge(make_family("llama"))
+    bridge._tree.adapter.leave_out({"blocks.{i}.mlp.hook_post"})
+    bridge._tree.index = bridge._tree.adapter.hook_index()
+    cached = bridge.run_with_cache(random_tokens(), names_filter=lambda name: "mlp.out" not in name)[1]
+    for call in (cached.stack_neuron_results, cached.get_neuron_results):
+        with pytest.raises(InputError, match="Neurons are read at mlp.hook_post, and this model has no such point"):
+            call(1)
+    with pytest.raises(InputError, match="cannot be seen apart"):
+        cached.get_full_resid_decomposition()
+    assert (
+        float((cached.get_full_resid_decomposition(expand_neurons=False).sum(0) - cached["resid_post", -1]).abs().max())
+        < 1e-4
+    )
+    with pytest.raises(InputError, match="Neurons are read at"):
+        logit_attribution(bridge, random_tokens(), 5, by="neuron")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", ["bloom", "gemma2"])
+def test_half_precision(family: str, dtype: torch.dtype) -> None:
+    """Sums to within the rounding of as many roundings as there are parts; a row of the lens is the logits to the bit."""
+    bridge = TransformerBridge(make_bloom(dtype) if family == "bloom" else make_family(family, dtype))
+    with torch.no_grad():
+        logits, cached = bridge.run_with_cache(random_tokens())
+    whole = cached["resid_post", -1].double()
+    bound = 8 * torch.finfo(dtype).eps * float(whole.abs().max())
+    for neurons in (True, False):
+        stack = cached.get_full_resid_decomposition(expand_neurons=neurons)
+        assert float((stack.double().sum(0) - whole).abs().max()) < bound
+    found = cached.logit_attrs(cached.decompose_resid(), 5, 7).double().sum(0) + cached.logit_bias(5, 7)
+    head = cached["hook_unembed"].double()
+    assert float((found - head[..., 5] + head[..., 7]).abs().max()) < 8 * torch.finfo(dtype).eps * float(
+        head.abs().max()
+    )
+    assert torch.equal(cached.logit_lens(positions=None).values[-1], logits)
+    assert logit_attribution(bridge, random_tokens(), 5, by="head", check=1).dtype == "float32"
 
 
 def test_residuals_that_a_parallel_block_has_not() -> None:

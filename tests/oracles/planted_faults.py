@@ -122,6 +122,20 @@ FAULTS = (
         "tests/analysis/test_attribution.py -k experiment",
     ),
     Fault(
+        "a block's factor on its branches is forgotten",
+        f"{WEIGHTS}/stream.py",
+        'return cast(BlockBridge, self._tree.components[f"blocks.{layer}"]).factor',
+        "return 1.0",
+        "tests/decomposition/test_cache_methods.py -k multiplies",
+    ),
+    Fault(
+        "the experiment takes a head away from later layers, too",
+        "pellucid/analysis/attribution.py",
+        'written["part"] = before[output] - tensor\n        return before[output]',
+        'written["part"] = before[output] - tensor\n        return tensor',
+        "tests/analysis/test_attribution.py -k experiment",
+    ),
+    Fault(
         "padded prompts are attributed at their last column",
         "pellucid/analysis/attribution.py",
         "        last = last_real(self.prompts.real).tolist()",
