@@ -96,9 +96,17 @@ def test_the_last_positions_and_the_first_do_not_count(bridge: TransformerBridge
     cut = Corpus.from_tokens({"one": TOKENS["one"][:1, :11]}, context=11)
     with pytest.raises(CorpusError):
         JacobianLens.fit(bridge, cut, skip_first=10, progress=False)
-    # The residual of one position on itself alone: what comes after it does not count.
-    logits, cache = bridge.run_with_cache(TOKENS["one"][:1, :11], names_filter=[point_of(1)])
-    assert one.matrices[1].shape == (48, 48)
+    # Position 10 alone is left, whose effect is on itself: that of a prompt that ends there.
+    tokens = TOKENS["one"][:1, :11]
+    residual = bridge.run_with_cache(tokens, names_filter=[point_of(1)])[1][point_of(1)].detach()
+
+    def last(own: Tensor) -> Tensor:
+        moved = torch.cat([residual[:, :10], own[None, None]], 1)
+        final: Tensor = bridge(moved, start_at_layer=1, stop_at_layer=bridge.cfg.n_layers)
+        return final[0, 10]
+
+    wanted: Any = torch.autograd.functional.jacobian(last, residual[0, 10])
+    torch.testing.assert_close(one.matrices[1], wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_processed_weights_are_refused_by_name(bridge: TransformerBridge) -> None:
