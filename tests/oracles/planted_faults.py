@@ -1463,10 +1463,10 @@ FAULTS = (
         "tests/model_bridge/test_gguf.py -k its_folder",
     ),
     Fault(
-        "what was read from a GGUF file is said to be quantised",
+        "what was read from a GGUF file may stay packed",
         "pellucid/model_bridge/running/loading.py",
-        "if gguf_file is not None and getattr(model,",
-        "if False and getattr(model,",
+        "kind(dequantize=True)",
+        "kind()",
         "tests/model_bridge/test_gguf.py -k saved",
     ),
     Fault(
