@@ -90,7 +90,7 @@ def _built(name: str, settings: tuple[tuple[str, Any], ...], attention: str) -> 
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(
-            config(vocab_size=VOCAB, **{**arguments, **dict(settings)}), attn_implementation=attention
+            config(**{"vocab_size": VOCAB, **arguments, **dict(settings)}), attn_implementation=attention
         ).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import decoders
 
 from pellucid import TransformerBridge
 from pellucid.errors import InputError
@@ -105,3 +106,29 @@ def test_labels_of_a_sentencepiece_tokenizer() -> None:
     assert tokens_to_text(tokenizer, [1, *ids]) == " the é法 Ġ"
     assert token_bytes(tokenizer, tokenizer.convert_tokens_to_ids("é")) == "é".encode()
     assert token_bytes(byte_level(), byte_level().convert_tokens_to_ids("Ġ")) == b" "
+
+
+def stripping() -> Any:
+    """SentencePiece's kind with Llama 2's decoder, which drops the space before the first token."""
+    tokenizer = metaspace()
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("text", ["the the the", "the  the", "théthe the", "t he é"])
+def test_tokens_as_strings_are_the_text(text: str) -> None:
+    bridge = TransformerBridge(make_family("llama", vocab_size=300), stripping())
+    ids = bridge.to_tokens(text)
+    pieces = bridge.to_str_tokens(text)
+    assert "".join(pieces) == bridge.to_string(ids)[0] == f"<s> {text}"
+    assert pieces == bridge.to_str_tokens(ids)
+    assert any(piece.startswith(" the") or piece == " t" for piece in pieces)
+    inner = bridge.to_str_tokens(ids[0, 1:])  # Hugging Face drops the first space of what it decodes
+    assert "".join(inner) == bridge.to_string(ids[0, 1:]) == text
+
+
+def test_part_of_a_character_stays_what_it_is() -> None:
+    bridge = TransformerBridge(make_family("llama", vocab_size=300), stripping())
+    assert bridge.to_str_tokens("法 the")[1:] == [" ", "\ufffd", "\ufffd", "\ufffd", " the"]

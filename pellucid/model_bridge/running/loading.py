@@ -159,10 +159,6 @@ def load_model(
                     f"Hugging Face said: {str(error).splitlines()[0]}"
                 ) from error
             raise
-        if gguf_file is not None and getattr(model, "hf_quantizer", None) is not None:
-            model.hf_quantizer.remove_quantization_config(
-                model
-            )  # its weights are plain ones: Hugging Face saves them as such
         missing += _check_loaded(model, found, checkpoint.name, allow_missing_weights)
     if device is not None:
         model.to(device)

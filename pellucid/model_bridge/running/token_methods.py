@@ -104,7 +104,10 @@ class TokenMethods:
         prepend_bos: bool | None = None,
         padding_side: PaddingSide | None = None,
     ) -> list[str] | list[list[str]]:
-        """Each token's text; a list of lists for several rows. Part of a character decodes to U+FFFD.
+        """Each token's text; a list of lists for several rows. Joined, they are the decoded text.
+
+        A word's token has the space before it, in tokenizers of SentencePiece's kind too. Part of a character, where several
+        tokens share one, decodes to U+FFFD.
 
         Args:
             input: a string, strings, or a tensor or NumPy array of ids; of no ids, no strings.
@@ -121,16 +124,13 @@ class TokenMethods:
                 )
             if input.numel() == 0:
                 return []
-            rows = [
-                [str(self._rules.decode([token])) for token in row]
-                for row in input.reshape(-1, input.shape[-1]).tolist()
-            ]
+            rows = [self._rules.pieces(row) for row in input.reshape(-1, input.shape[-1]).tolist()]
             return rows[0] if len(rows) == 1 else rows
         texts = [input] if isinstance(input, str) else check_list("input", input, "strings")
         if any(not isinstance(text, str) for text in texts):
             raise InputError("to_str_tokens takes a string, strings or a tensor of ids; make a list of ids a tensor.")
         ids = [self._rules.encode(text, prepend_bos, padding_side)[0][0] for text in texts]
-        pieces = [[str(self._rules.decode([token])) for token in row.tolist()] for row in ids]
+        pieces = [self._rules.pieces(row.tolist()) for row in ids]
         return pieces[0] if isinstance(input, str) else pieces
 
     def _check_text_arguments(

@@ -186,6 +186,22 @@ class TokenRules:
             raise InputError(f"Token ids are [pos] or [batch, pos]; found shape {tuple(ids.shape)}.")
         return str(tokenizer.decode(ids.reshape(-1).tolist(), clean_up_tokenization_spaces=False))
 
+    def pieces(self, row: list[int]) -> list[str]:
+        """Each token's text where it stands: together the decoded text, but for characters that several tokens share.
+
+        A tokenizer of SentencePiece's kind drops the space before the first token that it decodes, so a token decoded alone
+        has lost the space before its word.
+        """
+        alone = [str(self.decode([token])) for token in row]
+        if "".join(alone) == self.decode(row):
+            return alone
+        made = alone[:1]
+        for place in range(1, len(row)):
+            spaced = " " + alone[place]
+            together = self.decode(row[place - 1 : place + 1])
+            made.append(spaced if together == alone[place - 1] + spaced else alone[place])
+        return made
+
     def single_token(self, text: str) -> int:
         """The id of a string that is one token; what the tokenizer puts around a text is not counted.
 
