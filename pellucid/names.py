@@ -109,6 +109,7 @@ class HookIndex(Mapping[str, HookSpec]):
         after: points fired after the blocks.
         n_layers: number of blocks.
         last_aliases: further names of points of the last block (alias to name with ``{i}``).
+        first_aliases: the same of the first block.
     """
 
     def __init__(
@@ -118,15 +119,19 @@ class HookIndex(Mapping[str, HookSpec]):
         after: Sequence[HookSpec],
         n_layers: int,
         last_aliases: Mapping[str, str] = {},
+        first_aliases: Mapping[str, str] = {},
     ) -> None:
         specs = [*before]
         block = _with_reach(block)
         for layer in range(n_layers):
             specs += [spec.at_layer(layer) for spec in block]
         specs += after
-        for alias, name in last_aliases.items():
-            last = name.format(i=n_layers - 1)
-            specs = [replace(spec, aliases=(*spec.aliases, alias)) if spec.name == last else spec for spec in specs]
+        for layer, aliases in ((0, first_aliases), (n_layers - 1, last_aliases)):
+            for alias, name in aliases.items():
+                named = name.format(i=layer)
+                specs = [
+                    replace(spec, aliases=(*spec.aliases, alias)) if spec.name == named else spec for spec in specs
+                ]
         self._specs = {spec.name: spec for spec in specs}
         self._canonical = {alias: spec.name for spec in specs for alias in spec.aliases}
         self.n_layers = n_layers

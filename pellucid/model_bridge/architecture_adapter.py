@@ -32,6 +32,8 @@ class ArchitectureAdapter(ABC):
     """Hook points fired after the blocks."""
     last_block_aliases: Mapping[str, str]
     """Further names of points of the last block, which a component after the blocks shares."""
+    first_block_aliases: Mapping[str, str]
+    """The same of the first block."""
     backbone_path: str
     """Path of the module that runs the blocks."""
     blocks_path: str
@@ -47,7 +49,12 @@ class ArchitectureAdapter(ABC):
     def hook_index(self) -> HookIndex:
         """Every hook point by name."""
         return HookIndex(
-            self.hooks_before, self.hooks_in_block, self.hooks_after, self.cfg.n_layers, self.last_block_aliases
+            self.hooks_before,
+            self.hooks_in_block,
+            self.hooks_after,
+            self.cfg.n_layers,
+            self.last_block_aliases,
+            self.first_block_aliases,
         )
 
     def leave_out(self, names: Collection[str]) -> None:

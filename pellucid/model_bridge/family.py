@@ -49,7 +49,8 @@ class Outside:
     """Paths of the modules outside the blocks: those of the backbone inside it, the head's in the model; ``""``: none.
 
     ``head_has_bias``: Hugging Face's class makes the head with a bias, so that its loader keeps one. ``head_in_files``: what
-    checkpoints call the head where that is not its module's name.
+    checkpoints call the head where that is not its module's name. ``embed_multiplier``: the backbone's attribute with which
+    it multiplies the embedding before the first block.
     """
 
     backbone: str = "model"
@@ -61,6 +62,7 @@ class Outside:
     head: str = "lm_head"
     head_has_bias: bool = False
     head_in_files: str = ""
+    embed_multiplier: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Block:
         ln2_post: norm after the MLP, before the residual is added.
         parallel: attention and MLP read the residual that enters the block, and both are added to it.
         residual_first: that sum is ``(residual + attention) + mlp``, not ``(attention + mlp) + residual``.
+        multiplier: the block's attribute with which it multiplies what a branch gives before it is added, ``""`` for none.
         gives_tuple: Hugging Face's block gives ``(residual, ...)``, not the residual alone.
         adds_residual: attention and MLP add the residual themselves (BLOOM).
     """
@@ -84,8 +87,19 @@ class Block:
     ln2_post: str = ""
     parallel: bool = False
     residual_first: bool = False
+    multiplier: str = ""
     gives_tuple: bool = False
     adds_residual: bool = False
+
+    @property
+    def changes_attn(self) -> bool:
+        """Whether what is added to the stream is not yet what attention gives."""
+        return bool(self.ln1_post or self.multiplier)
+
+    @property
+    def changes_mlp(self) -> bool:
+        """Whether what is added to the stream is not yet what the MLP gives."""
+        return bool(self.ln2_post or self.multiplier)
 
 
 @dataclass(frozen=True)
@@ -170,6 +184,7 @@ class Settings:
         activation: of the MLP.
         final_cap: bound of the logits, ``""`` where they have none.
         logit_scale: factor on the logits, ``""`` where they have none.
+        logit_divisor: what they are divided by, the same.
     """
 
     n_layers: str = "num_hidden_layers"
@@ -183,6 +198,7 @@ class Settings:
     activation: str = "hidden_act"
     final_cap: str = ""
     logit_scale: str = ""
+    logit_divisor: str = ""
 
 
 Refused: TypeAlias = Mapping[str, tuple[tuple[Any, ...], str]]

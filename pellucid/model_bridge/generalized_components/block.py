@@ -89,6 +89,11 @@ class BlockBridge(GeneralizedComponent):
         return self.hook_in
 
     @property
+    def factor(self) -> float:
+        """What a branch's output is multiplied with before it is added to the stream."""
+        return 1.0
+
+    @property
     def hook_resid_post(self) -> HookPoint:
         """The residual that leaves the block: ``hook_out``."""
         return self.hook_out

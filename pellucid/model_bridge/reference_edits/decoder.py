@@ -146,6 +146,11 @@ class DecoderEdits:
             ),
             "attn.hook_out": lambda: on_output(attention.get_submodule(self.family.attention.o), edit),
         }
+        if names.multiplier and tail in ("hook_attn_out", "hook_mlp_out"):
+            edited = attention if tail == "hook_attn_out" else mlp
+            return _products(
+                block, names.multiplier, {each: edit if each is edited else None for each in (attention, mlp)}
+            )
         if tail in simple:
             return [simple[tail]()]
         if tail.startswith("mlp."):
@@ -305,6 +310,18 @@ def _into_method(module: nn.Module, name: str, edit: Edit) -> Remover:
     original = getattr(module, name)
     vars(module)[name] = lambda query, *args, **kwargs: original(edit(query), *args, **kwargs)
     return Remover(lambda: vars(module).pop(name))
+
+
+def _products(block: Any, multiplier: str, branches: Mapping[nn.Module, Edit | None]) -> list[Any]:
+    """Let each branch give its product with the block's multiplier, edited or not, and the block multiply it with 1."""
+    number = getattr(block, multiplier)
+
+    def product(edit: Edit | None) -> Edit:
+        return lambda output: output * number if edit is None else edit(output * number)
+
+    handles: list[Any] = [on_output(branch, product(edit)) for branch, edit in branches.items()]
+    setattr(block, multiplier, 1.0)
+    return [*handles, Remover(lambda: setattr(block, multiplier, number))]
 
 
 def _in_place_on_input(module: nn.Module, edit: Edit) -> Any:

@@ -26,6 +26,7 @@ from pellucid.model_bridge.generalized_components import (
     HuggingFaceAttentionBridge,
     HuggingFaceMLPBridge,
     LinearBridge,
+    MultipliedBlockBridge,
     NormalizationBridge,
     OutputProjectionBridge,
     PosEmbedBridge,
@@ -79,6 +80,7 @@ class DecoderAdapter(ArchitectureAdapter):
         self.family = family
         table = hook_table(family, cfg.n_key_value_heads != cfg.n_heads)
         self.hooks_before, self.hooks_in_block, self.hooks_after = table.before, table.block, table.after
+        self.first_block_aliases = table.first_aliases
         self.backbone_path, self.blocks_path = family.outside.backbone, family.blocks_path
 
     # -- components ----------------------------------------------------------------------------------------------------
@@ -114,6 +116,8 @@ class DecoderAdapter(ArchitectureAdapter):
         parts["mlp"] = self._mlp()
         if block.ln2_post:
             parts["ln2_post"] = self._norm(block.ln2_post)
+        if block.multiplier:
+            return MultipliedBlockBridge(name, self.cfg, parts, self._links(), block.gives_tuple, block.multiplier)
         return BlockBridge(name, self.cfg, parts, links=self._links(), gives_tuple=block.gives_tuple)
 
     def _links(self) -> list[Link]:
@@ -121,8 +125,6 @@ class DecoderAdapter(ArchitectureAdapter):
         block = self.family.block
         entering_mlp = ("ln2", "hook_out") if block.ln2 else ("ln1", "hook_out") if block.parallel else None
         links: list[Link] = [
-            ("", "hook_attn_out", *(("ln1_post", "hook_out") if block.ln1_post else ("attn", "hook_attn_out"))),
-            ("", "hook_mlp_out", *(("ln2_post", "hook_out") if block.ln2_post else ("mlp", "hook_mlp_out"))),
             ("", "hook_mlp_in", "ln2", "hook_branch_in"),
             *(("", site, "attn", site) for site in PER_HEAD_SITES),
             ("ln1", "hook_in", "", "hook_in"),
@@ -130,6 +132,11 @@ class DecoderAdapter(ArchitectureAdapter):
             ("ln1_post", "hook_in", "attn", "hook_attn_out"),
             ("ln2_post", "hook_in", "mlp", "hook_mlp_out"),
         ]
+        if not block.multiplier:  # else the block itself makes what is added
+            links += [
+                ("", "hook_attn_out", *(("ln1_post", "hook_out") if block.ln1_post else ("attn", "hook_attn_out"))),
+                ("", "hook_mlp_out", *(("ln2_post", "hook_out") if block.ln2_post else ("mlp", "hook_mlp_out"))),
+            ]
         if entering_mlp is not None:
             links.append(("mlp", "hook_in", *entering_mlp))
         if not block.parallel:

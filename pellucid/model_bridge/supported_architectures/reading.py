@@ -116,7 +116,7 @@ def read_settings(
         config,
         (
             *(where.n_ctx, where.d_mlp, where.n_key_value_heads, where.d_head, where.eps, where.activation),
-            *(where.final_cap, where.logit_scale, "tie_word_embeddings", "_name_or_path"),
+            *(where.final_cap, where.logit_scale, where.logit_divisor, "tie_word_embeddings", "_name_or_path"),
         ),
     )
     n_heads, d_model = found[where.n_heads], found[where.d_model]
@@ -143,7 +143,7 @@ def read_settings(
         parallel_attn_mlp=family.block.parallel,
         tie_word_embeddings=bool(more["tie_word_embeddings"]),
         output_logits_soft_cap=more[where.final_cap] or 0.0,
-        output_logits_scale=more[where.logit_scale] or 1.0,
+        output_logits_scale=(more[where.logit_scale] or 1.0) / (more[where.logit_divisor] or 1.0),
     )
 
 
