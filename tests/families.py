@@ -66,6 +66,11 @@ CONFIGS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("SmolLM3Config", _LLAMA | {"no_rope_layers": [1, 0, 1]}),
     "gptj": ("GPTJConfig", {"n_embd": 48, "n_layer": 3, "n_head": 6, "n_positions": 64, "rotary_dim": 4}),
     "cohere": ("CohereConfig", _LLAMA | {"logit_scale": 0.5}),
+    "granite": (
+        "GraniteConfig",
+        _LLAMA
+        | {"embedding_multiplier": 3.0, "residual_multiplier": 0.6, "logits_scaling": 7.0, "attention_multiplier": 0.4},
+    ),
 }
 """By a name of ours: the class of the configuration, and its arguments."""
 

@@ -393,17 +393,23 @@ class _Paths:
         other = self.new.activations
         self.there = torch.zeros(original.tokens.shape[1], dtype=torch.bool, device=bridge.device)
         self.there[list(columns)] = True
-        sent = {name: self._within(other[name] - self.original[name]) for name in names}
+        canonical = {name: bridge.hook_spec(name).name for name in names}
+        sent = {name: self._within(other[at] - self.original[at]) for name, at in canonical.items()}
         self.new = replace(self.new, activations={})  # its metric is all that is still to be had
         del other
         self.sent = {
-            sender.name: sent[sender.hook][:, :, sender.head] if sender.kind == "head" else sent[sender.hook]
+            sender.name: sent[sender.hook][:, :, sender.head] * self._block(sender.layer).factor
+            if sender.kind == "head"
+            else sent[sender.hook]
             for sender in senders
         }
         self.arriving: dict[tuple[str, int], Tensor] = {}
         if not freeze_mlps:
             self._refuse_memory(senders, memory_limit)
             self._through_mlps(senders)
+
+    def _block(self, layer: int) -> Any:
+        return self.bridge.blocks[layer]
 
     def _within(self, difference: Tensor) -> Tensor:
         """Zero where the path does not run; ``[row, pos, ...]``."""
@@ -464,7 +470,7 @@ class _Paths:
         normed = parts[norm].forward(rows) if norm else rows
         if family.block.adds_residual:
             return parts["mlp"].module(normed, torch.zeros_like(normed))  # type: ignore[no-any-return]
-        added: Tensor = parts["mlp"].module(normed)
+        added: Tensor = parts["mlp"].module(normed) * self._block(layer).factor
         return parts["ln2_post"].forward(added) if family.block.ln2_post else added
 
     # -- edits ---------------------------------------------------------------------------------------------------------

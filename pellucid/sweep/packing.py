@@ -156,6 +156,8 @@ class PackedModel:
                 embeds = outer["embed"].module(self.base.tokens[at].flatten()[None])
             else:
                 embeds = self.base.embeddings[at].flatten(end_dim=1)[None].clone()  # edits are made in place
+            if self.bridge.runner.tree.embed_factor != 1:
+                embeds = embeds * self.bridge.runner.tree.embed_factor
             positions = self.base.positions
             if positions is not None:
                 asked = positions[at if positions.shape[0] > 1 else (rows[:, None] * 0, there)]

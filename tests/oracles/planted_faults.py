@@ -1393,6 +1393,27 @@ FAULTS = (
         "tests/oracles/test_family_parity.py -k cohere",
     ),
     Fault(
+        "what a multiplied branch adds is shown before it is multiplied",
+        f"{COMPONENTS}/multiplied_block.py",
+        "product: Tensor = value * self._number\n        return next(self._show)(product)",
+        "return next(self._show)(value) * self._number",
+        "tests/oracles/test_family_edits.py -k granite",
+    ),
+    Fault(
+        "a sweep forgets what the backbone multiplies the embedding with",
+        "pellucid/sweep/packing.py",
+        "embeds = embeds * self.bridge.runner.tree.embed_factor",
+        "embeds = embeds * 1",
+        "tests/sweep/test_families.py -k base_run",
+    ),
+    Fault(
+        "a head's path leaves out what the block multiplies its branch with",
+        "pellucid/patching/direct_path.py",
+        "clean - corrupted) * block.factor",
+        "clean - corrupted)",
+        "tests/patching/test_families.py -k granite",
+    ),
+    Fault(
         "an unlisted model keeps points that are not what they are called",
         "pellucid/model_bridge/verification/unlisted.py",
         "named = set(_not_as_named(checker))",

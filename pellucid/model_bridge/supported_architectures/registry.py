@@ -19,6 +19,7 @@ from pellucid.model_bridge.supported_architectures.gemma import GEMMA, GEMMA2, G
 from pellucid.model_bridge.supported_architectures.gpt2 import GPT2
 from pellucid.model_bridge.supported_architectures.gpt_neox import GPT_NEOX
 from pellucid.model_bridge.supported_architectures.gptj import GPTJ
+from pellucid.model_bridge.supported_architectures.granite import GRANITE
 from pellucid.model_bridge.supported_architectures.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from pellucid.model_bridge.supported_architectures.olmo2 import OLMO2
 from pellucid.model_bridge.supported_architectures.phi import PHI
@@ -65,7 +66,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         family.model_type: _as_data(family)
         for family in (
             *(LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, GPT_NEOX, GEMMA, GEMMA2, GEMMA3, OLMO2, PHI3),
-            *(COHERE, GPTJ, PHI, SMOLLM3, STABLELM),
+            *(COHERE, GPTJ, GRANITE, PHI, SMOLLM3, STABLELM),
         )
     },
 }
