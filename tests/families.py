@@ -66,6 +66,12 @@ CONFIGS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("SmolLM3Config", _LLAMA | {"no_rope_layers": [1, 0, 1]}),
     "gptj": ("GPTJConfig", {"n_embd": 48, "n_layer": 3, "n_head": 6, "n_positions": 64, "rotary_dim": 4}),
     "cohere": ("CohereConfig", _LLAMA | {"logit_scale": 0.5}),
+    "opt": (
+        "OPTConfig",
+        {key: _LLAMA[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "pad_token_id")}
+        | {"ffn_dim": 80, "max_position_embeddings": 64, "word_embed_proj_dim": 48}
+        | {"activation_function": "gelu"},  # Galactica's: differences of forwards step over the kinks of OPT's own ReLU
+    ),
     "granite": (
         "GraniteConfig",
         _LLAMA
@@ -119,7 +125,7 @@ def mask_of(tokens: Tensor, side: str | None) -> Tensor | None:
 CORE = ("llama", "gpt2", "gemma2", "gpt_neox")
 """Families that are always tested in full; the others in full where ``PELLUCID_FAMILIES=all`` (``scripts/check families``)."""
 
-LAYOUTS = ("llama-biased", "qwen3", "gemma3", "olmo2", "phi3", "stablelm-parallel", "gptj")
+LAYOUTS = ("llama-biased", "qwen3", "gemma3", "olmo2", "phi3", "stablelm-parallel", "gptj", "opt")
 """With the core, one configuration of each layout: what is tested of every layout, where not of every family."""
 
 ALL = os.environ.get("PELLUCID_FAMILIES") == "all"

@@ -37,7 +37,7 @@ def linears_of(family: Family) -> dict[str, tuple[str, ...]]:
         inner = {mlp.up: ("mlp.hook_pre",)}
     inner |= {mlp.down: ("mlp.hook_out" if family.block.changes_mlp else "hook_mlp_out",)}
     return {f"{attention.name}.{name}": places for name, places in found.items()} | {
-        f"{mlp.name}.{name}": places for name, places in inner.items()
+        mlp.inside(name): places for name, places in inner.items()
     }
 
 

@@ -179,7 +179,7 @@ def _expert(
 ) -> tuple[Unit, dict[str, float]]:
     linear = find_linear(family, row["layer"] or "")
     if linear is None:
-        example = f"{family.blocks_path}.3.{family.mlp.name}.{family.mlp.down}"
+        example = f"{family.blocks_path}.3.{family.mlp.inside(family.mlp.down)}"
         raise InputError(
             f"{where}: {row['layer']!r} is no linear layer of a {family.title}, such as {example}: it has "
             f"{', '.join(linears_of(family))}. Of another family, give family=bridge.adapter.family."

@@ -379,6 +379,11 @@ class _Paths:
         if inputs == "set" or not freeze_mlps:
             more += [self.stream.hook(place) for place in range(self.stream.last + 1)]
         if not freeze_mlps:
+            if not bridge.adapter.family.mlp.name:
+                raise UnsupportedModelError(
+                    f"freeze_mlps=False runs the MLPs on their own, and {bridge.adapter.family.title}'s have no module: "
+                    "their projections lie in the block. Take freeze_mlps=True."
+                )
             if bridge.live_hooks() or bridge.has_torch_hooks():
                 raise InputError(
                     "freeze_mlps=False runs the MLPs on their own, without the functions that are on the model: remove them "

@@ -149,7 +149,7 @@ class MLP:
     """The MLP and its children.
 
     Attributes:
-        name: in the block.
+        name: in the block; ``""``: its projections lie in the block itself (OPT).
         up: projection that is activated, or in a gated MLP the one that is multiplied with the activated gate.
         down: projection back.
         gate: projection that is activated in a gated MLP, ``""`` where there is none.
@@ -166,6 +166,10 @@ class MLP:
     def is_gated(self) -> bool:
         """Whether two projections make the neurons."""
         return bool(self.gate or self.gate_up)
+
+    def inside(self, child: str) -> str:
+        """Path in the block of one of its projections."""
+        return f"{self.name}.{child}" if self.name else child
 
 
 @dataclass(frozen=True)

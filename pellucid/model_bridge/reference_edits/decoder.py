@@ -47,6 +47,15 @@ class DecoderEdits:
 
     def install(self, spec: HookSpec, edit: Edit) -> list[Any]:
         """Handles (with ``remove``) or function modes that make one edit."""
+        if not self.family.mlp.name and spec.component.endswith((".ln2", ".mlp")):
+            sizes: list[tuple[int, int]] = []
+            block = self.backbone.get_submodule(f"{self.family.outside.blocks}.{spec.layer}")
+            note = block.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[:2]))
+            # There the block has rows and positions as one axis.
+            return [note, *self._install(spec, lambda flat: edit(flat.unflatten(0, sizes[-1])).flatten(0, 1))]
+        return self._install(spec, edit)
+
+    def _install(self, spec: HookSpec, edit: Edit) -> list[Any]:
         if spec.name.endswith((".hook_scale", ".hook_normalized")):
             return [self._norm_inside(self._norm(spec), edit, spec.name.endswith("hook_scale"))]
         if spec.layer is None:

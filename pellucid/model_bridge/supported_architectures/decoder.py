@@ -114,6 +114,9 @@ class DecoderAdapter(ArchitectureAdapter):
         if block.ln2:
             parts["ln2"] = self._norm(block.ln2, input_is="copy" if block.parallel else "stream")
         parts["mlp"] = self._mlp()
+        if not self.family.mlp.name:  # a block that holds the projections itself lays rows and positions into one axis
+            for flat in (parts["ln2"], *parts["mlp"].submodules.values()):
+                flat.rows_are_flat = True
         if block.ln2_post:
             parts["ln2_post"] = self._norm(block.ln2_post)
         if block.multiplier:
@@ -220,7 +223,7 @@ class DecoderAdapter(ArchitectureAdapter):
         return [path for paths in outer + blocks for path in paths if path not in present]
 
     def _paths(self, inside: str, component: GeneralizedComponent) -> list[str]:
-        path = f"{inside}{component.name}"
+        path = f"{inside}{component.name}".removesuffix(".")
         return [path] + [found for child in component.submodules.values() for found in self._paths(f"{path}.", child)]
 
     def check_arguments(self, model: nn.Module) -> None:

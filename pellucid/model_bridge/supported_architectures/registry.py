@@ -22,6 +22,7 @@ from pellucid.model_bridge.supported_architectures.gptj import GPTJ
 from pellucid.model_bridge.supported_architectures.granite import GRANITE
 from pellucid.model_bridge.supported_architectures.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from pellucid.model_bridge.supported_architectures.olmo2 import OLMO2
+from pellucid.model_bridge.supported_architectures.opt import OPT
 from pellucid.model_bridge.supported_architectures.phi import PHI
 from pellucid.model_bridge.supported_architectures.phi3 import PHI3
 from pellucid.model_bridge.supported_architectures.reading import listed_of, read_settings
@@ -66,7 +67,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         family.model_type: _as_data(family)
         for family in (
             *(LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, GPT_NEOX, GEMMA, GEMMA2, GEMMA3, OLMO2, PHI3),
-            *(COHERE, GPTJ, GRANITE, PHI, SMOLLM3, STABLELM),
+            *(COHERE, GPTJ, GRANITE, OPT, PHI, SMOLLM3, STABLELM),
         )
     },
 }
@@ -103,5 +104,6 @@ def architecture_of_model(model: nn.Module) -> Architecture:
     model_type = config.model_type
     if model_type in ARCHITECTURES:
         return ARCHITECTURES[model_type]
-    known = [each.family for each in ARCHITECTURES.values() if not each.family.block.adds_residual]
+    families = [each.family for each in ARCHITECTURES.values()]
+    known = [family for family in families if family.mlp.name and not family.block.adds_residual]
     return _as_data(unlisted_family(model, known))
