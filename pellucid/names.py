@@ -284,13 +284,17 @@ def _disabled(spec: HookSpec, asked: str) -> HookDisabledError:
 
 def _with_reach(block: Sequence[HookSpec]) -> list[HookSpec]:
     """The points of a block, in firing order, with their reach: what comes before the scores goes into keys and values,
-    unless it is the queries' alone.
+    unless it is the queries' alone, or the MLP's, whose norm may run first.
     """
     scores = next((place for place, spec in enumerate(block) if "key_pos" in spec.axes), len(block))
     return [
-        replace(spec, reach="later" if place < scores and spec.site not in OF_QUERIES else "own")
+        replace(spec, reach="own" if place >= scores or spec.site in OF_QUERIES or _is_mlps(spec) else "later")
         for place, spec in enumerate(block)
     ]
+
+
+def _is_mlps(spec: HookSpec) -> bool:
+    return spec.component.endswith((".ln2", ".mlp"))
 
 
 OF_QUERIES = frozenset({"hook_q_input", "hook_q_in", "hook_q", "hook_q_normed", "hook_rot_q"})

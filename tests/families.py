@@ -33,6 +33,7 @@ _LLAMA = {
 }
 _WINDOW = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 _GEMMA = _LLAMA | {"head_dim": 10}
+_FALCON = {key: _LLAMA[key] for key in _LLAMA if key not in ("intermediate_size", "num_key_value_heads")}
 
 CONFIGS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", _LLAMA),
@@ -66,6 +67,13 @@ CONFIGS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("SmolLM3Config", _LLAMA | {"no_rope_layers": [1, 0, 1]}),
     "gptj": ("GPTJConfig", {"n_embd": 48, "n_layer": 3, "n_head": 6, "n_positions": 64, "rotary_dim": 4}),
     "cohere": ("CohereConfig", _LLAMA | {"logit_scale": 0.5}),
+    "falcon": ("FalconConfig", _FALCON),
+    "falcon-new": ("FalconConfig", _FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-one-norm": (
+        "FalconConfig",
+        _FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+    ),
+    "falcon-sequential": ("FalconConfig", _FALCON | {"multi_query": False, "parallel_attn": False, "bias": True}),
     "opt": (
         "OPTConfig",
         {key: _LLAMA[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "pad_token_id")}

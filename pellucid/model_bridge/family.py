@@ -75,6 +75,7 @@ class Block:
         ln1_post: norm after attention, before the residual is added.
         ln2_post: norm after the MLP, before the residual is added.
         parallel: attention and MLP read the residual that enters the block, and both are added to it.
+        norms_first: both norms of such a block run before attention.
         residual_first: that sum is ``(residual + attention) + mlp``, not ``(attention + mlp) + residual``.
         multiplier: the block's attribute with which it multiplies what a branch gives before it is added, ``""`` for none.
         gives_tuple: Hugging Face's block gives ``(residual, ...)``, not the residual alone.
@@ -86,6 +87,7 @@ class Block:
     ln1_post: str = ""
     ln2_post: str = ""
     parallel: bool = False
+    norms_first: bool = False
     residual_first: bool = False
     multiplier: str = ""
     gives_tuple: bool = False
@@ -182,7 +184,8 @@ class Settings:
         d_model: features of the residual stream.
         n_ctx: the length it was trained on.
         d_mlp: neurons of an MLP; where it holds ``None``, there are ``4 * d_model``.
-        n_key_value_heads: heads of keys and values, ``""`` where there are as many as of queries.
+        n_key_value_heads: heads of keys and values, ``""`` where there are as many as of queries; or how many, where no
+            attribute says it.
         d_head: features of a head, ``""`` where they are ``d_model / n_heads``.
         eps: of the norms.
         activation: of the MLP.
@@ -196,7 +199,7 @@ class Settings:
     d_model: str = "hidden_size"
     n_ctx: str = "max_position_embeddings"
     d_mlp: str = "intermediate_size"
-    n_key_value_heads: str = "num_key_value_heads"
+    n_key_value_heads: str | int = "num_key_value_heads"
     d_head: str = "head_dim"
     eps: str = "rms_norm_eps"
     activation: str = "hidden_act"

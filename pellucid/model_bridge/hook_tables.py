@@ -204,8 +204,11 @@ class _Writer:
                 if shared
                 else (f"{_ATTN}.hook_in",),
             )
+        if block.norms_first:
+            yield from self.between()
         yield from self.attention()
-        yield from self.between()
+        if not block.norms_first:
+            yield from self.between()
         yield from self.mlp()
         yield HookSpec(
             f"{_B}.hook_resid_post",

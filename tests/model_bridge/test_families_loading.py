@@ -192,6 +192,7 @@ def test_only_a_family_that_shares_a_tokenizer_lends_one(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("name", "settings", "words"),
     [
+        ("falcon", {"alibi": True}, "alibi = True: Hugging Face's eager attention adds ALiBi twice"),
         ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before = False: the stream itself would be normed"),
         ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim = 16: tokens would enter and leave the stream by"),
         ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm = True: the unembedding would read"),

@@ -172,6 +172,20 @@ def test_a_gradient_is_a_central_difference(family: str) -> None:
             assert bound <= (1e-4 if exact else 0.5) * abs(expected), f"{spec.name}: {bound} says little of {expected}"
 
 
+def test_what_a_function_keeps_is_not_written_to_afterwards() -> None:
+    """Falcon's block adds attention's output into the MLP's own tensor."""
+    bridge = TransformerBridge(make_family("falcon"))
+    kept: list[Tensor] = []
+    seen: list[Tensor] = []
+
+    def keep(tensor: Tensor, hook: HookPoint) -> None:
+        kept.append(tensor)
+        seen.append(tensor.clone())
+
+    bridge.run_with_hooks(random_tokens(), fwd_hooks=[("blocks.1.hook_mlp_out", keep)])
+    assert torch.equal(kept[0], seen[0])
+
+
 def test_gradients_where_rows_are_flat() -> None:
     """OPT's MLP is given rows and positions as one axis: a backward hook sees two, and the gradient that autograd keeps."""
     bridge, native = TransformerBridge(make_family("opt")), make_family("opt")

@@ -254,11 +254,14 @@ class DecoderEdits:
                 return on_output(norm, by_head(edit, self._count(part)))
             return on_output(norm, edit if names.head_norm == "positions first" else _heads_first(edit))
         if site == "hook_rot_k":
+            one_each = _one_of_each(_heads_first(edit), cfg.n_key_value_heads)
             return attention.register_forward_pre_hook(
-                lambda module, args, kwargs: (args, _with_cache(kwargs, _heads_first(edit))), with_kwargs=True
+                lambda module, args, kwargs: (args, _with_cache(kwargs, one_each)), with_kwargs=True
             )
         if site == "hook_rot_q" and names.softmax_in not in ("function", "forward"):
             return _into_method(attention, names.softmax_in, _heads_first(edit))
+        if site == "hook_rot_q" and names.softmax_in == "forward":  # after the product of a fused projection
+            return _Inside(attention, Intercept(torch.Tensor.matmul, 1, _heads_first(edit), on_input=True))
         if site == "hook_rot_q":
             return _Inside(attention, Intercept(torch.matmul, 0, _heads_first(edit), on_input=True))
         if site == "hook_attn_scores":
@@ -342,6 +345,18 @@ def _in_place_on_input(module: nn.Module, edit: Edit) -> Any:
 
 def _heads_first(edit: Edit) -> Edit:
     return lambda value: edit(value.transpose(1, 2)).transpose(1, 2)
+
+
+def _one_of_each(edit: Edit, heads: int) -> Edit:
+    """``edit`` of keys ``[batch, heads, ...]`` that may have been repeated for each head of queries."""
+
+    def edited(keys: Tensor) -> Tensor:
+        each = keys.shape[1] // heads
+        return (
+            edit(keys) if each == 1 else torch.empty_like(keys).copy_(edit(keys[:, ::each]).repeat_interleave(each, 1))
+        )
+
+    return edited
 
 
 def _replaced(fused: Tensor, where: slice, edit: Edit) -> Tensor:

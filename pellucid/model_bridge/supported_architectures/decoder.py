@@ -202,7 +202,8 @@ class DecoderAdapter(ArchitectureAdapter):
             if mlp.gate:
                 parts["gate"] = LinearBridge(mlp.gate, cfg)
             parts["in"] = LinearBridge(mlp.up, cfg)
-        parts["out"] = LinearBridge(mlp.down, cfg)
+        # A block that adds branches to each other first may add attention's into the MLP's own tensor (Falcon).
+        parts["out"] = LinearBridge(mlp.down, cfg, keeps_output=not (block.parallel and not block.residual_first))
         reads_stream = not block.parallel and not block.ln2
         return HuggingFaceMLPBridge(mlp.name, cfg, parts, input_is_stream=reads_stream)
 

@@ -115,11 +115,11 @@ def read_settings(
     more = _named(
         config,
         (
-            *(where.n_ctx, where.d_mlp, where.n_key_value_heads, where.d_head, where.eps, where.activation),
+            *(where.n_ctx, where.d_mlp, str(where.n_key_value_heads), where.d_head, where.eps, where.activation),
             *(where.final_cap, where.logit_scale, where.logit_divisor, "tie_word_embeddings", "_name_or_path"),
         ),
     )
-    n_heads, d_model = found[where.n_heads], found[where.d_model]
+    n_heads, d_model, shared = found[where.n_heads], found[where.d_model], where.n_key_value_heads
     return TransformerBridgeConfig(
         n_layers=found[where.n_layers],
         n_heads=n_heads,
@@ -127,7 +127,7 @@ def read_settings(
         d_head=more[where.d_head] or d_model // n_heads,
         d_vocab=found["vocab_size"],
         n_ctx=more[where.n_ctx] or 2048,
-        n_key_value_heads=more[where.n_key_value_heads] or n_heads,
+        n_key_value_heads=shared if isinstance(shared, int) else more[shared] or n_heads,
         d_mlp=more[where.d_mlp] or 4 * d_model,
         eps=more[where.eps] or 1e-5,
         architecture=str((attributes.get("architectures") or [family.model_type])[0]),

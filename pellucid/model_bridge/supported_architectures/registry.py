@@ -15,6 +15,7 @@ from pellucid.model_bridge.family import Family
 from pellucid.model_bridge.supported_architectures.bloom import BLOOM, BloomArchitectureAdapter
 from pellucid.model_bridge.supported_architectures.cohere import COHERE
 from pellucid.model_bridge.supported_architectures.decoder import DecoderAdapter
+from pellucid.model_bridge.supported_architectures.falcon import FALCON
 from pellucid.model_bridge.supported_architectures.gemma import GEMMA, GEMMA2, GEMMA3
 from pellucid.model_bridge.supported_architectures.gpt2 import GPT2
 from pellucid.model_bridge.supported_architectures.gpt_neox import GPT_NEOX
@@ -67,7 +68,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         family.model_type: _as_data(family)
         for family in (
             *(LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, GPT_NEOX, GEMMA, GEMMA2, GEMMA3, OLMO2, PHI3),
-            *(COHERE, GPTJ, GRANITE, OPT, PHI, SMOLLM3, STABLELM),
+            *(COHERE, FALCON, GPTJ, GRANITE, OPT, PHI, SMOLLM3, STABLELM),
         )
     },
 }
