@@ -74,6 +74,10 @@ CONFIGS: Mapping[str, tuple[str, dict[str, Any]]] = {
         _FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
     ),
     "falcon-sequential": ("FalconConfig", _FALCON | {"multi_query": False, "parallel_attn": False, "bias": True}),
+    "mpt": (
+        "MptConfig",
+        {"d_model": 48, "n_heads": 6, "n_layers": 3, "max_seq_len": 64, "attn_config": {"clip_qkv": 1.5}},
+    ),
     "opt": (
         "OPTConfig",
         {key: _LLAMA[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "pad_token_id")}

@@ -473,7 +473,7 @@ class _Paths:
         family, parts = self.bridge.adapter.family, self.bridge.blocks[layer].submodules
         norm = "ln2" if family.block.ln2 else "ln1" if family.block.parallel else ""
         normed = parts[norm].forward(rows) if norm else rows
-        if family.block.adds_residual:
+        if family.mlp.adds_residual:
             return parts["mlp"].module(normed, torch.zeros_like(normed))  # type: ignore[no-any-return]
         added: Tensor = parts["mlp"].module(normed) * self._block(layer).factor
         return parts["ln2_post"].forward(added) if family.block.ln2_post else added

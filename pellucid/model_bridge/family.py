@@ -156,6 +156,7 @@ class MLP:
         down: projection back.
         gate: projection that is activated in a gated MLP, ``""`` where there is none.
         gate_up: gate and up as one projection.
+        adds_residual: Hugging Face's module is given the residual too, and adds it itself (BLOOM, MPT).
     """
 
     name: str = "mlp"
@@ -163,6 +164,7 @@ class MLP:
     down: str = "down_proj"
     gate: str = "gate_proj"
     gate_up: str = ""
+    adds_residual: bool = False
 
     @property
     def is_gated(self) -> bool:

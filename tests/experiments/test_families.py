@@ -122,9 +122,9 @@ def test_ablation_of_heads(name: str) -> None:
 # -- path patching -----------------------------------------------------------------------------------------------------
 
 SENDERS = ("embed", "L0.attn_out", "L0.mlp_out", "L1.attn_out", "L1.mlp_out")
-SHAPES = ("llama", "gpt2", "gpt_neox", "gemma2", "olmo2", "granite")
+SHAPES = ("llama", "gpt2", "gpt_neox", "gemma2", "olmo2", "granite", "mpt")
 """One of each shape: sequential, with a table of positions, parallel, with four norms, with norms after alone, with
-multipliers."""
+multipliers, with an MLP that adds the residual itself."""
 
 
 def sent(sender: str) -> str:

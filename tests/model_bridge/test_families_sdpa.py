@@ -15,7 +15,7 @@ from tests.families import CONFIGS, make_family, mask_of, of_each_layout
 from tests.models import random_tokens
 from tests.tiny_tokenizers import byte_level
 
-WITHOUT = ("gemma2", "gpt2-upcast", "gptj")
+WITHOUT = ("gemma2", "gpt2-upcast", "gptj", "mpt")
 EAGER_ONLY = ("falcon", "falcon-new", "falcon-one-norm", "falcon-sequential")
 """Families whose scores and pattern can be looked at where the model runs eager, and no others."""
 
@@ -100,7 +100,7 @@ def test_what_shows_scores_under_eager_alone(name: str) -> None:
 @pytest.mark.parametrize("name", WITHOUT)
 def test_what_has_no_sdpa_is_refused_by_name(name: str) -> None:
     bridge = TransformerBridge(make_family(name))
-    with pytest.raises(UnsupportedModelError, match=r"(Gemma 2|GPT-2|GPT-J) .*no sdpa"):
+    with pytest.raises(UnsupportedModelError, match=r"(Gemma 2|GPT-2|GPT-J|MPT) .*no sdpa"):
         bridge.set_attn_implementation("sdpa")
     with pytest.raises(UnsupportedModelError, match="no sdpa"):
         TransformerBridge.boot_transformers(hf_model=bridge.hf_model, attn_implementation="sdpa")

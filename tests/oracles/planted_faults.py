@@ -1421,6 +1421,13 @@ FAULTS = (
         "tests/oracles/test_unlisted.py -k names_say",
     ),
     Fault(
+        "a path through an MLP that adds the residual itself adds it twice",
+        "pellucid/experiments/path_patching.py",
+        'parts["mlp"].module(normed, torch.zeros_like(normed))',
+        'parts["mlp"].module(normed, rows)',
+        "tests/experiments/test_families.py -k test_a_path_to_the_end[mpt]",
+    ),
+    Fault(
         "a kept MLP output is what the block wrote into it afterwards",
         f"{COMPONENTS}/linear.py",
         "return output if self.keeps_output or",

@@ -134,7 +134,7 @@ def read_settings(
         model_name=str(more["_name_or_path"] or ""),
         dtype=dtype,
         device=device,
-        act_fn=str(more[where.activation]),
+        act_fn=str(more[where.activation] or "gelu"),  # where no attribute says it, Hugging Face's MLP has a GELU
         normalization_type="LN" if family.norm.centres else "RMS",
         positional_embedding_type="rotary" if family.attention.rotary else "standard",
         post_embedding_ln=bool(family.outside.embed_norm),

@@ -22,6 +22,7 @@ from pellucid.model_bridge.supported_architectures.gpt_neox import GPT_NEOX
 from pellucid.model_bridge.supported_architectures.gptj import GPTJ
 from pellucid.model_bridge.supported_architectures.granite import GRANITE
 from pellucid.model_bridge.supported_architectures.llama import LLAMA, MISTRAL, QWEN2, QWEN3
+from pellucid.model_bridge.supported_architectures.mpt import MPT
 from pellucid.model_bridge.supported_architectures.olmo2 import OLMO2
 from pellucid.model_bridge.supported_architectures.opt import OPT
 from pellucid.model_bridge.supported_architectures.phi import PHI
@@ -68,7 +69,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         family.model_type: _as_data(family)
         for family in (
             *(LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, GPT_NEOX, GEMMA, GEMMA2, GEMMA3, OLMO2, PHI3),
-            *(COHERE, FALCON, GPTJ, GRANITE, OPT, PHI, SMOLLM3, STABLELM),
+            *(COHERE, FALCON, GPTJ, GRANITE, MPT, OPT, PHI, SMOLLM3, STABLELM),
         )
     },
 }
