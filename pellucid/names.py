@@ -110,6 +110,7 @@ class HookIndex(Mapping[str, HookSpec]):
         n_layers: number of blocks.
         last_aliases: further names of points of the last block (alias to name with ``{i}``).
         unreachable: names within a block that other models have, and why this one has not.
+        first_aliases: the same of the first block.
     """
 
     def __init__(
@@ -120,15 +121,19 @@ class HookIndex(Mapping[str, HookSpec]):
         n_layers: int,
         last_aliases: Mapping[str, str] = {},
         unreachable: Mapping[str, str] = {},
+        first_aliases: Mapping[str, str] = {},
     ) -> None:
         specs = [*before]
         block = _with_reach(block)
         for layer in range(n_layers):
             specs += [spec.at_layer(layer) for spec in block]
         specs += after
-        for alias, name in last_aliases.items():
-            last = name.format(i=n_layers - 1)
-            specs = [replace(spec, aliases=(*spec.aliases, alias)) if spec.name == last else spec for spec in specs]
+        for layer, aliases in ((0, first_aliases), (n_layers - 1, last_aliases)):
+            for alias, name in aliases.items():
+                named = name.format(i=layer)
+                specs = [
+                    replace(spec, aliases=(*spec.aliases, alias)) if spec.name == named else spec for spec in specs
+                ]
         self._specs = {spec.name: spec for spec in specs}
         self._canonical = {alias: spec.name for spec in specs for alias in spec.aliases}
         self.n_layers = n_layers
@@ -290,13 +295,17 @@ def _disabled(spec: HookSpec, asked: str) -> HookDisabledError:
 
 def _with_reach(block: Sequence[HookSpec]) -> list[HookSpec]:
     """The points of a block, in firing order, with their reach: what comes before the scores goes into keys and values,
-    unless it is the queries' alone.
+    unless it is the queries' alone, or the MLP's, whose norm may run first.
     """
     scores = next((place for place, spec in enumerate(block) if "key_pos" in spec.axes), len(block))
     return [
-        replace(spec, reach="later" if place < scores and spec.site not in OF_QUERIES else "own")
+        replace(spec, reach="own" if place >= scores or spec.site in OF_QUERIES or _is_mlps(spec) else "later")
         for place, spec in enumerate(block)
     ]
+
+
+def _is_mlps(spec: HookSpec) -> bool:
+    return spec.component.endswith((".ln2", ".mlp"))
 
 
 OF_QUERIES = frozenset({"hook_q_input", "hook_q_in", "hook_q", "hook_q_normed", "hook_rot_q"})

@@ -88,7 +88,7 @@ def _positions(family: Family) -> str:
 def points_of(family: Family) -> set[str]:
     """Names of its hook points, ``{i}`` for the layer."""
     made = hook_table(family, shares_heads=False)
-    return {spec.name for spec in (*made.before, *made.block, *made.after)}
+    return {spec.name for spec in (*made.before, *made.block, *made.after)} | set(made.first_aliases)
 
 
 def differences() -> str:

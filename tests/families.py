@@ -34,6 +34,7 @@ _LLAMA = {
 _EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _WINDOW = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 _GEMMA = _LLAMA | {"head_dim": 10}
+_FALCON = {key: _LLAMA[key] for key in _LLAMA if key not in ("intermediate_size", "num_key_value_heads")}
 
 CONFIGS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", _LLAMA),
@@ -68,6 +69,28 @@ CONFIGS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("SmolLM3Config", _LLAMA | {"no_rope_layers": [1, 0, 1]}),
     "gptj": ("GPTJConfig", {"n_embd": 48, "n_layer": 3, "n_head": 6, "n_positions": 64, "rotary_dim": 4}),
     "cohere": ("CohereConfig", _LLAMA | {"logit_scale": 0.5}),
+    "falcon": ("FalconConfig", _FALCON),
+    "falcon-new": ("FalconConfig", _FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-one-norm": (
+        "FalconConfig",
+        _FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+    ),
+    "falcon-sequential": ("FalconConfig", _FALCON | {"multi_query": False, "parallel_attn": False, "bias": True}),
+    "mpt": (
+        "MptConfig",
+        {"d_model": 48, "n_heads": 6, "n_layers": 3, "max_seq_len": 64, "attn_config": {"clip_qkv": 1.5}},
+    ),
+    "opt": (
+        "OPTConfig",
+        {key: _LLAMA[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "pad_token_id")}
+        | {"ffn_dim": 80, "max_position_embeddings": 64, "word_embed_proj_dim": 48}
+        | {"activation_function": "gelu"},  # Galactica's: differences of forwards step over the kinks of OPT's own ReLU
+    ),
+    "granite": (
+        "GraniteConfig",
+        _LLAMA
+        | {"embedding_multiplier": 3.0, "residual_multiplier": 0.6, "logits_scaling": 7.0, "attention_multiplier": 0.4},
+    ),
 }
 """By a name of ours: the class of the configuration, and its arguments."""
 
@@ -129,7 +152,7 @@ def mask_of(tokens: Tensor, side: str | None) -> Tensor | None:
 CORE = ("llama", "gpt2", "gemma2", "gpt_neox")
 """Families that are always tested in full; the others in full where ``PELLUCID_FAMILIES=all`` (``scripts/check families``)."""
 
-LAYOUTS = ("llama-biased", "qwen3", "gemma3", "olmo2", "phi3", "stablelm-parallel", "gptj")
+LAYOUTS = ("llama-biased", "qwen3", "gemma3", "olmo2", "phi3", "stablelm-parallel", "gptj", "opt")
 """With the core, one configuration of each layout: what is tested of every layout, where not of every family."""
 
 

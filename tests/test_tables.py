@@ -55,6 +55,7 @@ INTERNAL = {
     "DecoderEdits": "inside the oracle of edits",
     "Draws": "inside a run",
     "Encoder": "inside a corpus",
+    "Factor": "inside a block that multiplies its branches",
     "FunctionAttends": "inside a sweep",
     "FastAttention": "inside a run",
     "FrequencyPenalty": "inside generate",

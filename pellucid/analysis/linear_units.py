@@ -26,8 +26,8 @@ def linears_of(family: Family) -> dict[str, tuple[str, ...]]:
     queries = tuple(f"attn.hook_{part}" for part in PARTS)
     separate = dict(zip((attention.q, attention.k, attention.v), ((place,) for place in queries), strict=True))
     found = {attention.qkv: queries} if attention.qkv else separate
-    # What a norm after the branch is added of is another tensor than the linear layer's output.
-    found |= {attention.o: ("attn.hook_out" if family.block.ln1_post else "hook_attn_out",)}
+    # What a norm or a factor after the branch makes of it is another tensor than the linear layer's output.
+    found |= {attention.o: ("attn.hook_out" if family.block.changes_attn else "hook_attn_out",)}
     inner: dict[str, tuple[str, ...]] = {}
     if mlp.router:  # experts are no linear layers, and what they compute inside has no points
         return {f"{attention.name}.{name}": places for name, places in found.items()}
@@ -37,9 +37,9 @@ def linears_of(family: Family) -> dict[str, tuple[str, ...]]:
         inner = {mlp.gate: ("mlp.hook_pre",), mlp.up: ("mlp.hook_pre_linear",)}
     else:
         inner = {mlp.up: ("mlp.hook_pre",)}
-    inner |= {mlp.down: ("mlp.hook_out" if family.block.ln2_post else "hook_mlp_out",)}
+    inner |= {mlp.down: ("mlp.hook_out" if family.block.changes_mlp else "hook_mlp_out",)}
     return {f"{attention.name}.{name}": places for name, places in found.items()} | {
-        f"{mlp.name}.{name}": places for name, places in inner.items()
+        mlp.inside(name): places for name, places in inner.items()
     }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import psutil
 import torch
@@ -104,6 +104,11 @@ class PathEdits:
         if inputs == "set" or not freeze_mlps:
             more += [self.stream.hook(place) for place in range(self.stream.last + 1)]
         if not freeze_mlps:
+            if not bridge.adapter.family.mlp.name:
+                raise UnsupportedModelError(
+                    f"freeze_mlps=False runs the MLPs on their own, and {bridge.adapter.family.title}'s have no module: "
+                    "their projections lie in the block. Take freeze_mlps=True."
+                )
             if bridge.live_hooks() or bridge.has_torch_hooks():
                 raise InputError(
                     "freeze_mlps=False runs the MLPs on their own, without the functions that are on the model: remove them "
@@ -118,17 +123,23 @@ class PathEdits:
         other = self.new.activations
         self.there = torch.zeros(original.tokens.shape[1], dtype=torch.bool, device=bridge.device)
         self.there[list(columns)] = True
-        sent = {name: self._within(other[name] - self.original[name]) for name in names}
+        canonical = {name: bridge.hook_spec(name).name for name in names}
+        sent = {name: self._within(other[at] - self.original[at]) for name, at in canonical.items()}
         self.new = replace(self.new, activations={})  # its metric is all that is still to be had
         del other
         self.sent = {
-            sender.name: sent[sender.hook][:, :, sender.head] if sender.kind == "head" else sent[sender.hook]
+            sender.name: sent[sender.hook][:, :, sender.head] * self._block(sender.layer).factor
+            if sender.kind == "head"
+            else sent[sender.hook]
             for sender in senders
         }
         self.arriving: dict[tuple[str, int], Tensor] = {}
         if not freeze_mlps:
             self._refuse_memory(senders, memory_limit)
             self._through_mlps(senders)
+
+    def _block(self, layer: int) -> Any:
+        return self.bridge.blocks[layer]
 
     def _within(self, difference: Tensor) -> Tensor:
         """Zero where the path does not run; ``[row, pos, ...]``."""
@@ -187,9 +198,9 @@ class PathEdits:
         family, parts = self.bridge.adapter.family, self.bridge.blocks[layer].submodules
         norm = "ln2" if family.block.ln2 else "ln1" if family.block.parallel else ""
         normed = parts[norm].forward(rows) if norm else rows
-        if family.block.adds_residual:
+        if family.mlp.adds_residual:
             return parts["mlp"].module(normed, torch.zeros_like(normed))  # type: ignore[no-any-return]
-        added: Tensor = parts["mlp"].module(normed)
+        added: Tensor = parts["mlp"].module(normed) * self._block(layer).factor
         return parts["ln2_post"].forward(added) if family.block.ln2_post else added
 
     # -- edits ---------------------------------------------------------------------------------------------------------

@@ -238,7 +238,8 @@ def find_site(bridge: TransformerBridge, site: str, layers: Index = None) -> Sit
             chosen = sorted(indices(layers, n_layers, "layers"))
             return Site(site, {layer: bridge.hook_spec(template.format(i=layer)) for layer in chosen})
     for name in (site, f"hook_{site}"):
-        if name in bridge.hook_index and bridge.hook_spec(name).layer is None:
+        # By its name: Granite's hook_embed is what enters the first block.
+        if name in bridge.hook_index and not name.startswith("blocks."):
             if layers is not None:
                 raise InputError(f"The site {site!r} is outside the blocks: leave layers out.")
             return Site(site, {None: bridge.hook_spec(name)})

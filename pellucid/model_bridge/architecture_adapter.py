@@ -35,6 +35,8 @@ class ArchitectureAdapter(ABC):
     """Further names of points of the last block, which a component after the blocks shares."""
     unreachable: Mapping[str, str] = MappingProxyType({})
     """Names within a block that other models' points have, and why this one's inside is not reached."""
+    first_block_aliases: Mapping[str, str]
+    """The same of the first block."""
     backbone_path: str
     """Path of the module that runs the blocks."""
     blocks_path: str
@@ -56,6 +58,7 @@ class ArchitectureAdapter(ABC):
             self.cfg.n_layers,
             self.last_block_aliases,
             self.unreachable,
+            self.first_block_aliases,
         )
 
     def leave_out(self, names: Collection[str]) -> None:

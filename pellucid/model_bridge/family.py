@@ -49,7 +49,8 @@ class Outside:
     """Paths of the modules outside the blocks: those of the backbone inside it, the head's in the model; ``""``: none.
 
     ``head_has_bias``: Hugging Face's class makes the head with a bias, so that its loader keeps one. ``head_in_files``: what
-    checkpoints call the head where that is not its module's name.
+    checkpoints call the head where that is not its module's name. ``embed_multiplier``: the backbone's attribute with which
+    it multiplies the embedding before the first block.
     """
 
     backbone: str = "model"
@@ -61,6 +62,7 @@ class Outside:
     head: str = "lm_head"
     head_has_bias: bool = False
     head_in_files: str = ""
+    embed_multiplier: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,9 @@ class Block:
         ln1_post: norm after attention, before the residual is added.
         ln2_post: norm after the MLP, before the residual is added.
         parallel: attention and MLP read the residual that enters the block, and both are added to it.
+        norms_first: both norms of such a block run before attention.
         residual_first: that sum is ``(residual + attention) + mlp``, not ``(attention + mlp) + residual``.
+        multiplier: the block's attribute with which it multiplies what a branch gives before it is added, ``""`` for none.
         gives_tuple: Hugging Face's block gives ``(residual, ...)``, not the residual alone.
         adds_residual: attention and MLP add the residual themselves (BLOOM).
     """
@@ -83,9 +87,21 @@ class Block:
     ln1_post: str = ""
     ln2_post: str = ""
     parallel: bool = False
+    norms_first: bool = False
     residual_first: bool = False
+    multiplier: str = ""
     gives_tuple: bool = False
     adds_residual: bool = False
+
+    @property
+    def changes_attn(self) -> bool:
+        """Whether what is added to the stream is not yet what attention gives."""
+        return bool(self.ln1_post or self.multiplier)
+
+    @property
+    def changes_mlp(self) -> bool:
+        """Whether what is added to the stream is not yet what the MLP gives."""
+        return bool(self.ln2_post or self.multiplier)
 
 
 @dataclass(frozen=True)
@@ -145,7 +161,7 @@ class MLP:
     """The MLP and its children.
 
     Attributes:
-        name: in the block.
+        name: in the block; ``""``: its projections lie in the block itself (OPT).
         up: projection that is activated, or in a gated MLP the one that is multiplied with the activated gate.
         down: projection back.
         gate: projection that is activated in a gated MLP, ``""`` where there is none.
@@ -154,6 +170,7 @@ class MLP:
             an expert computes inside is no tensor ``[batch, pos, ...]``, and has no points.
         experts: the experts, all in one module.
         beside: modules that every token goes through beside its experts.
+        adds_residual: Hugging Face's module is given the residual too, and adds it itself (BLOOM, MPT).
     """
 
     name: str = "mlp"
@@ -164,6 +181,7 @@ class MLP:
     router: str = ""
     experts: str = ""
     beside: tuple[str, ...] = ()
+    adds_residual: bool = False
 
     @property
     def is_gated(self) -> bool:
@@ -178,6 +196,10 @@ class MLP:
         into = (self.gate_up,) if self.gate_up else (self.gate, self.up)
         return tuple(name for name in (*into, self.down) if name)
 
+    def inside(self, child: str) -> str:
+        """Path in the block of one of its projections."""
+        return f"{self.name}.{child}" if self.name else child
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -191,12 +213,14 @@ class Settings:
         d_mlp: neurons of an MLP, or of one expert; where it holds ``None``, there are ``4 * d_model``.
         num_experts: experts of a layer, ``""`` where there are none.
         experts_per_token: how many of them a token goes through.
-        n_key_value_heads: heads of keys and values, ``""`` where there are as many as of queries.
+        n_key_value_heads: heads of keys and values, ``""`` where there are as many as of queries; or how many, where no
+            attribute says it.
         d_head: features of a head, ``""`` where they are ``d_model / n_heads``.
         eps: of the norms.
         activation: of the MLP.
         final_cap: bound of the logits, ``""`` where they have none.
         logit_scale: factor on the logits, ``""`` where they have none.
+        logit_divisor: what they are divided by, the same.
     """
 
     n_layers: str = "num_hidden_layers"
@@ -204,7 +228,7 @@ class Settings:
     d_model: str = "hidden_size"
     n_ctx: str = "max_position_embeddings"
     d_mlp: str = "intermediate_size"
-    n_key_value_heads: str = "num_key_value_heads"
+    n_key_value_heads: str | int = "num_key_value_heads"
     d_head: str = "head_dim"
     eps: str = "rms_norm_eps"
     activation: str = "hidden_act"
@@ -212,6 +236,7 @@ class Settings:
     logit_scale: str = ""
     num_experts: str = ""
     experts_per_token: str = ""
+    logit_divisor: str = ""
 
 
 Refused: TypeAlias = Mapping[str, tuple[tuple[Any, ...], str]]

@@ -6,7 +6,7 @@ how the components are linked: queries, say, are the output of a projection of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from pellucid.model_bridge.family import Family
@@ -37,11 +37,13 @@ class HookTable:
         before: fired before the blocks.
         block: in a block.
         after: fired after the blocks.
+        first_aliases: further names of points of the first block.
     """
 
     before: tuple[HookSpec, ...]
     block: tuple[HookSpec, ...]
     after: tuple[HookSpec, ...]
+    first_aliases: Mapping[str, str]
 
 
 def hook_table(family: Family, shares_heads: bool) -> HookTable:
@@ -52,7 +54,9 @@ def hook_table(family: Family, shares_heads: bool) -> HookTable:
         shares_heads: whether several heads of queries share one of keys and values.
     """
     table = _Writer(family, shares_heads)
-    found = HookTable(tuple(table.before()), tuple(table.block()), tuple(table.after()))
+    # What an embedding is multiplied with, in no module, is first seen where the product enters the blocks.
+    first = {"hook_embed": f"{_B}.hook_resid_pre"} if family.outside.embed_multiplier else {}
+    found = HookTable(tuple(table.before()), tuple(table.block()), tuple(table.after()), first)
     if shares_heads:
         return found
     # With as many heads of keys as of queries the axis has the word that everybody knows.
@@ -124,6 +128,14 @@ class _Writer:
                 f"output of {outside.embed_norm}: what enters the residual stream",
                 aliases=("embed_ln.hook_out",),
             )
+        elif outside.embed_multiplier:
+            yield HookSpec(
+                "embed.hook_out",
+                "embed",
+                "hook_out",
+                _RESIDUAL,
+                f"output of {outside.embed}, before it is multiplied; what enters the stream is hook_embed",
+            )
         else:
             yield HookSpec(
                 "hook_embed",
@@ -191,8 +203,11 @@ class _Writer:
                 f"output of the first norm, {self._affine}" + ("; feeds attention and MLP" if shared else ""),
                 aliases=(f"{_ATTN}.hook_in", *self.shared_with_mlp()) if shared else (f"{_ATTN}.hook_in",),
             )
+        if block.norms_first:
+            yield from self.between()
         yield from self.attention()
-        yield from self.between()
+        if not block.norms_first:
+            yield from self.between()
         yield from self.mlp()
         yield HookSpec(
             f"{_B}.hook_resid_post",
@@ -317,12 +332,23 @@ class _Writer:
             )
 
     def branch(self, name: str, component: str, site: str, post_norm: str, doc: str, alias: str) -> Iterator[HookSpec]:
-        """What a branch gives and what it adds to the stream, which a norm after it makes two tensors.
+        """What a branch gives and what it adds to the stream, which a norm or a multiplier after it makes two tensors.
 
         ``alias`` is the name that it has as a projection's output, ``""`` where it is none's.
         """
         own, names = f"{component}.hook_out", (alias,) if alias else ()
-        if self.family.block.adds_residual:
+        if self.family.block.multiplier:
+            yield HookSpec(
+                own, component, site, _RESIDUAL, "output of the branch, before it is multiplied", aliases=names
+            )
+            yield HookSpec(
+                name,
+                _B,
+                site,
+                _RESIDUAL,
+                "additive contribution: the branch's output multiplied, before the residual is added",
+            )
+        elif self.family.block.adds_residual:
             yield HookSpec(name, component, site, _RESIDUAL, doc, aliases=names)
         elif not post_norm:
             yield HookSpec(name, component, site, _RESIDUAL, doc, aliases=(*names, own))

@@ -167,9 +167,9 @@ def _write_differences(
             f"{name} has shape {tuple(clean.shape)} in the clean run and {tuple(corrupted.shape)} in the corrupted one. "
             "The prompts need as many rows and tokens."
         )
-    attention: Any = model.blocks[layer].attn
+    block: Any = model.blocks[layer]
     with torch.no_grad():
-        differences: Tensor = hooks_suppressed(attention.results, clean - corrupted)
+        differences: Tensor = hooks_suppressed(block.attn.results, clean - corrupted) * block.factor
     return differences
 
 

@@ -11,13 +11,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from pellucid.activation_cache import ActivationCache
 from pellucid.errors import CacheKeyError, InputError, UnsupportedModelError
+from pellucid.model_bridge.generalized_components import PosEmbedBridge
 from pellucid.model_bridge.generalized_components.hf_arguments import CACHE_NAMES, by_name, forward_parameters
 from pellucid.model_bridge.running.runner import Prepared
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
@@ -268,15 +269,15 @@ def _watched(bridge: TransformerBridge) -> Iterator[_Seen]:
         handed = by_name(module, args, kwargs)
         seen.handed[layer] = {name: value for name, value in handed.items() if name not in left_out}
 
-    def ask(module: Any, args: tuple[Tensor, ...]) -> None:
-        seen.positions = args[0]
+    def ask(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.positions = cast(PosEmbedBridge, tree.components["pos_embed"]).positions_of(args, kwargs)
 
     handles = [
         block.module.register_forward_pre_hook(partial(look, layer), with_kwargs=True)
         for layer, block in enumerate(tree.blocks)
     ]
     if "pos_embed" in tree.components:
-        handles.append(tree.components["pos_embed"].module.register_forward_pre_hook(ask))
+        handles.append(tree.components["pos_embed"].module.register_forward_pre_hook(ask, with_kwargs=True))
     try:
         yield seen
     finally:

@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from pellucid.model_bridge.generalized_components import PosEmbedBridge
 from pellucid.model_bridge.generalized_components.alibi_utils import add_mask_to_alibi
 from pellucid.model_bridge.generalized_components.mixing import mixing_by
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
@@ -156,10 +157,12 @@ class PackedModel:
                 embeds = outer["embed"].module(self.base.tokens[at].flatten()[None])
             else:
                 embeds = self.base.embeddings[at].flatten(end_dim=1)[None].clone()  # edits are made in place
+            if self.bridge.runner.tree.embed_factor != 1:
+                embeds = embeds * self.bridge.runner.tree.embed_factor
             positions = self.base.positions
             if positions is not None:
                 asked = positions[at if positions.shape[0] > 1 else (rows[:, None] * 0, there)]
-                embeds = embeds + outer["pos_embed"].module(asked.flatten()[None])
+                embeds = embeds + cast(PosEmbedBridge, outer["pos_embed"]).at(asked.flatten()[None])
             if "embed_ln" in outer:
                 embeds = outer["embed_ln"].module(embeds)
             groups.append(RowGroup(edited, columns, embeds[0].unflatten(0, (len(edited), -1))))

@@ -128,6 +128,8 @@ class Unedited:
             return f"{family.title}'s attention mixes values in its own forward, where packed rows cannot be kept apart"
         if family.mlp.router:
             return f"{family.title}'s router chooses experts, and another rounding can turn a close choice"
+        if not family.listed and (family.logits_change or "hook_embed" not in self.bridge.hook_index):
+            return f"what {family.title} does to its embedding or its logits outside of modules is not known"
         mixing = why_not_by_row(self.bridge.hf_model)
         return "" if mixing is None else f"{mixing}, which may compute a row from the others of its batch, too"
 

@@ -122,8 +122,9 @@ def test_ablation_of_heads(name: str) -> None:
 # -- path patching -----------------------------------------------------------------------------------------------------
 
 SENDERS = ("embed", "L0.attn_out", "L0.mlp_out", "L1.attn_out", "L1.mlp_out")
-SHAPES = ("llama", "gpt2", "gpt_neox", "gemma2", "olmo2")
-"""One of each shape: sequential, with a table of positions, parallel, with four norms, with norms after alone."""
+SHAPES = ("llama", "gpt2", "gpt_neox", "gemma2", "olmo2", "granite", "mpt")
+"""One of each shape: sequential, with a table of positions, parallel, with four norms, with norms after alone, with
+multipliers, with an MLP that adds the residual itself."""
 
 
 def sent(sender: str) -> str:
@@ -172,7 +173,7 @@ def test_a_path_into_an_mlp(name: str) -> None:
     assert bool((backwards == 0).all())
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "granite"])
 def test_a_path_into_a_head(name: str) -> None:
     bridge, (original, new) = TransformerBridge(make_family(name)), pair()
     if "blocks.1.hook_k_input" not in bridge.hook_index:
@@ -198,7 +199,8 @@ def test_a_path_into_a_head(name: str) -> None:
     expected = []
     for sender, head in (("attn.hook_result", 2), ("hook_mlp_out", None)):
         difference = other[f"blocks.0.{sender}"] - usual[f"blocks.0.{sender}"]
-        difference = difference if head is None else difference[:, :, head]
+        if head is not None:  # a part of what the projection gives, which Granite multiplies
+            difference = difference[:, :, head] * getattr(bridge.hf_model.config, "residual_multiplier", 1.0)
         for receiver in receivers:
 
             def add(tensor: Tensor, hook: Any, to: int = int(receiver[3]), added: Tensor = difference) -> None:

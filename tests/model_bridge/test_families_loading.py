@@ -189,6 +189,22 @@ def test_only_a_family_that_shares_a_tokenizer_lends_one(monkeypatch: pytest.Mon
     assert asked == ["owner/model-intermediate"]
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "words"),
+    [
+        ("falcon", {"alibi": True}, "alibi = True: Hugging Face's eager attention adds ALiBi twice"),
+        ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before = False: the stream itself would be normed"),
+        ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim = 16: tokens would enter and leave the stream by"),
+        ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm = True: the unembedding would read"),
+        ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine = False: norms would have no"),
+        ("opt", {"layerdrop": 0.1}, "layerdrop = 0.1: layers would be left out at random"),
+    ],
+)
+def test_a_layout_of_a_family_that_is_not_opened_is_refused(name: str, settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=words):
+        TransformerBridge(make_family(name, **settings))
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
 def test_folders_are_refused_by_name(name: str, tmp_path: Path) -> None:
     model = make_family(name)

@@ -15,8 +15,11 @@ from tests.families import CONFIGS, make_family, mask_of, of_each_layout
 from tests.models import random_tokens
 from tests.tiny_tokenizers import byte_level
 
-WITHOUT = ("gemma2", "gpt2-upcast", "gptj")
-WITH = [name for name in CONFIGS if name not in WITHOUT]
+WITHOUT = ("gemma2", "gpt2-upcast", "gptj", "mpt")
+EAGER_ONLY = ("falcon", "falcon-new", "falcon-one-norm", "falcon-sequential")
+"""Families whose scores and pattern can be looked at where the model runs eager, and no others."""
+
+WITH = [name for name in CONFIGS if name not in (*WITHOUT, *EAGER_ONLY)]
 PATTERN = ("hook_attn_scores", "hook_pattern")
 
 
@@ -72,10 +75,32 @@ def test_the_bridge_hands_its_choice_to_the_model(name: str, tmp_path: Path) -> 
     assert torch.equal(fast(tokens), native(make_family(name, attention="sdpa"), tokens))
 
 
+@pytest.mark.parametrize("name", EAGER_ONLY)
+def test_what_shows_scores_under_eager_alone(name: str) -> None:
+    """Bits of sdpa with everything else looked at; scores, pattern and verify(), which needs eager, are refused by name."""
+    model, tokens = make_family(name, attention="sdpa"), random_tokens()
+    bridge = TransformerBridge.boot_transformers(hf_model=model)
+    with torch.no_grad():
+        theirs = native(copy.deepcopy(model), tokens)
+    rest = [point for point in bridge.hook_dict if not point.endswith(PATTERN)]
+    assert torch.equal(bridge.run_with_cache(tokens, names_filter=rest)[0], theirs)
+    for site in PATTERN:
+        with pytest.raises(
+            UnsupportedModelError, match=r"it is 'sdpa'. Call bridge.set_attn_implementation\('eager'\)"
+        ):
+            bridge.run_with_cache(tokens, names_filter=f"blocks.1.attn.{site}")
+    for act in (bridge.verify, lambda: bridge.set_attn_implementation("eager")):
+        with pytest.raises(
+            UnsupportedModelError, match="cannot switch the attention of a loaded Falcon: it stays 'sdpa'"
+        ):
+            act()
+    assert bridge.attn_implementation == "sdpa"
+
+
 @pytest.mark.parametrize("name", WITHOUT)
 def test_what_has_no_sdpa_is_refused_by_name(name: str) -> None:
     bridge = TransformerBridge(make_family(name))
-    with pytest.raises(UnsupportedModelError, match=r"(Gemma 2|GPT-2|GPT-J) .*no sdpa"):
+    with pytest.raises(UnsupportedModelError, match=r"(Gemma 2|GPT-2|GPT-J|MPT) .*no sdpa"):
         bridge.set_attn_implementation("sdpa")
     with pytest.raises(UnsupportedModelError, match="no sdpa"):
         TransformerBridge.boot_transformers(hf_model=bridge.hf_model, attn_implementation="sdpa")

@@ -200,6 +200,10 @@ def test_positions_and_embedding() -> None:
     assert gpt2.W_pos is gpt2.hf_model.transformer.wpe.weight
     assert torch.equal(gpt2.W_E_eff, gpt2.W_E)
     llama = TransformerBridge(make_family("llama", F64))
+    granite = TransformerBridge(make_family("granite", F64))
+    assert torch.equal(granite.W_E_eff, granite.W_E * granite.hf_model.config.embedding_multiplier)
+    opt = TransformerBridge(make_family("opt"))
+    assert torch.equal(opt.W_pos, opt.hf_model.model.decoder.embed_positions.weight[2:])
     with pytest.raises(WeightError, match="no table of position embeddings, W_pos: its positions are rotary"):
         _ = llama.W_pos
     gemma = TransformerBridge(make_family("gemma", F64))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -172,6 +172,46 @@ def test_a_gradient_is_a_central_difference(family: str) -> None:
             bound = abs(whole - half) + 4 * noise_of_sum / step
             assert abs(found - expected) <= bound, f"{spec.name}: {found} is not {expected} within {bound}"
             assert bound <= (1e-4 if exact else 0.5) * abs(expected), f"{spec.name}: {bound} says little of {expected}"
+
+
+def test_what_a_function_keeps_is_not_written_to_afterwards() -> None:
+    """Falcon's block adds attention's output into the MLP's own tensor."""
+    bridge = TransformerBridge(make_family("falcon"))
+    kept: list[Tensor] = []
+    seen: list[Tensor] = []
+
+    def keep(tensor: Tensor, hook: HookPoint) -> None:
+        kept.append(tensor)
+        seen.append(tensor.clone())
+
+    bridge.run_with_hooks(random_tokens(), fwd_hooks=[("blocks.1.hook_mlp_out", keep)])
+    assert torch.equal(kept[0], seen[0])
+
+
+def test_gradients_where_rows_are_flat() -> None:
+    """OPT's MLP is given rows and positions as one axis: a backward hook sees two, and the gradient that autograd keeps."""
+    bridge, native = TransformerBridge(make_family("opt")), make_family("opt")
+    block = native.model.decoder.layers[1]
+    kept: dict[str, Tensor] = {}
+
+    def keep(module: Any, args: Any, output: Tensor, name: str) -> None:
+        output.retain_grad()
+        kept[name] = output
+
+    for name, module in (
+        ("mlp.hook_in", block.final_layer_norm),
+        ("mlp.hook_pre", block.fc1),
+        ("hook_mlp_out", block.fc2),
+    ):
+        module.register_forward_hook(partial(keep, name=name))
+    logits = native(random_tokens(), use_cache=False).logits
+    weights = weights_of(tuple(logits.shape))
+    (logits.double() * weights).sum().backward()
+    for name, output in kept.items():
+        value, gradient = gradient_at(bridge, bridge.hook_index[f"blocks.1.{name}"], weights)
+        assert value.shape == gradient.shape == (2, 9, output.shape[-1])
+        assert torch.equal(value.flatten(0, 1), output)
+        assert torch.equal(gradient.flatten(0, 1), output.grad)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "olmo2"])

@@ -16,8 +16,10 @@ from pellucid import Corpus, TransformerBridge
 from pellucid.errors import HookNameError, PellucidWarning, UnsupportedModelError
 from pellucid.hook_points import HookPoint
 from pellucid.running_stats import MeanVariance
+from pellucid.sweep import Edit, LogitDifference, Scale, Sweep
 from tests.families import VOCAB, make_family
 from tests.models import is_pristine, random_tokens
+from tests.sweep.reference import whole_logits
 from tests.tiny_tokenizers import byte_level
 
 SIZES = {
@@ -76,8 +78,9 @@ def test_what_is_read_off_a_model_is_what_its_family_says(family: str) -> None:
 
 
 def test_points_that_are_not_what_their_names_say_are_left_out() -> None:
-    """Granite multiplies embeddings, and what each branch gives, where no module shows it."""
+    """A Granite under another name: it multiplies embeddings, and what each branch gives, where no module shows it."""
     model = make("Granite", residual_multiplier=0.5, embedding_multiplier=2.0, logits_scaling=3.0)
+    model.config.model_type = "nobodys"
     bridge, said = opened(model)
     assert "blocks.{i}.hook_attn_out, blocks.{i}.hook_mlp_out, hook_embed." in said
     for name in ("blocks.1.hook_attn_out", "blocks.1.attn.o.hook_out", "hook_embed"):
@@ -89,6 +92,13 @@ def test_points_that_are_not_what_their_names_say_are_left_out() -> None:
     assert not torch.equal(cache["hook_unembed"], logits)
     report = bridge.verify(layers=[1], progress=False)
     assert report.ok, report.failed
+    # A sweep knows neither factor, so it runs whole forwards.
+    edits = [Edit(hook, Scale(1.5), positions=4) for hook in ("blocks.0.hook_resid_pre", "blocks.1.attn.hook_z")]
+    swept = Sweep(bridge, tokens, LogitDifference(5, 6)).run(edits)
+    assert "is not known" in (swept.plan.why_whole or "")
+    for edit, found in zip(edits, swept.values["metric"], strict=True):
+        wanted = whole_logits(bridge, tokens, edit)[:, -1]
+        assert float((wanted[:, 5] - wanted[:, 6] - found).abs().max()) <= 2e-6 * float(wanted.abs().max())
 
 
 @pytest.mark.parametrize("kind", ["Starcoder2", "Cohere2"])

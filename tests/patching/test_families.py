@@ -82,7 +82,7 @@ def test_no_residual_between_parallel_branches() -> None:
         patching.get_act_patch_resid_mid(bridge, CORRUPTED, bridge.run_with_cache(CLEAN)[1], metric)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "granite"])
 def test_direct_paths(family: str) -> None:
     bridge = TransformerBridge(make_family(family))
     clean, corrupted = (bridge.run_with_cache(tokens)[1] for tokens in (CLEAN, CORRUPTED))
@@ -99,7 +99,8 @@ def test_direct_paths(family: str) -> None:
         for head in range(6):
 
             def add(tensor: Tensor, hook: Any, head: int = head) -> None:
-                tensor[:, :, head] += written[0] - written[1]
+                factor = getattr(bridge.hf_model.config, "residual_multiplier", 1.0)
+                tensor[:, :, head] += (written[0] - written[1]) * factor
 
             logits = bridge.run_with_hooks(CORRUPTED, fwd_hooks=[(f"blocks.{layer}.hook_q_input", add)])
             expected[layer, head] = metric(logits)

@@ -23,6 +23,7 @@ from pellucid.model_bridge.generalized_components.linear import (
     OutputProjectionBridge,
 )
 from pellucid.model_bridge.generalized_components.mlp import MLPBridge
+from pellucid.model_bridge.generalized_components.multiplied_block import MultipliedBlockBridge
 from pellucid.model_bridge.generalized_components.normalization import NormalizationBridge
 from pellucid.model_bridge.generalized_components.pos_embed import PosEmbedBridge
 from pellucid.model_bridge.generalized_components.rms_normalization import (
@@ -53,6 +54,7 @@ __all__ = [
     "JointQKVAttentionBridge",
     "LinearBridge",
     "MLPBridge",
+    "MultipliedBlockBridge",
     "NormalizationBridge",
     "OutputProjectionBridge",
     "PosEmbedBridge",

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
 from pellucid.errors import HookNameError, InputError, NotSetUpError, UnsupportedModelError, WeightError
 from pellucid.hook_points import HookFunction, HookPoint, LensHandle, PointOwner
+from pellucid.model_bridge.generalized_components.flat_rows import rows_apart
 from pellucid.model_bridge.generalized_components.weights import has_weight
 from pellucid.model_bridge.generalized_components.weights import plain_weight as plain_weight
 from pellucid.model_bridge.generalized_components.weights import readable_parameter as readable_parameter
@@ -110,6 +111,9 @@ class GeneralizedComponent(NoTorchHooks):
 
     widens: ClassVar[bool] = False
     """Whether it computes a float64 model in float64 where Hugging Face goes through float32."""
+
+    rows_are_flat: bool = False
+    """Whether it is given rows and positions as one axis; functions see two."""
 
     weight_names: ClassVar[tuple[str, ...]] = ("weight", "bias")
     """Keys that :meth:`set_processed_weights` takes for the module itself."""
@@ -322,7 +326,14 @@ class GeneralizedComponent(NoTorchHooks):
     def fire(self, site: str, value: Tensor, *, private: bool = False) -> Tensor:
         """Show ``value`` to the functions at ``site``, if there are any. See :meth:`HookPoint.fire`."""
         point = self._points.get(site)
-        return value if point is None else point.fire(value, private=private)
+        if point is None:
+            return value
+        if not self.rows_are_flat or not self.is_live(site):
+            return point.fire(value, private=private)
+        seen = rows_apart(value)
+        edited = point.fire(seen, private=private)
+        # With gradients on, what a function saw has to be on the way, or its backward hook is not.
+        return value if edited is seen and not value.requires_grad else edited.flatten(0, 1)
 
     def fire_into(self, site: str, value: Tensor) -> None:
         """Fire on a tensor that Hugging Face's code goes on with, whatever is returned: an edit is written into it.
@@ -334,9 +345,10 @@ class GeneralizedComponent(NoTorchHooks):
         if point is None or not self.is_live(site):
             return
         shown = value.clone() if value.requires_grad and not point.only_reads() else value
-        edited = point.fire(shown)
-        if edited is not value:
-            value.copy_(edited)
+        seen = rows_apart(shown) if self.rows_are_flat else shown
+        edited = point.fire(seen)
+        if edited is not seen or shown is not value:
+            value.copy_(edited.view_as(value))
 
     def is_live(self, site: str) -> bool:
         """Whether a function acts at ``site`` in this thread now."""

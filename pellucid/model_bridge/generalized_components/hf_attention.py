@@ -42,6 +42,9 @@ from pellucid.names import PATTERN_SITES
 EAGER, REGISTRY = "eager_attention_forward", "ALL_ATTENTION_FUNCTIONS"
 """What Hugging Face's attention modules call their eager function and the table of the others."""
 
+ROTATION = "apply_rotary_pos_emb"
+"""What they call the function that rotates queries and keys."""
+
 OTHER_FUNCTIONS = ("sdpa",)
 """Attention functions whose mask can be made into the one that the eager function takes."""
 
@@ -136,11 +139,25 @@ class HuggingFaceAttentionBridge(HeadWeights):
         ours = any(self.is_live(site) for site in OWN_SITES) or self._is_float64() or current_mixing() is not None
         if not ours:
             return original(*args, **kwargs)
+        self._refuse_fused()
         forward = self._with_our_names(original)
-        if self.is_live("hook_rot_k"):
+        if self.is_live("hook_rot_k") and self.softmax_in != "forward":
             name = cache_name(type(self.module))
             kwargs[name] = KeyTap(kwargs.get(name), partial(self._by_head, "hook_rot_k"))
         return forward(*args, **kwargs)
+
+    def _refuse_fused(self) -> None:
+        """A forward that has the softmax itself leaves it out where the model does not run eager."""
+        name = getattr(getattr(self.module, "config", None), "_attn_implementation", "eager")
+        if self.softmax_in == "forward" and name != "eager" and any(self.is_live(site) for site in PATTERN_SITES):
+            raise UnsupportedModelError(self._in_another(name))
+
+    def _in_another(self, name: str) -> str:
+        return (
+            f"{self.path} has its scores in {self.softmax_in}, which Hugging Face runs where the model's attention "
+            f"is 'eager'; it is {name!r}. Call bridge.set_attn_implementation('eager') to look at them, or load "
+            "the model with attn_implementation='eager' where Hugging Face cannot switch it."
+        )
 
     def _is_float64(self) -> bool:
         return self.config is not None and self.config.dtype is torch.float64
@@ -171,6 +188,8 @@ class HuggingFaceAttentionBridge(HeadWeights):
             )
         if self.softmax_in == "forward":
             names |= ours
+            if ROTATION in there:
+                names[ROTATION] = partial(self._rotate, there[ROTATION])
         elif self.softmax_in != "function":
             # A method of the attention: the forward is given a stand-in of the module, of which that method is ours.
             method = vars(type(module))[self.softmax_in]
@@ -180,6 +199,19 @@ class HuggingFaceAttentionBridge(HeadWeights):
         made = partial(rebound(plain, names), subject)
         self._bound = (module, plain, made)
         return made
+
+    def _rotate(self, rotation: Callable[..., tuple[Tensor, Tensor]], *args: Any) -> tuple[Tensor, Tensor]:
+        """In the place of the rotation that a forward looks up: what it gives goes on to cache and scores."""
+        query, key = rotation(*args)
+        heads = 1 if self.config is None else key.shape[1] // self.config.n_key_value_heads
+        # Repeated already for each head of queries: a function sees one of each, and its edit is of all of them.
+        shown = self._by_head("hook_rot_k", key[:, ::heads] if heads > 1 else key)
+        if heads == 1:
+            key = shown
+        elif self.is_live("hook_rot_k") and not self.only_reads("hook_rot_k"):
+            key = torch.empty_like(key)  # in its memory layout, on which the rounding of products depends
+            key.unflatten(1, (-1, heads)).copy_(shown.unsqueeze(2))
+        return self._by_head("hook_rot_q", query), key
 
     def _interface(
         self, functions: Any, tapped_eager: Callable[..., Any], eager: Callable[..., Any], name: str, default: Any
@@ -203,10 +235,7 @@ class HuggingFaceAttentionBridge(HeadWeights):
         """In the place of an attention function."""
         looked_at = query.dtype is torch.float64 or any(self.is_live(site) for site in PATTERN_SITES)
         if looked_at and self.softmax_in != "function":
-            raise UnsupportedModelError(
-                f"{self.path} has its scores in {self.softmax_in}, which Hugging Face runs where the model's attention "
-                f"is 'eager'; it is {name!r}. Call bridge.set_attn_implementation('eager') to look at them."
-            )
+            raise UnsupportedModelError(self._in_another(name))
 
         def function(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Any:
             if not looked_at:

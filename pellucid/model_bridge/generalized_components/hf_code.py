@@ -21,11 +21,18 @@ from torch.nn import functional as F
 from pellucid.errors import UnsupportedModelError
 
 
-def rebound(function: Callable[..., Any], names: Mapping[str, Any]) -> FunctionType:
+def rebound(
+    function: Callable[..., Any], names: Mapping[str, Any], on: Callable[[Any], Any] | None = None
+) -> FunctionType:
     """``function`` with ``names`` in the place of those that its module has; what its module has not is left out.
 
     A decorated function (transformers 5.24 decorates most forwards) is its decorator's wrapper again, around the inner
     function bound anew.
+
+    Args:
+        function: Hugging Face's.
+        names: what stands for what.
+        on: for a method, what the innermost function is given in the place of its ``self``.
 
     Raises:
         UnsupportedModelError: no plain Python function, or wrapped in a way that is not known.
@@ -46,11 +53,17 @@ def rebound(function: Callable[..., Any], names: Mapping[str, Any]) -> FunctionT
                 f"{function.__module__}.{function.__qualname__} is wrapped in a way that is not known, and what it computes "
                 "inside cannot be reached."
             )
-        inner = CellType(rebound(wrapped, names))
+        inner = CellType(rebound(wrapped, names, on))
         closure = tuple(inner if cell is holding[0] else cell for cell in closure or ())
     made = FunctionType(function.__code__, known, function.__name__, function.__defaults__, closure)
     made.__kwdefaults__ = function.__kwdefaults__
-    return made
+    if on is None or wrapped is not None:
+        return made
+
+    def on_stand_in(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return made(on(self), *args, **kwargs)
+
+    return on_stand_in  # type: ignore[return-value]
 
 
 def names_of(function: Callable[..., Any]) -> Mapping[str, Any]:

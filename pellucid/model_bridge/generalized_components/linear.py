@@ -50,6 +50,7 @@ class LinearBridge(GeneralizedComponent):
         heads_in: heads that a function at ``hook_in`` sees on the last axis, ``None`` for none.
         heads_out: the same at ``hook_out``.
         owns_input: whether nothing else reads the input, so that a function may write to it.
+        keeps_output: whether nothing writes to the output afterwards, so that a function may keep it.
     """
 
     def __init__(
@@ -60,15 +61,18 @@ class LinearBridge(GeneralizedComponent):
         heads_in: int | None = None,
         heads_out: int | None = None,
         owns_input: bool = True,
+        keeps_output: bool = True,
     ) -> None:
         super().__init__(name, config)
-        self.heads_in, self.heads_out, self.owns_input = heads_in, heads_out, owns_input
+        self.heads_in, self.heads_out = heads_in, heads_out
+        self.owns_input, self.keeps_output = owns_input, keeps_output
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
         original = self.original()
         given = self.fire_by_head("hook_in", input, self.heads_in, private=not self.owns_input)
-        return self.fire_by_head("hook_out", self._mapped(original, given), self.heads_out)
+        output = self.fire_by_head("hook_out", self._mapped(original, given), self.heads_out)
+        return output if self.keeps_output or not self.is_live("hook_out") else output.clone()
 
     def _mapped(self, original: Any, input: Tensor) -> Tensor:
         """The map itself."""

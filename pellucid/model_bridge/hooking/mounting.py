@@ -416,6 +416,13 @@ class ComponentTree:
         module: nn.Module = self.components["embed"].module
         return module
 
+    @property
+    def embed_factor(self) -> float:
+        """What the backbone multiplies the embedding with before the first block."""
+        name = self.adapter.family.outside.embed_multiplier
+        factor: float = vars(self.backbone.module)[name] if name else 1.0
+        return factor
+
     def attentions(self) -> list[str]:
         """Canonical names of the attentions."""
         return [f"blocks.{layer}.attn" for layer in range(self.cfg.n_layers)]

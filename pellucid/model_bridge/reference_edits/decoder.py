@@ -47,6 +47,15 @@ class DecoderEdits:
 
     def install(self, spec: HookSpec, edit: Edit) -> list[Any]:
         """Handles (with ``remove``) or function modes that make one edit."""
+        if not self.family.mlp.name and spec.component.endswith((".ln2", ".mlp")):
+            sizes: list[tuple[int, int]] = []
+            block = self.backbone.get_submodule(f"{self.family.outside.blocks}.{spec.layer}")
+            note = block.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[:2]))
+            # There the block has rows and positions as one axis.
+            return [note, *self._install(spec, lambda flat: edit(flat.unflatten(0, sizes[-1])).flatten(0, 1))]
+        return self._install(spec, edit)
+
+    def _install(self, spec: HookSpec, edit: Edit) -> list[Any]:
         if spec.name.endswith((".hook_scale", ".hook_normalized")):
             return [self._norm_inside(self._norm(spec), edit, spec.name.endswith("hook_scale"))]
         if spec.layer is None:
@@ -153,6 +162,11 @@ class DecoderEdits:
             }
             if not names.ln2_post:
                 simple["hook_mlp_out"] = simple["mlp.hook_out"]
+        if names.multiplier and tail in ("hook_attn_out", "hook_mlp_out"):
+            edited = attention if tail == "hook_attn_out" else mlp
+            return _products(
+                block, names.multiplier, {each: edit if each is edited else None for each in (attention, mlp)}
+            )
         if tail in simple:
             return [simple[tail]()]
         if tail.startswith("mlp."):
@@ -247,11 +261,14 @@ class DecoderEdits:
                 return on_output(norm, by_head(edit, self._count(part)))
             return on_output(norm, edit if names.head_norm == "positions first" else _heads_first(edit))
         if site == "hook_rot_k":
+            one_each = _one_of_each(_heads_first(edit), cfg.n_key_value_heads)
             return attention.register_forward_pre_hook(
-                lambda module, args, kwargs: (args, _with_cache(kwargs, _heads_first(edit))), with_kwargs=True
+                lambda module, args, kwargs: (args, _with_cache(kwargs, one_each)), with_kwargs=True
             )
         if site == "hook_rot_q" and names.softmax_in not in ("function", "forward"):
             return _into_method(attention, names.softmax_in, _heads_first(edit))
+        if site == "hook_rot_q" and names.softmax_in == "forward":  # after the product of a fused projection
+            return _Inside(attention, Intercept(torch.Tensor.matmul, 1, _heads_first(edit), on_input=True))
         if site == "hook_rot_q":
             return _Inside(attention, Intercept(torch.matmul, 0, _heads_first(edit), on_input=True))
         if site == "hook_attn_scores":
@@ -331,6 +348,18 @@ def _into_method(module: nn.Module, name: str, edit: Edit) -> Remover:
     return Remover(lambda: vars(module).pop(name))
 
 
+def _products(block: Any, multiplier: str, branches: Mapping[nn.Module, Edit | None]) -> list[Any]:
+    """Let each branch give its product with the block's multiplier, edited or not, and the block multiply it with 1."""
+    number = getattr(block, multiplier)
+
+    def product(edit: Edit | None) -> Edit:
+        return lambda output: output * number if edit is None else edit(output * number)
+
+    handles: list[Any] = [on_output(branch, product(edit)) for branch, edit in branches.items()]
+    setattr(block, multiplier, 1.0)
+    return [*handles, Remover(lambda: setattr(block, multiplier, number))]
+
+
 def _in_place_on_input(module: nn.Module, edit: Edit) -> Any:
     def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
         args[0].copy_(edit(args[0].clone()))
@@ -340,6 +369,18 @@ def _in_place_on_input(module: nn.Module, edit: Edit) -> Any:
 
 def _heads_first(edit: Edit) -> Edit:
     return lambda value: edit(value.transpose(1, 2)).transpose(1, 2)
+
+
+def _one_of_each(edit: Edit, heads: int) -> Edit:
+    """``edit`` of keys ``[batch, heads, ...]`` that may have been repeated for each head of queries."""
+
+    def edited(keys: Tensor) -> Tensor:
+        each = keys.shape[1] // heads
+        return (
+            edit(keys) if each == 1 else torch.empty_like(keys).copy_(edit(keys[:, ::each]).repeat_interleave(each, 1))
+        )
+
+    return edited
 
 
 def _replaced(fused: Tensor, where: slice, edit: Edit) -> Tensor:

@@ -370,8 +370,13 @@ def find_decoder(model: nn.Module) -> nn.Module:
 
 def _has_ends(candidate: nn.Module, family: Family) -> bool:
     """Whether a module has a family's head and, in its backbone, the embedding."""
-    children, outside = candidate._modules, family.outside
-    return outside.head in children and outside.embed in getattr(children.get(outside.backbone), "_modules", {})
+    outside, backbone = family.outside, candidate
+    for name in outside.backbone.split("."):
+        child = backbone._modules.get(name)
+        if child is None:
+            return False
+        backbone = child
+    return outside.head in candidate._modules and outside.embed in backbone._modules
 
 
 def make_adapter(model: nn.Module) -> ArchitectureAdapter:

@@ -185,6 +185,11 @@ class Runner:
                 )
             root: Any = self.tree.root
             root.set_attn_implementation(name)
+            if self.attn_implementation != name:
+                raise UnsupportedModelError(
+                    f"Hugging Face cannot switch the attention of a loaded {family.title}: it stays "
+                    f"{self.attn_implementation!r}. Load the model with attn_implementation={name!r}."
+                )
 
     def fast_root(self) -> nn.Module | None:
         """The model whose attentions may take Pellucid's fused path in a run that begins now, ``None`` for none."""

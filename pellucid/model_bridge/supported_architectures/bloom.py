@@ -32,7 +32,7 @@ BLOOM = Family(
     outside=Outside("transformer", "h", "word_embeddings", "", "word_embeddings_layernorm", "ln_f"),
     block=Block(gives_tuple=True, adds_residual=True),
     attention=Attention("self_attention", qkv="query_key_value", layout="grouped", o="dense", rotary=False),
-    mlp=MLP(up="dense_h_to_4h", down="dense_4h_to_h", gate=""),
+    mlp=MLP(up="dense_h_to_4h", down="dense_4h_to_h", gate="", adds_residual=True),
     norm=LAYER_NORM,
     settings=Settings(
         "n_layer", "n_head", n_ctx="seq_length", n_key_value_heads="", d_head="", eps="layer_norm_epsilon"

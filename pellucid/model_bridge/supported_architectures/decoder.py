@@ -27,6 +27,7 @@ from pellucid.model_bridge.generalized_components import (
     HuggingFaceAttentionBridge,
     HuggingFaceMLPBridge,
     LinearBridge,
+    MultipliedBlockBridge,
     NormalizationBridge,
     OutputProjectionBridge,
     PosEmbedBridge,
@@ -97,6 +98,7 @@ class DecoderAdapter(ArchitectureAdapter):
         table = hook_table(family, cfg.n_key_value_heads != cfg.n_heads)
         self.hooks_before, self.hooks_in_block, self.hooks_after = table.before, table.block, table.after
         self.unreachable = dict.fromkeys(_NEURON_SITES, _IN_EXPERTS) if family.mlp.router else {}
+        self.first_block_aliases = table.first_aliases
         self.backbone_path, self.blocks_path = family.outside.backbone, family.blocks_path
 
     # -- components ----------------------------------------------------------------------------------------------------
@@ -130,8 +132,13 @@ class DecoderAdapter(ArchitectureAdapter):
         if block.ln2:
             parts["ln2"] = self._norm(block.ln2, input_is="copy" if block.parallel else "stream")
         parts["mlp"] = self._mlp()
+        if not self.family.mlp.name:  # a block that holds the projections itself lays rows and positions into one axis
+            for flat in (parts["ln2"], *parts["mlp"].submodules.values()):
+                flat.rows_are_flat = True
         if block.ln2_post:
             parts["ln2_post"] = self._norm(block.ln2_post)
+        if block.multiplier:
+            return MultipliedBlockBridge(name, self.cfg, parts, self._links(), block.gives_tuple, block.multiplier)
         return BlockBridge(name, self.cfg, parts, links=self._links(), gives_tuple=block.gives_tuple)
 
     def _links(self) -> list[Link]:
@@ -139,8 +146,6 @@ class DecoderAdapter(ArchitectureAdapter):
         block = self.family.block
         entering_mlp = ("ln2", "hook_out") if block.ln2 else ("ln1", "hook_out") if block.parallel else None
         links: list[Link] = [
-            ("", "hook_attn_out", *(("ln1_post", "hook_out") if block.ln1_post else ("attn", "hook_attn_out"))),
-            ("", "hook_mlp_out", *(("ln2_post", "hook_out") if block.ln2_post else ("mlp", "hook_mlp_out"))),
             ("", "hook_mlp_in", "ln2", "hook_branch_in"),
             *(("", site, "attn", site) for site in PER_HEAD_SITES),
             ("ln1", "hook_in", "", "hook_in"),
@@ -148,6 +153,11 @@ class DecoderAdapter(ArchitectureAdapter):
             ("ln1_post", "hook_in", "attn", "hook_attn_out"),
             ("ln2_post", "hook_in", "mlp", "hook_mlp_out"),
         ]
+        if not block.multiplier:  # else the block itself makes what is added
+            links += [
+                ("", "hook_attn_out", *(("ln1_post", "hook_out") if block.ln1_post else ("attn", "hook_attn_out"))),
+                ("", "hook_mlp_out", *(("ln2_post", "hook_out") if block.ln2_post else ("mlp", "hook_mlp_out"))),
+            ]
         if entering_mlp is not None:
             links.append(("mlp", "hook_in", *entering_mlp))
         if not block.parallel:
@@ -208,7 +218,9 @@ class DecoderAdapter(ArchitectureAdapter):
             if mlp.gate:
                 parts["gate"] = LinearBridge(mlp.gate, cfg)
             parts["in"] = LinearBridge(mlp.up, cfg)
-        parts["out"] = LinearBridge(mlp.down, cfg)
+        # A block that adds branches to each other first may add attention's into the MLP's own tensor (Falcon).
+        parts["out"] = LinearBridge(mlp.down, cfg, keeps_output=not (block.parallel and not block.residual_first))
+        reads_stream = not block.parallel and not block.ln2
         return HuggingFaceMLPBridge(mlp.name, cfg, parts, input_is_stream=reads_stream)
 
     def link_outer(self, outer: Mapping[str, GeneralizedComponent], blocks: list[GeneralizedComponent]) -> None:
@@ -228,7 +240,7 @@ class DecoderAdapter(ArchitectureAdapter):
         return [path for paths in outer + blocks for path in paths if path not in present]
 
     def _paths(self, inside: str, component: GeneralizedComponent) -> list[str]:
-        path = f"{inside}{component.name}"
+        path = f"{inside}{component.name}".removesuffix(".")
         return [path] + [found for child in component.submodules.values() for found in self._paths(f"{path}.", child)]
 
     def check_arguments(self, model: nn.Module) -> None:

@@ -115,12 +115,12 @@ def read_settings(
     more = _named(
         config,
         (
-            *(where.n_ctx, where.d_mlp, where.n_key_value_heads, where.d_head, where.eps, where.activation),
+            *(where.n_ctx, where.d_mlp, str(where.n_key_value_heads), where.d_head, where.eps, where.activation),
             *(where.num_experts, where.experts_per_token),
-            *(where.final_cap, where.logit_scale, "tie_word_embeddings", "_name_or_path"),
+            *(where.final_cap, where.logit_scale, where.logit_divisor, "tie_word_embeddings", "_name_or_path"),
         ),
     )
-    n_heads, d_model = found[where.n_heads], found[where.d_model]
+    n_heads, d_model, shared = found[where.n_heads], found[where.d_model], where.n_key_value_heads
     return TransformerBridgeConfig(
         n_layers=found[where.n_layers],
         n_heads=n_heads,
@@ -128,7 +128,7 @@ def read_settings(
         d_head=more[where.d_head] or d_model // n_heads,
         d_vocab=found["vocab_size"],
         n_ctx=more[where.n_ctx] or 2048,
-        n_key_value_heads=more[where.n_key_value_heads] or n_heads,
+        n_key_value_heads=shared if isinstance(shared, int) else more[shared] or n_heads,
         d_mlp=more[where.d_mlp] or 4 * d_model,
         num_experts=more[where.num_experts] or 0,
         experts_per_token=more[where.experts_per_token] or 0,
@@ -137,7 +137,7 @@ def read_settings(
         model_name=str(more["_name_or_path"] or ""),
         dtype=dtype,
         device=device,
-        act_fn=str(more[where.activation]),
+        act_fn=str(more[where.activation] or "gelu"),  # where no attribute says it, Hugging Face's MLP has a GELU
         normalization_type="LN" if family.norm.centres else "RMS",
         positional_embedding_type="rotary" if family.attention.rotary else "standard",
         post_embedding_ln=bool(family.outside.embed_norm),
@@ -147,7 +147,7 @@ def read_settings(
         use_normalization_before_and_after=bool(family.block.ln1 and family.block.ln1_post),
         tie_word_embeddings=bool(more["tie_word_embeddings"]),
         output_logits_soft_cap=more[where.final_cap] or 0.0,
-        output_logits_scale=more[where.logit_scale] or 1.0,
+        output_logits_scale=(more[where.logit_scale] or 1.0) / (more[where.logit_divisor] or 1.0),
     )
 
 

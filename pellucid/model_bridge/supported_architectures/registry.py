@@ -15,13 +15,17 @@ from pellucid.model_bridge.family import Family
 from pellucid.model_bridge.supported_architectures.bloom import BLOOM, BloomArchitectureAdapter
 from pellucid.model_bridge.supported_architectures.cohere import COHERE
 from pellucid.model_bridge.supported_architectures.decoder import DecoderAdapter
+from pellucid.model_bridge.supported_architectures.falcon import FALCON
 from pellucid.model_bridge.supported_architectures.gemma import GEMMA, GEMMA2, GEMMA3
 from pellucid.model_bridge.supported_architectures.gpt2 import GPT2
 from pellucid.model_bridge.supported_architectures.gpt_neox import GPT_NEOX
 from pellucid.model_bridge.supported_architectures.gptj import GPTJ
+from pellucid.model_bridge.supported_architectures.granite import GRANITE
 from pellucid.model_bridge.supported_architectures.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from pellucid.model_bridge.supported_architectures.mixtures import MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
+from pellucid.model_bridge.supported_architectures.mpt import MPT
 from pellucid.model_bridge.supported_architectures.olmo2 import OLMO2
+from pellucid.model_bridge.supported_architectures.opt import OPT
 from pellucid.model_bridge.supported_architectures.phi import PHI
 from pellucid.model_bridge.supported_architectures.phi3 import PHI3
 from pellucid.model_bridge.supported_architectures.reading import listed_of, read_settings
@@ -67,7 +71,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         for family in (
             *(LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, GPT_NEOX, GEMMA, GEMMA2, GEMMA3, OLMO2, PHI3),
             *(MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE),
-            *(COHERE, GPTJ, PHI, SMOLLM3, STABLELM),
+            *(COHERE, FALCON, GPTJ, GRANITE, MPT, OPT, PHI, SMOLLM3, STABLELM),
         )
     },
 }
@@ -112,7 +116,8 @@ def architecture_by_names(model: nn.Module, what: str) -> Architecture:
 
 
 def _with_plain_blocks() -> list[Family]:
-    return [each.family for each in ARCHITECTURES.values() if not each.family.block.adds_residual]
+    families = [each.family for each in ARCHITECTURES.values()]
+    return [family for family in families if family.mlp.name and not family.block.adds_residual]
 
 
 def may_change_numbers(model_type: object, attribute: str) -> bool:

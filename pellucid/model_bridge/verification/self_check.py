@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from pellucid.errors import InputError
 from pellucid.hook_points import HookPoint
+from pellucid.model_bridge.generalized_components.hf_arguments import forward_parameters
 from pellucid.model_bridge.generalized_components.weights import stored_parts, why_not_by_row
 from pellucid.model_bridge.hooking.mounting import ComponentTree
 from pellucid.model_bridge.reference_edits import REBUILT, reference_edit
@@ -369,6 +370,9 @@ class Checker:
         """Against the ALiBi that Hugging Face gives its blocks."""
         from transformers import DynamicCache
 
+        first = cast("nn.ModuleList", self.tree.root.get_submodule(self.tree.adapter.blocks_path))[0]
+        if "alibi" not in forward_parameters(type(first)):
+            return  # one table for all rows, whose columns say nothing of padding (MPT)
         mask = torch.ones_like(self.tokens)
         cut = max(1, self.tokens.shape[1] // 2)
         if cut > 1:
@@ -383,7 +387,6 @@ class Checker:
         def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             native.append(kwargs["alibi"].detach())
 
-        first = cast("nn.ModuleList", self.tree.root.get_submodule(self.tree.adapter.blocks_path))[0]
         handle = first.register_forward_pre_hook(read, with_kwargs=True)
         try:
             with self.bridge.hooks([("hook_embed", note)]):

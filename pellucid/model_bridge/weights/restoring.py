@@ -93,7 +93,7 @@ def read_checkpoint(folder: str | os.PathLike[str], tree: ComponentTree) -> dict
             if owner in (head, outside.head):
                 path = f"{outside.head}.{last}"
             else:
-                path = key if key.startswith(whole) else f"{outside.backbone}.{key}"
+                path = key if key.startswith(whole) else f"{whole}{key}"
             if parameter_at(tree.root, path) is not None or not any(re.search(pattern, path) for pattern in ignored):
                 tensors[path] = value
     return tensors

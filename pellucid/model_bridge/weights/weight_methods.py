@@ -203,8 +203,9 @@ class WeightMethods:
     def W_E_eff(self) -> Tensor:
         """``[d_vocab, d_model]``: the token embedding as the residual stream sees it, computed anew.
 
-        With the embedding norm (BLOOM) or the factor of the embedding's module (Gemma); elsewhere ``W_E``, copied. Circuits
-        from token to token start from it. Position embeddings (:attr:`W_pos`) are not in it.
+        With the embedding norm (BLOOM) or the factor of the embedding's module (Gemma) or of the backbone (Granite);
+        elsewhere ``W_E``, copied. Circuits from token to token start from it. Position embeddings (:attr:`W_pos`) are not in
+        it.
         """
         norm = self._tree.components.get("embed_ln")
         with torch.no_grad():
@@ -212,7 +213,8 @@ class WeightMethods:
                 return torch.cat([hooks_suppressed(norm.module, rows) for rows in self.W_E.split(16384)])
             embedding, table = self._tree.components["embed"].module, self.W_E
             ids = torch.arange(table.shape[0], device=table.device)
-            return torch.cat([hooks_suppressed(embedding, some) for some in ids.split(16384)])
+            found = torch.cat([hooks_suppressed(embedding, some) for some in ids.split(16384)])
+            return found if self._tree.embed_factor == 1 else found * self._tree.embed_factor
 
     @property
     def W_pos(self) -> Tensor:
