@@ -7,8 +7,10 @@ layers; every look-up, filter and suggestion in the library goes through it, so 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import fnmatch
+import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -363,6 +365,9 @@ def get_act_name(name: str, layer: int | str | None = None, layer_type: str | No
     """
     if not isinstance(name, str) or not name:
         raise HookNameError(f"name is a hook's short name, such as 'q'; found {name!r}.")
+    if layer is not None and not isinstance(layer, bool | str):
+        with contextlib.suppress(TypeError):
+            layer = operator.index(layer)  # a NumPy integer, a 0-d tensor
     if layer is not None and (isinstance(layer, bool) or not isinstance(layer, str | int) or layer in ("", -1)):
         raise HookNameError(f"layer is a whole number from 0 on; found {layer!r}.")
     if layer_type is not None and not isinstance(layer_type, str):

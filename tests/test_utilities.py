@@ -65,6 +65,8 @@ def test_tensors(capsys: pytest.CaptureFixture[str]) -> None:
     assert utilities.to_numpy(x.bfloat16()).dtype == np.float32
     assert utilities.to_numpy([1, 2]).tolist() == [1, 2]
     assert utilities.to_numpy(3) == 3
+    for layer in (torch.tensor(2), np.int64(2)):
+        assert utilities.get_act_name("z", layer) == "blocks.2.attn.hook_z"
     with pytest.raises(InputError, match="invalid type: set"):
         utilities.to_numpy({1})
     assert torch.equal(utilities.get_corner(x, 2), x[:2, :2, :2])
