@@ -1901,13 +1901,6 @@ FAULTS = (
         "tests/oracles/test_family_properties.py",
     ),
     Fault(
-        "what is written to the residual is not passed on",
-        "pellucid/model_bridge/generalized_components/base.py",
-        "            value.copy_(edited)",
-        "            pass",
-        "tests/oracles/test_family_properties.py",
-    ),
-    Fault(
         "modules with weights that nobody knows are passed over",
         "pellucid/model_bridge/supported_architectures/unlisted.py",
         "        if not [name for name, _ in module.named_parameters() if not",
