@@ -397,10 +397,13 @@ def test_gradients_of_a_vector_are_central_differences() -> None:
         with Steering(Edit(Add(given, 0.5), "resid_post", LAYER, slice(2, None))).on(bridge):
             return bridge(TOKENS, return_type="loss")
 
-    given = start.clone().requires_grad_()
-    for _ in range(2):  # the graph of one run is not kept for the next
+    given = (start / 2).requires_grad_()
+    with Steering(Edit(Add(given, 0.5), "resid_post", LAYER, slice(2, None))).on(bridge):
+        bridge(TOKENS, return_type="loss").backward()
+        with torch.no_grad():
+            given.add_(start / 2)  # a step of training: each forward takes the vector as it is then
         given.grad = None
-        loss(given).backward()
+        bridge(TOKENS, return_type="loss").backward()
     gradient = given.grad
     assert gradient is not None
     step = 1e-5
@@ -411,6 +414,17 @@ def test_gradients_of_a_vector_are_central_differences() -> None:
             measured = (loss(start + moved) - loss(start - moved)) / (2 * step)
             # The third derivative times step squared, and rounding over the step: both far below 1e-8 of a loss of 4.
             assert abs(float(measured - gradient[feature])) < 1e-8
+
+
+def test_a_projected_vector_is_trained() -> None:
+    """The graph of one run is not kept for the next."""
+    bridge = made("bloom")
+    given = vector().requires_grad_()
+    with Steering(Edit(ProjectOut(given), "resid_post", LAYER)).on(bridge):
+        for _ in range(2):
+            bridge(TOKENS, return_type="loss").backward()
+    assert given.grad is not None
+    assert float(given.grad.abs().sum()) > 0
 
 
 # -- did it do anything? -----------------------------------------------------------------------------------------------
