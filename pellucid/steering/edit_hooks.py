@@ -100,7 +100,7 @@ class EditHook(BriefFields):
     name: str
     change: Change
     effect: Effect
-    numbers: Callable[[], Tensor | None]
+    numbers: Callable[[], Tensor | None] = field(repr=False)
     value: Tensor | None
     mask: Tensor | None
     pos_axis: int = 1
@@ -125,6 +125,19 @@ class EditHook(BriefFields):
         if not effect.changed:
             effect.changed = bool(bits_differ(edited.contiguous(), activation.contiguous()).any())
         return edited
+
+    def of_region(self, current: Tensor) -> Tensor | None:
+        """The change's numbers for a region that was cut out: ``[*region]``, in the dtype that it wants."""
+        value = self._prepared(current)[0]
+        if value is None or self.mask is None or value.dim() < self.mask.dim():
+            return value
+        # The region is a grid, so its features are those of a box: the mask's own indices on each axis.
+        axes = range(self.mask.dim())
+        for axis in axes:
+            others = [other for other in axes if other != axis]
+            met = self.mask.any(dim=others) if others else self.mask
+            value = value.index_select(axis, met.nonzero().flatten().to(value.device))
+        return value
 
     def _prepared(self, activation: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Value and mask as this activation wants them: dtype, device, axes."""

@@ -69,6 +69,7 @@ READ: dict[str, dict[str, Any]] = {
 
 CALLS: dict[str, Call] = {
     **{name: made(getattr(steering, name), bridge=BRIDGE, progress=False, **works) for name, works in READ.items()},
+    "sweep_edits": made(steering.sweep_edits, steering=Of(added), bridge=BRIDGE, input=TEXT),
     "direction_of": made(steering.direction_of, bridge=BRIDGE, vectors=ONES),
     "Direction": made(steering.Direction, vectors=ONES[None], origin=ORIGIN),
     "Direction.at": bound(direction, steering.Direction.at, layer=1),
@@ -143,6 +144,10 @@ REFUSED: list[Line] = [
             ("sample_activations", "texts", {}),
         )
     ),
+    ("sweep_edits", {"steering": 3}, "steering is a Steering"),
+    ("sweep_edits", {"input": ""}, "has no tokens"),
+    ("sweep_edits", {"attention_mask": torch.ones(1, 3)}, "attention_mask"),
+    ("sweep_edits", {"input": torch.tensor([[5, 6]]), "prepend_bos": True}, "prepend_bos is for strings"),
     ("direction_of", {"vectors": [1.0]}, "vectors is a tensor"),
     ("direction_of", {"vectors": torch.ones(127)}, r"\(128,\).*found shape \(127,\)"),
     ("direction_of", {"vectors": ONES * NAN}, "are NaN"),
