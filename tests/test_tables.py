@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import pellucid
-from pellucid import Corpus, TransformerBridge
+from pellucid import Corpus, TransformerBridge, steering
 from pellucid.analysis.composition import circuits_of
 from pellucid.analysis.lens import LogitLens, fitting
 from pellucid.analysis.lens.files import LensFile
@@ -31,6 +31,7 @@ from pellucid.running_stats import Covariance, MeanVariance, MinMax
 from pellucid.running_stats.top import TopExamples
 from pellucid.scale.harvest import Harvester, harvest
 from pellucid.scale.stored_activations import StoredActivations
+from pellucid.steering import Add, Steering, direction_of
 from pellucid.sweep import Edit, FromRun, LogitDifference, SetTo, Sweep, Zero
 from pellucid.sweep.metrics import KLDivergence, NextTokenLoss, Normalized
 from pellucid.tables import MOST_ROWS, Table, merge_layers, ranges
@@ -46,6 +47,7 @@ INTERNAL = {
     "BaseTensorConversion": "abstract",
     "BloomArchitectureAdapter": "a table of the code",
     "Cells": "inside a sweep",
+    "Change": "abstract",
     "Checker": "inside verify()",
     "CircuitMethods": "a part of the bridge's class",
     "ComponentTree": "inside a bridge",
@@ -54,6 +56,7 @@ INTERNAL = {
     "DecompositionMethods": "a part of a cache's class",
     "DecoderEdits": "inside the oracle of edits",
     "Draws": "inside a run",
+    "Effect": "inside a block of steering",
     "Encoder": "inside a corpus",
     "Factor": "inside a block that multiplies its branches",
     "FunctionAttends": "inside a sweep",
@@ -194,6 +197,9 @@ def objects(bridge: TransformerBridge, tmp_path_factory: pytest.TempPathFactory)
         ),
         "change": force([(layer, unit) for layer in range(LAYERS) for unit in range(40)], 1.0),
         "edit of neurons": force([(0, unit) for unit in range(100)], 1.0).edits(bridge)[0],
+        "direction": direction_of(bridge, many[:32]),
+        "steering": Steering([steering.Edit(Add(many[:32]), "resid_post", positions=range(1000))] * 40),
+        "hook of steering": steering.Edit(Add(many[:32]), "resid_post").hooks(bridge)[0],
         "corpus": corpus,
         "corpus batch": next(iter(corpus.batches(8))),
         "label count": corpus.count("label 0"),

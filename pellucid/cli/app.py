@@ -415,7 +415,8 @@ def steer(
         typer.Option(help="Layers to steer at, such as 8,9,10. By default the middle one, or the direction's."),
     ] = None,
     position: Annotated[
-        str | None, typer.Option(help="Of each text: last (the default), mean, or one: from 0, negative from the end.")
+        str | None,
+        typer.Option(help="Of each text: last (the default), mean (demo's), or one: from 0, negative from the end."),
     ] = None,
     strength: Annotated[str, typer.Option(help="Times the direction: one, or several, such as 1,2,4.")] = "1",
     positions: Annotated[

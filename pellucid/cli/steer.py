@@ -154,7 +154,9 @@ def _direction(bridge: TransformerBridge, choice: ModelChoice, request: SteerReq
     if request.direction is not None:
         return Direction.load(request.direction)
     name, positive, negative = "positive - negative", request.positive, request.negative
+    position = "last" if request.position is None else request.position
     if not positive:
+        position = "mean" if request.position is None else request.position
         written = written_text()
         name, positive, negative = "French - English", written["fr"][:DEMO_TEXTS], written["en"][:DEMO_TEXTS]
     typed = [
@@ -162,7 +164,7 @@ def _direction(bridge: TransformerBridge, choice: ModelChoice, request: SteerReq
     ]
     options: dict[str, Any] = {
         "layers": [bridge.cfg.n_layers // 2] if request.layers is None else request.layers,
-        "position": "last" if request.position is None else request.position,
+        "position": position,
         "at": SITE if request.site is None else request.site,
         "batch_size": request.batch_size,
         "prepend_bos": request.prepend_bos,

@@ -11,6 +11,7 @@ steering makes the edits in every run and generation inside it::
 from pellucid.steering.changes import Add, Change, Clamp, ProjectOut, Replace, Resample, Scale, Zero
 from pellucid.steering.directions import Direction, ModelIdentity, Origin, Samples, direction_of
 from pellucid.steering.edits import Edit, Steering
+from pellucid.steering.in_sweeps import sweep_edits
 from pellucid.steering.measuring import contrast_pairs, difference_of_means, mean_activation, sample_activations
 
 __all__ = [
@@ -33,4 +34,5 @@ __all__ = [
     "direction_of",
     "mean_activation",
     "sample_activations",
+    "sweep_edits",
 ]

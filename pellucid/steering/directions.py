@@ -160,7 +160,7 @@ class Direction(BriefFields):
             raise InputError(f"The direction has vectors of the layers {list(layers)}; layer {layer} was asked for.")
         return self.vectors[layers.index(layer)]
 
-    def only(self, layers: Index) -> Direction:
+    def only(self, layers: int | Sequence[int]) -> Direction:
         """The direction of some of its layers.
 
         Raises:

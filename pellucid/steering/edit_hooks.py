@@ -6,7 +6,7 @@ numbers there and its own bits everywhere else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,6 +91,7 @@ class EditHook(BriefFields):
         name: of the point.
         change: what is done.
         effect: where it acts, and what it did, shared by the points of an edit.
+        numbers: gives ``value`` anew: one that needs gradients is made in each forward, in which it may be another.
         value: the change's numbers, ``[*features]`` (``[sample, *features]``) float64.
         mask: ``[*features]`` bool: the features that are edited; ``None`` for all.
         pos_axis: of the activation.
@@ -99,6 +100,7 @@ class EditHook(BriefFields):
     name: str
     change: Change
     effect: Effect
+    numbers: Callable[[], Tensor | None] = field(repr=False)
     value: Tensor | None
     mask: Tensor | None
     pos_axis: int = 1
@@ -124,6 +126,19 @@ class EditHook(BriefFields):
             effect.changed = bool(bits_differ(edited.contiguous(), activation.contiguous()).any())
         return edited
 
+    def of_region(self, current: Tensor) -> Tensor | None:
+        """The change's numbers for a region that was cut out: ``[*region]``, in the dtype that it wants."""
+        value = self._prepared(current)[0]
+        if value is None or self.mask is None or value.dim() < self.mask.dim():
+            return value
+        # The region is a grid, so its features are those of a box: the mask's own indices on each axis.
+        axes = range(self.mask.dim())
+        for axis in axes:
+            others = [other for other in axes if other != axis]
+            met = self.mask.any(dim=others) if others else self.mask
+            value = value.index_select(axis, met.nonzero().flatten().to(value.device))
+        return value
+
     def _prepared(self, activation: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Value and mask as this activation wants them: dtype, device, axes."""
         dtype, device = activation.dtype, activation.device
@@ -131,6 +146,9 @@ class EditHook(BriefFields):
             assert self._ready is not None
             return self._ready
         value, mask = self.value, self.mask
+        is_trained = value is not None and value.requires_grad
+        if is_trained:
+            value = self.numbers()
         if value is not None:
             wanted = widened(activation[:0]).dtype if self.change.is_wide else dtype
             value = cast(value, wanted, f"The vector for {self.name}", device)
@@ -138,7 +156,7 @@ class EditHook(BriefFields):
             mask = mask.to(device)
             # The position's axis lies between those of the features in scores and patterns.
             mask = mask.unsqueeze(self.pos_axis - 1)
-        if value is None or not value.requires_grad:
+        if not is_trained:
             self._ready, self._ready_for = (value, mask), (dtype, device)
         return value, mask
 

@@ -75,6 +75,8 @@ class Edit(BriefFields):
             raise InputError(f"at is missing: {type(self.change).__name__} of no direction does not say where it acts.")
         check_positions(self.positions)
         check_index("steps", self.steps, at_least=0)
+        for name in ("layers", "heads", "neurons"):
+            check_index(name, vars(self)[name])
         if self.change.of_whole_vectors and (self.heads is not None or self.neurons is not None):
             raise InputError(
                 f"{type(self.change).__name__} is of all features of a position together: leave heads and neurons out."
@@ -133,10 +135,14 @@ class Edit(BriefFields):
             of = source.origin
             layer = layer if of.layers is not None and len(of.layers) > 1 else None
             check_width(bridge, of, source.at(layer).shape[-len(of.axes) :], spec)
-        value = self.change.value(layer)
-        if source is None and value is not None and value.dim():
-            value = placed(value, features, axes, chosen, spec)
-        return EditHook(spec.name, self.change, effect, value, mask_of(chosen, features), spec.pos_axis)
+
+        def numbers() -> Tensor | None:
+            value = self.change.value(layer)
+            if source is None and value is not None and value.dim():
+                value = placed(value, features, axes, chosen, spec)
+            return value
+
+        return EditHook(spec.name, self.change, effect, numbers, numbers(), mask_of(chosen, features), spec.pos_axis)
 
     def to_json(self, tensors: dict[str, Tensor], prefix: str) -> Json:
         """The edit as JSON; its tensors go into ``tensors`` under names that begin with ``prefix``."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -91,7 +91,7 @@ class _Reader:
         """``[text, layer, *features]`` of a batch of texts after the other, in float64 on the model's device.
 
         Raises:
-            InputError: no texts, or one that is none or too short; with its number.
+            InputError: one that is no text or too short; with its number.
         """
         seen: dict[str, Tensor] = {}
 
@@ -125,15 +125,11 @@ class _Reader:
         return vectors.to(widened(torch.empty(0, dtype=self.bridge.dtype)).dtype)
 
     def _batches(self, label: str, texts: Iterable[Text]) -> Iterator[_Rows]:
-        if isinstance(texts, str | bytes | Mapping) or not isinstance(texts, Iterable):
-            raise InputError(f"{label} is a list of texts, or another iterable of them; found {type(texts).__name__}.")
         rest, first = iter(texts), 0
         while listed := list(islice(rest, self._batch_size)):
             tokens, mask = self._tokens(label, listed, first)
             yield _Rows(label, tokens, mask, first)
             first += len(listed)
-        if not first:
-            raise InputError(f"{label} is empty: there is nothing to measure. Give at least one text.")
 
     def _tokens(self, label: str, listed: Sequence[Text], first: int) -> tuple[Tensor, Tensor]:
         """``[text, pos]`` ids and mask, padded on the right."""
@@ -169,6 +165,23 @@ class _Reader:
                 "asked for."
             )
         return values[torch.arange(len(column), device=values.device), column].double()
+
+
+def _some(label: str, texts: Iterable[Text]) -> Iterable[Text]:
+    """The texts, of which there is one at least; asked of all sets before any is run.
+
+    Raises:
+        InputError: none, or nothing that texts are read from.
+    """
+    if isinstance(texts, str | bytes | Mapping) or not isinstance(texts, Iterable):
+        raise InputError(f"{label} is a list of texts, or another iterable of them; found {type(texts).__name__}.")
+    rest = iter(texts)
+    first = list(islice(rest, 1))
+    if not first:
+        raise InputError(f"{label} is empty: there is nothing to measure. Give at least one text.")
+    if not isinstance(first[0], str):
+        _as_ids(label, 0, first[0])
+    return texts if isinstance(texts, Sequence | Tensor) else chain(first, rest)
 
 
 def _as_ids(label: str, place: int, ids: Any) -> Tensor:
@@ -216,8 +229,9 @@ def difference_of_means(
         HookNameError: no such site.
     """
     reader = _Reader(bridge, at, layers, position, batch_size, prepend_bos, progress, name)
-    high, n_positive = reader.mean("positive", positive)
-    low, n_negative = reader.mean("negative", negative)
+    towards, away = _some("positive", positive), _some("negative", negative)
+    high, n_positive = reader.mean("positive", towards)
+    low, n_negative = reader.mean("negative", away)
     origin = reader.origin(by="difference_of_means", positive=n_positive, negative=n_negative)
     return Direction(reader.in_models_dtype(high - low), origin)
 
@@ -264,7 +278,7 @@ def contrast_pairs(
         reader.in_models_dtype(vectors[0::2] - vectors[1::2])
         if method == "principal"
         else (vectors[0::2] - vectors[1::2])
-        for vectors in reader.vectors("pairs", _flat(pairs))
+        for vectors in reader.vectors("pairs", _some("pairs", _flat(pairs)))
     ]
     differences = torch.cat(found)
     origin = reader.origin(by="contrast_pairs", method=method, pairs=len(differences))
@@ -320,7 +334,7 @@ def mean_activation(
         HookNameError: no such site.
     """
     reader = _Reader(bridge, at, layers, position, batch_size, prepend_bos, progress, name)
-    mean, count = reader.mean("texts", texts)
+    mean, count = reader.mean("texts", _some("texts", texts))
     return Direction(reader.in_models_dtype(mean), reader.origin(by="mean_activation", texts=count))
 
 
@@ -357,6 +371,6 @@ def sample_activations(
         HookNameError: no such site.
     """
     reader = _Reader(bridge, at, layers, position, batch_size, prepend_bos, progress, name)
-    kept = [reader.in_models_dtype(vectors) for vectors in reader.vectors("texts", texts)]
+    kept = [reader.in_models_dtype(vectors) for vectors in reader.vectors("texts", _some("texts", texts))]
     values = torch.cat(kept).transpose(0, 1).contiguous()
     return Samples(values, reader.origin(by="sample_activations", texts=values.shape[1]))

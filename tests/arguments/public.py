@@ -24,6 +24,7 @@ LISTED = (
     "pellucid.running_stats",
     "pellucid.corpora",
     "pellucid.plots",
+    "pellucid.steering",
 )
 WALKED = tuple(
     f"{package.__name__}.{module.name}"
@@ -100,6 +101,7 @@ NOT_TRIED: dict[str, str] = {
             "Places", "Reads", "SweepPlan", "SweepResult", "LanguageNeurons", "NeuronChange", "NeuronEdit", "Unit", "HeadUnit",
             "Site", "Prompts", "Grid", "Reference", "LabelledSweep", "Sender", "Receiver", "HarvestReport", "CollectReport",
             "RowBatch", "Shard", "ShardRecord", "Picture", "StoredHook", "StoreJob", "TensorPlace", "ShardBuffers",
+            "ModelIdentity", "Origin",
         ),
         GIVEN,
     ),
@@ -108,7 +110,8 @@ NOT_TRIED: dict[str, str] = {
             "Collected.empty", "Collected.saw", "Picture.hovers", "Sweep.base_scores", "Sweep.scores", "Picture.printed_in", "TransformerBridgeConfig.sizes", "HookPoint.detach", "HookPoint.drop", "HookPoint.fire", "HookPoint.forward",
             "HookPoint.put", "HookPoint.enable_reshape", "TransformerBridge.positions_of", "Statistic.to", "Workspace.take",
             "NeuronEdit.job_identity", "NeuronChange.check", "NeuronChange.edits", "Text.batches", "Receiver.comes_after",
-            "place_of", "unit_shape", "refuse_no_effect", "as_neurons", "check_units", "read_prompts",
+            "Origin.specs", "Origin.check_model", "Edit.points", "Edit.hooks", "Edit.to_json", "Edit.from_json", "Change.new",
+            "Change.value", "place_of", "unit_shape", "refuse_no_effect", "as_neurons", "check_units", "read_prompts",
             "refuse_different_lengths", "find_site", "check_by", "make_grid", "about_run", "words_of", "about_metrics",
             "in_float32", "check_scores", "between", "switched", "default_by", "keep", "left_of", "score_of", "differing",
             "senders_of", "receivers_of", "chosen_names", "shards_of", "open_job", "read_document", "record_of_json",
@@ -127,6 +130,11 @@ NOT_TRIED: dict[str, str] = {
             "layer_head_dest_src_pos_pattern", "layer_head_pattern", "layer_head_pos_pattern", "layer_head_vector",
             "layer_pos_head_vector", "layer_pos",
         )
+    },
+    **{
+        f"{change}.{method}": HOOKED
+        for change in ("Add", "Clamp", "ProjectOut", "Replace", "Resample", "Scale", "Zero")
+        for method in ("new", "value")
     },
     **{f"{value}.new": HOOKED for value in ("Add", "Apply", "FromRun", "Scale", "SetTo", "Value", "Zero")},
     **{

@@ -36,7 +36,7 @@ def by_library(demo: TransformerBridge, direction: Direction, strength: float, *
 def test_the_embedded_model_has_a_direction_of_its_own(demo: TransformerBridge) -> None:
     found = document("--strength", "2,-1")
     texts = written_text()
-    direction = difference_of_means(demo, texts["fr"][:24], texts["en"][:24], layers=2)
+    direction = difference_of_means(demo, texts["fr"][:24], texts["en"][:24], layers=2, position="mean")
     assert [each["text"] for each in found["steered"]] == [
         by_library(demo, direction, strength) for strength in (2, -1)
     ]
