@@ -195,6 +195,18 @@ def test_weights_are_set_part_by_part(name: str) -> None:
         block.set_processed_weights({"attn.w.weight": old["attn.q.weight"]})
 
 
+def test_readers_of_a_centred_norm_are_centred() -> None:
+    """Cohere's norm subtracts the mean and is no nn.LayerNorm: what reads it is freed of its mean, and computes the same."""
+    bridge, tokens = TransformerBridge(make_family("cohere", F64)), random_tokens()
+    with torch.no_grad():
+        before = bridge(tokens).log_softmax(-1)
+        assert float(bridge.blocks[1].attn.W_Q.mean(1).abs().max()) > 1e-3
+        bridge.process_weights()
+        assert float((bridge(tokens).log_softmax(-1) - before).abs().max()) <= ROUNDING
+        for weight in (bridge.blocks[1].attn.W_Q.mean(1), bridge.blocks[1].mlp.W_gate.mean(0), bridge.W_U.mean(0)):
+            assert float(weight.abs().max()) <= 1e-15
+
+
 def test_positions_and_embedding() -> None:
     gpt2 = TransformerBridge(make_family("gpt2", F64))
     assert gpt2.W_pos is gpt2.hf_model.transformer.wpe.weight

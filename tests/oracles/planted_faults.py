@@ -1831,6 +1831,13 @@ FAULTS = (
         "tests/oracles/test_unlisted.py -k names_say",
     ),
     Fault(
+        "a norm of Hugging Face's own that subtracts the mean is folded as one that does not",
+        f"{COMPONENTS}/rms_normalization.py",
+        "    centres: ClassVar[bool] = True\n",
+        "",
+        "tests/model_bridge/test_family_weights.py -k readers_of_a_centred",
+    ),
+    Fault(
         "a path through an MLP that adds the residual itself adds it twice",
         "pellucid/experiments/path_patching.py",
         'parts["mlp"].module(normed, torch.zeros_like(normed))',

@@ -98,6 +98,8 @@ class RMSNormalizationBridge(NormalizationBridge):
 class CentredNormalizationBridge(RMSNormalizationBridge):
     """Stands for a norm that subtracts the mean and has no bias (Cohere's class)."""
 
+    centres: ClassVar[bool] = True
+
     def _centred(self, wide: Tensor) -> Tensor:
         """See :meth:`RMSNormalizationBridge._centred`."""
         return wide - wide.mean(-1, keepdim=True)

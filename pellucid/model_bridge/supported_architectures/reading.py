@@ -36,7 +36,10 @@ REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
 """Attributes that any decoder's configuration may have: the values that are handled, and what any other would do."""
 
 OBEYED = frozenset(
-    ("quantization_config", "layer_types", "sliding_window", "attention_chunk_size", "output_cross_attentions")
+    (
+        *("quantization_config", "layer_types", "sliding_window", "attention_chunk_size", "output_cross_attentions"),
+        "max_position_embeddings",  # by generate
+    )
 )
 """Attributes that code of Hugging Face's which every decoder runs through reads, and obeys."""
 

@@ -167,7 +167,8 @@ def _modules(tree: ComponentTree) -> Iterator[tuple[GeneralizedComponent, type[n
         yield tree.components["pos_embed"], nn.Embedding
     if "embed_ln" in tree.components:
         yield tree.components["embed_ln"], nn.LayerNorm
-    norm = nn.LayerNorm if norm_of(tree.components["ln_final"]).centres else nn.RMSNorm
+    # A norm that is not torch's is a class of Hugging Face's own, whether it subtracts the mean (Cohere) or not.
+    norm = nn.RMSNorm if norm_of(tree.components["ln_final"]).widens else nn.LayerNorm
     for block in tree.blocks:
         for name, component in block.submodules.items():
             if name in PRE_NORMS:
