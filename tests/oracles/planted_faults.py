@@ -1609,7 +1609,7 @@ FAULTS = (
     Fault(
         "an edit of the residual is not written into the stream",
         f"{COMPONENTS}/base.py",
-        "            value.copy_(edited)",
+        "            value.copy_(edited.view_as(value))",
         "            pass",
         "tests/oracles/test_family_edits.py -k llama",
     ),
@@ -1839,7 +1839,7 @@ FAULTS = (
     ),
     Fault(
         "a path through an MLP that adds the residual itself adds it twice",
-        "pellucid/experiments/path_patching.py",
+        "pellucid/experiments/path_edits.py",
         'parts["mlp"].module(normed, torch.zeros_like(normed))',
         'parts["mlp"].module(normed, rows)',
         "tests/experiments/test_families.py -k test_a_path_to_the_end[mpt]",

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
 
 import pellucid
-from pellucid import ActivationCache, TransformerBridge, utilities
+from pellucid import TransformerBridge, utilities
 from pellucid.peer_names import BRIDGE, CACHE, NOT_HERE, PACKAGE, UTILITIES
 from tests.models import make_bloom
 
@@ -19,11 +18,7 @@ from scripts import make_peer_names_page as page
 
 TEXT = page.PAGE.read_text("utf-8").partition(page.BEGIN)[2].partition(page.END)[0]
 PARTS = dict(zip(page.TITLES, re.split(r"^### .*$", TEXT, flags=re.M)[1:], strict=False))
-METHODS = pytest.mark.skipif(
-    not hasattr(ActivationCache, "decompose_resid"), reason="the cache's methods are not here yet"
-)
-HEADS = pytest.mark.skipif(find_spec("pellucid.head_detector") is None, reason="head_detector is not here yet")
-PLACES = [BRIDGE, pytest.param(CACHE, marks=METHODS), UTILITIES, pytest.param(PACKAGE, marks=HEADS)]
+PLACES = [BRIDGE, CACHE, UTILITIES, PACKAGE]
 
 
 @pytest.fixture(scope="module")
