@@ -1,5 +1,7 @@
-"""Commands that read a model: ``pellucid lens`` and ``pellucid heads``, their options. Each is done in a module of its
-own."""
+"""The commands that ask what a model does with a prompt, and their options: lens, heads, attribute, steer.
+
+What each does is in a module of its own, imported when it is chosen.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,17 @@ from typing import Annotated
 
 import typer
 
-from pellucid.cli.files import refuse_model, refuse_out, refuse_picture
-from pellucid.cli.mistakes import told_to_a_person
+from pellucid.cli.files import (
+    ATTRIBUTE_FILES,
+    refuse_direction,
+    refuse_folder,
+    refuse_model,
+    refuse_out,
+    refuse_picture,
+)
+from pellucid.cli.mistakes import report_errors
 from pellucid.cli.options import (
+    DEMO,
     Attention,
     AttentionOption,
     Debug,
@@ -21,12 +31,21 @@ from pellucid.cli.options import (
     Force,
     Format,
     FormatOption,
+    LogitPositions,
     Model,
     ModelChoice,
+    Part,
     PickleOption,
+    PrependBos,
+    PromptFile,
+    PromptText,
     Revision,
+    SteeringMethod,
+    decimals,
     number_list,
+    number_or_word,
 )
+from pellucid.errors import InputError
 
 
 class Shown(str, Enum):
@@ -40,21 +59,13 @@ class Shown(str, Enum):
     rank = "rank"
 
 
-Text = Annotated[str | None, typer.Argument(metavar="TEXT", help="What to run; - reads it from standard input.")]
-PromptFile = Annotated[
-    Path | None, typer.Option(help="Run the text of this file (UTF-8; one line break at its end is left out).")
-]
-PrependBos = Annotated[
-    bool | None,
-    typer.Option(help="With the beginning-of-sequence token first or without; by default as the tokenizer does."),
-]
 Out = Annotated[Path | None, typer.Option(help="Write everything to this file, as JSON, to be loaded again.")]
 PictureFile = Annotated[Path | None, typer.Option(help="A picture in this .html, .png or .svg file; extra 'plots'.")]
 
 
 def lens(
     model: Model,
-    text: Text = None,
+    text: PromptText = None,
     prompt_file: PromptFile = None,
     lens: Annotated[
         str,
@@ -94,7 +105,7 @@ def lens(
     debug: Debug = False,
 ) -> None:
     """What MODEL would say after each layer of a text: the most probable token, how sure, how far from the end."""
-    with told_to_a_person(debug):
+    with report_errors(debug):
         from pellucid.cli.prompt import read_prompt
 
         choice = ModelChoice(model, revision, device, dtype, allow_pickle, attn_implementation)
@@ -121,7 +132,7 @@ def lens(
 
 def heads(
     model: Model,
-    text: Text = None,
+    text: PromptText = None,
     prompt_file: PromptFile = None,
     pattern: Annotated[
         list[str] | None,
@@ -145,7 +156,7 @@ def heads(
     debug: Debug = False,
 ) -> None:
     """Which heads of MODEL look at the token before, at copies, or at what followed them (induction)."""
-    with told_to_a_person(debug):
+    with report_errors(debug):
         from pellucid.cli.prompt import read_prompt
 
         choice = ModelChoice(model, revision, device, dtype, allow_pickle, attn_implementation)
@@ -165,3 +176,167 @@ def _refuse_files(out: Path | None, picture: Path | None, force: bool) -> None:
         refuse_out(out, force)
     if picture is not None:
         refuse_picture(picture, force)
+
+
+def attribute(
+    model: Model = DEMO,
+    text: Annotated[
+        str | None, typer.Argument(metavar="TEXT", help="What to run; - reads it from standard input. demo has one.")
+    ] = None,
+    answer: Annotated[
+        str | None,
+        typer.Option(
+            help="The token whose logit it is, with its leading space: ' Paris'; or id:123. By default the likeliest."
+        ),
+    ] = None,
+    foil: Annotated[
+        str | None, typer.Option(help="Attribute the answer's logit less this token's, likewise; by default the logit.")
+    ] = None,
+    by: Annotated[Part, typer.Option(help="source: heads and the positions that they read from.")] = Part.component,
+    positions: Annotated[
+        LogitPositions, typer.Option(help="The logit after the last token, or after each.")
+    ] = LogitPositions.last,
+    top_k: Annotated[int, typer.Option(min=1, help="How many parts to list, the largest first.")] = 12,
+    check: Annotated[
+        int, typer.Option(min=0, help="Measure so many of them, by taking them away from what the final norm reads.")
+    ] = 3,
+    prepend_bos: PrependBos = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder for attribution.json (everything, to load again) and attribution.csv (the numbers)."
+        ),
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Bars or a heat map in this .html, .png or .svg file; needs the extra 'plots'.")
+    ] = None,
+    revision: Revision = None,
+    device: Device = None,
+    dtype: DtypeOption = Dtype.auto,
+    attn_implementation: AttentionOption = Attention.eager,
+    allow_pickle: PickleOption = False,
+    format: FormatOption = Format.auto,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Direct logit attribution: what each part of MODEL adds to the logit of the next token, and a measurement of it."""
+    with report_errors(debug):
+        choice = ModelChoice(model, revision, device, dtype, allow_pickle, attn_implementation)
+        refuse_model(choice)
+        if out is not None:
+            refuse_folder(out, ATTRIBUTE_FILES, force)
+        if picture is not None:
+            refuse_picture(picture, force)
+        from pellucid.cli.attribute import AttributeRequest, attribute_logit
+
+        request = AttributeRequest(
+            text, answer, foil, by.value, positions.value, top_k, check, prepend_bos, out, picture, force
+        )
+        attribute_logit(choice, request, format)
+
+
+def steer(
+    model: Model,
+    text: PromptText = None,
+    prompt_file: PromptFile = None,
+    positive: Annotated[
+        list[str] | None,
+        typer.Option(help="A text that the direction points to. May be repeated. For demo there are some."),
+    ] = None,
+    negative: Annotated[
+        list[str] | None, typer.Option(help="A text that it points away from. May be repeated.")
+    ] = None,
+    positive_file: Annotated[
+        list[Path] | None, typer.Option(help="A file of such texts, one a line (UTF-8). May be repeated.")
+    ] = None,
+    negative_file: Annotated[
+        list[Path] | None, typer.Option(help="A file of texts that it points away from, likewise.")
+    ] = None,
+    direction: Annotated[
+        Path | None, typer.Option(help="A direction that was saved (--out), in the place of texts.")
+    ] = None,
+    method: Annotated[
+        SteeringMethod,
+        typer.Option(
+            help="means: the difference of the means; pairs, principal: as many texts of both kinds, in pairs: their mean "
+            "difference, their first principal component."
+        ),
+    ] = SteeringMethod.means,
+    site: Annotated[str | None, typer.Option(help="The activation: resid_post (the default), z, mlp_post, ...")] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Layers to steer at, such as 8,9,10. By default the middle one, or the direction's."),
+    ] = None,
+    position: Annotated[
+        str | None,
+        typer.Option(help="Of each text: last (the default), mean (demo's), or one: from 0, negative from the end."),
+    ] = None,
+    strength: Annotated[str, typer.Option(help="Times the direction: one, or several, such as 1,2,4.")] = "1",
+    positions: Annotated[
+        str | None,
+        typer.Option(
+            help="Where it is added: last, prompt, generated, or numbers such as 0,-1. By default everywhere."
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to write at most.")] = 20,
+    top_k: Annotated[int, typer.Option(min=1, help="How many next tokens to show.")] = 5,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts of a forward.")] = 8,
+    prepend_bos: PrependBos = None,
+    out: Annotated[Path | None, typer.Option(help="Save the direction in this .safetensors file.")] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(
+            help="Next-token probabilities by strength, in this .html, .png or .svg file; needs the extra 'plots'."
+        ),
+    ] = None,
+    revision: Revision = None,
+    device: Device = None,
+    dtype: DtypeOption = Dtype.auto,
+    allow_pickle: PickleOption = False,
+    attn_implementation: AttentionOption = Attention.eager,
+    format: FormatOption = Format.auto,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Make a direction out of two kinds of texts, add it while MODEL writes, and show that beside what it writes anyway."""
+    with report_errors(debug):
+        from pellucid.cli.prompt import read_lines, read_prompt
+
+        choice = ModelChoice(model, revision, device, dtype, allow_pickle, attn_implementation)
+        refuse_model(choice)
+        where = number_or_word(position, "--position", ("last", "mean"))
+        if isinstance(where, list) and len(where) > 1:
+            raise InputError(f"--position is one position of each text; found {position!r}.")
+        if out is not None:
+            refuse_direction(out, force)
+        if picture is not None:
+            refuse_picture(picture, force)
+        texts = {
+            "--positive": [*(positive or ()), *read_lines(positive_file or (), "--positive-file")],
+            "--negative": [*(negative or ()), *read_lines(negative_file or (), "--negative-file")],
+        }
+        strengths, chosen = decimals(strength, "--strength"), number_list(layers, "--layers")
+        steered = number_or_word(positions, "--positions", ("last", "prompt", "generated"))
+        prompt = read_prompt(text, prompt_file)
+        from pellucid.cli.steer import SteerRequest, steer_model
+
+        request = SteerRequest(
+            prompt=prompt,
+            positive=texts["--positive"],
+            negative=texts["--negative"],
+            direction=direction,
+            method=method,
+            site=site,
+            layers=chosen,
+            position=where[0] if isinstance(where, list) else where,
+            strengths=strengths,
+            positions=steered,
+            max_new_tokens=max_new_tokens,
+            top_k=top_k,
+            batch_size=batch_size,
+            prepend_bos=prepend_bos,
+            out=out,
+            picture=picture,
+            force=force,
+        )
+        steer_model(choice, request, format)

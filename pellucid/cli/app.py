@@ -19,7 +19,6 @@ from pellucid.cli.files import (
     labelled_files,
     language_files,
     refuse_activations,
-    refuse_direction,
     refuse_file,
     refuse_folder,
     refuse_model,
@@ -27,7 +26,7 @@ from pellucid.cli.files import (
     refuse_picture,
     refuse_used_folder,
 )
-from pellucid.cli.mistakes import INTERRUPTED, Commands, told_to_a_person
+from pellucid.cli.mistakes import INTERRUPTED, Commands, report_errors
 from pellucid.cli.options import (
     DEMO,
     Asked,
@@ -51,17 +50,12 @@ from pellucid.cli.options import (
     PromptFile,
     PromptText,
     Revision,
-    SteeringMethod,
     StoreDtype,
     Tail,
     asks_for,
-    decimals,
     example,
     number_list,
-    number_or_word,
 )
-from pellucid.cli.reading import attribute
-from pellucid.errors import InputError
 from pellucid.experiments.options import PatchingChoices, SweepOptions
 
 app = typer.Typer(
@@ -104,7 +98,7 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """A tour on the embedded model: what its heads do, shown by changing them. Offline, within a minute."""
-    with told_to_a_person(debug):
+    with report_errors(debug):
         if out is not None:
             refuse_folder(out, DEMO_FILES, force)
         from pellucid.cli.demo import show_demo
@@ -138,7 +132,7 @@ def check(
     debug: Debug = False,
 ) -> None:
     """Hold Pellucid against Hugging Face on MODEL: same numbers, and every hook alive. Exit code 1 if not."""
-    with told_to_a_person(debug):
+    with report_errors(debug):
         choice = ModelChoice(model, revision, device, dtype, allow_pickle, attn_implementation)
         refuse_model(choice)
         chosen = number_list(layers, "--layers")
@@ -181,7 +175,7 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Run MODEL on a text: the next token it expects, and the activations you name, in a file."""
-    with told_to_a_person(debug):
+    with report_errors(debug):
         from pellucid.cli.prompt import read_prompt
 
         choice = ModelChoice(model, revision, device, dtype, allow_pickle, attn_implementation)
@@ -267,7 +261,7 @@ def neurons(
     debug: Debug = False,
 ) -> None:
     """Find the neurons of languages in MODEL (LAPE), silence them, and measure what that does to each language."""
-    with told_to_a_person(debug, partial(kept_of_study, out)):
+    with report_errors(debug, partial(kept_of_study, out)):
         choice = ModelChoice(model, revision, device, dtype, allow_pickle)
         refuse_model(choice)
         language_files(text or (), "--text")
@@ -341,7 +335,7 @@ def patch(
     debug: Debug = False,
 ) -> None:
     """Patch one run's activations into another, place by place: where does MODEL keep what makes the difference?"""
-    with told_to_a_person(debug):
+    with report_errors(debug):
         choice = ModelChoice(model, revision, device, dtype, allow_pickle, attn_implementation)
         refuse_model(choice)
         if out is not None:
@@ -372,121 +366,16 @@ def patch(
 app.command(
     short_help="Which parts of the model wrote a logit?",
     epilog=example("pellucid attribute --by head --picture heads.html"),
-)(attribute)
+)(analyses.attribute)
 
 
-@app.command(
+app.command(
     short_help="Steer what a model writes by a direction.",
     epilog=example(
         "pellucid steer demo 'Everyone has the right to' \\",
         "  --positive 'Toute personne a droit' --negative 'Everyone has the right'",
     ),
-)
-def steer(
-    model: Model,
-    text: PromptText = None,
-    prompt_file: PromptFile = None,
-    positive: Annotated[
-        list[str] | None,
-        typer.Option(help="A text that the direction points to. May be repeated. For demo there are some."),
-    ] = None,
-    negative: Annotated[
-        list[str] | None, typer.Option(help="A text that it points away from. May be repeated.")
-    ] = None,
-    positive_file: Annotated[
-        list[Path] | None, typer.Option(help="A file of such texts, one a line (UTF-8). May be repeated.")
-    ] = None,
-    negative_file: Annotated[
-        list[Path] | None, typer.Option(help="A file of texts that it points away from, likewise.")
-    ] = None,
-    direction: Annotated[
-        Path | None, typer.Option(help="A direction that was saved (--out), in the place of texts.")
-    ] = None,
-    method: Annotated[
-        SteeringMethod,
-        typer.Option(
-            help="means: the difference of the means; pairs, principal: as many texts of both kinds, in pairs: their mean "
-            "difference, their first principal component."
-        ),
-    ] = SteeringMethod.means,
-    site: Annotated[str | None, typer.Option(help="The activation: resid_post (the default), z, mlp_post, ...")] = None,
-    layers: Annotated[
-        str | None,
-        typer.Option(help="Layers to steer at, such as 8,9,10. By default the middle one, or the direction's."),
-    ] = None,
-    position: Annotated[
-        str | None,
-        typer.Option(help="Of each text: last (the default), mean (demo's), or one: from 0, negative from the end."),
-    ] = None,
-    strength: Annotated[str, typer.Option(help="Times the direction: one, or several, such as 1,2,4.")] = "1",
-    positions: Annotated[
-        str | None,
-        typer.Option(
-            help="Where it is added: last, prompt, generated, or numbers such as 0,-1. By default everywhere."
-        ),
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to write at most.")] = 20,
-    top_k: Annotated[int, typer.Option(min=1, help="How many next tokens to show.")] = 5,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts of a forward.")] = 8,
-    prepend_bos: PrependBos = None,
-    out: Annotated[Path | None, typer.Option(help="Save the direction in this .safetensors file.")] = None,
-    picture: Annotated[
-        Path | None,
-        typer.Option(
-            help="Next-token probabilities by strength, in this .html, .png or .svg file; needs the extra 'plots'."
-        ),
-    ] = None,
-    revision: Revision = None,
-    device: Device = None,
-    dtype: DtypeOption = Dtype.auto,
-    allow_pickle: PickleOption = False,
-    attn_implementation: AttentionOption = Attention.eager,
-    format: FormatOption = Format.auto,
-    force: Force = False,
-    debug: Debug = False,
-) -> None:
-    """Make a direction out of two kinds of texts, add it while MODEL writes, and show that beside what it writes anyway."""
-    with told_to_a_person(debug):
-        from pellucid.cli.prompt import read_lines, read_prompt
-
-        choice = ModelChoice(model, revision, device, dtype, allow_pickle, attn_implementation)
-        refuse_model(choice)
-        where = number_or_word(position, "--position", ("last", "mean"))
-        if isinstance(where, list) and len(where) > 1:
-            raise InputError(f"--position is one position of each text; found {position!r}.")
-        if out is not None:
-            refuse_direction(out, force)
-        if picture is not None:
-            refuse_picture(picture, force)
-        texts = {
-            "--positive": [*(positive or ()), *read_lines(positive_file or (), "--positive-file")],
-            "--negative": [*(negative or ()), *read_lines(negative_file or (), "--negative-file")],
-        }
-        strengths, chosen = decimals(strength, "--strength"), number_list(layers, "--layers")
-        steered = number_or_word(positions, "--positions", ("last", "prompt", "generated"))
-        prompt = read_prompt(text, prompt_file)
-        from pellucid.cli.steer import SteerRequest, steer_model
-
-        request = SteerRequest(
-            prompt=prompt,
-            positive=texts["--positive"],
-            negative=texts["--negative"],
-            direction=direction,
-            method=method,
-            site=site,
-            layers=chosen,
-            position=where[0] if isinstance(where, list) else where,
-            strengths=strengths,
-            positions=steered,
-            max_new_tokens=max_new_tokens,
-            top_k=top_k,
-            batch_size=batch_size,
-            prepend_bos=prepend_bos,
-            out=out,
-            picture=picture,
-            force=force,
-        )
-        steer_model(choice, request, format)
+)(analyses.steer)
 
 
 @app.command(
@@ -549,7 +438,7 @@ def harvest(
     debug: Debug = False,
 ) -> None:
     """Store the activations of a corpus in a folder. Given again, it goes on where it was interrupted."""
-    with told_to_a_person(debug, partial(kept_of_store, out)):
+    with report_errors(debug, partial(kept_of_store, out)):
         choice = ModelChoice(model, revision, device, dtype, allow_pickle)
         refuse_model(choice)
         labelled_files(corpus or ())

@@ -35,7 +35,7 @@ INTERRUPTED = 130
 
 
 @contextmanager
-def told_to_a_person(debug: bool, kept: Callable[[], str] = kept_of_nothing) -> Iterator[None]:
+def report_errors(debug: bool, kept: Callable[[], str] = kept_of_nothing) -> Iterator[None]:
     """Print errors and warnings raised inside as messages; with ``debug``, errors after their traceback.
 
     Args:

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from pellucid.cli import main
 from pellucid.cli import run as run_module
 from pellucid.cli.app import app
-from pellucid.cli.mistakes import told_to_a_person
+from pellucid.cli.mistakes import report_errors
 from pellucid.cli.output import table
 from pellucid.cli.terminal import SafeConsole
 from pellucid.demo import MODEL_FOLDER
@@ -200,7 +200,7 @@ def test_warnings_and_logs_are_text(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.MonkeyPatch.context() as patched, warnings.catch_warnings():
             patched.setattr(logger, "propagate", False)
             warnings.simplefilter("default", PellucidWarning)
-            with told_to_a_person(debug=False):
+            with report_errors(debug=False):
                 warnings.warn(HOSTILE, PellucidWarning, stacklevel=1)
                 logger.warning("%s is not read", HOSTILE)
         inside = logging.getLogRecordFactory()
