@@ -19,7 +19,7 @@ from transformers import BloomForCausalLM
 from pellucid import TransformerBridge
 from pellucid.errors import PellucidWarning, WeightError
 from pellucid.model_bridge.generalized_components import BloomAttentionBridge
-from pellucid.model_bridge.generalized_components.base import all_finite
+from pellucid.model_bridge.generalized_components.weight_writes import all_finite
 from pellucid.model_bridge.weights import rewriting
 from pellucid.weight_processing import STEPS, process_block
 from tests.models import VOCAB, make_bloom, make_generator, make_pair, random_tokens

@@ -571,7 +571,7 @@ FAULTS = (
     ),
     Fault(
         "weights are written before all are checked",
-        f"{COMPONENTS}/base.py",
+        f"{COMPONENTS}/weight_writes.py",
         "    if not all_finite(value):",
         "    target.data.zero_()\n    if not all_finite(value):",
         "tests/model_bridge/test_bloom_attention.py",

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pellucid.errors import UnsupportedModelError, WeightError
-from pellucid.model_bridge.generalized_components.base import GeneralizedComponent, Site, WeightTargets
+from pellucid.model_bridge.generalized_components.base import GeneralizedComponent, Site
 from pellucid.model_bridge.generalized_components.hf_code import Standing, rebound
 from pellucid.model_bridge.generalized_components.mlp_weights import MLPWeights, Part
+from pellucid.model_bridge.generalized_components.weight_writes import WeightTargets
 from pellucid.run_context import current_run
 
 PROJECTION = "linear"

@@ -11,8 +11,8 @@ from typing import Any, Literal, cast
 from torch import Tensor
 
 from pellucid.model_bridge.generalized_components.attention import AttentionBridge
-from pellucid.model_bridge.generalized_components.base import WeightTargets
 from pellucid.model_bridge.generalized_components.linear import FusedLinearBridge, LinearBridge
+from pellucid.model_bridge.generalized_components.weight_writes import WeightTargets
 
 Part = Literal["q", "k", "v"]
 

@@ -25,13 +25,7 @@ from pellucid.conversion_utils.fused_qkv import PARTS, Part
 from pellucid.errors import InputError
 from pellucid.hook_points import PointOwner
 from pellucid.model_bridge.generalized_components.attention import AttentionBridge
-from pellucid.model_bridge.generalized_components.base import (
-    GeneralizedComponent,
-    WeightTarget,
-    WeightTargets,
-    plain_weight,
-    readable_parameter,
-)
+from pellucid.model_bridge.generalized_components.base import GeneralizedComponent, plain_weight, readable_parameter
 from pellucid.model_bridge.generalized_components.head_results import head_results, with_results
 from pellucid.model_bridge.generalized_components.linear import LinearBridge
 from pellucid.model_bridge.generalized_components.random_numbers import Draws
@@ -43,6 +37,7 @@ from pellucid.model_bridge.generalized_components.split_inputs import (
     with_head_inputs,
     with_own_input,
 )
+from pellucid.model_bridge.generalized_components.weight_writes import WeightTarget, WeightTargets
 
 SplitFunction = Callable[[nn.Module], tuple[nn.Module, nn.Module, nn.Module]]
 """The original attention to its query, key and value transformations ``[..., d_model] -> [..., n_heads * d_head]``."""

@@ -11,13 +11,7 @@ from torch import Tensor, nn
 
 from pellucid.conversion_utils.fused_qkv import PARTS, Part
 from pellucid.errors import WeightError
-from pellucid.model_bridge.generalized_components.base import (
-    GeneralizedComponent,
-    Site,
-    WeightTarget,
-    WeightTargets,
-    plain_weight,
-)
+from pellucid.model_bridge.generalized_components.base import GeneralizedComponent, Site, plain_weight
 from pellucid.model_bridge.generalized_components.fused_layouts import PartsOfFused
 from pellucid.model_bridge.generalized_components.head_results import head_results, with_results
 from pellucid.model_bridge.generalized_components.hf_code import in_float64
@@ -29,6 +23,7 @@ from pellucid.model_bridge.generalized_components.split_inputs import (
     with_head_inputs,
     with_own_input,
 )
+from pellucid.model_bridge.generalized_components.weight_writes import WeightTarget, WeightTargets
 from pellucid.model_bridge.generalized_components.weights import has_weight, linear_bias, linear_weight
 from pellucid.run_context import hooks_suppressed
 

@@ -6,9 +6,9 @@ from typing import Literal, cast
 
 from torch import Tensor
 
-from pellucid.model_bridge.generalized_components.base import WeightTargets
 from pellucid.model_bridge.generalized_components.linear import FusedLinearBridge, LinearBridge
 from pellucid.model_bridge.generalized_components.mlp import MLPBridge
+from pellucid.model_bridge.generalized_components.weight_writes import WeightTargets
 
 Part = Literal["in", "gate", "out"]
 

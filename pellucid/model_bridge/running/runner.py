@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -24,6 +23,7 @@ from pellucid.model_bridge.hooking.cache_plan import RunSize
 from pellucid.model_bridge.hooking.hook_session import HookSession
 from pellucid.model_bridge.hooking.mounting import ComponentTree
 from pellucid.model_bridge.running.outputs import logits_of, new_cache
+from pellucid.model_bridge.running.prepared import Prepared as Prepared
 from pellucid.model_bridge.running.run_positions import (
     RunPositions,
     positions_of_input,
@@ -38,33 +38,6 @@ from pellucid.run_context import set_fast_attention, set_span
 ReturnType: TypeAlias = Literal["logits", "loss", "both", "logits_and_cache"] | None
 AttnImplementation: TypeAlias = Literal["eager", "sdpa"]
 ATTN_IMPLEMENTATIONS = ("eager", "sdpa")
-
-
-@dataclass(slots=True)
-class Prepared:
-    """A checked input: what goes to Hugging Face's model, and which blocks it passes through."""
-
-    tokens: Tensor | None
-    residual: Tensor | None
-    attention_mask: Tensor | None
-    past_key_values: Any | None
-    start: int | None
-    stop: int | None
-    positions: RunPositions | None = None
-    """Once :meth:`RunnableModel.positions_of` has found them."""
-    behind_wrapper: bool = False
-    """The Hugging Face model is called, not the wrapper around it."""
-
-    @property
-    def given(self) -> Tensor:
-        """The tokens, or the embeddings or residual."""
-        given = self.tokens if self.tokens is not None else self.residual
-        assert given is not None
-        return given
-
-    def past_length(self) -> int:
-        """Positions already in the key/value cache."""
-        return 0 if self.past_key_values is None else int(self.past_key_values.get_seq_length())
 
 
 class RunnableModel(Protocol):

@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,51 +29,18 @@ from pellucid.model_bridge.generalized_components.weights import stored_parts, w
 from pellucid.model_bridge.hooking.mounting import ComponentTree
 from pellucid.model_bridge.reference_edits import REBUILT, reference_edit
 from pellucid.model_bridge.running.checkpoint import RANDOM_WEIGHTS
-from pellucid.model_bridge.running.run_positions import RunPositions, puts_prompts_before
-from pellucid.model_bridge.running.runner import Runner
+from pellucid.model_bridge.running.run_positions import puts_prompts_before
 from pellucid.model_bridge.verification.check_report import MOVES, CheckReport, CheckResult
+from pellucid.model_bridge.verification.check_tools import (
+    CheckedBridge,
+    FastAttentionOn,
+    SwitchedOn,
+    random_edit,
+    written_in_place,
+)
 from pellucid.names import PATTERN_SITES, Flag, HookSpec
 from pellucid.padding import position_ids
 from pellucid.progress import progress_bar
-
-
-class CheckedBridge(Protocol):
-    """What the checks need of a bridge."""
-
-    @property
-    def hf_model(self) -> nn.Module:
-        """The Hugging Face model."""
-        ...
-
-    @property
-    def runner(self) -> Runner:
-        """What runs it."""
-        ...
-
-    def check_input(self, input: Tensor) -> Any:
-        """A checked input."""
-        ...
-
-    def positions_of(self, prepared: Any) -> RunPositions:
-        """The positions of its run."""
-        ...
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run."""
-        ...
-
-    def run_with_cache(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Run and keep."""
-        ...
-
-    def hooks(self, fwd_hooks: Any) -> AbstractContextManager[Any]:
-        """Functions for the length of a block."""
-        ...
-
-    def run_with_hooks(self, *args: Any, **kwargs: Any) -> Any:
-        """Run with hooks."""
-        ...
-
 
 Check = Iterator[CheckResult]
 
@@ -423,7 +389,7 @@ class Checker:
         """Hugging Face's own fused attention: its bits while no pattern is looked at, eager's where all of them are."""
         rest = [spec.name for spec in self.tree.index.values() if spec.flag is None and spec.site not in PATTERN_SITES]
         patterns = [f"blocks.{layer}.attn.hook_pattern" for layer in range(self.cfg.n_layers)]
-        with _Fast(self.bridge, name):
+        with FastAttentionOn(self.bridge, name):
             native = self.native(self.tokens).double()
             yield self.line(f"{name}: nothing hooked", self.bridge(self.tokens).double() - native, self.exact)
             logits, _ = self.bridge.run_with_cache(self.tokens, names_filter=rest)
@@ -440,7 +406,7 @@ class Checker:
         bound = (64 + 2 * length) * self.cfg.n_layers * self.eps * float(self.base.abs().max())
         for what, given in (("logits", None), ("logits, padded left", mask)):
             exact = self.bridge(self.tokens, attention_mask=given)
-            with _Fast(self.bridge):
+            with FastAttentionOn(self.bridge):
                 fast = self.bridge(self.tokens, attention_mask=given)
             yield self.line(f"sdpa against the exact path: {what}", fast.double() - exact.double(), bound)
         for layer in self.layers:
@@ -454,7 +420,7 @@ class Checker:
         scores = f"blocks.{layer}.attn.hook_attn_scores"
         _, cache = self.bridge.run_with_cache(self.tokens, names_filter=[*names, scores])
         resid, q, k, v, z = (cache[name].double() for name in names)
-        with _Fast(self.bridge):
+        with FastAttentionOn(self.bridge):
             _, fast = self.bridge.run_with_cache(
                 cache[names[0]],
                 names_filter=names[-1],
@@ -476,9 +442,9 @@ class Checker:
         with self.switched_on(spec.flag):
             looked = self.edited(spec, lambda tensor, hook: None)
             yield self.of_hook(spec, "looking", looked.double() - self.bridge(self.tokens).double(), 0)
-            edit = _random_edit(spec, self.cfg.d_vocab)
+            edit = random_edit(spec, self.cfg.d_vocab)
             returned = self.edited(spec, lambda tensor, hook: edit(tensor))
-            in_place = self.edited(spec, _in_place(edit))
+            in_place = self.edited(spec, written_in_place(edit))
         yield self.of_hook(spec, "returned = in place", returned.double() - in_place.double(), 0)
         with reference_edit(self.tree.root, spec, edit, self.tree.adapter):
             reference = self.native(self.tokens)
@@ -492,57 +458,6 @@ class Checker:
         """Logits of a run with one function."""
         return self.bridge.run_with_hooks(self.tokens, fwd_hooks=[(spec.name, function)])  # type: ignore[no-any-return]
 
-    def switched_on(self, flag: Flag | None) -> _Switched:
+    def switched_on(self, flag: Flag | None) -> SwitchedOn:
         """An opt-in flag, on for the length of a block."""
-        return _Switched(self.cfg, flag)
-
-
-class _Fast:
-    """Fast attention, on for the length of a block."""
-
-    def __init__(self, bridge: CheckedBridge, name: str = "sdpa") -> None:
-        self._runner, self._name = bridge.runner, name
-
-    def __enter__(self) -> None:
-        self._runner.attn_implementation = self._name
-
-    def __exit__(self, *exception: object) -> None:
-        self._runner.attn_implementation = "eager"
-
-
-class _Switched:
-    """An opt-in flag, on for the length of a block."""
-
-    def __init__(self, cfg: Any, flag: Flag | None) -> None:
-        self._cfg, self._flag = cfg, flag
-
-    def __enter__(self) -> None:
-        if self._flag is not None:
-            self._before = self._cfg.flags[self._flag]
-            setattr(self._cfg, self._flag, True)
-
-    def __exit__(self, *exception: object) -> None:
-        if self._flag is not None:
-            setattr(self._cfg, self._flag, self._before)
-
-
-def _random_edit(spec: HookSpec, d_vocab: int) -> Callable[[Tensor], Tensor]:
-    """The same random change of a tensor every time: not a constant, which a norm or a softmax would not see."""
-
-    def edit(tensor: Tensor) -> Tensor:
-        if spec.kind == "int":
-            return (tensor + 1) % d_vocab
-        noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
-        finite = torch.where(tensor.abs() < 1e4, tensor, torch.zeros_like(tensor))
-        size = finite.double().std(correction=0).clamp_min(1e-3) * (0.1 if spec.site == "hook_scale" else 1.0)
-        change = noise.abs() if spec.site == "hook_scale" else noise
-        return tensor + change.to(device=tensor.device, dtype=tensor.dtype) * size.to(tensor.dtype)
-
-    return edit
-
-
-def _in_place(edit: Callable[[Tensor], Tensor]) -> Callable[[Tensor, HookPoint], None]:
-    def hook(tensor: Tensor, hook: HookPoint) -> None:
-        tensor.copy_(edit(tensor))
-
-    return hook
+        return SwitchedOn(self.cfg, flag)

@@ -14,7 +14,8 @@ import torch
 
 from pellucid.errors import PellucidError, UnsupportedModelError, warn
 from pellucid.model_bridge.hooking.mounting import ComponentTree
-from pellucid.model_bridge.verification.self_check import CheckedBridge, Checker
+from pellucid.model_bridge.verification.check_tools import CheckedBridge
+from pellucid.model_bridge.verification.self_check import Checker
 
 TRIED = "points_tried"
 """The note that a model's points have been tried."""

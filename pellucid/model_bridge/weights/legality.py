@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import WeightError
 from pellucid.model_bridge.generalized_components import GeneralizedComponent
-from pellucid.model_bridge.generalized_components.base import all_finite, readable_parameter
+from pellucid.model_bridge.generalized_components.base import readable_parameter
+from pellucid.model_bridge.generalized_components.weight_writes import all_finite
 from pellucid.model_bridge.generalized_components.weights import CONV1D
 from pellucid.model_bridge.hooking.mounting import ComponentTree
 from pellucid.model_bridge.weights.form import PRE_NORMS, norm_of
