@@ -1,0 +1,37 @@
+"""The notebooks: every cell runs on the embedded model, and the files with output have the scripts' cells."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from scripts.make_notebooks import FOLDER, ROOT, cells_of
+
+SCRIPTS = sorted(FOLDER.glob("*.py"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_every_cell_runs(script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    with torch.random.fork_rng(), torch.set_grad_enabled(True):
+        for place, (kind, source) in enumerate(cells_of(script.read_text("utf-8"))):
+            if kind == "code":
+                exec(compile(source, f"{script.name}, cell {place}", "exec"), namespace)
+
+
+def test_the_files_have_these_cells() -> None:
+    done = subprocess.run(
+        [sys.executable, "scripts/make_notebooks.py", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_cell_that_changed_is_found(tmp_path: Path) -> None:
+    cells = cells_of("# %% [markdown]\n# A title\n#\n# Text\n\n# %%\nx = 1\n\n# %%\nx\n")
+    assert cells == [("markdown", "A title\n\nText"), ("code", "x = 1"), ("code", "x")]
