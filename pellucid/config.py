@@ -123,6 +123,7 @@ class TransformerBridgeConfig:
     use_normalization_before_and_after: bool = False
     output_logits_soft_cap: float = 0.0
     output_logits_scale: float = 1.0
+    output_logits_divisor: float = 1.0
     attn_only: bool = False
     tie_word_embeddings: bool = True
     apply_residual_connection_post_layernorm: bool = False

@@ -57,6 +57,11 @@ def before_first_real(mask: Tensor) -> Tensor:
     return mask.bool().int().cumsum(-1) == 0
 
 
+def after_last_real(mask: Tensor) -> Tensor:
+    """``[batch, pos]`` bool: padding that has no real position after it."""
+    return before_first_real(mask.flip(-1)).flip(-1)
+
+
 def predicted(mask: Tensor) -> Tensor:
     """``[batch, pos - 1]`` bool: which positions have a next one to predict, both of them real."""
     real = mask.bool()

@@ -91,7 +91,7 @@ def main() -> int:
             print(f"not up to date: {', '.join(old)}; run python scripts/make_notebooks.py")
         return len(old)
     for script in scripts:
-        text = json.dumps(run(notebook_of(script)), indent=1, ensure_ascii=False) + "\n"
+        text = json.dumps(run(notebook_of(script)), indent=1, ensure_ascii=False).replace(f"{ROOT}/", "") + "\n"
         script.with_suffix(".ipynb").write_text(text, "utf-8")
         print(script.with_suffix(".ipynb").relative_to(ROOT), f"{len(text) / 1024:.0f} KiB")
     return 0

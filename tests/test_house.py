@@ -106,7 +106,6 @@ WITHOUT_TORCH = (
     "cli.options",
     "cli.prompt",
     "cli.mistakes",
-    "cli.reading",
     "cli.terminal",
 )
 """Who may be imported without loading torch. The command line's other modules are imported when a command is chosen."""

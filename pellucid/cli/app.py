@@ -190,7 +190,7 @@ def run(
 
 app.command(
     short_help="What the model would say after each layer.",
-    epilog=example("pellucid lens demo 'Everyone has the right to' --lens tuned --picture lens.html"),
+    epilog=example("pellucid lens demo 'Everyone has the right to' --picture lens.html"),
 )(analyses.lens)
 app.command(
     short_help="Which heads look at copies, and at the token before.",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pellucid.arguments import check_choice
 from pellucid.errors import InputError
-from pellucid.padding import before_first_real
+from pellucid.padding import after_last_real, before_first_real
 from pellucid.utilities.hf_utils import keep_single_column
 
 
@@ -139,7 +139,7 @@ def get_attention_mask(tokenizer: Any, tokens: Tensor, prepend_bos: bool, paddin
         return mask
     real = tokens != tokenizer.pad_token_id
     if _side(tokenizer, padding_side) == "right":
-        return mask.masked_fill(before_first_real(real.flip(-1)).flip(-1), 0)
+        return mask.masked_fill(after_last_real(real), 0)
     leading = before_first_real(real)
     mask = mask.masked_fill(leading, 0)
     if prepend_bos and tokenizer.bos_token_id == tokenizer.pad_token_id:

@@ -51,6 +51,7 @@ REQUIRED = {
     "run": ["demo", "text"],
     "lens": ["demo", "text"],
     "heads": ["demo"],
+    "steer": ["demo"],
     "neurons": ["demo"],
     "harvest": ["demo", "--out", "store"],
 }
@@ -140,6 +141,20 @@ def test_results_are_text(format: str, hostile_model: Path, tmp_path: Path, monk
     commands: dict[str, list[str | Path]] = {
         "run": ["run", hostile_model, HOSTILE, "--hooks", "hook_embed", "--out", f"{out}.safetensors"],
         "check": ["check", hostile_model, "--layers", "0"],
+        "attribute": ["attribute", hostile_model, f"the right {HOSTILE}", "--check", "0", "--out", f"parts{HOSTILE}"],
+        "lens": ["lens", hostile_model, f"the right {HOSTILE}", "--out", f"lens{HOSTILE}.json"],
+        "heads": ["heads", hostile_model, f"the right {HOSTILE}", "--out", f"heads{HOSTILE}.json"],
+        "steer": [
+            "steer",
+            hostile_model,
+            f"the right {HOSTILE}",
+            "--positive",
+            f"a {HOSTILE}",
+            "--negative",
+            "b c d",
+            "--out",
+            f"d{HOSTILE}.safetensors",
+        ],
         "patch": ["patch", hostile_model, *two, "--out", out],
         "neurons": ["neurons", hostile_model, *files, *few, *study, "--out", f"study{HOSTILE}"],
         "harvest": [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cache
@@ -16,6 +17,9 @@ from pellucid import TransformerBridge
 from pellucid.model_bridge.reference_edits import REBUILT, reference_edit
 from pellucid.names import HookSpec
 from tests.models import VOCAB, is_pristine, make_pair
+
+SHARE = 1 if os.environ.get("PELLUCID_FAMILIES") == "all" else 3
+"""Of the cases, one in so many is tried in the default run; ``scripts/check families`` tries all."""
 
 CONFIGS: tuple[dict[str, Any], ...] = (
     {"n_head": 1},
@@ -50,7 +54,7 @@ def edit_of(spec: HookSpec, seed: int) -> Callable[[Tensor], Tensor]:
     return edit
 
 
-@settings(max_examples=1200, deadline=None)
+@settings(max_examples=1200 // SHARE, deadline=None)
 @given(
     config=st.integers(0, len(CONFIGS) - 1),
     dtype=st.sampled_from(DTYPES),
@@ -108,7 +112,7 @@ def write(tensor: Tensor, values: Tensor) -> None:
     tensor.copy_(values)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400 // SHARE, deadline=None)
 @given(
     config=st.integers(0, len(CONFIGS) - 1),
     batch=st.integers(1, 3),
@@ -139,7 +143,7 @@ def test_any_chunks_through_a_cache(
         assert torch.equal(ours, native)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400 // SHARE, deadline=None)
 @given(
     config=st.integers(0, len(CONFIGS) - 1),
     start=st.integers(0, 2),

@@ -36,9 +36,11 @@ def logits_of(output: Any, model: nn.Module, arguments: Mapping[str, Any], cfg: 
 
 
 def scaled_and_capped(logits: Tensor, cfg: TransformerBridgeConfig) -> Tensor:
-    """What Hugging Face gives for what the head gives ``[..., d_vocab]``, in its own order: scaled, then capped."""
+    """What Hugging Face gives for what the head gives ``[..., d_vocab]``, by its own operations: scaled, then capped."""
     if cfg.output_logits_scale != 1:
         logits = logits * cfg.output_logits_scale
+    if cfg.output_logits_divisor != 1:
+        logits = logits / cfg.output_logits_divisor  # not times its inverse, which rounds otherwise
     if cfg.output_logits_soft_cap:
         logits = torch.tanh(logits / cfg.output_logits_soft_cap) * cfg.output_logits_soft_cap
     return logits

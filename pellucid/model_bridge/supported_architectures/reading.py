@@ -150,7 +150,8 @@ def read_settings(
         use_normalization_before_and_after=bool(family.block.ln1 and family.block.ln1_post),
         tie_word_embeddings=bool(more["tie_word_embeddings"]),
         output_logits_soft_cap=more[where.final_cap] or 0.0,
-        output_logits_scale=(more[where.logit_scale] or 1.0) / (more[where.logit_divisor] or 1.0),
+        output_logits_scale=more[where.logit_scale] or 1.0,
+        output_logits_divisor=more[where.logit_divisor] or 1.0,
     )
 
 
