@@ -22,7 +22,7 @@ from urllib.parse import unquote
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-PACKAGES = ("patching", "sweep", "running_stats", "corpora", "plots", "demo")
+PACKAGES = ("patching", "sweep", "running_stats", "corpora", "plots", "demo", "steering", "utilities")
 """Whose ``__init__`` lists what is public."""
 
 ROOMS = ("analysis", "experiments", "scale")
@@ -32,6 +32,7 @@ MODULES = (
     "activation_cache",
     "axes",
     "config",
+    "decomposition.methods",
     "errors",
     "factored_matrix",
     "hook_points",
@@ -39,15 +40,20 @@ MODULES = (
     "model_bridge.corpus.collected",
     "model_bridge.family",
     "model_bridge.generalized_components",
+    "model_bridge.hooking.caching_methods",
     "model_bridge.hooking.hook_methods",
+    "model_bridge.peer_words",
+    "model_bridge.running.generation_methods",
     "model_bridge.running.run_methods",
     "model_bridge.running.token_methods",
     "model_bridge.supported_architectures",
     "model_bridge.transformer_bridge",
     "model_bridge.verification.check_report",
+    "model_bridge.weights.circuit_methods",
     "model_bridge.weights.weight_methods",
     "names",
     "run_context",
+    "slices",
 )
 ROLE = re.compile(r":(?:class|meth|func|mod|attr|data|exc):`([^`]+)`")
 """A reference in a docstring: ``~`` in front shows the last name alone; one without dots is of the same module or class."""
@@ -143,10 +149,11 @@ def build(folder: Path) -> list[str]:
 
     @jinja2.pass_context
     def with_links(context: Any, docstring: str) -> str:
-        module = importlib.import_module(context["module"].modulename)
+        name = context["module"].modulename
+        module = importlib.import_module(name) if name else None  # the index of all modules is of none
 
         def full(match: re.Match[str]) -> str:
-            owners = [None, *(value for value in vars(module).values() if inspect.isclass(value))]
+            owners = [None, *(value for value in vars(module).values() if inspect.isclass(value))] if module else []
             names = (resolved(match[1], module, owner) for owner in owners)
             return f"`{next((name for name in names if name), match[1])}`"  # pdoc makes a link of a full name
 

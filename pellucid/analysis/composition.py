@@ -10,7 +10,7 @@ it: QK for its queries (Q-composition), QK transposed for its keys (K), OV for i
 
 Raw weights leave out what stands between two heads. So :func:`circuits_of` puts in, as the stream's readers see it,
 the gain of the norm that a map reads through, the gain of a norm after attention, and, where norms subtract the mean,
-the projection that does; the embedding is that of :attr:`W_E_eff`. Scales, which differ from token to token, stay out.
+the projection that does; the embedding is that of ``bridge.W_E_eff``. Scales, which differ from token to token, stay out.
 On processed weights nothing of it is left to do, and the numbers are the same.
 """
 
