@@ -26,5 +26,6 @@ MPT = Family(
     takes_position_ids=False,
     float64=False,
     sdpa="none",
-    notes="ALiBi; no biases; the MLP adds the residual itself; float32 scores; hook_q, hook_k, hook_v are before clip_qkv.",
+    notes="ALiBi; no biases; the MLP adds the residual itself; float32 scores, so that in float64 Hugging Face's own padded "
+    "rows are NaN; hook_q, hook_k, hook_v are before clip_qkv.",
 )
