@@ -157,6 +157,13 @@ FAULTS = (
         "tests/test_families_corpus.py -k counts",
     ),
     Fault(
+        "logits are multiplied with the inverse of what Hugging Face divides by",
+        "pellucid/model_bridge/running/outputs.py",
+        "logits / cfg.output_logits_divisor",
+        "logits * (1 / cfg.output_logits_divisor)",
+        "tests/analysis/test_lens_families.py -k identities",
+    ),
+    Fault(
         "a lens reads logits before they are scaled and capped",
         f"{LENS}/readout.py",
         "    return scaled_and_capped(logits, bridge.cfg)",
