@@ -15,10 +15,10 @@ from torch import Tensor
 
 from pellucid import ActivationCache, TransformerBridge
 from pellucid.errors import InputError
-from tests.families import CONFIGS, make_family
+from tests.families import make_family, of_each_layout
 from tests.models import make_bloom, random_tokens
 
-FAMILIES = ("bloom", *CONFIGS)
+FAMILIES = sorted({"bloom", "granite", *of_each_layout()})
 EXPERTS = ("qwen2_moe",)
 """Whose neurons cannot be seen: asking for them is refused."""
 

@@ -318,7 +318,7 @@ def test_moving_and_casting() -> None:
     assert not bridge.hf_model.transformer.h[0].training
 
 
-def test_hundreds_of_runs_keep_memory_flat() -> None:
+def test_a_thousand_runs_keep_memory_flat() -> None:
     """No more grows than under bare Hugging Face, whose GELU leaves a few objects for the garbage collector."""
     bridge, model = make_pair(n_layer=2)
     tokens = random_tokens(1, 3)
@@ -336,7 +336,7 @@ def test_hundreds_of_runs_keep_memory_flat() -> None:
             run()
         gc.collect()
         before = tracemalloc.get_traced_memory()[0]
-        for _ in range(200):
+        for _ in range(500):
             run()
         return tracemalloc.get_traced_memory()[0] - before
 
@@ -348,7 +348,7 @@ def test_hundreds_of_runs_keep_memory_flat() -> None:
     finally:
         gc.enable()
         tracemalloc.stop()
-    assert grown - natively < 20_000, (grown, natively)  # 50 bytes a run; the smallest tensor object is over 100
+    assert grown - natively < 50_000, (grown, natively)  # 50 bytes a run; the smallest tensor object is over 100
 
 
 def test_a_forward_replaced_meanwhile_is_reported_and_left() -> None:

@@ -33,7 +33,7 @@ from pellucid.steering import (
     sweep_edits,
 )
 from pellucid.sweep import LogitDifference, Sweep
-from tests.families import CONFIGS, in_full, make_family, mask_of, native_arguments, of_each_layout
+from tests.families import in_full, make_family, mask_of, native_arguments, of_each_layout
 from tests.models import is_pristine, make_generator, random_tokens
 
 TOKENS = random_tokens(3, 8)
@@ -89,7 +89,7 @@ def changes(bridge: TransformerBridge) -> list[tuple[Any, Arithmetic]]:
     ]
 
 
-@pytest.mark.parametrize("name", ["bloom", *CONFIGS])
+@pytest.mark.parametrize("name", sorted({"bloom", *of_each_layout()}))
 def test_a_change_is_a_torch_hooks(name: str) -> None:
     """Returned and in place; every change where a family is tested in full, one of them elsewhere."""
     bridge = made(name)
