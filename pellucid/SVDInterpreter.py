@@ -20,12 +20,13 @@ class SVDInterpreter:
     """The singular vectors of one model.
 
     Args:
-        model: a bridge, or anything with ``cfg`` and ``tl_parameters()``. The weights are read once, now.
+        model: a bridge. The weights are read once, now.
     """
 
     def __init__(self, model: Any) -> None:
         self.model, self.cfg = model, model.cfg
         self.params: dict[str, Tensor] = dict(model.tl_parameters())
+        self._stream = model.stream
 
     def __repr__(self) -> str:
         return f"SVDInterpreter({self.cfg.n_layers} layers, {self.cfg.n_heads} heads)"
@@ -64,8 +65,12 @@ class SVDInterpreter:
             matrix = self.params[f"{block}.mlp.{'W_in' if vector_type == 'w_in' else 'W_out'}"]
             if vector_type == "w_in":
                 matrix = matrix.T
-                if f"{block}.ln2.w" in self.params:
-                    matrix = matrix * self.params[f"{block}.ln2.w"]
+                # Of a block with one norm, the MLP reads that one; none comes before an MLP whose norm follows it.
+                reader = self._stream.norm(f"{block}.ln2")
+                if reader is None and self.cfg.parallel_attn_mlp:
+                    reader = self._stream.norm(f"{block}.ln1")
+                if reader is not None and reader.gain is not None:
+                    matrix = matrix * reader.gain.to(matrix)
             directions = torch.linalg.svd(widened(matrix), full_matrices=False).Vh
         unembedding = self.params["unembed.W_U"].to(directions.dtype)
         return (unembedding.T @ directions[:num_vectors].T).unsqueeze(1)

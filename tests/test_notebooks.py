@@ -32,6 +32,6 @@ def test_the_files_have_these_cells() -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_a_cell_that_changed_is_found(tmp_path: Path) -> None:
+def test_cells_are_read_off_a_script() -> None:
     cells = cells_of("# %% [markdown]\n# A title\n#\n# Text\n\n# %%\nx = 1\n\n# %%\nx\n")
     assert cells == [("markdown", "A title\n\nText"), ("code", "x = 1"), ("code", "x")]

@@ -142,11 +142,8 @@ class _Asked:
         names = ["ln_final.hook_scale", "hook_unembed"]
         for glob in KEPT[self.by]:
             # A post-norm's scale, or an embedding of positions, is not in every family.
-            if "*" not in glob and glob not in index:
-                continue
-            if "*" in glob and glob.replace("*", "0") not in index:
-                continue
-            names += [spec.name for spec, _ in index.select(glob, flags)]
+            if glob.replace("*", "0") in index:
+                names += [spec.name for spec, _ in index.select(glob, flags)]
         tokens, mask = self.prompts.input()
         cache: ActivationCache = self.bridge.run_with_cache(tokens, attention_mask=mask, names_filter=names)[1]
         return cache

@@ -19,10 +19,9 @@ import xarray as xr
 from rich.table import Table
 from rich.text import Text
 
-import pellucid
 from pellucid.analysis.attribution import logit_attribution
 from pellucid.cli.files import ATTRIBUTE_FILES
-from pellucid.cli.models import commit_of, open_bridge
+from pellucid.cli.models import open_bridge, source_of
 from pellucid.cli.options import Format, ModelChoice
 from pellucid.cli.output import table, write_json
 from pellucid.cli.prompt import read_prompt
@@ -129,10 +128,7 @@ def attribute_logit(choice: ModelChoice, request: AttributeRequest, format: Form
     )
     named = {"answer": answer} | ({} if foil is None else {"foil": foil})
     about: dict[str, Json] = {
-        "pellucid": pellucid.__version__,
-        "model": choice.name,
-        "revision": choice.revision,
-        "commit": commit_of(choice),
+        **source_of(choice),
         "dtype": str(bridge.dtype).removeprefix("torch."),
         **{name: {"id": token, "token": token_label(bridge.tokenizer, token)} for name, token in named.items()},
     }

@@ -10,8 +10,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-import pellucid
-from pellucid.cli.models import commit_of, open_bridge, read_hook_index
+from pellucid.cli.models import open_bridge, read_hook_index, source_of
 from pellucid.cli.options import Format, ModelChoice
 from pellucid.cli.output import table, write_json
 from pellucid.cli.terminal import results
@@ -50,10 +49,7 @@ def check_model(choice: ModelChoice, layers: list[int] | None, format: Format, v
 
 def _document(choice: ModelChoice, report: CheckReport) -> Json:
     return {
-        "pellucid": pellucid.__version__,
-        "model": choice.name,
-        "revision": choice.revision,
-        "commit": commit_of(choice),
+        **source_of(choice),
         "dtype": report.dtype,
         "attn_implementation": choice.attention.value,
         "ok": report.ok,

@@ -14,10 +14,9 @@ import numpy as np
 import xarray as xr
 from rich.text import Text
 
-import pellucid
 from pellucid.analysis.heads import HEAD_PATTERNS, RandomRepeats, head_scores
 from pellucid.analysis.labelled import data_set_to_document
-from pellucid.cli.models import commit_of, open_bridge
+from pellucid.cli.models import open_bridge, source_of
 from pellucid.cli.options import Format, ModelChoice
 from pellucid.cli.output import table, write_json
 from pellucid.cli.terminal import results
@@ -62,10 +61,7 @@ def score_heads(choice: ModelChoice, request: HeadsRequest, format: Format) -> N
     scores = head_scores(bridge, drawn if tokens is None else tokens, patterns).assign_attrs(model=choice.name)
     strongest = {pattern: _strongest(scores.sel(pattern=pattern), request.top_k) for pattern in patterns}
     document: dict[str, Json] = {
-        "pellucid": pellucid.__version__,
-        "model": choice.name,
-        "revision": choice.revision,
-        "commit": commit_of(choice),
+        **source_of(choice),
         "strongest": strongest,
         "scores": data_set_to_document(scores),
     }

@@ -15,10 +15,9 @@ import torch
 import xarray as xr
 from rich.text import Text
 
-import pellucid
 from pellucid.analysis.labelled import data_set_to_document
 from pellucid.analysis.lens import Lens, LogitLens, load_lens, load_published
-from pellucid.cli.models import commit_of, open_bridge
+from pellucid.cli.models import open_bridge, source_of
 from pellucid.cli.options import Format, ModelChoice
 from pellucid.cli.output import table, write_json
 from pellucid.cli.terminal import results
@@ -71,10 +70,7 @@ def read_text(choice: ModelChoice, request: LensRequest, format: Format) -> None
         prepend_bos=request.prepend_bos,
     ).assign_attrs(model=choice.name)
     document: dict[str, Json] = {
-        "pellucid": pellucid.__version__,
-        "model": choice.name,
-        "revision": choice.revision,
-        "commit": commit_of(choice),
+        **source_of(choice),
         "lens": request.lens,
         "reading": data_set_to_document(reading),
     }

@@ -12,6 +12,7 @@ import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
 
+import pellucid
 from pellucid.cli.files import model_folder
 from pellucid.cli.options import Dtype, ModelChoice
 from pellucid.demo import MODEL_FOLDER, load_demo_bridge
@@ -20,6 +21,7 @@ from pellucid.model_bridge.running.checkpoint import ADAPTER_CONFIG, CONFIG
 from pellucid.model_bridge.running.loading import read_adapter
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.names import HookIndex
+from pellucid.storage.json_text import Json
 
 DTYPES = {
     Dtype.float32: torch.float32,
@@ -115,6 +117,16 @@ def commit_of(choice: ModelChoice) -> str | None:
         if isinstance(found, str):
             return Path(found).parent.name
     return None
+
+
+def source_of(choice: ModelChoice) -> dict[str, Json]:
+    """What every command's document begins with: Pellucid's version, and which model it was."""
+    return {
+        "pellucid": pellucid.__version__,
+        "model": choice.name,
+        "revision": choice.revision,
+        "commit": commit_of(choice),
+    }
 
 
 def _folder(choice: ModelChoice) -> str | None:

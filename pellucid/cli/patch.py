@@ -20,9 +20,8 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-import pellucid
 from pellucid.cli.files import PATCH_FILES
-from pellucid.cli.models import commit_of, open_bridge
+from pellucid.cli.models import open_bridge, source_of
 from pellucid.cli.options import Format, MetricName, ModelChoice
 from pellucid.cli.output import table, write_json
 from pellucid.cli.prompt import as_typed
@@ -159,10 +158,7 @@ def patch_model(choice: ModelChoice, request: PatchRequest, format: Format) -> b
     base = "corrupted" if request.choices.direction == "denoising" else "clean"
     normal = float(base == "clean") if request.choices.normalize else sides[base].metric
     about: dict[str, Json] = {
-        "pellucid": pellucid.__version__,
-        "model": choice.name,
-        "revision": choice.revision,
-        "commit": commit_of(choice),
+        **source_of(choice),
         "dtype": str(bridge.dtype).removeprefix("torch."),
         **named,
     }

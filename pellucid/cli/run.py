@@ -15,8 +15,7 @@ import torch
 from rich.text import Text
 from torch import Tensor
 
-import pellucid
-from pellucid.cli.models import commit_of, open_bridge, read_hook_index
+from pellucid.cli.models import open_bridge, read_hook_index, source_of
 from pellucid.cli.options import Format, ModelChoice
 from pellucid.cli.output import table, write_json
 from pellucid.cli.terminal import results
@@ -78,10 +77,7 @@ def run_text(choice: ModelChoice, request: RunRequest, format: Format) -> None:
     kept, logits = _run(bridge, tokens, names, request.out)
     lines = [_line(index, name, tensor) for name, tensor in kept.items()]
     about: dict[str, Json] = {
-        "pellucid": pellucid.__version__,
-        "model": choice.name,
-        "revision": choice.revision,
-        "commit": commit_of(choice),
+        **source_of(choice),
         "dtype": _dtype(bridge.dtype),
         "attn_implementation": bridge.attn_implementation,
         "tokens": token_labels(bridge.tokenizer, tokens[0].tolist()),

@@ -16,8 +16,7 @@ import xarray as xr
 from rich.text import Text
 from torch import Tensor
 
-import pellucid
-from pellucid.cli.models import commit_of, open_bridge
+from pellucid.cli.models import open_bridge, source_of
 from pellucid.cli.options import Format, ModelChoice, SteeringMethod
 from pellucid.cli.output import table, write_json
 from pellucid.cli.prompt import as_typed
@@ -102,10 +101,7 @@ def steer_model(choice: ModelChoice, request: SteerRequest, format: Format) -> N
         save_picture(draw(bridge, direction, written, request), request.picture, overwrite=request.force)
     origin = direction.origin
     about: dict[str, Json] = {
-        "pellucid": pellucid.__version__,
-        "model": choice.name,
-        "revision": choice.revision,
-        "commit": commit_of(choice),
+        **source_of(choice),
         "dtype": str(bridge.dtype).removeprefix("torch."),
         "prompt": request.prompt,
         "direction": asdict(origin) | {"norms": direction.norms.tolist()},

@@ -22,10 +22,10 @@ SENT_WHEN_THERE = """
 import glob, os, signal, sys
 waiting = [True]
 def hook(event, arguments):
-    if waiting and len(glob.glob(os.environ["INTERRUPT_WHEN"])) >= int(os.environ["INTERRUPT_COUNT"]):
+    if event in ("os.rename", "os.link") and waiting and len(glob.glob(os.environ["INTERRUPT_WHEN"])) >= int(os.environ["INTERRUPT_COUNT"]):
         waiting.clear()
         os.kill(os.getpid(), signal.SIGINT)
-sys.addaudithook(lambda event, arguments: hook(event, arguments) if event in ("os.rename", "os.link") else None)
+sys.addaudithook(hook)
 """
 
 

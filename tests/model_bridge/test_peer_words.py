@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
-from pellucid import ActivationCache, TransformerBridge
+from pellucid import ActivationCache, SVDInterpreter, TransformerBridge
 from pellucid.errors import InputError, UnsupportedModelError
 from pellucid.hook_points import HookPoint
 from tests.families import make_family, of_each_layout
@@ -279,11 +279,32 @@ def test_biases_and_composition() -> None:
     assert scores.head_labels[5] == "L1H1"
     assert scores.layer_indices == [0, 1, 2]
     assert torch.equal(scores.scores, scores + 0)
+    without = TransformerBridge(make_bloom(slow_but_exact=True, pretraining_tp=2))  # Hugging Face leaves them out there
+    assert not without.accumulated_bias(3).any()
+    granite = make_family("granite", attention_bias=True, mlp_bias=True)
+    blocks, factor = granite.model.layers[:2], granite.config.residual_multiplier
+    added = sum(block.self_attn.o_proj.bias + block.mlp.down_proj.bias for block in blocks) * factor
+    assert torch.allclose(TransformerBridge(granite).accumulated_bias(2), added)
     after = make_bloom(apply_residual_connection_post_layernorm=True)
     with pytest.raises(UnsupportedModelError, match="apply_residual_connection_post_layernorm"):
         TransformerBridge(after).accumulated_bias(1)
     with pytest.raises(UnsupportedModelError, match="norms what its branches add"):
         TransformerBridge(make_family("gemma2")).accumulated_bias(1)
+
+
+@pytest.mark.parametrize("family", ["gemma", "gptj"])
+def test_singular_vectors_of_what_neurons_read_have_the_gain_of_their_norm(family: str) -> None:
+    """Gemma's gain is 1 + weight; in GPT-J's parallel block the MLP reads the one norm there is."""
+    model = make_family(family, torch.float64)
+    if family == "gemma":
+        block = model.model.layers[1]
+        read = block.mlp.up_proj.weight * (1 + block.post_attention_layernorm.weight)
+    else:
+        block = model.transformer.h[1]
+        read = block.mlp.fc_in.weight * block.ln_1.weight
+    wanted = model.lm_head.weight @ torch.linalg.svd(read, full_matrices=False).Vh[:3].T
+    found = SVDInterpreter(TransformerBridge(model)).get_singular_vectors("w_in", 1, 3)[:, 0]
+    assert torch.allclose(found.abs(), wanted.abs(), rtol=1e-9, atol=1e-12)  # a vector's sign is arbitrary
 
 
 def test_attributes() -> None:

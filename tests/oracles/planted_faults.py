@@ -1849,7 +1849,7 @@ FAULTS = (
         "pellucid/experiments/path_edits.py",
         'parts["mlp"].module(normed, torch.zeros_like(normed))',
         'parts["mlp"].module(normed, rows)',
-        "tests/experiments/test_families.py -k test_a_path_to_the_end[mpt]",
+        "tests/experiments/test_families.py -k mpt",
     ),
     Fault(
         "a kept MLP output is what the block wrote into it afterwards",

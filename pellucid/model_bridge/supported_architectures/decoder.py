@@ -220,7 +220,6 @@ class DecoderAdapter(ArchitectureAdapter):
             parts["in"] = LinearBridge(mlp.up, cfg)
         # A block that adds branches to each other first may add attention's into the MLP's own tensor (Falcon).
         parts["out"] = LinearBridge(mlp.down, cfg, keeps_output=not (block.parallel and not block.residual_first))
-        reads_stream = not block.parallel and not block.ln2
         return HuggingFaceMLPBridge(mlp.name, cfg, parts, input_is_stream=reads_stream)
 
     def link_outer(self, outer: Mapping[str, GeneralizedComponent], blocks: list[GeneralizedComponent]) -> None:

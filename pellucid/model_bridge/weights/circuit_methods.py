@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pellucid.arguments import check_choice, check_count, check_text
+from pellucid.decomposition.stream import BranchName
 from pellucid.errors import InputError, UnsupportedModelError
 from pellucid.factored_matrix import FactoredMatrix, composition_scores
 from pellucid.model_bridge.generalized_components.normalization import NormalizationBridge
@@ -75,7 +76,7 @@ class CircuitMethods(WeightMethods):
         return iter(self.tl_parameters().items())
 
     def accumulated_bias(self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True) -> Tensor:
-        """``[d_model]``: the sum of the output biases that are in the residual stream which enters block ``layer``.
+        """``[d_model]``: the sum of the output biases, as they run, in the residual stream that enters block ``layer``.
 
         Args:
             layer: a block, or ``n_layers`` for the end.
@@ -94,13 +95,14 @@ class CircuitMethods(WeightMethods):
                 "accumulated_bias: this model norms what its branches add, or takes its stream after a norm "
                 "(apply_residual_connection_post_layernorm): biases are no part of the stream."
             )
-        total = torch.zeros(cfg.d_model, dtype=cfg.dtype, device=self.W_E.device)
-        for block in self._blocks()[:layer]:
-            total = total + block.attn.b_O.detach().to(total.device)
-            if include_mlp_biases:
-                total = total + block.mlp.b_out.detach().to(total.device)
-        if mlp_input:
-            total = total + self._blocks()[layer].attn.b_O.detach().to(total.device)
+        total, stream = torch.zeros(cfg.d_model, dtype=cfg.dtype, device=self.W_E.device), self.stream
+        branches: list[tuple[int, BranchName]] = [(below, "attn") for below in range(layer + bool(mlp_input))]
+        if include_mlp_biases:
+            branches = sorted(branches + [(below, "mlp") for below in range(layer)])
+        for below, branch in branches:
+            bias = stream.bias(below, branch)
+            if bias is not None:
+                total = total + (bias * stream.factor(below)).to(total.device)
         return total
 
     @torch.no_grad()
