@@ -58,9 +58,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("model_bridge.corpus.*", "model_bridge.peer_words"),
     ("model_bridge.transformer_bridge",),
     ("", "model_bridge", "model_bridge.bridge", "sweep.*"),
+    ("gradients.*",),
     ("experiments.*",),
     ("steering.*",),
-    ("analysis.*", "demo.*", "patching.*", "scale.*"),
+    ("analysis.*", "attribution.*", "demo.*", "patching.*", "scale.*"),
+    ("circuits.*",),
     (
         "ActivationCache",
         "FactoredMatrix",

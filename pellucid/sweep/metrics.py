@@ -294,6 +294,8 @@ class KLDivergence(BriefFields, Metric):
         reference = self.reference if self.reference.dim() == 2 else cells_of(self.reference, reads)[0, :, 0]
         log_p = torch.log_softmax(_wide(reference.to(logits.device)), dim=-1)
         log_q = torch.log_softmax(_wide(logits[:, :, 0]), dim=-1)
+        if log_q.requires_grad:
+            return ((log_p - log_q) * log_p.exp()).sum(-1)
         # p (log p - log q) in the place of log q, which is ours: nothing else of [edit, row, d_vocab] is made.
         return log_q.neg_().add_(log_p).mul_(log_p.exp()).sum(-1)
 

@@ -1,0 +1,124 @@
+"""Pairs of prompts as a model reads them: batches of rows of one length, each with its metric.
+
+Rows of one number of tokens run together and nothing is padded. Which rows run together changes no row's numbers but by the
+rounding of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+
+from pellucid.arguments import check_count, check_kind
+from pellucid.corpora.pairs import PromptPairs, Word
+from pellucid.errors import InputError
+from pellucid.experiments.places import Prompts, read_prompts, refuse_different_lengths
+from pellucid.model_bridge.transformer_bridge import TransformerBridge
+from pellucid.sweep import LogitDifference, LogProbability, MetricLike
+from pellucid.sweep.metrics import Metric
+from pellucid.tables import BriefFields
+
+PairMetric: TypeAlias = MetricLike | Callable[..., Metric]
+"""A class of metrics, made for each batch of its answers and foils (:class:`LogitDifference`); a metric; or a function of
+logits ``[row, pos, d_vocab]`` that gives a number a row."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PairBatch(BriefFields):
+    """Rows that run together.
+
+    Attributes:
+        rows: which of the data set.
+        clean: their clean prompts.
+        corrupted: their corrupted prompts, of as many tokens.
+        metric: what is measured on either.
+    """
+
+    rows: tuple[int, ...]
+    clean: Prompts
+    corrupted: Prompts
+    metric: MetricLike
+
+
+def pair_batches(
+    bridge: TransformerBridge, pairs: PromptPairs, metric: PairMetric | None = None, batch_size: int = 16
+) -> list[PairBatch]:
+    """The batches of a data set, all of it checked before anything runs; strings are read as the tokenizer reads them.
+
+    Args:
+        bridge: the model.
+        pairs: the data set.
+        metric: see :data:`PairMetric`; by default the logit difference of answer and foil, or without foils the
+            log-probability of the answer.
+        batch_size: most rows that run together.
+
+    Raises:
+        InputError: a row whose prompts have different numbers of tokens; an answer that is not one token; no answer where
+            the metric needs one.
+    """
+    check_kind("pairs", pairs, PromptPairs, "PromptPairs(clean, corrupted, answer, foil)")
+    check_count("batch_size", batch_size)
+    read = {name: [_read(bridge, prompt) for prompt in column] for name, column in _prompts(pairs).items()}
+    for row, (clean, corrupted) in enumerate(zip(read["clean"], read["corrupted"], strict=True)):
+        refuse_different_lengths(clean, corrupted, (f"clean of row {row}", f"corrupted of row {row}"))
+    answers, foils = _ids(bridge, "answer", pairs.answer), _ids(bridge, "foil", pairs.foil)
+    by_length: dict[int, list[int]] = {}
+    for row, prompt in enumerate(read["clean"]):
+        by_length.setdefault(prompt.length, []).append(row)
+    return [
+        PairBatch(
+            tuple(some),
+            _together([read["clean"][row] for row in some]),
+            _together([read["corrupted"][row] for row in some]),
+            _metric_of(metric, _at(answers, some), _at(foils, some)),
+        )
+        for rows in by_length.values()
+        for some in (rows[start : start + batch_size] for start in range(0, len(rows), batch_size))
+    ]
+
+
+def _prompts(pairs: PromptPairs) -> dict[str, Sequence[str | Sequence[int]]]:
+    return {"clean": pairs.clean, "corrupted": pairs.corrupted}
+
+
+def _read(bridge: TransformerBridge, prompt: str | Sequence[int]) -> Prompts:
+    return read_prompts(bridge, prompt if isinstance(prompt, str) else torch.tensor([list(prompt)]))
+
+
+def _together(prompts: Sequence[Prompts]) -> Prompts:
+    tokens = torch.cat([prompt.tokens for prompt in prompts])
+    return Prompts(tokens, None, tuple(prompt.labels[0] for prompt in prompts), prompts[0].virtual)
+
+
+def _ids(bridge: TransformerBridge, what: str, words: Sequence[Word] | None) -> list[int] | None:
+    if words is None:
+        return None
+    found = []
+    for row, word in enumerate(words):
+        try:
+            found.append(
+                bridge.to_single_token(word)
+                if isinstance(word, str)
+                else check_count(what, word, 0, bridge.cfg.d_vocab - 1)
+            )
+        except InputError as error:
+            raise InputError(f"{what} of row {row}: {error}") from None
+    return found
+
+
+def _at(ids: list[int] | None, rows: Sequence[int]) -> list[int] | None:
+    return None if ids is None else [ids[row] for row in rows]
+
+
+def _metric_of(metric: PairMetric | None, answers: list[int] | None, foils: list[int] | None) -> MetricLike:
+    if isinstance(metric, Metric) or (metric is not None and not isinstance(metric, type)):
+        return metric
+    if answers is None:
+        raise InputError("The pairs have no answers: give them, or a metric that needs none, a function of logits.")
+    if metric is None:
+        return LogProbability(answers) if foils is None else LogitDifference(answers, foils)
+    made: Metric = metric(answers) if foils is None else metric(answers, foils)
+    return made
