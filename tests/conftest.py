@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from transformers import BloomForCausalLM
 
 from pellucid import TransformerBridge
+
+if TYPE_CHECKING:
+    from pellucid.demo.story import Story
 
 torch.set_num_threads(1)
 
@@ -25,6 +28,14 @@ def demo() -> TransformerBridge:
     from pellucid.demo import load_demo_bridge
 
     return load_demo_bridge()
+
+
+@pytest.fixture(scope="session")
+def story(demo: TransformerBridge) -> Story:
+    """What the demonstration computes."""
+    from pellucid.demo.story import tell_story
+
+    return tell_story(demo)
 
 
 @pytest.fixture
