@@ -2,14 +2,15 @@
 
 Many tests want a process of its own for what happens after the imports: a terminal, a signal, an exit code, an example. Such
 a process is forked from a server (``multiprocessing``'s) that has done the imports and nothing else; it has its own standard
-streams, environment, folder and signals, and ends as an interpreter ends. Where start-up itself is tested (what is imported,
-the locale, switches that a library reads when it is imported), a test starts an interpreter as usual.
+streams, environment, folder and signals, and ends as an interpreter ends (exit functions, threads, streams). Where start-up
+itself is tested (what is imported, the locale, switches that a library reads when it is imported), a test starts an
+interpreter as usual.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
-import ctypes
 import io
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
@@ -128,7 +130,20 @@ def _become(words: list[str], streams: list[Any], cwd: str, env: dict[str, str],
     except BaseException:
         sys.excepthook(*sys.exc_info())
         code = 1
-    ctypes.pythonapi.Py_Exit(int(code or 0))  # as at the end of any program: exit functions, streams, 120 if they fail
+    _end(int(code or 0))
+
+
+def _end(code: int) -> None:
+    """End as an interpreter does, but for taking down modules one by one, which would copy all that the server shares."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        print(f"Exception ignored in: {sys.stdout!r}\n{type(error).__name__}: {error}", file=sys.stderr)
+        code = 120
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _run(words: list[str]) -> None:

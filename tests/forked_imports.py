@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import gc
+from importlib import import_module
 
-import torch
-import transformers
-from transformers.models.bloom import modeling_bloom
+gc.disable()  # nearly all that imports make stays
 
-import pellucid.cli.app
-import pellucid.cli.demo
-import pellucid.cli.harvest
-import pellucid.cli.neurons
-import pellucid.demo.story
-import tests.families
+import torch  # noqa: E402
+import transformers  # noqa: E402
 
 torch.set_num_threads(1)
-LAZY = transformers.AutoTokenizer, transformers.AutoModelForCausalLM, modeling_bloom  # imported when they are named
+for module in ("cli.app", "cli.demo", "cli.harvest", "cli.neurons", "cli.patch", "demo.story", "sweep"):
+    import_module(f"pellucid.{module}")
+for name in ("AutoTokenizer", "AutoModelForCausalLM", "BloomForCausalLM"):
+    getattr(transformers, name)  # imported when it is named
+
 gc.freeze()  # shared by all processes, and nothing to look through for any of them
+gc.enable()
