@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+import gc
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -11,7 +12,17 @@ from transformers import BloomForCausalLM
 
 from pellucid import TransformerBridge
 
+if TYPE_CHECKING:
+    from pellucid.demo.story import Story
+
 torch.set_num_threads(1)
+gc.disable()  # while modules are imported: nearly all that they make stays
+
+
+def pytest_collection_finish() -> None:
+    """Look through what the imports made never again: a million objects, half a second each time that Python looks."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +36,14 @@ def demo() -> TransformerBridge:
     from pellucid.demo import load_demo_bridge
 
     return load_demo_bridge()
+
+
+@pytest.fixture(scope="session")
+def story(demo: TransformerBridge) -> Story:
+    """What the demonstration computes."""
+    from pellucid.demo.story import tell_story
+
+    return tell_story(demo)
 
 
 @pytest.fixture

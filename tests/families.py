@@ -6,7 +6,6 @@ wrong place shows; where heads may share keys, they do.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +18,7 @@ import transformers
 from torch import Tensor
 
 from pellucid.padding import position_ids
+from tests.models import Mould
 
 VOCAB = 97
 
@@ -107,7 +107,7 @@ if ALL:
 
 
 @cache
-def _built(name: str, settings: tuple[tuple[str, Any], ...], attention: str) -> Any:
+def _built(name: str, settings: tuple[tuple[str, Any], ...], attention: str) -> Mould:
     kind, arguments = {**CONFIGS, **KIN}[name]
     config = vars(transformers)[kind] if kind in vars(transformers) else getattr(transformers, kind)
     with torch.random.fork_rng():
@@ -119,7 +119,7 @@ def _built(name: str, settings: tuple[tuple[str, Any], ...], attention: str) -> 
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model
+    return Mould(model)
 
 
 def make_family(name: str, dtype: torch.dtype = torch.float32, attention: str = "eager", **settings: Any) -> Any:
@@ -127,7 +127,7 @@ def make_family(name: str, dtype: torch.dtype = torch.float32, attention: str = 
 
     It is not cast with ``.to(dtype)`` alone: that rounds tables of rotations, which ``from_pretrained`` leaves in float32.
     """
-    model = copy.deepcopy(_built(name, tuple(sorted(settings.items())), attention))
+    model = _built(name, tuple(sorted(settings.items())), attention).copy()
     if dtype is torch.float64:
         model.set_experts_implementation("eager")  # the grouped product, where there are experts, takes no float64
     tables = {key: buffer.clone() for key, buffer in model.named_buffers() if buffer.is_floating_point()}

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from pellucid.demo import smollm2
+from tests import forked
 from tests.pages import FENCE, as_printed, blocks_of, command_lines
 
 ROOT = Path(__file__).parents[1]
@@ -83,12 +84,12 @@ def test_every_page_has_only_known_blocks() -> None:
 
 
 def test_the_hook_table_is_up_to_date() -> None:
-    done = subprocess.run([sys.executable, "scripts/make_hook_table.py", "--check"], cwd=ROOT)
+    done = forked.run(["scripts/make_hook_table.py", "--check"])
     assert done.returncode == 0, "run: python scripts/make_hook_table.py"
 
 
 def test_the_page_of_families_is_up_to_date() -> None:
-    done = subprocess.run([sys.executable, "scripts/make_families_page.py", "--check"], cwd=ROOT)
+    done = forked.run(["scripts/make_families_page.py", "--check"])
     assert done.returncode == 0, "run: python scripts/make_families_page.py (--data-only leaves the table of what ran)"
 
 

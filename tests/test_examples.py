@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import forked
 
 ROOT = Path(__file__).parents[1]
 SHOWN = {
@@ -27,8 +26,6 @@ def test_every_example_is_here() -> None:
 def test_an_example_runs(name: str) -> None:
     path = ROOT / "examples" / name
     assert path.read_text("utf-8").count("\n") <= 60
-    # UTF-8 whatever the locale: tokens are not ASCII.
-    environment = os.environ | {"PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(path)], capture_output=True, encoding="utf-8", cwd=ROOT, env=environment)
+    done = forked.run([str(path)])
     assert done.returncode == 0, done.stderr
     assert re.search(SHOWN[name], done.stdout), done.stdout

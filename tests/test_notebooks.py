@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from scripts.make_notebooks import FOLDER, ROOT, cells_of
+from scripts.make_notebooks import FOLDER, cells_of
+from tests import forked
 
 SCRIPTS = sorted(FOLDER.glob("*.py"))
 
@@ -26,9 +25,7 @@ def test_every_cell_runs(script: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_the_files_have_these_cells() -> None:
-    done = subprocess.run(
-        [sys.executable, "scripts/make_notebooks.py", "--check"], cwd=ROOT, capture_output=True, text=True
-    )
+    done = forked.run(["scripts/make_notebooks.py", "--check"])
     assert done.returncode == 0, done.stdout
 
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,11 @@ from pellucid.cli.app import app
 from pellucid.cli.check import ranges, summarise
 from pellucid.cli.options import ModelChoice
 from pellucid.demo import MODEL_FOLDER
+from pellucid.demo import story as story_module
+from pellucid.demo.story import Story
 from pellucid.model_bridge.verification.check_report import CheckReport, CheckResult
 from pellucid.storage.whole_files import whole_file
+from tests import forked
 
 ROOT = Path(__file__).parents[2]
 PATTERNS = "blocks.*.attn.hook_pattern"
@@ -42,20 +46,19 @@ def cli(*arguments: str | Path, input: str | bytes | None = None, **environment:
     return CliRunner().invoke(app, [str(argument) for argument in arguments], input=input, env=environment)
 
 
-def process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def process(*arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
     """Run a command in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "pellucid", *arguments],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        cwd=ROOT,
-        env={**os.environ, "PYTHONIOENCODING": "utf-8", **environment},
-    )
+    return forked.run(["-m", "pellucid", *arguments], before=before)
 
 
 def one_line(text: str) -> str:
     return " ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split())
+
+
+@pytest.fixture(scope="module")
+def report(demo: TransformerBridge) -> CheckReport:
+    """What the check of the embedded model finds, for tests of how it is shown."""
+    return demo.verify()
 
 
 @pytest.fixture
@@ -136,7 +139,8 @@ def test_a_mistake_is_told_on_standard_error(arguments: tuple[str, ...], said: s
 
 
 def test_a_model_that_is_not_there(monkeypatch: Any) -> None:
-    done = process("run", "nobody/no-such-model", TEXT, HF_HUB_OFFLINE="1")
+    offline = "import huggingface_hub.constants as read_once; read_once.HF_HUB_OFFLINE = True"
+    done = process("run", "nobody/no-such-model", TEXT, before=offline)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr
@@ -168,18 +172,22 @@ def test_an_interrupt_ends_with_130(monkeypatch: Any) -> None:
 
 @pytest.mark.parametrize("format", ["human", "json"])
 def test_a_reader_that_goes_away_is_not_a_failed_check(format: str) -> None:
-    command = [sys.executable, "-m", "pellucid", "run", "demo", TEXT, "--top-k", "9999", "--format", format]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as running:
-        assert running.stdout is not None
-        assert running.stderr is not None
-        running.stdout.close()
-        errors = running.stderr.read().decode()
-        assert running.wait() == 141
+    command = ["-m", "pellucid", "run", "demo", TEXT, "--top-k", "9999", "--format", format]
+    reader, writer = os.pipe()
+    with tempfile.TemporaryFile() as stderr, open(os.devnull) as nothing:
+        running = forked.start(command, (nothing.fileno(), writer, stderr.fileno()))
+        os.close(writer)
+        os.close(reader)
+        running.join()
+        assert running.exitcode == 141
+        stderr.seek(0)
+        errors = stderr.read().decode()
     assert "Traceback" not in errors
     assert "Broken" not in errors
 
 
-def test_colours() -> None:
+def test_colours(report: CheckReport, monkeypatch: Any) -> None:
+    monkeypatch.setattr(TransformerBridge, "verify", lambda *_, **__: report)
     assert COLOUR.search(cli("check", "demo", "--format", "human").stdout)
     assert not COLOUR.search(cli("check", "demo", "--format", "human", NO_COLOR="1").stdout)
     assert "\x1b" not in cli("check", "demo").stdout
@@ -364,16 +372,13 @@ def test_a_text_from_a_file_or_a_pipe(content: bytes, tokens: list[str], tmp_pat
 
 @pytest.mark.skipif(os.name == "nt", reason="arguments are UTF-16 there")
 def test_a_text_on_the_command_line_is_utf8_in_every_locale() -> None:
-    done = process(
-        "run",
-        "demo",
-        "人权",
-        "--format",
-        "json",
-        LC_ALL="C",
-        PYTHONUTF8="0",
-        PYTHONCOERCECLOCALE="0",
-        PYTHONIOENCODING="",
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
+    done = subprocess.run(
+        [sys.executable, "-m", "pellucid", "run", "demo", "人权", "--format", "json"],
+        capture_output=True,
+        encoding="utf-8",
+        cwd=ROOT,
+        env={**os.environ, **locale},
     )
     assert json.loads(done.stdout)["tokens"] == ["人", "权"]
 
@@ -448,18 +453,14 @@ def test_the_commit_of_a_hub_model(monkeypatch: Any) -> None:
 # -- check -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def report(demo: TransformerBridge) -> CheckReport:
-    return demo.verify()
-
-
-def test_a_model_that_holds() -> None:
+def test_a_model_that_holds(report: CheckReport, monkeypatch: Any) -> None:
     done = cli("check", "demo")
     assert done.exit_code == 0
     assert not done.stderr
     assert re.search(r"All \d+ checks hold for demo \(float32\)\.", done.stdout)
     assert "blocks.*.attn.hook_pattern" in done.stdout
     assert "looking" not in done.stdout
+    monkeypatch.setattr(TransformerBridge, "verify", lambda *_, **__: report)
     assert "blocks.*.ln2.hook_normalized " in cli("check", "demo", COLUMNS="80").stdout
 
 
@@ -482,13 +483,14 @@ def test_the_report_as_json(tmp_path: Path) -> None:
     assert cli("check", "demo", "--out", out).exit_code == 2
 
 
-def test_a_planted_fault_is_named(not_finite: Path) -> None:
-    done = cli("check", not_finite, "--layers", "1")
+def test_a_planted_fault_is_named(not_finite: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    done = cli("check", not_finite, "--layers", "1", "--out", out)
     assert done.exit_code == 1
     failed = done.stdout[done.stdout.index("What does not hold") :]
     assert "transformer.h.1.mlp.dense_4h_to_h.bias" in failed
     assert re.search(r"\d+ of \d+ checks do not hold", failed)
-    found = json.loads(cli("check", not_finite, "--layers", "1", "--format", "json").stdout)
+    found = json.loads(out.read_text("utf-8"))
     assert found["ok"] is False
     assert found["results"][0]["detail"] == "transformer.h.1.mlp.dense_4h_to_h.bias"
 
@@ -580,9 +582,10 @@ def test_the_demo_as_json_in_a_process_of_its_own() -> None:
     assert done.stderr == ""
 
 
-def test_a_failed_check_in_the_demo_ends_with_1(monkeypatch: Any) -> None:
+def test_a_failed_check_in_the_demo_ends_with_1(story: Story, monkeypatch: Any) -> None:
     failed = CheckResult("logits, nothing hooked", False, 1.0, 0.0)
     monkeypatch.setattr(TransformerBridge, "verify", lambda *_, **__: CheckReport("demo", "float32", [failed]))
+    monkeypatch.setattr(story_module, "ablation_effects", lambda *_, **__: torch.tensor(story.effect))
     done = cli("demo")
     assert done.exit_code == 1
     assert "0 of 1 checks" in done.stdout

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests import forked
+
 LONG = "Everyone has the right to life, liberty and security of person.\n" * 500
 
 
-# Python runs this before anything else of the child. The signal is sent by the child itself, where it next puts a finished
-# file in its place after those that are waited for are there: a test that waits for them from outside is late on a slow
-# machine (the command was over before the signal came), and at any event at all (an import's open) somebody else's bare
-# except may take the interrupt.
+# The process runs this before anything else. The signal is sent by the process itself, where it next puts a finished file in
+# its place after those that are waited for are there: a test that waits for them from outside is late on a slow machine (the
+# command was over before the signal came), and at any event at all (an import's open) somebody else's bare except may take
+# the interrupt.
 SENT_WHEN_THERE = """
 import glob, os, signal, sys
 waiting = [True]
 def hook(event, arguments):
-    if event in ("os.rename", "os.link") and waiting and len(glob.glob(os.environ["INTERRUPT_WHEN"])) >= int(os.environ["INTERRUPT_COUNT"]):
+    if event in ("os.rename", "os.link") and waiting and len(glob.glob({files!r})) >= {count}:
         waiting.clear()
         os.kill(os.getpid(), signal.SIGINT)
 sys.addaudithook(hook)
@@ -31,25 +29,15 @@ sys.addaudithook(hook)
 
 def interrupted(command: list[str], folder: Path, files: str, count: int = 1) -> tuple[int, str]:
     """Exit code and standard error of a process that gets SIGINT once ``count`` paths match ``files``."""
-    (folder / "start").mkdir()
-    (folder / "start" / "sitecustomize.py").write_text(SENT_WHEN_THERE, "utf-8")
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(folder / "start"), str(ROOT)]),
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "INTERRUPT_WHEN": str(folder / files),
-        "INTERRUPT_COUNT": str(count),
-    }
-    done = subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, timeout=300)
-    return done.returncode, done.stderr.decode()
+    sends = SENT_WHEN_THERE.format(files=str(folder / files), count=count)
+    done = forked.run(command, cwd=folder, before=sends)
+    return done.returncode, done.stderr
 
 
 def again(command: list[str], folder: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, *command], cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    return done.stdout.decode()
+    done = forked.run(command, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_harvest_keeps_its_shards(tmp_path: Path) -> None:

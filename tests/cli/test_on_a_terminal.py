@@ -16,6 +16,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from pellucid.cli.app import app
+from tests import forked
 
 pty = pytest.importorskip("pty", reason="pseudo-terminals are POSIX")
 fcntl = pytest.importorskip("fcntl")
@@ -24,32 +25,35 @@ termios = pytest.importorskip("termios")
 ROOT = Path(__file__).parents[2]
 
 
-def on_a_terminal(*arguments: str, until: str | None = None, **environment: str) -> str:
+def on_a_terminal(*arguments: str, until: str | None = None) -> str:
     """What a command writes to standard error, where that is a terminal; up to ``until``, after which it is ended."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))  # a new one has no columns
-    with subprocess.Popen(
-        [sys.executable, "-m", "pellucid", *arguments],
-        stdout=subprocess.DEVNULL,
-        stderr=theirs,
-        cwd=ROOT,
-        env={**os.environ, "COLUMNS": "80", "TERM": "xterm", **environment},
-    ) as running:
-        os.close(theirs)
-        seen = b""
-        while True:
-            try:
-                chunk = os.read(ours, 65536)
-            except OSError:  # Linux says so when the other side is closed
-                break
-            if not chunk:
-                break
-            seen += chunk
-            if until is not None and until.encode() in seen:
-                running.kill()
-                break
-        os.close(ours)
-        assert running.wait() == 0 or until is not None, seen.decode()
+    environment = {**os.environ, "COLUMNS": "80", "TERM": "xterm"}
+    with open(os.devnull, "r+") as nothing:
+        streams = nothing.fileno(), nothing.fileno(), theirs
+        running = forked.start(["-m", "pellucid", *arguments], streams, env=environment)
+    os.close(theirs)
+    seen = read_terminal(ours, until)
+    if until is not None:
+        running.kill()
+    running.join()
+    assert running.exitcode == 0 or until is not None, seen
+    return seen
+
+
+def read_terminal(ours: int, until: str | None = None) -> str:
+    """What comes from the other side of a terminal up to its end, or up to ``until``."""
+    seen = b""
+    while until is None or until.encode() not in seen:
+        try:
+            chunk = os.read(ours, 65536)
+        except OSError:  # Linux says so when the other side is closed
+            break
+        if not chunk:
+            break
+        seen += chunk
+    os.close(ours)
     return seen.decode(errors="replace")
 
 
@@ -70,7 +74,17 @@ def test_a_bar_shows_on_the_embedded_model(command: str) -> None:
 
 
 def test_the_hubs_switch_turns_the_bars_off() -> None:
-    assert on_a_terminal("check", "demo", "--layers", "0", HF_HUB_DISABLE_PROGRESS_BARS="1") == ""
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(  # a real one: the switch is read when the hub's library is imported
+        [sys.executable, "-m", "pellucid", "check", "demo", "--layers", "0"],
+        stdout=subprocess.DEVNULL,
+        stderr=theirs,
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "80", "TERM": "xterm", "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+    ) as running:
+        os.close(theirs)
+        assert read_terminal(ours) == ""
+    assert running.returncode == 0
 
 
 # -- help --------------------------------------------------------------------------------------------------------------

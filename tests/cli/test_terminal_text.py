@@ -24,6 +24,7 @@ from pellucid.cli.mistakes import report_errors
 from pellucid.cli.output import table
 from pellucid.cli.terminal import SafeConsole
 from pellucid.demo import MODEL_FOLDER
+from pellucid.demo.story import Story
 from pellucid.errors import InputError, PellucidWarning
 from pellucid.tables import CONTROL, Table, visible
 
@@ -189,10 +190,11 @@ def test_nothing_of_it_is_lost() -> None:
     assert is_text(file.getvalue())
 
 
-def test_where_the_demonstration_was_written_is_text(tmp_path: Path, monkeypatch: Any) -> None:
+def test_where_the_demonstration_was_written_is_text(story: Story, tmp_path: Path, monkeypatch: Any) -> None:
     from pellucid.cli import demo as demo_module
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo_module, "tell_story", lambda *_: story)
     monkeypatch.setattr(demo_module, "_chapters", lambda story: [])
     done = outcome("demo", "--out", HOSTILE)
     assert is_text(done.stdout), done.output

@@ -23,15 +23,9 @@ from pellucid.demo.story import (
     losses_by_target,
     repeated_tokens,
     take_away,
-    tell_story,
 )
 from pellucid.errors import NoEffectError
 from tests.models import is_pristine
-
-
-@pytest.fixture(scope="module")
-def story(demo: TransformerBridge) -> Story:
-    return tell_story(demo)
 
 
 def test_the_model_is_small_and_float32(demo: TransformerBridge) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from tests import forked
 
 pytest.importorskip("transformer_lens", reason="TransformerLens is not installed (extra 'peer')")
 
@@ -25,13 +24,7 @@ READ_BY_A_NORM = ("of ln1", "of ln2", "projected", "apply_ln_to_stack", "logit_a
 
 @pytest.fixture(scope="module")
 def measured() -> Any:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.peer.cache_methods_peer"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parents[2],
-    )
+    done = forked.run(["-m", "tests.peer.cache_methods_peer"])
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests import forked
 
 pytest.importorskip("transformer_lens", reason="TransformerLens is not installed (extra 'peer')")
 
@@ -17,13 +16,7 @@ FAMILIES = ("llama", "gpt2", "qwen3", "gemma2", "phi3", "olmo2")
 
 @pytest.fixture(scope="module")
 def measured() -> Any:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.peer.families_peer"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parents[2],
-    )
+    done = forked.run(["-m", "tests.peer.families_peer"])
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
 

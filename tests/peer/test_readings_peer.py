@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+
+from tests import forked
 
 pytest.importorskip("transformer_lens", reason="TransformerLens is not installed (extra 'peer')")
 
 
 @pytest.fixture(scope="module")
 def both() -> Any:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.peer.readings_peer"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parents[2],
-    )
+    done = forked.run(["-m", "tests.peer.readings_peer"])
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout[done.stdout.index('{"ours"') :])
 
