@@ -109,8 +109,11 @@ class StandIn(Mounted):
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
-        """What ``inspect.signature`` asks: Hugging Face's ``generate`` looks for arguments in the forward's signature."""
-        return self._native()
+        """What ``inspect.signature`` asks: Hugging Face's ``generate`` looks for arguments in the forward's signature.
+
+        accelerate's ``unwrap_model`` goes this way too, through what ``prepare`` put on the model.
+        """
+        return self.original
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         root = self.component.root
