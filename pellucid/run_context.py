@@ -12,7 +12,7 @@ from collections.abc import Callable, Container
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from threading import Thread
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -297,6 +297,13 @@ class Scope:
     run: RunContext | None = None
 
 
+ReturnedInputs: TypeAlias = dict[int, tuple[Tensor, Tensor]]
+"""By layer: what a block was given, and the residual that a hook returned in its place.
+
+Hugging Face keeps a block's input for ``output_hidden_states`` before it calls the block, so that an edit in place is among its
+hidden states and a returned one is not.
+"""
+
 _SCOPES: ContextVar[tuple[Scope, ...]] = ContextVar("pellucid_scopes", default=())
 _QUIET: ContextVar[bool] = ContextVar("pellucid_quiet", default=False)
 _RUN: ContextVar[RunContext | None] = ContextVar("pellucid_run", default=None)
@@ -304,6 +311,7 @@ _FINISHED: ContextVar[RunContext | None] = ContextVar("pellucid_finished", defau
 _KEPT: ContextVar[int | Tensor | None] = ContextVar("pellucid_kept", default=None)
 _SPAN: ContextVar[LayerSpan] = ContextVar("pellucid_span", default=WHOLE)
 _FAST: ContextVar[FastAttention | None] = ContextVar("pellucid_fast_attention", default=None)
+_RETURNED: ContextVar[ReturnedInputs | None] = ContextVar("pellucid_returned_inputs", default=None)
 
 is_quiet: Callable[[], bool] = _QUIET.get
 """Whether hook points are silent because we compute something beside the model."""
@@ -315,6 +323,10 @@ current_run: Callable[[], RunContext | None] = _RUN.get
 """The forward that is running in this thread or task."""
 current_fast_attention: Callable[[], FastAttention | None] = _FAST.get
 """What the attentions of the current run share, ``None`` if all of them take the exact path."""
+returned_inputs: Callable[[], ReturnedInputs | None] = _RETURNED.get
+"""Residuals that hooks returned in the current run, ``None`` where nothing is collected."""
+set_returned_inputs: Callable[[ReturnedInputs | None], object] = _RETURNED.set
+"""Say where blocks note the residuals that hooks return in the run of this context."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -419,8 +431,8 @@ def _call_quietly(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
 
 
 def outside_run(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call a user's function: a model that it calls is in a run of its own, through all blocks."""
-    if _SPAN.get() is WHOLE and _FAST.get() is None:
+    """Call a user's function: a model that it calls is in a run of its own, through all blocks, and a block no part of one."""
+    if _SPAN.get() is WHOLE and _FAST.get() is None and _RETURNED.get() is None:
         return function(*args, **kwargs)
     return in_own_context(_call_outside, function, *args, **kwargs)  # type: ignore[arg-type]
 
@@ -428,4 +440,5 @@ def outside_run(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> 
 def _call_outside(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     _SPAN.set(WHOLE)
     _FAST.set(None)
+    _RETURNED.set(None)
     return function(*args, **kwargs)

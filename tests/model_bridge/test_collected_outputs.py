@@ -6,17 +6,19 @@ leaves the final norm, attention ``i`` the pattern that block ``i`` used.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pellucid import TransformerBridge
 from pellucid.hook_points import HookPoint
 from pellucid.model_bridge.running.loading import make_adapter
 from pellucid.names import HookSpec
+from tests.families import make_family
 from tests.models import VOCAB, make_bloom, make_generator, random_tokens
 
 LAYER, N_LAYERS = 1, 3
@@ -136,6 +138,50 @@ def test_a_run_inside_a_hook_has_its_own() -> None:
         alone = model(TOKENS[:1], output_hidden_states=True)
     assert torch.equal(outer.hidden_states[1], plain.hidden_states[1] + 1)
     assert torch.equal(inner[1].hidden_states[1], alone.hidden_states[1] + 1)
+
+
+@pytest.mark.parametrize("family", ["bloom", "llama"])
+def test_a_block_that_a_hook_calls_by_hand_is_no_part_of_the_run(family: str) -> None:
+    """The oracle is Hugging Face's model with torch hooks that edit block 1's input and call it by hand before block 2.
+
+    Hugging Face collects what a Llama's block gives by torch hooks of its own, a call by hand too: the others move up.
+    """
+    model: Any = make_bloom() if family == "bloom" else make_family(family)
+    native = copy.deepcopy(model)
+    blocks = native.transformer.h if family == "bloom" else native.model.layers
+    bridge = TransformerBridge(model)
+    arguments: list[Any] = []  # of a block, behind the residual
+
+    def edited(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        arguments[:] = [args[1:], kwargs]
+        return (args[0] + 1, *args[1:]), kwargs
+
+    def call(block: nn.Module, residual: Tensor) -> None:
+        block(residual * 0.5, *arguments[0], **arguments[1])
+
+    blocks[1].register_forward_pre_hook(edited, with_kwargs=True)
+    blocks[2].register_forward_pre_hook(lambda module, args: call(blocks[1], args[0]))
+    block = bridge.blocks[1].original_component
+    assert block is not None
+
+    def by_hand(tensor: Tensor, hook: HookPoint) -> None:
+        call(block, tensor)
+
+    hooks: Any = [("blocks.1.hook_resid_pre", lambda tensor, hook: tensor + 1), ("blocks.2.hook_resid_pre", by_hand)]
+    with torch.no_grad():
+        expected = native(TOKENS, use_cache=False, output_hidden_states=True)
+        with bridge.hooks(fwd_hooks=hooks):
+            found = model(TOKENS, use_cache=False, output_hidden_states=True)
+            some = model(TOKENS, use_cache=False, output_hidden_states=[0, 2]).hidden_states
+    assert torch.equal(found.logits, expected.logits)
+    # Hugging Face keeps what came before its torch hook edited it.
+    entered = expected.hidden_states[1] + 1
+    assert torch.equal(found.hidden_states[1], entered)
+    assert len(found.hidden_states) == len(expected.hidden_states) == (4 if family == "bloom" else 5)
+    for place in (0, *range(2, len(expected.hidden_states))):
+        assert torch.equal(found.hidden_states[place], expected.hidden_states[place]), place
+    if family == "llama":
+        assert some[1] is None  # it was not asked for
 
 
 def test_gradients_flow_through_what_was_collected() -> None:

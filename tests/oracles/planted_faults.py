@@ -1285,6 +1285,20 @@ FAULTS = (
         "tests/model_bridge/test_whose_run.py",
     ),
     Fault(
+        "a block that a hook calls by hand overwrites what Hugging Face collected",
+        "pellucid/run_context.py",
+        " and _RETURNED.get() is None:",
+        ":",
+        "tests/model_bridge/test_collected_outputs.py -k by_hand",
+    ),
+    Fault(
+        "a returned residual is put in the wrong place of the hidden states where a block was called by hand",
+        f"{COMPONENTS}/backbone.py",
+        "places.get(id(given), layer)",
+        "layer",
+        "tests/model_bridge/test_collected_outputs.py -k by_hand",
+    ),
+    Fault(
         "a block that is run again has no hooks in autograd's thread",
         f"{COMPONENTS}/checkpointing.py",
         "        if handles is None:\n            return self.checkpoint(function",
