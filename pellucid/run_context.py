@@ -300,8 +300,8 @@ class Scope:
 ReturnedInputs: TypeAlias = dict[int, tuple[Tensor, Tensor]]
 """By layer: what a block was given, and the residual that a hook returned in its place.
 
-Hugging Face keeps a block's input for ``output_hidden_states`` before it calls the block, so that an edit in place is among its
-hidden states and a returned one is not.
+Hugging Face keeps a block's input for ``output_hidden_states`` before it calls the block, so that an edit in place is among
+its hidden states and a returned one is not.
 """
 
 _SCOPES: ContextVar[tuple[Scope, ...]] = ContextVar("pellucid_scopes", default=())
@@ -431,7 +431,7 @@ def _call_quietly(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
 
 
 def outside_run(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call a user's function: a model that it calls is in a run of its own, through all blocks, and a block no part of one."""
+    """Call a user's function: a model that it calls is in a run of its own, through all blocks; a block, in none."""
     if _SPAN.get() is WHOLE and _FAST.get() is None and _RETURNED.get() is None:
         return function(*args, **kwargs)
     return in_own_context(_call_outside, function, *args, **kwargs)  # type: ignore[arg-type]

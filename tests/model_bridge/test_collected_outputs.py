@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -142,46 +143,47 @@ def test_a_run_inside_a_hook_has_its_own() -> None:
 
 @pytest.mark.parametrize("family", ["bloom", "llama"])
 def test_a_block_that_a_hook_calls_by_hand_is_no_part_of_the_run(family: str) -> None:
-    """The oracle is Hugging Face's model with torch hooks that edit block 1's input and call it by hand before block 2.
+    """Inputs of blocks 0 and 2 are edited, and before block 1 a hook calls block 0 by hand.
 
-    Hugging Face collects what a Llama's block gives by torch hooks of its own, a call by hand too: the others move up.
+    The oracle is Hugging Face's model with torch hooks that do so. It collects what a Llama's block gives by torch hooks of its
+    own, of a call by hand too: the places that come after move up.
     """
     model: Any = make_bloom() if family == "bloom" else make_family(family)
     native = copy.deepcopy(model)
     blocks = native.transformer.h if family == "bloom" else native.model.layers
     bridge = TransformerBridge(model)
+    block = bridge.blocks[0].original_component
+    assert block is not None
     arguments: list[Any] = []  # of a block, behind the residual
+    entered: dict[int, Tensor] = {}
 
-    def edited(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def edited(layer: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
         arguments[:] = [args[1:], kwargs]
+        entered.setdefault(layer, args[0] + 1)
         return (args[0] + 1, *args[1:]), kwargs
 
-    def call(block: nn.Module, residual: Tensor) -> None:
-        block(residual * 0.5, *arguments[0], **arguments[1])
+    def call(called: nn.Module, residual: Tensor) -> None:
+        called(residual * 0.5, *arguments[0], **arguments[1])
 
-    blocks[1].register_forward_pre_hook(edited, with_kwargs=True)
-    blocks[2].register_forward_pre_hook(lambda module, args: call(blocks[1], args[0]))
-    block = bridge.blocks[1].original_component
-    assert block is not None
-
-    def by_hand(tensor: Tensor, hook: HookPoint) -> None:
-        call(block, tensor)
-
-    hooks: Any = [("blocks.1.hook_resid_pre", lambda tensor, hook: tensor + 1), ("blocks.2.hook_resid_pre", by_hand)]
+    for layer in (0, 2):
+        blocks[layer].register_forward_pre_hook(partial(edited, layer), with_kwargs=True)
+    blocks[1].register_forward_pre_hook(lambda module, args: call(blocks[0], args[0]))
+    hooks: Any = [(f"blocks.{layer}.hook_resid_pre", lambda tensor, hook: tensor + 1) for layer in (0, 2)]
+    hooks.append(("blocks.1.hook_resid_pre", lambda tensor, hook: call(block, tensor)))
     with torch.no_grad():
         expected = native(TOKENS, use_cache=False, output_hidden_states=True)
         with bridge.hooks(fwd_hooks=hooks):
             found = model(TOKENS, use_cache=False, output_hidden_states=True)
-            some = model(TOKENS, use_cache=False, output_hidden_states=[0, 2]).hidden_states
+            some = model(TOKENS, use_cache=False, output_hidden_states=[1]).hidden_states
     assert torch.equal(found.logits, expected.logits)
-    # Hugging Face keeps what came before its torch hook edited it.
-    entered = expected.hidden_states[1] + 1
-    assert torch.equal(found.hidden_states[1], entered)
-    assert len(found.hidden_states) == len(expected.hidden_states) == (4 if family == "bloom" else 5)
-    for place in (0, *range(2, len(expected.hidden_states))):
-        assert torch.equal(found.hidden_states[place], expected.hidden_states[place]), place
+    moved = len(expected.hidden_states) - N_LAYERS - 1
+    assert moved == (0 if family == "bloom" else 1)
+    wanted = dict(enumerate(expected.hidden_states)) | {0: entered[0], 2 + moved: entered[2]}
+    assert len(found.hidden_states) == len(wanted)
+    for place, tensor in wanted.items():
+        assert torch.equal(found.hidden_states[place], tensor), place
     if family == "llama":
-        assert some[1] is None  # it was not asked for
+        assert [place for place, tensor in enumerate(some) if tensor is not None] == [1]  # what was asked for
 
 
 def test_gradients_flow_through_what_was_collected() -> None:
