@@ -990,6 +990,21 @@ FAULTS = (
         "tests/model_bridge/test_fast_attention.py",
     ),
     Fault(
+        "a pass that ends at the final norm has no position ids of a padded mask",
+        "pellucid/model_bridge/running/runner.py",
+        "            output = model(**arguments)\n",
+        "            if prepared.ends_at_norm:\n                arguments.pop('position_ids', None)\n"
+        "            output = model(**arguments)\n",
+        "tests/model_bridge/test_collecting.py -k leaves_the_final_norm",
+    ),
+    Fault(
+        "a pass that ends at the final norm takes another attention than a run",
+        "pellucid/model_bridge/running/runner.py",
+        "set_fast_attention(self.fast_root())",
+        "set_fast_attention(None if prepared.ends_at_norm else self.fast_root())",
+        "tests/model_bridge/test_collecting.py -k leaves_the_final_norm",
+    ),
+    Fault(
         "fast attention under gradient checkpointing",
         "pellucid/model_bridge/running/runner.py",
         'self.attn_implementation == "sdpa" and not self._checkpoints()',
