@@ -332,6 +332,18 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+def the_run() -> RunContext:
+    """The forward that is running in this thread or task.
+
+    Raises:
+        InputError: there is none.
+    """
+    run = current_run()
+    if run is None:
+        raise InputError("hook.run is known only while a forward of a bridged model is running.")
+    return run
+
+
 def in_own_context(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Call ``work`` in a copy of this context: variables that it sets are as before afterwards, whatever happens."""
     return copy_context().run(work, *args, **kwargs)

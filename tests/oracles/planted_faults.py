@@ -614,7 +614,7 @@ FAULTS = (
     Fault(
         "what a hook calls is part of the run it is in",
         "pellucid/run_context.py",
-        "if _SPAN.get() is WHOLE and _FAST.get() is None:",
+        "if _SPAN.get() is WHOLE and _FAST.get() is None and _RETURNED.get() is None:",
         "if True:",
         "tests/model_bridge/test_odd_code.py",
     ),
@@ -1014,8 +1014,8 @@ FAULTS = (
     Fault(
         "what a hook calls takes the fast attention of its run",
         "pellucid/run_context.py",
-        "    _FAST.set(None)\n    return function",
-        "    return function",
+        "    _FAST.set(None)\n    _RETURNED.set(None)\n    return function",
+        "    _RETURNED.set(None)\n    return function",
         "tests/model_bridge/test_fast_attention.py",
     ),
     Fault(
