@@ -378,13 +378,13 @@ class HookPoint(NoTorchHooks):
             handle.reads_only for handle in self.fwd_hooks if acts(handle.scope)
         )
 
-    def fire(self, value: Tensor, *, private: bool = False) -> Tensor:
+    def fire(self, value: Tensor, *, copy_before_edit: bool = False) -> Tensor:
         """Show ``value`` to the functions that act here now, in order, and give back what goes on.
 
         Args:
             value: the model's tensor.
-            private: the tensor is not ours to change (the caller owns it, or autograd has saved it): functions that may
-                write get a copy.
+            copy_before_edit: functions that may write get a copy: the tensor is not ours to change (the caller owns it, or
+                autograd has saved it).
         """
         attached = self._attached
         if not (attached["fwd"] or attached["bwd"]):
@@ -401,18 +401,18 @@ class HookPoint(NoTorchHooks):
                     handle.calls += 1
                     handle.user_hook(value, self)
                 return value
-            shown = self._run_forward(value, forward, private)
+            shown = self._run_forward(value, forward, copy_before_edit)
         if backward:
-            if private and shown is value:
+            if copy_before_edit and shown is value:
                 # A copy for one branch: its gradient is that branch's alone, so it needs a place in the graph.
                 shown = value.view_as(value)
             shown = self._register_backward(shown, backward)
         return shown
 
-    def _run_forward(self, value: Tensor, handles: Sequence[LensHandle], private: bool) -> Tensor:
+    def _run_forward(self, value: Tensor, handles: Sequence[LensHandle], copy_before_edit: bool) -> Tensor:
         conversion = self.hook_conversion
         shown = value
-        if not all(handle.reads_only for handle in handles) and (private or is_delicate(value)):
+        if not all(handle.reads_only for handle in handles) and (copy_before_edit or is_delicate(value)):
             shown = value.clone()
         if conversion is not None:
             shown = conversion.convert(shown)

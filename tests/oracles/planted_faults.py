@@ -502,8 +502,8 @@ FAULTS = (
     Fault(
         "an in-place edit of the pattern writes where autograd has saved it",
         f"{COMPONENTS}/joint_qkv_attention.py",
-        "private=pattern.requires_grad",
-        "private=False",
+        "copy_before_edit=pattern.requires_grad",
+        "copy_before_edit=False",
         "tests/oracles/test_hook_table.py",
     ),
     Fault(
@@ -565,8 +565,8 @@ FAULTS = (
     Fault(
         "a residual given to start at is written to",
         f"{COMPONENTS}/block.py",
-        "private=begins",
-        "private=False",
+        "copy_before_edit=begins",
+        "copy_before_edit=False",
         "tests/model_bridge/test_running.py",
     ),
     Fault(
@@ -586,7 +586,7 @@ FAULTS = (
     Fault(
         "a branch's copy shares its gradient with the stream",
         "pellucid/hook_points.py",
-        "            if private and shown is value:",
+        "            if copy_before_edit and shown is value:",
         "            if False:",
         "tests/model_bridge/test_gradients.py",
     ),

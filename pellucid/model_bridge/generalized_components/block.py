@@ -103,7 +103,7 @@ class BlockBridge(GeneralizedComponent):
         if begins and span.residual is not None:  # what Hugging Face made of it before the blocks is not it (GPT-2)
             entering = span.residual.to(hidden_states.device)
         # A residual that the run was given belongs to the caller.
-        residual = self.fire("hook_in", entering, private=begins)
+        residual = self.fire("hook_in", entering, copy_before_edit=begins)
         if self.layer_index is not None and self.layer_index == span.stop:
             raise StopForward(residual)
         if residual is not hidden_states:
