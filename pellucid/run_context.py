@@ -284,7 +284,8 @@ class Scope:
         is_block: whether it is a user's ``with`` block, and not one run.
         threads: of a block, the threads that were there when it was opened.
         was_reported: whether a run in a later thread, in which it does not act, has been warned of.
-        run: the first forward that began while it was open.
+        inside: the forward in which it was opened, ``None`` outside one.
+        run: the first forward that began where it was opened, and not inside another one.
     """
 
     everywhere = False
@@ -294,6 +295,7 @@ class Scope:
     is_block = False
     threads: Container[Thread] = ()
     was_reported = False
+    inside: object | None = None
     run: RunContext | None = None
 
 
@@ -307,6 +309,7 @@ its hidden states and a returned one is not.
 _SCOPES: ContextVar[tuple[Scope, ...]] = ContextVar("pellucid_scopes", default=())
 _QUIET: ContextVar[bool] = ContextVar("pellucid_quiet", default=False)
 _RUN: ContextVar[RunContext | None] = ContextVar("pellucid_run", default=None)
+_INSIDE: ContextVar[object | None] = ContextVar("pellucid_inside", default=None)
 _FINISHED: ContextVar[RunContext | None] = ContextVar("pellucid_finished", default=None)
 _KEPT: ContextVar[int | Tensor | None] = ContextVar("pellucid_kept", default=None)
 _SPAN: ContextVar[LayerSpan] = ContextVar("pellucid_span", default=WHOLE)
@@ -357,7 +360,7 @@ def acts(scope: Scope) -> bool:
 def enter_scope(scope: Scope) -> None:
     """Let the functions of ``scope`` act in this thread or task."""
     scopes = _SCOPES.get()
-    scope.level = len(scopes) + 1
+    scope.level, scope.inside = len(scopes) + 1, _INSIDE.get()
     _SCOPES.set((*scopes, scope))
 
 
@@ -399,8 +402,11 @@ def set_run(run: RunContext | None) -> None:
     """Tell the hooks of this context which forward they are in."""
     _RUN.set(run)
     if run is not None:
+        inside = _INSIDE.get()
         for scope in _SCOPES.get():
-            scope.run = scope.run or run
+            if scope.run is None and scope.inside is inside:
+                scope.run = run
+        _INSIDE.set(run)
 
 
 def keep_finished(run: RunContext | None) -> None:
@@ -447,6 +453,16 @@ def outside_run(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> 
     if _SPAN.get() is WHOLE and _FAST.get() is None and _RETURNED.get() is None:
         return function(*args, **kwargs)
     return in_own_context(_call_outside, function, *args, **kwargs)  # type: ignore[arg-type]
+
+
+def beside_run(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call a user's function before a forward that is to begin: a model that it calls is in a run of its own."""
+    return in_own_context(_call_beside, function, *args, **kwargs)  # type: ignore[arg-type]
+
+
+def _call_beside(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    _INSIDE.set(function)  # in no forward that anything was opened in
+    return _call_outside(function, *args, **kwargs)
 
 
 def _call_outside(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -285,6 +285,39 @@ def test_a_torch_hook_that_runs_the_model_in_a_part_of_it(span: dict[str, int]) 
     assert all(torch.equal(logits, native(other).logits) for logits in found[1:])
 
 
+@pytest.mark.parametrize("span", [{}, {"start_at_layer": 1}, {"stop_at_layer": 2}], ids=str)
+@pytest.mark.parametrize("where", ["", "transformer"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_torch_pre_hook_of_the_model_that_runs_it(attention: Any, where: str, span: dict[str, int]) -> None:
+    """It runs the model on other tokens and on the very arguments; the cache is that of the run that was asked for."""
+    bridge, native = make_pair()
+    bridge.set_attn_implementation(attention)
+    model, other = bridge.hf_model, random_tokens(seed=5)
+    given = bridge(TOKENS, stop_at_layer=1) if "start_at_layer" in span else TOKENS
+    wanted_output, wanted = bridge.run_with_cache(given, **span)
+    found: list[Tensor] = []
+    caches: list[Any] = []
+    running: list[int] = []
+
+    def run_inside(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not running:
+            running.append(1)
+            found.append(model(other).logits)
+            module(*args, **kwargs)
+            caches.append(bridge.run_with_cache(other)[1])
+            running.clear()
+
+    handle = model.get_submodule(where).register_forward_pre_hook(run_inside, with_kwargs=True)
+    output, cache = bridge.run_with_cache(given, **span)
+    assert torch.equal(output, wanted_output)
+    assert all(torch.equal(cache[name], wanted[name]) for name in wanted)
+    assert torch.equal(found[0], native(other).logits)  # whole, and not in the attention of this bridge
+    assert list(model.get_submodule(where)._forward_pre_hooks.values()) == [run_inside]
+    handle.remove()
+    _, alone = bridge.run_with_cache(other)
+    assert all(torch.equal(caches[0][name], alone[name]) for name in alone)
+
+
 def test_resetting_hooks_leaves_the_runs_of_others_alone() -> None:
     bridge, _ = make_pair()
     wanted = set(bridge.run_with_cache(TOKENS)[1])

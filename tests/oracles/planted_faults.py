@@ -992,9 +992,9 @@ FAULTS = (
     Fault(
         "a pass that ends at the final norm has no position ids of a padded mask",
         "pellucid/model_bridge/running/runner.py",
-        "            output = model(**arguments)\n",
-        "            if prepared.ends_at_norm:\n                arguments.pop('position_ids', None)\n"
-        "            output = model(**arguments)\n",
+        "                output = model(**arguments)\n",
+        "                if prepared.ends_at_norm:\n                    arguments.pop('position_ids', None)\n"
+        "                output = model(**arguments)\n",
         "tests/model_bridge/test_collecting.py -k leaves_the_final_norm",
     ),
     Fault(
@@ -1298,6 +1298,20 @@ FAULTS = (
         "        refuse_unfired(expected, run)\n",
         "",
         "tests/model_bridge/test_whose_run.py",
+    ),
+    Fault(
+        "what a torch pre-hook of the model runs is taken for the run",
+        "pellucid/run_context.py",
+        "            if scope.run is None and scope.inside is inside:",
+        "            if scope.run is None:",
+        "tests/model_bridge/test_whose_run.py -k pre_hook",
+    ),
+    Fault(
+        "what a torch pre-hook of the model runs ends where the run ends",
+        "pellucid/model_bridge/running/torch_pre_hooks.py",
+        "        return beside_run(self.hook, *args)",
+        "        return self.hook(*args)",
+        "tests/model_bridge/test_whose_run.py -k pre_hook",
     ),
     Fault(
         "a block that a hook calls by hand overwrites what Hugging Face collected",
