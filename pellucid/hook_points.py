@@ -497,4 +497,4 @@ def _call(handle: LensHandle, shown: Tensor) -> Tensor:
     handle.calls += 1
     if before is not None:
         handle.changed = handle.changed or bool(bits_differ(before, result).any())
-    return result  # type: ignore[no-any-return]
+    return result

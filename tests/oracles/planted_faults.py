@@ -992,9 +992,9 @@ FAULTS = (
     Fault(
         "a pass that ends at the final norm has no position ids of a padded mask",
         "pellucid/model_bridge/running/runner.py",
-        "                output = model(**arguments)\n",
-        "                if prepared.ends_at_norm:\n                    arguments.pop('position_ids', None)\n"
-        "                output = model(**arguments)\n",
+        "            output = called_with_pre_hooks_apart(",
+        "            if prepared.ends_at_norm:\n                arguments.pop('position_ids', None)\n"
+        "            output = called_with_pre_hooks_apart(",
         "tests/model_bridge/test_collecting.py -k leaves_the_final_norm",
     ),
     Fault(

@@ -31,7 +31,7 @@ from pellucid.model_bridge.running.run_positions import (
     puts_prompts_before,
 )
 from pellucid.model_bridge.running.tokens import PaddingSide, TextOrTokens, TokenRules, check_mask, check_past
-from pellucid.model_bridge.running.torch_pre_hooks import pre_hooks_apart
+from pellucid.model_bridge.running.torch_pre_hooks import called_with_pre_hooks_apart
 from pellucid.names import FROM_EMBEDDINGS, FROM_TOKENS
 from pellucid.padding import last_columns, position_ids
 from pellucid.run_context import set_fast_attention, set_span
@@ -178,8 +178,7 @@ class Runner:
         model: Any = self.tree.root if prepared.behind_wrapper else self.model
         model = self.tree.backbone.module if prepared.ends_at_norm else model
         try:
-            with pre_hooks_apart(model, self.tree.root, self.tree.backbone.module):
-                output = model(**arguments)
+            output = called_with_pre_hooks_apart(model, arguments, self.tree.root, self.tree.backbone.module)
             is_own = model is self.tree.root or prepared.ends_at_norm
             made: Tensor = output[0] if is_own else logits_of(output, model, arguments, self.cfg)
         except BaseException as error:

@@ -7,8 +7,7 @@ whose activations are asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -30,19 +29,25 @@ class _Apart:
         return beside_run(self.hook, *args)
 
 
-@contextmanager
-def pre_hooks_apart(*modules: nn.Module) -> Iterator[None]:
-    """Call the torch pre-hooks of ``modules`` beside the run that begins in the block."""
-    hooked = [module._forward_pre_hooks for module in dict.fromkeys(modules) if module._forward_pre_hooks]
-    placed = []
+def called_with_pre_hooks_apart(model: nn.Module, arguments: Mapping[str, Any], *inside: nn.Module) -> Any:
+    """Call ``model``, its torch pre-hooks and those of modules ``inside`` it beside the run that begins.
+
+    Returns:
+        the model's output.
+    """
+    hooked: list[dict[int, Any]] = [
+        module._forward_pre_hooks for module in (model, *inside) if module._forward_pre_hooks
+    ]
+    if not hooked:
+        return model(**arguments)
+    placed: list[tuple[dict[int, Any], int, _Apart]] = []
     try:
         for hooks in hooked:
             for key, hook in list(hooks.items()):
-                if not isinstance(hook, _Apart):  # else another thread's, or left by an interrupt: it serves
-                    apart: Any = _Apart(hook)
-                    placed.append((hooks, key, apart))
-                    hooks[key] = apart
-        yield
+                if not isinstance(hook, _Apart):  # else another thread's, left by an interrupt, or a module named twice
+                    placed.append((hooks, key, _Apart(hook)))
+                    hooks[key] = placed[-1][2]
+        return model(**arguments)
     finally:
         for hooks, key, apart in placed:
             if hooks.get(key) is apart:
