@@ -27,12 +27,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, Protocol, TypeAlias
 
-import torch
 from torch import Tensor
 
 from pellucid.arguments import check_choice, check_function, check_whole
 from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
-from pellucid.errors import GradientError, HookValueError, InputError, NoEffectError
 from pellucid.hook_introspection import HookIntrospectionMixin as HookIntrospectionMixin
 from pellucid.hook_values import (
     add_note,
@@ -41,10 +39,12 @@ from pellucid.hook_values import (
     describe_function,
     is_delicate,
     laid_out_as,
-    mismatch,
+    no_effect,
+    what_goes_on,
+    with_a_gradient,
 )
 from pellucid.names import layer_of
-from pellucid.run_context import RunContext, Scope, acts, current_run, outside_run
+from pellucid.run_context import RunContext, Scope, acts, current_run, outside_run, the_run
 from pellucid.torch_hooks import NoTorchHooks
 
 HookFunction: TypeAlias = Callable[..., Any]
@@ -132,12 +132,7 @@ class LensHandle:
             NoEffectError: see above.
         """
         if self.must_change and not self.changed:
-            happened = f"ran {self.calls} times and left the tensor unchanged to the bit" if self.calls else "never ran"
-            raise NoEffectError(
-                f"assert_effect: the hook {describe_function(self.user_hook)} on {self.name} {happened}. An edit has to "
-                "change the tensor it is given in place, or return the new one; a copy (.float(), indexing with a list) "
-                "is not the tensor."
-            )
+            raise no_effect(f"{describe_function(self.user_hook)} on {self.name}", self.calls)
 
 
 class HookHandles(tuple[LensHandle, ...]):
@@ -339,13 +334,8 @@ class HookPoint(NoTorchHooks):
         self, dir: Directions = "fwd", including_permanent: bool = False, level: int | None = None
     ) -> None:
         """Detach functions, of context ``level`` only if given."""
-        self.detach(
-            [
-                handle
-                for handle in self.handles(dir, including_permanent)
-                if level is None or handle.context_level == level
-            ]
-        )
+        found = self.handles(dir, including_permanent)
+        self.detach([handle for handle in found if level is None or handle.context_level == level])
 
     def clear_context(self) -> None:
         """Empty ``ctx``."""
@@ -370,10 +360,7 @@ class HookPoint(NoTorchHooks):
         Raises:
             InputError: no forward of a bridged model is running in this thread.
         """
-        run = current_run()
-        if run is None:
-            raise InputError("hook.run is known only while a forward of a bridged model is running.")
-        return run
+        return the_run()
 
     # -- firing --------------------------------------------------------------------------------------------------------
 
@@ -391,13 +378,13 @@ class HookPoint(NoTorchHooks):
             handle.reads_only for handle in self.fwd_hooks if acts(handle.scope)
         )
 
-    def fire(self, value: Tensor, *, private: bool = False) -> Tensor:
+    def fire(self, value: Tensor, *, copy_before_edit: bool = False) -> Tensor:
         """Show ``value`` to the functions that act here now, in order, and give back what goes on.
 
         Args:
             value: the model's tensor.
-            private: the tensor is not ours to change (the caller owns it, or autograd has saved it): functions that may
-                write get a copy.
+            copy_before_edit: functions that may write get a copy: the tensor is not ours to change (the caller owns it, or
+                autograd has saved it).
         """
         attached = self._attached
         if not (attached["fwd"] or attached["bwd"]):
@@ -414,18 +401,18 @@ class HookPoint(NoTorchHooks):
                     handle.calls += 1
                     handle.user_hook(value, self)
                 return value
-            shown = self._run_forward(value, forward, private)
+            shown = self._run_forward(value, forward, copy_before_edit)
         if backward:
-            if private and shown is value:
+            if copy_before_edit and shown is value:
                 # A copy for one branch: its gradient is that branch's alone, so it needs a place in the graph.
                 shown = value.view_as(value)
             shown = self._register_backward(shown, backward)
         return shown
 
-    def _run_forward(self, value: Tensor, handles: Sequence[LensHandle], private: bool) -> Tensor:
+    def _run_forward(self, value: Tensor, handles: Sequence[LensHandle], copy_before_edit: bool) -> Tensor:
         conversion = self.hook_conversion
         shown = value
-        if not all(handle.reads_only for handle in handles) and (private or is_delicate(value)):
+        if not all(handle.reads_only for handle in handles) and (copy_before_edit or is_delicate(value)):
             shown = value.clone()
         if conversion is not None:
             shown = conversion.convert(shown)
@@ -437,16 +424,7 @@ class HookPoint(NoTorchHooks):
         return laid_out_as(value, shown)
 
     def _register_backward(self, value: Tensor, handles: Sequence[LensHandle]) -> Tensor:
-        if not torch.is_grad_enabled():
-            raise GradientError(
-                f"The backward hook on {handles[0].name} cannot fire: gradients are off (torch.no_grad or "
-                "inference_mode). Run the forward with gradients on."
-            )
-        if not value.is_floating_point():
-            raise GradientError(f"{handles[0].name} holds integers and has no gradient.")
-        if not value.requires_grad:
-            # Frozen parameters: the gradient begins here. A detached leaf shares the storage, so no number changes.
-            value = value.detach().requires_grad_(True)
+        value = with_a_gradient(value, str(handles[0].name))
         value.register_hook(partial(_run_backward, self, tuple(handles)))
         return value
 
@@ -512,15 +490,11 @@ def _call(handle: LensHandle, shown: Tensor) -> Tensor:
         raise
     if handle.direction == "bwd" and isinstance(result, tuple) and len(result) == 1:
         result = result[0]  # torch's own backward hooks return one-tuples
-    if result is None:
-        result = shown
-        if shown.shape != shape:
-            raise HookValueError(mismatch(handle.who, "left its tensor with shape", tuple(shape), tuple(shown.shape)))
+    if result is None and shown.shape == shape:
+        result = shown  # the name of a function takes longer to find than this
     elif result is not shown:
-        check_returned(result, shown, handle.who, "returned")
-        if result.data_ptr() != shown.data_ptr():
-            result = result.clone()  # the function may have kept it; a later one may write in place
+        result = what_goes_on(result, shown, shape, handle.who)
     handle.calls += 1
     if before is not None:
         handle.changed = handle.changed or bool(bits_differ(before, result).any())
-    return result  # type: ignore[no-any-return]
+    return result

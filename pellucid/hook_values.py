@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pellucid.errors import HookValueError
+from pellucid.errors import GradientError, HookValueError, NoEffectError
 
 
 def is_delicate(value: Tensor) -> bool:
@@ -40,6 +40,56 @@ def check_returned(result: object, expected: Tensor, who: str, verb: str) -> Non
     ):
         if wanted != found:
             raise HookValueError(mismatch(who, f"{verb} a tensor of {aspect}", wanted, found))
+
+
+def what_goes_on(result: object, shown: Tensor, shape: torch.Size, who: str) -> Tensor:
+    """What a function leaves: the tensor it returned, or the one it was shown.
+
+    Args:
+        result: what it returned, ``None`` if it only looked or wrote in place.
+        shown: the tensor it was shown, which had ``shape`` before.
+        shape: see ``shown``.
+        who: the function, for an error.
+
+    Raises:
+        HookValueError: nothing that can take the place of ``shown``.
+    """
+    if result is None:
+        if shown.shape != shape:
+            raise HookValueError(mismatch(who, "left its tensor with shape", tuple(shape), tuple(shown.shape)))
+        return shown
+    if result is shown:
+        return shown
+    check_returned(result, shown, who, "returned")
+    returned: Any = result
+    # The function may have kept it; a later one may write in place.
+    return returned.clone() if returned.data_ptr() != shown.data_ptr() else returned  # type: ignore[no-any-return]
+
+
+def with_a_gradient(value: Tensor, name: str) -> Tensor:
+    """``value``, in autograd's graph: where nothing before it has a gradient (frozen parameters), it begins here.
+
+    Raises:
+        GradientError: it cannot have one.
+    """
+    if not torch.is_grad_enabled():
+        raise GradientError(
+            f"The backward hook on {name} cannot fire: gradients are off (torch.no_grad or inference_mode). Run the forward "
+            "with gradients on."
+        )
+    if not value.is_floating_point():
+        raise GradientError(f"{name} holds integers and has no gradient.")
+    # A detached leaf shares the storage, so no number changes.
+    return value if value.requires_grad else value.detach().requires_grad_(True)
+
+
+def no_effect(who: str, calls: int) -> NoEffectError:
+    """What is wrong with a function that was to change its tensor and has not, in so many calls."""
+    happened = f"ran {calls} times and left the tensor unchanged to the bit" if calls else "never ran"
+    return NoEffectError(
+        f"assert_effect: the hook {who} {happened}. An edit has to change the tensor it is given in place, or return the "
+        "new one; a copy (.float(), indexing with a list) is not the tensor."
+    )
 
 
 def mismatch(who: str, what: str, expected: object, found: object) -> str:

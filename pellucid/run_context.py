@@ -12,7 +12,7 @@ from collections.abc import Callable, Container
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from threading import Thread
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -284,7 +284,8 @@ class Scope:
         is_block: whether it is a user's ``with`` block, and not one run.
         threads: of a block, the threads that were there when it was opened.
         was_reported: whether a run in a later thread, in which it does not act, has been warned of.
-        run: the first forward that began while it was open.
+        inside: the forward in which it was opened, ``None`` outside one.
+        run: the first forward that began where it was opened, and not inside another one.
     """
 
     everywhere = False
@@ -294,16 +295,26 @@ class Scope:
     is_block = False
     threads: Container[Thread] = ()
     was_reported = False
+    inside: object | None = None
     run: RunContext | None = None
 
+
+ReturnedInputs: TypeAlias = dict[int, tuple[Tensor, Tensor]]
+"""By layer: what a block was given, and the residual that a hook returned in its place.
+
+Hugging Face keeps a block's input for ``output_hidden_states`` before it calls the block, so that an edit in place is among
+its hidden states and a returned one is not.
+"""
 
 _SCOPES: ContextVar[tuple[Scope, ...]] = ContextVar("pellucid_scopes", default=())
 _QUIET: ContextVar[bool] = ContextVar("pellucid_quiet", default=False)
 _RUN: ContextVar[RunContext | None] = ContextVar("pellucid_run", default=None)
+_INSIDE: ContextVar[object | None] = ContextVar("pellucid_inside", default=None)
 _FINISHED: ContextVar[RunContext | None] = ContextVar("pellucid_finished", default=None)
 _KEPT: ContextVar[int | Tensor | None] = ContextVar("pellucid_kept", default=None)
 _SPAN: ContextVar[LayerSpan] = ContextVar("pellucid_span", default=WHOLE)
 _FAST: ContextVar[FastAttention | None] = ContextVar("pellucid_fast_attention", default=None)
+_RETURNED: ContextVar[ReturnedInputs | None] = ContextVar("pellucid_returned_inputs", default=None)
 
 is_quiet: Callable[[], bool] = _QUIET.get
 """Whether hook points are silent because we compute something beside the model."""
@@ -315,9 +326,25 @@ current_run: Callable[[], RunContext | None] = _RUN.get
 """The forward that is running in this thread or task."""
 current_fast_attention: Callable[[], FastAttention | None] = _FAST.get
 """What the attentions of the current run share, ``None`` if all of them take the exact path."""
+returned_inputs: Callable[[], ReturnedInputs | None] = _RETURNED.get
+"""Residuals that hooks returned in the current run, ``None`` where nothing is collected."""
+set_returned_inputs: Callable[[ReturnedInputs | None], object] = _RETURNED.set
+"""Say where blocks note the residuals that hooks return in the run of this context."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def the_run() -> RunContext:
+    """The forward that is running in this thread or task.
+
+    Raises:
+        InputError: there is none.
+    """
+    run = current_run()
+    if run is None:
+        raise InputError("hook.run is known only while a forward of a bridged model is running.")
+    return run
 
 
 def in_own_context(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -333,7 +360,7 @@ def acts(scope: Scope) -> bool:
 def enter_scope(scope: Scope) -> None:
     """Let the functions of ``scope`` act in this thread or task."""
     scopes = _SCOPES.get()
-    scope.level = len(scopes) + 1
+    scope.level, scope.inside = len(scopes) + 1, _INSIDE.get()
     _SCOPES.set((*scopes, scope))
 
 
@@ -375,8 +402,11 @@ def set_run(run: RunContext | None) -> None:
     """Tell the hooks of this context which forward they are in."""
     _RUN.set(run)
     if run is not None:
+        inside = _INSIDE.get()
         for scope in _SCOPES.get():
-            scope.run = scope.run or run
+            if scope.run is None and scope.inside is inside:
+                scope.run = run
+        _INSIDE.set(run)
 
 
 def keep_finished(run: RunContext | None) -> None:
@@ -419,13 +449,24 @@ def _call_quietly(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
 
 
 def outside_run(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call a user's function: a model that it calls is in a run of its own, through all blocks."""
-    if _SPAN.get() is WHOLE and _FAST.get() is None:
+    """Call a user's function: a model that it calls is in a run of its own, through all blocks; a block, in none."""
+    if _SPAN.get() is WHOLE and _FAST.get() is None and _RETURNED.get() is None:
         return function(*args, **kwargs)
     return in_own_context(_call_outside, function, *args, **kwargs)  # type: ignore[arg-type]
+
+
+def beside_run(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call a user's function before a forward that is to begin: a model that it calls is in a run of its own."""
+    return in_own_context(_call_beside, function, *args, **kwargs)  # type: ignore[arg-type]
+
+
+def _call_beside(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    _INSIDE.set(function)  # in no forward that anything was opened in
+    return _call_outside(function, *args, **kwargs)
 
 
 def _call_outside(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     _SPAN.set(WHOLE)
     _FAST.set(None)
+    _RETURNED.set(None)
     return function(*args, **kwargs)

@@ -41,9 +41,9 @@ def demo() -> TransformerBridge:
 @pytest.fixture(scope="session")
 def story(demo: TransformerBridge) -> Story:
     """What the demonstration computes."""
-    from pellucid.demo.story import tell_story
+    from pellucid.demo.story import run_demo
 
-    return tell_story(demo)
+    return run_demo(demo)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from pellucid.cli.options import DEMO, Format, ModelChoice
 from pellucid.cli.output import table, write_json
 from pellucid.cli.terminal import results
 from pellucid.demo.prompts import LANGUAGES
-from pellucid.demo.story import LENGTH, ROWS, Grid, Head, Story, tell_story
+from pellucid.demo.story import LENGTH, ROWS, Grid, Head, Story, run_demo
 from pellucid.plots.axis import Axis
 from pellucid.plots.picture import Panel, Picture, Scale
 from pellucid.plots.svg import svg_of
@@ -38,7 +38,7 @@ def show_demo(out: Path | None, seed: int, format: Format) -> bool:
     Returns:
         Whether the self-check holds.
     """
-    story = tell_story(open_bridge(ModelChoice(DEMO)), seed)
+    story = run_demo(open_bridge(ModelChoice(DEMO)), seed)
     if out is not None:
         write_files(story, out)
     if format is Format.json:

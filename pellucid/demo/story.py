@@ -79,7 +79,7 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Modest:
+class MostImportantHead:
     """The head that matters most, and how little its score says so."""
 
     head: Head
@@ -127,7 +127,7 @@ class Story:
     losses: Losses
     induction_heads: list[Head]
     effect_of_all_induction_heads: float
-    most_important: Modest
+    most_important: MostImportantHead
     restored: Restored
     check: Checked
     induction: Grid
@@ -148,7 +148,7 @@ class Story:
 
 
 @torch.no_grad()
-def tell_story(bridge: TransformerBridge, seed: int = 0, progress: bool | None = None) -> Story:
+def run_demo(bridge: TransformerBridge, seed: int = 0, progress: bool | None = None) -> Story:
     """The whole demo.
 
     Args:
@@ -164,7 +164,7 @@ def tell_story(bridge: TransformerBridge, seed: int = 0, progress: bool | None =
     effect = ablation_effects(bridge, tokens, progress=progress)
     heads = name_heads(induction, previous, effect)
     induction_heads = find_induction_heads(heads)
-    most_important = find_modest(heads)
+    most_important = find_most_important(heads)
     return Story(
         pellucid=pellucid.__version__,
         dtype=str(cfg.dtype).removeprefix("torch."),
@@ -177,7 +177,7 @@ def tell_story(bridge: TransformerBridge, seed: int = 0, progress: bool | None =
         induction_heads=induction_heads,
         effect_of_all_induction_heads=joint_effect(bridge, tokens, induction_heads),
         most_important=most_important,
-        restored=put_back(bridge, tokens, most_important.head),
+        restored=restore_head(bridge, tokens, most_important.head),
         check=in_short(bridge.verify(progress=progress)),
         induction=induction.tolist(),
         previous_token=previous.tolist(),
@@ -264,7 +264,7 @@ def ablation_effects(bridge: TransformerBridge, tokens: Tensor, progress: bool |
     effects = torch.zeros(bridge.cfg.n_layers, bridge.cfg.n_heads)
     places = [(layer, head) for layer in range(bridge.cfg.n_layers) for head in range(bridge.cfg.n_heads)]
     for layer, head in progress_bar(places, desc="demo: ablating", unit="head", show=progress):
-        losses = losses_by_target(bridge, tokens, [(hook_z(layer), take_away([head]))])
+        losses = losses_by_target(bridge, tokens, [(hook_z(layer), ablate_to_mean([head]))])
         effects[layer, head] = halves(losses).second_half - clean
     return effects
 
@@ -274,7 +274,7 @@ def hook_z(layer: int) -> str:
     return f"blocks.{layer}.attn.hook_z"
 
 
-def take_away(heads: Iterable[int]) -> HookFunction:
+def ablate_to_mean(heads: Iterable[int]) -> HookFunction:
     """A hook on ``hook_z`` that sets heads to their mean over rows and positions."""
     chosen = list(heads)
 
@@ -287,7 +287,7 @@ def take_away(heads: Iterable[int]) -> HookFunction:
 
 def joint_effect(bridge: TransformerBridge, tokens: Tensor, heads: Sequence[Head]) -> float:
     """By how many nats the second half's loss rises without several heads at once."""
-    edits = [(hook_z(head.layer), take_away([head.head])) for head in heads]
+    edits = [(hook_z(head.layer), ablate_to_mean([head.head])) for head in heads]
     clean = halves(losses_by_target(bridge, tokens)).second_half
     return halves(losses_by_target(bridge, tokens, edits)).second_half - clean
 
@@ -308,19 +308,19 @@ def find_induction_heads(heads: Sequence[Head]) -> list[Head]:
     return sorted((head for head in heads if head.induction > INDUCTION_BAR), key=lambda head: -head.induction)
 
 
-def find_modest(heads: Sequence[Head]) -> Modest:
+def find_most_important(heads: Sequence[Head]) -> MostImportantHead:
     """The head without which most is lost, and those that score higher as previous-token heads."""
     first = max(heads, key=lambda head: head.effect)
     higher = sorted(
         (head for head in heads if head.previous_token > first.previous_token), key=lambda head: -head.previous_token
     )
-    return Modest(first, 1 + len(higher), higher)
+    return MostImportantHead(first, 1 + len(higher), higher)
 
 
 # -- 4. patching -------------------------------------------------------------------------------------------------------
 
 
-def put_back(bridge: TransformerBridge, tokens: Tensor, head: Head) -> Restored:
+def restore_head(bridge: TransformerBridge, tokens: Tensor, head: Head) -> Restored:
     """Take a whole layer's heads away, then put the clean ``hook_z`` of one of them back."""
     name = hook_z(head.layer)
     clean_losses, cache = bridge.run_with_cache(tokens, names_filter=name, return_type="loss", loss_per_token=True)
@@ -329,7 +329,7 @@ def put_back(bridge: TransformerBridge, tokens: Tensor, head: Head) -> Restored:
     def restore(z: Tensor, hook: HookPoint) -> None:
         z[:, :, head.head] = clean_z[:, :, head.head]
 
-    without_all = (name, take_away(range(bridge.cfg.n_heads)))
+    without_all = (name, ablate_to_mean(range(bridge.cfg.n_heads)))
     return Restored(
         layer=head.layer,
         head=head.name,

@@ -194,7 +194,7 @@ def test_where_the_demonstration_was_written_is_text(story: Story, tmp_path: Pat
     from pellucid.cli import demo as demo_module
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo_module, "tell_story", lambda *_: story)
+    monkeypatch.setattr(demo_module, "run_demo", lambda *_: story)
     monkeypatch.setattr(demo_module, "_chapters", lambda story: [])
     done = outcome("demo", "--out", HOSTILE)
     assert is_text(done.stdout), done.output

@@ -16,13 +16,13 @@ from pellucid.demo.story import (
     LENGTH,
     Head,
     Story,
-    find_modest,
+    ablate_to_mean,
+    find_most_important,
     halves,
     head_scores,
     hook_z,
     losses_by_target,
     repeated_tokens,
-    take_away,
 )
 from pellucid.errors import NoEffectError
 from tests.models import is_pristine
@@ -64,12 +64,12 @@ def test_induction_heads_are_found_and_ranked(story: Story) -> None:
 
 
 def test_scores_are_not_effects(story: Story) -> None:
-    modest = story.most_important
-    assert modest.head.effect == max(map(max, story.effect)) > 4
-    assert modest.head.layer < story.induction_heads[0].layer
-    assert modest.head.previous_token < 0.4
-    assert modest.rank_by_previous_token == 1 + len(modest.higher_scored)
-    assert all(head.effect < 0.5 for head in modest.higher_scored)
+    most = story.most_important
+    assert most.head.effect == max(map(max, story.effect)) > 4
+    assert most.head.layer < story.induction_heads[0].layer
+    assert most.head.previous_token < 0.4
+    assert most.rank_by_previous_token == 1 + len(most.higher_scored)
+    assert all(head.effect < 0.5 for head in most.higher_scored)
     assert all(head.effect < 0.5 for head in story.induction_heads)
     assert story.effect_of_all_induction_heads > 4
 
@@ -149,17 +149,17 @@ def test_halves() -> None:
 def test_an_edit_that_does_nothing_is_refused(demo: TransformerBridge) -> None:
     tokens = repeated_tokens(demo.cfg.d_vocab, rows=1, length=4)
     with torch.no_grad(), pytest.raises(NoEffectError):
-        losses_by_target(demo, tokens, [(hook_z(0), take_away([]))])
+        losses_by_target(demo, tokens, [(hook_z(0), ablate_to_mean([]))])
 
 
 def test_the_modest_head() -> None:
     heads = [
         Head(f"L0H{i}", 0, i, 0.0, previous, effect) for i, (previous, effect) in enumerate([(0.3, 0.1), (0.2, 9.0)])
     ]
-    modest = find_modest(heads)
-    assert modest.head is heads[1]
-    assert modest.rank_by_previous_token == 2
-    assert modest.higher_scored == [heads[0]]
+    most = find_most_important(heads)
+    assert most.head is heads[1]
+    assert most.rank_by_previous_token == 2
+    assert most.higher_scored == [heads[0]]
 
 
 def test_predictions_sum_to_one_and_are_labelled(demo: TransformerBridge) -> None:

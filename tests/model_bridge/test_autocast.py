@@ -52,6 +52,22 @@ def test_the_check_holds_in_the_dtype_that_computes(how: str, kind: str) -> None
     assert rows.bound == torch.finfo(half).eps * 12  # of 12 positions
 
 
+@pytest.mark.filterwarnings("ignore:.*was replaced while:pellucid.errors.PellucidWarning")
+@pytest.mark.parametrize("prepared", ["before hooking", "while hooked"])
+def test_what_accelerate_unwraps_of_a_hooked_model_runs(prepared: str) -> None:
+    """``unwrap_model`` goes from forward to forward and makes a method of the last: in a model without hooks, the class's."""
+    model = make_bloom()
+    native, accelerator = copy.deepcopy(model), Accelerator(mixed_precision="bf16", cpu=True)
+    if prepared == "before hooking":
+        accelerator.prepare(model)
+    with TransformerBridge(model).hooks([("blocks.1.hook_resid_pre", lambda tensor, hook: None)]):
+        if prepared == "while hooked":
+            accelerator.prepare(model)
+        unwrapped = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        assert torch.equal(unwrapped(TOKENS).logits, native(TOKENS).logits)
+    assert torch.equal(unwrapped(TOKENS).logits, native(TOKENS).logits)
+
+
 def test_without_autocast_the_bounds_are_those_of_the_weights() -> None:
     report = TransformerBridge(make_bloom(n_layer=1)).verify(progress=False)
     (rows,) = (line for line in report.results if line.name == "layer 0: pattern rows sum to 1")

@@ -6,17 +6,20 @@ leaves the final norm, attention ``i`` the pattern that block ``i`` used.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pellucid import TransformerBridge
 from pellucid.hook_points import HookPoint
 from pellucid.model_bridge.running.loading import make_adapter
 from pellucid.names import HookSpec
+from tests.families import make_family
 from tests.models import VOCAB, make_bloom, make_generator, random_tokens
 
 LAYER, N_LAYERS = 1, 3
@@ -136,6 +139,51 @@ def test_a_run_inside_a_hook_has_its_own() -> None:
         alone = model(TOKENS[:1], output_hidden_states=True)
     assert torch.equal(outer.hidden_states[1], plain.hidden_states[1] + 1)
     assert torch.equal(inner[1].hidden_states[1], alone.hidden_states[1] + 1)
+
+
+@pytest.mark.parametrize("family", ["bloom", "llama"])
+def test_a_block_that_a_hook_calls_by_hand_is_no_part_of_the_run(family: str) -> None:
+    """Inputs of blocks 0 and 2 are edited, and before block 1 a hook calls block 0 by hand.
+
+    The oracle is Hugging Face's model with torch hooks that do so. It collects what a Llama's block gives by torch hooks of its
+    own, of a call by hand too: the places that come after move up.
+    """
+    model: Any = make_bloom() if family == "bloom" else make_family(family)
+    native = copy.deepcopy(model)
+    blocks = native.transformer.h if family == "bloom" else native.model.layers
+    bridge = TransformerBridge(model)
+    block = bridge.blocks[0].original_component
+    assert block is not None
+    arguments: list[Any] = []  # of a block, behind the residual
+    entered: dict[int, Tensor] = {}
+
+    def edited(layer: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        arguments[:] = [args[1:], kwargs]
+        entered.setdefault(layer, args[0] + 1)
+        return (args[0] + 1, *args[1:]), kwargs
+
+    def call(called: nn.Module, residual: Tensor) -> None:
+        called(residual * 0.5, *arguments[0], **arguments[1])
+
+    for layer in (0, 2):
+        blocks[layer].register_forward_pre_hook(partial(edited, layer), with_kwargs=True)
+    blocks[1].register_forward_pre_hook(lambda module, args: call(blocks[0], args[0]))
+    hooks: Any = [(f"blocks.{layer}.hook_resid_pre", lambda tensor, hook: tensor + 1) for layer in (0, 2)]
+    hooks.append(("blocks.1.hook_resid_pre", lambda tensor, hook: call(block, tensor)))
+    with torch.no_grad():
+        expected = native(TOKENS, use_cache=False, output_hidden_states=True)
+        with bridge.hooks(fwd_hooks=hooks):
+            found = model(TOKENS, use_cache=False, output_hidden_states=True)
+            some = model(TOKENS, use_cache=False, output_hidden_states=[1]).hidden_states
+    assert torch.equal(found.logits, expected.logits)
+    moved = len(expected.hidden_states) - N_LAYERS - 1
+    assert moved == (0 if family == "bloom" else 1)
+    wanted = dict(enumerate(expected.hidden_states)) | {0: entered[0], 2 + moved: entered[2]}
+    assert len(found.hidden_states) == len(wanted)
+    for place, tensor in wanted.items():
+        assert torch.equal(found.hidden_states[place], tensor), place
+    if family == "llama":
+        assert [place for place, tensor in enumerate(some) if tensor is not None] == [1]  # what was asked for
 
 
 def test_gradients_flow_through_what_was_collected() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import os
@@ -30,6 +31,7 @@ from pellucid.running_stats import (
     Quantiles,
     TopK,
 )
+from tests.families import make_family, native_arguments
 from tests.models import VOCAB, is_pristine, make_bloom, make_pair
 
 POST = "blocks.*.mlp.hook_post"
@@ -72,6 +74,35 @@ def plain_counts(model: Any, corpus: Corpus, batch_size: int, side: Any = "right
         layers = [(post[batch.attention_mask] > 0).sum(0) for post in bare_post(model, batch)]
         counts[batch.label] = counts.get(batch.label, 0) + torch.stack(layers)
     return counts
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize(
+    ("family", "attention"), [("gpt2", "eager"), ("opt", "eager"), ("llama", "sdpa"), ("bloom", "sdpa")]
+)
+def test_what_leaves_the_final_norm_is_that_of_a_run(family: str, attention: Any, side: Any) -> None:
+    """A pass that needs no logits calls the backbone alone: with the position ids and the attention of a whole run."""
+    model = make_bloom() if family == "bloom" else make_family(family, attention=attention)
+    native, bridge = copy.deepcopy(model), TransformerBridge(model)
+    bridge.set_attn_implementation(attention)
+    corpus, name = documents_corpus(count=5), "ln_final.hook_out"
+    expected: list[Tensor] = []
+    for batch in corpus.batches(3, padding_side=side):
+        mask = batch.attention_mask.long()
+        with torch.no_grad():
+            if (
+                family == "bloom"
+            ):  # its fused attention is Pellucid's: the run of the bridge, which has tests of its own
+                final = bridge.run_with_cache(batch.tokens, attention_mask=mask, names_filter=name)[1][name]
+            else:
+                given = native_arguments(native, mask, batch.tokens.shape[1])
+                final = native(batch.tokens, use_cache=False, output_hidden_states=True, **given).hidden_states[-1]
+        expected += [final[batch.attention_mask]] if batch.label == "en" else []
+    for requests in ({name: [MinMax()]}, {name: [MinMax()], "hook_unembed": [MinMax()]}):
+        found = bridge.collect(corpus, requests, batch_size=3, padding_side=side).get(name, "min_max", "en").result()
+        low, high = torch.cat(expected).aminmax(dim=0)
+        assert torch.equal(found.minimum, low)
+        assert torch.equal(found.maximum, high)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

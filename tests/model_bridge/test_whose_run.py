@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pellucid import TransformerBridge
 from pellucid.errors import GradientError, HookNotFiredError, InputError, PellucidWarning
@@ -87,6 +88,41 @@ def test_a_block_that_is_run_again_runs_with_its_hooks(reentrant: bool, where: s
     plain = gradients(bridge.hf_model)
     name = "transformer.h.1.self_attention.dense.weight"
     assert (plain[name] - found[0][name]).norm() > 0.05 * plain[name].norm()  # the hooks do make a difference
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("point", ["hook_v_input", "hook_attn_in"])
+def test_a_block_that_is_run_again_takes_its_heads_inputs_from_what_it_is_given(point: str, reentrant: bool) -> None:
+    """Half as much again of the residual goes to the heads; the oracle calls Hugging Face's modules in torch hooks."""
+    bridge, native = make_pair()
+    bridge.train()
+    bridge.set_use_split_qkv_input(point == "hook_v_input")
+    bridge.set_use_attn_in(point == "hook_attn_in")
+    bridge.hf_model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    bridge.hf_model.enable_input_require_grads()
+    with bridge.hooks([(f"blocks.1.{point}", lambda tensor, hook: tensor * 1.5)]):
+        bridge(TOKENS).pow(2).mean().backward()
+    found = gradients(bridge.hf_model)
+
+    block, entering = native.train().transformer.h[1], []
+    parts = slice(2, 3) if point == "hook_v_input" else slice(0, 3)
+    block.register_forward_pre_hook(lambda module, args: entering.append(args[0]))
+
+    def project_more(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        heads, d_head = native.config.n_head, 48 // native.config.n_head
+        more = F.linear(block.input_layernorm(entering[0] * 1.5), module.weight, module.bias)
+        output, more = (each.view(*each.shape[:2], heads, 3, d_head) for each in (output, more))
+        chosen = torch.zeros(3, 1, dtype=torch.bool)
+        chosen[parts] = True
+        return torch.where(chosen, more, output).flatten(2)
+
+    block.self_attention.query_key_value.register_forward_hook(project_more)
+    native(TOKENS).logits.pow(2).mean().backward()
+    expected = gradients(native)
+    assert set(found) == set(expected)
+    for name, gradient in expected.items():
+        # The heads' products are made one by one: sums of 48 numbers in another order.
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6 * float(gradient.abs().max()))
 
 
 @pytest.mark.parametrize("where", ["same thread", "another thread"])
@@ -247,6 +283,39 @@ def test_a_torch_hook_that_runs_the_model_in_a_part_of_it(span: dict[str, int]) 
     assert torch.equal(bridge(given, **span), expected)
     handle.remove()
     assert all(torch.equal(logits, native(other).logits) for logits in found[1:])
+
+
+@pytest.mark.parametrize("span", [{}, {"start_at_layer": 1}, {"stop_at_layer": 2}], ids=str)
+@pytest.mark.parametrize("where", ["", "transformer"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_torch_pre_hook_of_the_model_that_runs_it(attention: Any, where: str, span: dict[str, int]) -> None:
+    """It runs the model on other tokens and on the very arguments; the cache is that of the run that was asked for."""
+    bridge, native = make_pair()
+    bridge.set_attn_implementation(attention)
+    model, other = bridge.hf_model, random_tokens(seed=5)
+    given = bridge(TOKENS, stop_at_layer=1) if "start_at_layer" in span else TOKENS
+    wanted_output, wanted = bridge.run_with_cache(given, **span)
+    found: list[Tensor] = []
+    caches: list[Any] = []
+    running: list[int] = []
+
+    def run_inside(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not running:
+            running.append(1)
+            found.append(model(other).logits)
+            module(*args, **kwargs)
+            caches.append(bridge.run_with_cache(other)[1])
+            running.clear()
+
+    handle = model.get_submodule(where).register_forward_pre_hook(run_inside, with_kwargs=True)
+    output, cache = bridge.run_with_cache(given, **span)
+    assert torch.equal(output, wanted_output)
+    assert all(torch.equal(cache[name], wanted[name]) for name in wanted)
+    assert torch.equal(found[0], native(other).logits)  # whole, and not in the attention of this bridge
+    assert list(model.get_submodule(where)._forward_pre_hooks.values()) == [run_inside]
+    handle.remove()
+    _, alone = bridge.run_with_cache(other)
+    assert all(torch.equal(caches[0][name], alone[name]) for name in alone)
 
 
 def test_resetting_hooks_leaves_the_runs_of_others_alone() -> None:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
 
@@ -185,14 +185,8 @@ class PassBatch(Generic[R]):
         """To the end of the blocks, of the final norm, or of the model."""
         model, prepared, positions = self._model, self._prepared, self.positions
         inside = positions.embeddings is None and not positions.cache_is_wrappers  # a wrapper adds nothing to the input
-        if self._stop is None or self._stop <= model.runner.cfg.n_layers or not inside:
-            return model.runner.run(prepared)
-        backbone: Any = model.runner.tree.backbone.module
-        given = {"input_ids": prepared.tokens, "attention_mask": prepared.attention_mask, "use_cache": False}
-        with model.runner.safely(prepared.given):
-            session = HookSession(model.runner.tree, components=model.runner.helpers(None, None))
-            output: Tensor = session.during(partial(backbone, **given))[0]
-        return output
+        prepared.ends_at_norm = self._stop == model.runner.cfg.n_layers + 1 and inside
+        return model.runner.run(prepared)
 
 
 class _Tap:

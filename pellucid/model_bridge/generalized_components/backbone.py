@@ -17,15 +17,16 @@ from pellucid.errors import HookNotFiredError
 from pellucid.hook_points import LensHandle
 from pellucid.hook_values import describe_function
 from pellucid.model_bridge.generalized_components.base import GeneralizedComponent
-from pellucid.model_bridge.generalized_components.block import RETURNED_INPUTS
 from pellucid.model_bridge.generalized_components.checkpointing import with_hooks_in_recomputation
 from pellucid.model_bridge.generalized_components.hf_arguments import by_name, given_cache
 from pellucid.run_context import (
+    ReturnedInputs,
     RunContext,
     current_run,
     current_span,
     in_own_context,
     keep_finished,
+    set_returned_inputs,
     set_run,
     set_whole,
 )
@@ -76,11 +77,11 @@ class BackboneBridge(GeneralizedComponent):
         end = generation.prompt_end_of(cache, past, given.shape[1], tokens is None)
         return RunContext(given, past, tokens, mask, generation, end)
 
-    def _run(self, run: RunContext, call: Callable[[], Any], returned: dict[int, Tensor] | None) -> Any:
+    def _run(self, run: RunContext, call: Callable[[], Any], returned: ReturnedInputs | None) -> Any:
         if current_run() is not None:
             set_whole()  # called inside another forward (by a torch hook, say): a run of its own
         set_run(run)
-        RETURNED_INPUTS.set(returned)
+        set_returned_inputs(returned)
         expected = self.expected_handles(run.tokens is not None)
         backbone = self.module
         if backbone.gradient_checkpointing and backbone.training and torch.is_grad_enabled():
@@ -91,12 +92,12 @@ class BackboneBridge(GeneralizedComponent):
         return _with_returned_inputs(output, returned) if returned else output
 
 
-def _with_returned_inputs(output: Any, returned: Mapping[int, Tensor]) -> Any:
+def _with_returned_inputs(output: Any, returned: ReturnedInputs) -> Any:
     """Hugging Face's output with its hidden states those that the blocks were given.
 
     Args:
         output: an output object, or a tuple where ``return_dict`` is off.
-        returned: the residual that a hook returned, by layer.
+        returned: what blocks were given, and what hooks returned in its place.
     """
     if isinstance(output, tuple):
         # Nothing before the hidden states is a tuple: the last residual, and a cache if there is one.
@@ -106,8 +107,20 @@ def _with_returned_inputs(output: Any, returned: Mapping[int, Tensor]) -> Any:
     return output
 
 
-def _replaced(hidden_states: tuple[Tensor, ...], returned: Mapping[int, Tensor]) -> tuple[Tensor, ...]:
-    return tuple(returned.get(layer, residual) for layer, residual in enumerate(hidden_states))
+def _replaced(hidden_states: tuple[Tensor | None, ...], returned: ReturnedInputs) -> tuple[Tensor | None, ...]:
+    """Hidden states in which each tensor that a block was given is the one that it used.
+
+    They are found by the tensor itself: where a hook calls a block by hand, Hugging Face collects that too, and the others
+    move up. A block on another device was given a copy, which is found by its place; places that were not asked for
+    (``output_hidden_states=[2]``) stay empty.
+    """
+    found = list(hidden_states)
+    places = {id(tensor): place for place, tensor in enumerate(hidden_states)}
+    for layer, (given, residual) in returned.items():
+        place = places.get(id(given), layer)
+        if found[place] is not None:
+            found[place] = residual
+    return tuple(found)
 
 
 def refuse_unfired(expected: Sequence[LensHandle], run: RunContext) -> None:

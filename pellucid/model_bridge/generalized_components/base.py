@@ -329,15 +329,15 @@ class GeneralizedComponent(NoTorchHooks):
             point = self._points.setdefault(site, point)  # another thread may have been first
         return point
 
-    def fire(self, site: str, value: Tensor, *, private: bool = False) -> Tensor:
+    def fire(self, site: str, value: Tensor, *, copy_before_edit: bool = False) -> Tensor:
         """Show ``value`` to the functions at ``site``, if there are any. See :meth:`HookPoint.fire`."""
         point = self._points.get(site)
         if point is None:
             return value
         if not self.rows_are_flat or not self.is_live(site):
-            return point.fire(value, private=private)
+            return point.fire(value, copy_before_edit=copy_before_edit)
         seen = rows_apart(value)
-        edited = point.fire(seen, private=private)
+        edited = point.fire(seen, copy_before_edit=copy_before_edit)
         # With gradients on, what a function saw has to be on the way, or its backward hook is not.
         return value if edited is seen and not value.requires_grad else edited.flatten(0, 1)
 

@@ -7,7 +7,6 @@ first norm for the per-head inputs of attention.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextvars import ContextVar
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -17,18 +16,11 @@ from pellucid.hook_points import HookPoint
 from pellucid.model_bridge.generalized_components.base import GeneralizedComponent, Site, StopForward
 from pellucid.model_bridge.generalized_components.normalization import NormalizationBridge
 from pellucid.model_bridge.generalized_components.split_inputs import PRE_NORM
-from pellucid.run_context import current_span
+from pellucid.run_context import current_span, returned_inputs
 from pellucid.tables import ranges
 
 Link: TypeAlias = tuple[str, str, str, str]
 """A child of a block (``""`` for the block), its site, the component that fires the same tensor, and its site there."""
-
-RETURNED_INPUTS: ContextVar[dict[int, Tensor] | None] = ContextVar("pellucid_returned_inputs", default=None)
-"""By layer, residuals that a hook returned in the place of what Hugging Face collects for ``output_hidden_states``.
-
-``None`` where nothing is collected. Hugging Face keeps a block's input before it calls the block, so that an edit in place
-was among its hidden states and a returned one was not.
-"""
 
 
 class Blocks(list[GeneralizedComponent]):
@@ -111,13 +103,13 @@ class BlockBridge(GeneralizedComponent):
         if begins and span.residual is not None:  # what Hugging Face made of it before the blocks is not it (GPT-2)
             entering = span.residual.to(hidden_states.device)
         # A residual that the run was given belongs to the caller.
-        residual = self.fire("hook_in", entering, private=begins)
+        residual = self.fire("hook_in", entering, copy_before_edit=begins)
         if self.layer_index is not None and self.layer_index == span.stop:
             raise StopForward(residual)
         if residual is not hidden_states:
-            returned = RETURNED_INPUTS.get()
+            returned = returned_inputs()
             if returned is not None and self.layer_index is not None:
-                returned[self.layer_index] = residual
+                returned[self.layer_index] = hidden_states, residual
         cfg = self.config
         if cfg is not None and (cfg.use_attn_in or cfg.use_split_qkv_input):
             # Attention's per-head inputs are switched on, which are copies of this block's residual.

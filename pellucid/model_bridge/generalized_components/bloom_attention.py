@@ -116,7 +116,7 @@ class BloomAttentionBridge(JointQKVAttentionBridge):
             z, pattern = self.attend(q, keys, values, attention_mask, alibi, bias)
             # The kernel keeps z, or what it is a view of, for the backward pass.
             own = bias is not None and z.requires_grad
-        contribution = self.project_out(self.fire("hook_z", z, private=own))
+        contribution = self.project_out(self.fire("hook_z", z, copy_before_edit=own))
         output = residual + F.dropout(contribution, p=attention.hidden_dropout, training=attention.training)
         return self.fire("hook_out", output), pattern
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from pellucid.errors import GradientError
 from pellucid.hook_points import LensHandle
+from pellucid.model_bridge.generalized_components.split_inputs import PRE_NORM
 from pellucid.run_context import Scope, open_scopes
 
 _TO_RUN_AGAIN: ContextVar[tuple[LensHandle, ...] | None] = ContextVar("pellucid_to_run_again", default=None)
@@ -74,4 +75,16 @@ class _Recomputation:
                 "its gradients would not be those of the hooked model. Use `with bridge.hooks(...):` around forward and "
                 "backward, or switch gradient checkpointing off."
             )
-        return context.copy().run(function, *args, **kwargs)
+        return context.copy().run(_on_own_residual, function, *args, **kwargs)
+
+
+def _on_own_residual(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a block on what it is given now: a reentrant checkpoint cuts its input off the graph that it came from.
+
+    The per-head inputs of attention are copies of that input, not of the one of the first time, behind which the whole
+    graph of the blocks before is.
+    """
+    known = PRE_NORM.get()
+    if known is not None and args:
+        PRE_NORM.set((args[0], known[1]))
+    return function(*args, **kwargs)

@@ -23,7 +23,7 @@ class EmbeddingBridge(GeneralizedComponent):
     def forward(self, input: Tensor, **kwargs: Any) -> Tensor:
         """Token ids ``[batch, pos]`` to ``[batch, pos, d_model]``."""
         original = self.original()
-        tokens = self.fire("hook_in", input, private=True)  # the ids belong to the caller
+        tokens = self.fire("hook_in", input, copy_before_edit=True)  # the ids belong to the caller
         if tokens is not input:
             self._refuse_outside(tokens)
         output: Tensor = original(tokens, **kwargs)

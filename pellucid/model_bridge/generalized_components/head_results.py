@@ -53,7 +53,7 @@ def with_results(
     """Fire ``hook_result`` of ``component``; ``native`` is the projection's own output, kept where nothing was changed."""
     result = head_results(layer, project, z, draws)
     looks = component.only_reads("hook_result")
-    edited = component.fire("hook_result", result, private=True)
+    edited = component.fire("hook_result", result, copy_before_edit=True)
     if looks:
         return native
     changed = bits_differ(edited, result).flatten(-2).any(-1, keepdim=True)

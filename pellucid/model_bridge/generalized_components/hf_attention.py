@@ -295,7 +295,7 @@ class HuggingFaceAttentionBridge(HeadWeights):
 
     def _show_pattern(self, pattern: Tensor) -> Tensor:
         # The softmax keeps its output for the backward pass: a hook that writes must not write there.
-        return self.fire("hook_pattern", pattern, private=pattern.requires_grad)
+        return self.fire("hook_pattern", pattern, copy_before_edit=pattern.requires_grad)
 
 
 def _mixed(function: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Any:

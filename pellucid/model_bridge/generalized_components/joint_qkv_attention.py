@@ -300,7 +300,7 @@ class JointQKVAttentionBridge(AttentionBridge):
         wide = torch.float64 if dtype is torch.float64 else torch.float32
         pattern: Tensor = attention.attention_dropout(scores.softmax(dim=-1, dtype=wide).to(v_bnkh.dtype))
         # The softmax keeps its output for the backward pass: a hook that writes must not write there.
-        pattern = self.fire("hook_pattern", pattern, private=pattern.requires_grad)
+        pattern = self.fire("hook_pattern", pattern, copy_before_edit=pattern.requires_grad)
         z = torch.bmm(pattern.reshape(rows, length, key_length), v_bnkh.reshape(rows, key_length, d_head))
         # Hugging Face's _merge_heads copies into [batch, pos, n_heads * d_head]; the same copy, seen per head.
         return z.view(batch, n_heads, length, d_head).permute(0, 2, 1, 3).contiguous(), pattern

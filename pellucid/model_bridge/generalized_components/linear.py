@@ -65,7 +65,7 @@ class LinearBridge(GeneralizedComponent):
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
         original = self.original()
-        given = self.fire_by_head("hook_in", input, self.heads_in, private=not self.owns_input)
+        given = self.fire_by_head("hook_in", input, self.heads_in, copy_before_edit=not self.owns_input)
         output = self.fire_by_head("hook_out", self._mapped(original, given), self.heads_out)
         return output if self.keeps_output or not self.is_live("hook_out") else output.clone()
 
@@ -74,12 +74,12 @@ class LinearBridge(GeneralizedComponent):
         output: Tensor = original(input)
         return output
 
-    def fire_by_head(self, site: str, value: Tensor, heads: int | None, private: bool = False) -> Tensor:
+    def fire_by_head(self, site: str, value: Tensor, heads: int | None, copy_before_edit: bool = False) -> Tensor:
         """Fire with the last axis seen as ``[..., heads, d_head]``."""
         if heads is None or not self.is_live(site):
-            return self.fire(site, value, private=private)
+            return self.fire(site, value, copy_before_edit=copy_before_edit)
         seen = value.unflatten(-1, (heads, -1))
-        edited = self.fire(site, seen, private=private)
+        edited = self.fire(site, seen, copy_before_edit=copy_before_edit)
         # With gradients on, what a function saw has to be on the way, or its backward hook is not.
         return value if edited is seen and not value.requires_grad else edited.flatten(-2)
 

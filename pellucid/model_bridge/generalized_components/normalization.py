@@ -104,8 +104,8 @@ class NormalizationBridge(GeneralizedComponent):
             self.fire_into("hook_in", hidden_states)
             x = hidden_states
         else:
-            x = self.fire("hook_in", hidden_states, private=self.input_is == "copy")
-        x = self.fire("hook_branch_in", x, private=True)
+            x = self.fire("hook_in", hidden_states, copy_before_edit=self.input_is == "copy")
+        x = self.fire("hook_branch_in", x, copy_before_edit=True)
         output: Tensor = original(x)
         if self.is_live("hook_scale") or self.is_live("hook_normalized"):
             output = self._with_inside(x, output)
@@ -138,10 +138,10 @@ class NormalizationBridge(GeneralizedComponent):
         self, native: Tensor, divided: Tensor, scale: Tensor, normalized: Tensor, dtype: torch.dtype
     ) -> Tensor:
         """Fire scale and normalised input, ``divided / scale``; what an edit of them makes of ``native``."""
-        edited_scale = self.fire("hook_scale", scale, private=True)
+        edited_scale = self.fire("hook_scale", scale, copy_before_edit=True)
         rescaled = bits_differ(scale, edited_scale)
         normalized = splice(normalized, divided / edited_scale, rescaled)
-        edited = self.fire("hook_normalized", normalized, private=True)
+        edited = self.fire("hook_normalized", normalized, copy_before_edit=True)
         changed = rescaled | bits_differ(normalized, edited).any(-1, keepdim=True)
         return splice(native, self._affine(edited, dtype), changed)
 

@@ -101,7 +101,7 @@ def with_own_input(
     if component.only_reads(site):
         component.fire(site, hidden_states)
         return native
-    edited = component.fire(site, hidden_states, private=True)
+    edited = component.fire(site, hidden_states, copy_before_edit=True)
     changed = bits_differ(edited, hidden_states).any(-1)[..., None, None]
     if changed.any() or edited.requires_grad:
         side = part.project(edited)

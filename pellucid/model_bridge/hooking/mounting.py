@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -109,8 +109,11 @@ class StandIn(Mounted):
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
-        """What ``inspect.signature`` asks: Hugging Face's ``generate`` looks for arguments in the forward's signature."""
-        return self._native()
+        """What ``inspect.signature`` asks: Hugging Face's ``generate`` looks for arguments in the forward's signature.
+
+        accelerate's ``unwrap_model`` goes this way too, through what ``prepare`` put on the model.
+        """
+        return self.original
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         root = self.component.root
@@ -244,7 +247,8 @@ class ComponentTree:
     def handles(self) -> Iterator[LensHandle]:
         """Every attached function."""
         for point in list(self.in_use):
-            yield from point.handles()
+            yield from point.fwd_hooks
+            yield from point.bwd_hooks
 
     def _head_handles(self) -> list[LensHandle]:
         """Functions on what comes after the backbone."""
@@ -450,7 +454,7 @@ def _below(name: str, component: GeneralizedComponent) -> dict[str, GeneralizedC
     return found
 
 
-def refuse_parallel_gradients(index: HookIndex, handles: Iterable[LensHandle]) -> None:
+def refuse_parallel_gradients(index: HookIndex, handles: Sequence[LensHandle]) -> None:
     """A per-head input is a second way to the same projection: the gradient flows through it or around it.
 
     It flows through it where anything but our caching is hooked there; then a gradient after the norm is not whole.
@@ -458,6 +462,8 @@ def refuse_parallel_gradients(index: HookIndex, handles: Iterable[LensHandle]) -
     Raises:
         GradientError: gradients are wanted on both ways of one layer, or after the norm beside a function on the other.
     """
+    if not any(handle.direction == "bwd" for handle in handles):
+        return  # as in a run that caches every point, which is asked twice
     used = [(index[str(handle.point.name)], handle) for handle in handles]
     per_head = [(spec, handle) for spec, handle in used if spec.flag in ("use_attn_in", "use_split_qkv_input")]
     through = {spec.layer: spec.name for spec, handle in per_head if not handle.reads_only}

@@ -24,6 +24,8 @@ class Prepared:
     """Once ``RunnableModel.positions_of`` has found them."""
     behind_wrapper: bool = False
     """The Hugging Face model is called, not the wrapper around it."""
+    ends_at_norm: bool = False
+    """Its backbone alone is called: the run ends with the final norm and makes no logits."""
 
     @property
     def given(self) -> Tensor:

@@ -31,6 +31,7 @@ from pellucid.model_bridge.running.run_positions import (
     puts_prompts_before,
 )
 from pellucid.model_bridge.running.tokens import PaddingSide, TextOrTokens, TokenRules, check_mask, check_past
+from pellucid.model_bridge.running.torch_pre_hooks import called_with_pre_hooks_apart
 from pellucid.names import FROM_EMBEDDINGS, FROM_TOKENS
 from pellucid.padding import last_columns, position_ids
 from pellucid.run_context import set_fast_attention, set_span
@@ -172,16 +173,18 @@ class Runner:
 
     # -- a run ---------------------------------------------------------------------------------------------------------
 
-    def _logits(self, arguments: dict[str, Any], behind_wrapper: bool = False) -> Tensor:
-        """Hugging Face's logits."""
-        model: Any = self.tree.root if behind_wrapper else self.model
+    def _output(self, prepared: Prepared, arguments: dict[str, Any]) -> Tensor:
+        """Hugging Face's logits, or what leaves the final norm."""
+        model: Any = self.tree.root if prepared.behind_wrapper else self.model
+        model = self.tree.backbone.module if prepared.ends_at_norm else model
         try:
-            output = model(**arguments)
-            logits: Tensor = output[0] if model is self.tree.root else logits_of(output, model, arguments, self.cfg)
+            output = called_with_pre_hooks_apart(model, arguments, self.tree.root, self.tree.backbone.module)
+            is_own = model is self.tree.root or prepared.ends_at_norm
+            made: Tensor = output[0] if is_own else logits_of(output, model, arguments, self.cfg)
         except BaseException as error:
             self._clean_up(error, arguments.get("input_ids"))
             raise
-        return logits
+        return made
 
     def _clean_up(self, error: BaseException, tokens: Tensor | None) -> None:
         """After an exception: leave an offloaded model as it was, and name an id that the embedding did not have."""
@@ -402,7 +405,7 @@ class Runner:
         return arguments
 
     def run(self, prepared: Prepared) -> Tensor:
-        """Logits, or the residual at which the run stops."""
+        """Logits, or the residual at which the run stops, or what leaves the final norm where it ends there."""
         arguments = self._arguments(prepared)
         if prepared.start is not None:
             self.positions_of(prepared)  # says whether the residual is the wrapper's to see
@@ -410,7 +413,7 @@ class Runner:
         if self.tree.is_float64():
             self._refuse_checkpointing()
         if not helpers:
-            return self._logits(arguments, prepared.behind_wrapper)
+            return self._output(prepared, arguments)
         return HookSession(self.tree, components=helpers).during(partial(self._run_part, prepared, arguments))
 
     def _run_part(self, prepared: Prepared, arguments: dict[str, Any]) -> Tensor:
@@ -418,7 +421,7 @@ class Runner:
         set_span(prepared.start, prepared.stop, None if prepared.start is None else prepared.residual)
         set_fast_attention(self.fast_root())
         try:
-            return self._logits(arguments, prepared.behind_wrapper)
+            return self._output(prepared, arguments)
         except StopForward as stopped:
             self.tree.restore_offloaded()
             return stopped.residual

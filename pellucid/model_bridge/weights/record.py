@@ -129,16 +129,16 @@ def record_of(tree: ComponentTree) -> WeightsRecord:
 def state_of(tree: ComponentTree) -> WeightsState:
     """A snapshot of the record, held against the weights."""
     record = record_of(tree)
-    done = {unit: believed(tree, unit) for unit in units_of(tree.cfg)}
+    done = {unit: steps_still_valid(tree, unit) for unit in units_of(tree.cfg)}
     return WeightsState(done, record.on_access, record.originals is not None, record.damaged, illegal_steps(tree))
 
 
-def believed(tree: ComponentTree, unit: Unit) -> frozenset[Step]:
+def steps_still_valid(tree: ComponentTree, unit: Unit) -> frozenset[Step]:
     """What the record says of a unit, unless its weights have been replaced since (a state dict loaded, training).
 
     Vectors tell, at no cost: a folded norm has gain 1 and bias 0, a centred bias has mean 0, a folded value bias is 0, the
     norm of a centred embedding has one gain and no bias, or its first rows have mean 0 where no norm follows. Where one of
-    these no longer holds, nothing is believed.
+    these no longer holds, no step is valid any more.
     """
     record = record_of(tree)
     done = record.done.get(unit, frozenset())

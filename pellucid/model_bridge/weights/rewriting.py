@@ -27,11 +27,11 @@ from pellucid.model_bridge.weights.legality import Request, refuse_illegal
 from pellucid.model_bridge.weights.record import (
     Unit,
     WeightsRecord,
-    believed,
     chunks,
     concerns,
     is_tied,
     record_of,
+    steps_still_valid,
     units_of,
 )
 from pellucid.model_bridge.weights.unembedding_table import TableChange, bias_of, head_of, untie, weight_path
@@ -79,7 +79,7 @@ def process(tree: ComponentTree, request: Request, verbose: bool = False, progre
     applied: set[Step] = set()
     todo: dict[Unit, frozenset[Step]] = {}
     for unit in units_of(tree.cfg):
-        has = believed(tree, unit)
+        has = steps_still_valid(tree, unit)
         asked = request.steps & concerns(unit)
         if unit == "unembed" and record.on_access and not request.keep_tied and "fold_ln" in asked:
             has -= {"fold_ln"}
