@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pellucid.arguments import check_choice, check_count, check_kind, check_list, check_number, check_path
 from pellucid.attribution.cells import SiteCells, find_site_cells
-from pellucid.attribution.choices import METHODS, AttributionChoices, By, Method
+from pellucid.attribution.choices import METHODS
 from pellucid.attribution.estimates import Estimator
 from pellucid.attribution.results import SiteResult, flat
 from pellucid.attribution.streaming import PairPass
@@ -32,7 +32,7 @@ from pellucid.axes import ROWS_AT_ONCE, Index
 from pellucid.corpora.pairs import PromptPairs
 from pellucid.errors import InputError
 from pellucid.experiments.labelled import Attribute, about_metrics, between
-from pellucid.experiments.options import Direction, Rows, SweepOptions, documented
+from pellucid.experiments.options import AttributionChoices, By, Direction, Method, Rows, SweepOptions, documented
 from pellucid.experiments.pairs import PairBatch, PairMetric, pair_batches
 from pellucid.experiments.places import Prompts, about_run
 from pellucid.model_bridge.corpus.function_hash import function_hash

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from pellucid.attribution.cells import SiteCells
-from pellucid.attribution.choices import Method
 from pellucid.attribution.qk_fix import PatternChange, is_fixed, pattern_change, pattern_hooks, refuse_shared_norm
 from pellucid.dtypes import widened
 from pellucid.errors import GradientError, UnsupportedModelError
 from pellucid.experiments.labelled import switched
+from pellucid.experiments.options import Method
 from pellucid.gradients import GradientRun, run_with_gradients
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.names import Flag

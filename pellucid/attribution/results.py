@@ -12,9 +12,10 @@ from torch import Tensor
 
 from pellucid.attribution.cells import SiteCells
 from pellucid.attribution.checking import LOW_AGREEMENT, Chosen, Verdict, choose, judge
-from pellucid.attribution.choices import TITLES, Method
+from pellucid.attribution.choices import TITLES
 from pellucid.attribution.resampling import Numbers, Stability, mean_effects, stability_of
 from pellucid.experiments.labelled import Attribute
+from pellucid.experiments.options import Method
 from pellucid.tables import BriefFields
 
 
