@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pellucid.errors import GradientError, InputError
 from pellucid.gradients.rules import Switch, layer_gates, refuse_rules, rule_hooks
+from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.names import BEFORE_BLOCKS
 from pellucid.sweep.lazy_logits import Asked, Cells, LazyLogits, plain
 from pellucid.sweep.metrics import Metric
@@ -104,7 +105,7 @@ def run_with_gradients(
         refuse_rules(bridge)
     switch, kept, starts = Switch(), dict[str, Tensor](), dict(instead or {})
     asked = list(dict.fromkeys(hooks))
-    first = [name for name in asked if bridge.hook_spec(name).component in BEFORE_BLOCKS]
+    first = _earliest(bridge, asked)
     block_hooks, head_hooks = rule_hooks(bridge, switch) if rules else ([], [])
 
     def begin(tensor: Tensor, hook: Any) -> Tensor:
@@ -126,6 +127,14 @@ def run_with_gradients(
         final = bridge.run_with_hooks(**unedited.input, fwd_hooks=functions, stop_at_layer=n_layers)
         scores = _scores(unedited, metric, final, head_hooks)
     return GradientRun(_checked(scores, unedited, metric, kept), {name: kept[name] for name in asked}, switch)
+
+
+def _earliest(bridge: TransformerBridge, asked: Iterable[str]) -> list[str]:
+    """Of points before the blocks, those that none of the others feeds: one of the tokens, and one of their positions."""
+    names = {bridge.hook_spec(name).name for name in asked}
+    before = [spec for spec in bridge.hook_index.values() if spec.name in names and spec.component in BEFORE_BLOCKS]
+    of_positions = [spec.name for spec in before if spec.component == "pos_embed"]
+    return [*[spec.name for spec in before if spec.component != "pos_embed"][:1], *of_positions[:1]]
 
 
 def _scores(unedited: Unedited, metric: MetricLike, final: Tensor, head_hooks: list[Hook]) -> Any:
