@@ -16,6 +16,7 @@ from tests.attribution.cases import LAYOUTS, METRIC, bridge_of, close, exactness
 from tests.families import make_family
 from tests.models import make_bloom
 
+
 def derivative(bridge: TransformerBridge, tokens: Tensor, hook: str, way: Tensor, stays: dict[str, Tensor]) -> Tensor:
     """``[row]``: of the metric along ``way``, by central differences.
 
@@ -74,7 +75,9 @@ def test_every_point_against_central_differences(name: str) -> None:
     """Along a random direction."""
     bridge, (base, _) = bridge_of(name), runs(bridge_of(name), rows=1)
     specs = [spec for spec in bridge.hook_index.values() if spec.layer in (None, 1) and spec.flag is None]
-    names = [spec.name for spec in specs if spec.kind != "int" and "ln_final" not in spec.name and "logit" not in spec.name]
+    names = [
+        spec.name for spec in specs if spec.kind != "int" and "ln_final" not in spec.name and "logit" not in spec.name
+    ]
     names = [hook for hook in names if hook not in ("hook_unembed", "hook_logits") and "router" not in hook]
     run = run_with_gradients(base, METRIC, names)
     gradients, generator, bound = run.gradients(), torch.Generator().manual_seed(3), difference_bound(bridge)
@@ -94,7 +97,12 @@ def test_a_layer_left_out_passes_nothing(name: str) -> None:
     """GradDrop: as if what the layer adds stayed what it is; a layer before a node changes nothing, its own leaves nothing."""
     bridge, (base, _) = bridge_of(name), runs(bridge_of(name))
     last = bridge.cfg.n_layers - 1
-    names = ["blocks.0.hook_resid_pre", "blocks.1.hook_attn_out", "blocks.1.hook_mlp_out", f"blocks.{last}.hook_mlp_out"]
+    names = [
+        "blocks.0.hook_resid_pre",
+        "blocks.1.hook_attn_out",
+        "blocks.1.hook_mlp_out",
+        f"blocks.{last}.hook_mlp_out",
+    ]
     run = run_with_gradients(base, METRIC, names, gates=True)
     plain, dropped = run.gradients(), run.gradients(without_layer=1)
     first, mlp = names[0], names[-1]
