@@ -87,7 +87,7 @@ def test_the_fix_of_queries_and_keys_is_the_first_order_effect_through_the_patte
     bridge = bridge_of(name)
     attention = bridge.adapter.family.attention
     flat = bool(attention.q_norm) and attention.head_norm == "flat"
-    (base, source), (clean, corrupted), layer = runs(bridge), pair(), 1
+    (base, source), corrupted, layer = runs(bridge), pair()[1], 1
     n_heads, n_key_heads = bridge.cfg.n_heads, bridge.cfg.n_key_value_heads
     pattern = f"blocks.{layer}.attn.hook_pattern"
     gradient = run_with_gradients(base, METRIC, [pattern]).gradients()
@@ -101,7 +101,7 @@ def test_the_fix_of_queries_and_keys_is_the_first_order_effect_through_the_patte
         for pos, head in ((4, heads - 1), (3, 0), (3, heads - 1)):
 
             def put(tensor: Tensor, pos: int = pos, head: int = head) -> Tensor:
-                tensor[:, pos, head] = source_run[hook][:, pos, head]  # noqa: B023 (called at once)
+                tensor[:, pos, head] = source_run[hook][:, pos, head]
                 return tensor
 
             after = activations(bridge, corrupted, [pattern], {hook: put})[pattern]
@@ -191,4 +191,4 @@ def test_integrated_gradients_against_captum() -> None:
     theirs = captum.IntegratedGradients(embedding_score(bridge, base), multiply_by_inputs=True)
     expected = theirs.attribute(ends[0], ends[1], n_steps=20, method="gausslegendre").sum(-1)
     found = Estimator(bridge, [cells(bridge, "embed", "pos")], ("ig",), 20).estimate(base, source, METRIC)
-    close(found.effects["embed", "ig"], expected, 1e-9)
+    close(found.effects["embed", "ig"], expected, 1e-7)  # captum holds the weights of the points in float32: 6e-8

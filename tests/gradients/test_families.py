@@ -12,7 +12,7 @@ from torch import Tensor
 from pellucid import TransformerBridge
 from pellucid.errors import UnsupportedModelError
 from pellucid.gradients import run_with_gradients
-from tests.attribution.cases import LAYOUTS, METRIC, bridge_of, close, exactness, pair, runs, score
+from tests.attribution.cases import LAYOUTS, METRIC, bridge_of, close, exactness, runs, score
 from tests.families import make_family
 from tests.models import make_bloom
 
