@@ -165,7 +165,7 @@ class AttributionPatching(BriefFields, AttributionChoices):
             ``standard_error`` ``[*by]``, by resampling pairs, NaN for one pair; ``patched`` ``[*by]``, the measured change,
             NaN where no patching was done; with ``rows="each"`` ``effect_of_pair`` ``[*by, pair]``; with ``"ig"``
             ``completeness_delta`` ``[layer]``, the largest over pairs. With several methods the effects have a first axis
-            ``method``. ``attrs["summary"]`` says in words how far it agrees with the experiment.
+            ``estimator``. ``attrs["summary"]`` says in words how far it agrees with the experiment.
 
         Raises:
             InputError: prompts of different lengths, axes without ``layer``, a metric that gives one number for several

@@ -25,7 +25,7 @@ class SiteResult(BriefFields):
 
     Attributes:
         site: its cells.
-        methods: in the order of the result; an axis ``method`` where ``several``.
+        methods: in the order of the result; an axis ``estimator`` where ``several``.
         several: whether there is that axis.
         effects: of each method ``[pair, cell]``, in the metric's unit.
         spans: ``[pair]``, the clean run's metric less the corrupted run's; ``None`` where nothing is normalised.
@@ -71,12 +71,12 @@ class SiteResult(BriefFields):
         def array(values: Sequence[Numbers], more: tuple[str, ...] = ()) -> tuple[tuple[str, ...], Any]:
             shaped = [np.asarray(value).reshape(*cells.shape, *np.shape(value)[1:]) for value in values]
             if self.several:
-                return ("method", *dims, *more), np.stack(shaped)
+                return ("estimator", *dims, *more), np.stack(shaped)
             return (*dims, *more), shaped[0]
 
         coords: dict[str, Any] = dict(cells.coords)
         if self.several:
-            coords["method"] = list(self.methods)
+            coords["estimator"] = list(self.methods)
         variables = {
             "effect": array(self.means),
             "standard_error": array([each.standard_error for each in stability]),

@@ -146,7 +146,7 @@ class AttributionChoices:
         "relp",
         "atp: source less base times the gradient at the base run; atp*: with the softmax's own change for queries and "
         "keys, and against cancelling paths; relp: the gradient by RelP's rules; ig: the gradient averaged over the way; "
-        "or several, for an axis method.",
+        "or several, for an axis estimator.",
         command=True,
     )
     direction: Direction = option(

@@ -30,6 +30,9 @@ from pellucid.sweep.scoring import MetricLike, check_metrics
 from pellucid.sweep.unedited import Unedited
 from pellucid.tables import BriefFields
 
+INTEGER_MODULES = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
+"""Where torch keeps modules that compute in integers."""
+
 Hook = tuple[str, Callable[..., Any]]
 
 
@@ -100,6 +103,7 @@ def run_with_gradients(
     """
     bridge, n_layers = unedited.bridge, unedited.bridge.cfg.n_layers
     bridge.runner.refuse_training()
+    _refuse_integers(bridge)
     check_metrics({"metric": metric}, unedited.tokens, unedited.attention_mask, bridge.cfg.d_vocab, None)
     if rules:
         refuse_rules(bridge)
@@ -127,6 +131,20 @@ def run_with_gradients(
         final = bridge.run_with_hooks(**unedited.input, fwd_hooks=functions, stop_at_layer=n_layers)
         scores = _scores(unedited, metric, final, head_hooks)
     return GradientRun(_checked(scores, unedited, metric, kept), {name: kept[name] for name in asked}, switch)
+
+
+def _refuse_integers(bridge: TransformerBridge) -> None:
+    """torch's own quantised modules give zeros to the backward pass, with no more than a warning.
+
+    Raises:
+        GradientError: there is one, with its name.
+    """
+    for path, module in bridge.hf_model.named_modules():
+        if type(module).__module__.startswith(INTEGER_MODULES):
+            raise GradientError(
+                f"{path} is quantised ({type(module).__qualname__} of {type(module).__module__}): it computes in integers, and "
+                "no gradient flows through it. Take the model before it was quantised."
+            )
 
 
 def _earliest(bridge: TransformerBridge, asked: Iterable[str]) -> list[str]:
