@@ -22,7 +22,15 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pellucid.arguments import check_choice, check_count, check_kind, check_list, check_number, check_path
+from pellucid.arguments import (
+    check_choice,
+    check_count,
+    check_function,
+    check_kind,
+    check_list,
+    check_number,
+    check_path,
+)
 from pellucid.attribution.cells import SiteCells, find_site_cells
 from pellucid.attribution.choices import METHODS
 from pellucid.attribution.estimates import Estimator
@@ -101,6 +109,9 @@ class AttributionPatching(BriefFields, AttributionChoices):
 
     def __post_init__(self) -> None:
         check_kind("pairs", self.pairs, PromptPairs, "PromptPairs(clean, corrupted, answer, foil)")
+        check_kind("options", self.options, SweepOptions, "SweepOptions(...)")
+        if self.metric is not None:
+            check_function("metric", self.metric, "a class of metrics, a metric, or a function of logits")
         for method in self.methods:
             check_choice("method", method, METHODS)
         if len(set(self.methods)) != len(self.methods):
@@ -109,6 +120,9 @@ class AttributionPatching(BriefFields, AttributionChoices):
             raise InputError(f"site={list(self.sites)} names one of them twice.")
         check_choice("direction", self.direction, ("denoising", "noising"))
         check_choice("rows", self.options.rows, ("mean", "each"))
+        unknown = [name for name in self.by if name not in self.sites] if isinstance(self.by, Mapping) else []
+        if unknown:
+            raise InputError(f"by names the site {unknown[0]!r}, which is none of site={list(self.sites)}.")
         for name, least in (
             ("n_points", 1),
             ("check", 0),
@@ -223,9 +237,6 @@ class AttributionPatching(BriefFields, AttributionChoices):
         lengths = sorted({batch.clean.length for batch in batches})
         base = _all_rows([batch.corrupted if self.direction == "denoising" else batch.clean for batch in batches])
         by = self.by if isinstance(self.by, Mapping) else dict.fromkeys(self.sites, self.by)
-        unknown = [name for name in by if name not in self.sites]
-        if unknown:
-            raise InputError(f"by names the site {unknown[0]!r}, which is none of site={list(self.sites)}.")
         sites = [find_site_cells(bridge, base, site, by.get(site), options) for site in self.sites]
         if len(lengths) > 1:
             placed = [word for site in sites for word in site.cells.by if word in ("pos", "key_pos")]

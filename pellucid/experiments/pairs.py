@@ -92,9 +92,8 @@ def _prompts(pairs: PromptPairs) -> dict[str, Sequence[str | Sequence[int]]]:
 
 
 def _read(bridge: TransformerBridge, prompt: str | Sequence[int], prepend_bos: bool | None) -> Prompts:
-    if isinstance(prompt, str):
-        return read_prompts(bridge, prompt, SweepOptions(prepend_bos=prepend_bos))
-    return read_prompts(bridge, torch.tensor([list(prompt)]))
+    given = prompt if isinstance(prompt, str) else torch.tensor([list(prompt)])
+    return read_prompts(bridge, given, SweepOptions(prepend_bos=prepend_bos))
 
 
 def _together(prompts: Sequence[Prompts]) -> Prompts:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pellucid.arguments import check_kind, check_mapping
 from pellucid.errors import GradientError, InputError
 from pellucid.gradients.rules import Switch, layer_gates, refuse_rules, rule_hooks
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
@@ -63,8 +64,14 @@ class GradientRun(BriefFields):
 
         Returns:
             By name, ``[row, ...]`` as the activation is; zeros where nothing flows back.
+
+        Raises:
+            InputError: a point that was not kept, or a way back that the run was made without.
         """
         names = list(self.activations if hooks is None else hooks)
+        lacking = [name for name in names if name not in self.activations]
+        if lacking:
+            raise InputError(f"{lacking[0]} was not kept by this run: name it in run_with_gradients(..., hooks=).")
         with self.switch.set(rules, without_layer):
             found = torch.autograd.grad(
                 self.scores.sum(), [self.activations[name] for name in names], retain_graph=True, allow_unused=True
@@ -101,6 +108,8 @@ def run_with_gradients(
         GradientError: a metric, or a model, through which no gradient flows.
         UnsupportedModelError: rules for a family that has a module without one.
     """
+    check_kind("unedited", unedited, Unedited, "an input of the model: read_prompts(bridge, prompt).unedited(bridge)")
+    check_mapping("instead", {} if instead is None else instead, "hook points to what goes on in their place")
     bridge, n_layers = unedited.bridge, unedited.bridge.cfg.n_layers
     bridge.runner.refuse_training()
     _refuse_integers(bridge)
@@ -142,8 +151,8 @@ def _refuse_integers(bridge: TransformerBridge) -> None:
     for path, module in bridge.hf_model.named_modules():
         if type(module).__module__.startswith(INTEGER_MODULES):
             raise GradientError(
-                f"{path} is quantised ({type(module).__qualname__} of {type(module).__module__}): it computes in integers, and "
-                "no gradient flows through it. Take the model before it was quantised."
+                f"{path} is quantised ({type(module).__qualname__} of {type(module).__module__}): it computes in integers, "
+                "and no gradient flows through it. Take the model before it was quantised."
             )
 
 

@@ -150,7 +150,7 @@ def test_cells_spread_over_activations_are_what_was_summed(
 
 
 def test_several_sites_and_methods_in_one_pass(bridge: TransformerBridge) -> None:
-    pairs, sites = make_pairs(), ["z", "mlp_out"]
+    pairs, sites = make_pairs(2), ["z", "mlp_out"]
     together = attribution_patching(
         bridge, pairs, site=sites, method=["atp", "relp"], by={"z": ("layer", "pos", "head")}
     )
@@ -158,7 +158,7 @@ def test_several_sites_and_methods_in_one_pass(bridge: TransformerBridge) -> Non
     assert [name for name, found in together.items() if found.effect.dims[0] == "estimator"] == sites
     for site, method in itertools.product(sites, ("atp", "relp")):
         by = ("layer", "pos", "head") if site == "z" else None
-        alone = attribution_patching(bridge, pairs, site=site, method=method, by=by)
+        alone = attribution_patching(bridge, pairs, site=site, method=method, by=by, check=0)
         assert isinstance(alone, xr.Dataset)
         assert np.abs(alone.effect.values - together[site].effect.sel(estimator=method).values).max() < 1e-9
 
@@ -279,7 +279,8 @@ def test_batches_change_nothing_but_rounding(bridge: TransformerBridge) -> None:
         attribution_patching(bridge, pairs, site="z", method="atp*", batch_size=size, check=3) for size in (2, 6)
     )
     for name in ("effect", "standard_error", "patched"):
-        assert np.abs(one[name].values - other[name].values).max() < 1e-10
+        worst = np.nanmax(np.abs(one[name].values - other[name].values))
+        assert worst < 1e-9 * np.nanmax(np.abs(one[name].values))
 
 
 @pytest.mark.parametrize("stop", [2, 5])
@@ -387,7 +388,7 @@ def test_metrics_without_a_gradient(bridge: TransformerBridge) -> None:
         attribution_patching(bridge, clean[:1], corrupted[:1], lambda logits: float(logits[0, -1, 5]))
     with pytest.raises(InputError, match=r"gives \[\] for 2 rows.*one number a row"):
         attribution_patching(bridge, clean, corrupted, lambda logits: logits[:, -1, 5].mean())
-    with pytest.raises(InputError, match="is a Metric or a function"):
+    with pytest.raises(InputError, match="metric is a class of metrics, a metric, or a function"):
         attribution_patching(bridge, clean, corrupted, {"a": METRIC})  # type: ignore[arg-type]
 
 
