@@ -90,14 +90,17 @@ def test_the_fix_of_queries_and_keys_is_the_first_order_effect_through_the_patte
     (base, source), corrupted, layer = runs(bridge), pair()[1], 1
     n_heads, n_key_heads = bridge.cfg.n_heads, bridge.cfg.n_key_value_heads
     pattern = f"blocks.{layer}.attn.hook_pattern"
-    gradient = run_with_gradients(base, METRIC, [pattern]).gradients()
+    patterns = [f"blocks.{each}.attn.hook_pattern" for each in range(bridge.cfg.n_layers)]
+    gradient = run_with_gradients(base, METRIC, patterns).gradients()  # all layers are patched in one run
     before = activations(bridge, corrupted, [pattern], {})[pattern]
     for part, heads in (("q", n_heads), ("k", n_key_heads)):
         site = f"attn.hook_{part}_normed" if flat else part
         hook = f"blocks.{layer}.attn.hook_{part}{'_normed' if flat else ''}"
-        where = cells(bridge, site, ("layer", "pos", "head"), layers=[layer])
-        base_run, source_run = (run.observe([hook, *pattern_hooks(where)]).activations for run in (base, source))
-        found = where.summed(pattern_change(bridge, base, where, base_run, source_run).products(gradient))[:, 0]
+        where = cells(bridge, site, ("layer", "pos", "head"))
+        base_run, source_run = (
+            run.observe([*where.hooks, *pattern_hooks(where)]).activations for run in (base, source)
+        )
+        found = where.summed(pattern_change(bridge, base, where, base_run, source_run).products(gradient))[:, layer]
         for pos, head in ((4, heads - 1), (3, 0), (3, heads - 1)):
 
             def put(tensor: Tensor, pos: int = pos, head: int = head) -> Tensor:
