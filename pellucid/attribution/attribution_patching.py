@@ -406,7 +406,8 @@ def attribution_patching(
     """
     pairs = as_pairs(clean, corrupted)
     if isinstance(metric, Metric) and not isinstance(clean, PromptPairs):
-        batch_size = max(batch_size, len(pairs)) if type(batch_size) is int else batch_size
+        check_count("batch_size", batch_size)
+        batch_size = max(batch_size, len(pairs))
     return AttributionPatching(
         bridge,
         pairs,
