@@ -242,6 +242,9 @@ def attribute(
     picture: Annotated[
         Path | None, typer.Option(help="Bars or a heat map in this .html, .png or .svg file; needs the extra 'plots'.")
     ] = None,
+    agreement: Annotated[
+        Path | None, typer.Option(help="Not with direct: estimates against patching, in such a file.")
+    ] = None,
     revision: Revision = None,
     device: Device = None,
     dtype: DtypeOption = Dtype.auto,
@@ -263,6 +266,7 @@ def attribute(
             "--site": site,
             "--axes": axes,
             "--n-points": n_points,
+            "--agreement": agreement,
         }
         for option, given in (
             of_patching if is_direct else {"TEXT": text, "--by": by, "--positions": positions}
@@ -273,8 +277,11 @@ def attribute(
             raise InputError(f"--n-points has no meaning with --method {method.value}: leave it out.")
         if out is not None:
             refuse_folder(out, ATTRIBUTE_FILES if is_direct else ATTRIBUTION_PATCHING_FILES, force)
-        if picture is not None:
-            refuse_picture(picture, force)
+        for drawn in (picture, agreement):
+            if drawn is not None:
+                refuse_picture(drawn, force)
+        if check == 0 and agreement is not None:
+            raise InputError("--agreement has no meaning with --check 0: nothing is patched.")
         if method is not AttributionMethod.direct:
             from pellucid.cli.attribution_patching import AttributionPatchingRequest, attribute_patching
 
@@ -293,6 +300,7 @@ def attribute(
                 prepend_bos=prepend_bos,
                 out=out,
                 picture=picture,
+                agreement=agreement,
                 force=force,
             )
             attribute_patching(choice, estimated, format)

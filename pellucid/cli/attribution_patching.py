@@ -64,6 +64,7 @@ class AttributionPatchingRequest:
     prepend_bos: bool | None
     out: Path | None
     picture: Path | None
+    agreement: Path | None
     force: bool
 
 
@@ -180,6 +181,11 @@ def _write(found: xr.Dataset, document: dict[str, Json], request: AttributionPat
 
         save_picture(draw(found), request.picture, overwrite=request.force)
         written.append(request.picture)
+    if request.agreement is not None:
+        from pellucid.plots import agreement_map, save_picture
+
+        save_picture(agreement_map(found), request.agreement, overwrite=request.force)
+        written.append(request.agreement)
     return written
 
 

@@ -71,6 +71,13 @@ def test_pictures(axes: str, tmp_path: Path) -> None:
     assert "AtP of" in (tmp_path / "it.svg").read_text("utf-8")
 
 
+@pytest.mark.skipif(not HAS_PLOTS, reason="needs the extra 'plots'")
+def test_estimates_against_patching(tmp_path: Path) -> None:
+    done = cli("attribute", "--method", "relp", "--check", "4", "--agreement", tmp_path / "it.svg")
+    assert done.exit_code == 0, done.output
+    assert "relp of z against patching: 8 cells" in (tmp_path / "it.svg").read_text("utf-8")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -85,6 +92,7 @@ def test_pictures(axes: str, tmp_path: Path) -> None:
         (("--method", "atp", "--pairs", "nowhere.csv"), "nowhere.csv cannot be read as a table"),
         (("--method", "relp", "--site", "q"), "nothing flows back to q"),
         (("--method", "atp", "--axes", "head"), "leaves layer out"),
+        (("--method", "atp", "--check", "0", "--agreement", "x.svg"), "--agreement has no meaning with --check 0"),
     ],
 )
 def test_mistakes(arguments: tuple[str, ...], said: str) -> None:

@@ -17,6 +17,7 @@ from pellucid.cli.app import app
 
 WRONG: Mapping[str, Sequence[str]] = {
     "--activation-bar-ratio": ("x", "-1", "2", "nan"),
+    "--agreement": ("", "x.gif"),
     "--answer": ("",),
     "--attn-implementation": ("x",),
     "--axes": ("nonsense", ""),
