@@ -230,8 +230,8 @@ def main() -> None:
     body = ["# Attribution patching: prediction against experiment, and cost", ""]
     if arguments.quick:
         body += [
-            f"A quick run on a machine that others used at the time: {of_demo} pairs on the embedded model, {pairs} a task on "
-            f"SmolLM2, {points} points of integrated gradients, {rounds} rounds. Correlations do not depend on the machine; "
+            f"A quick run on a machine that others used at the time: {of_demo} pairs on the embedded model, {pairs} a task "
+            f"on SmolLM2, {points} points of integrated gradients, {rounds} rounds. Correlations do not depend on the machine; "
             "times do.",
             "",
         ]

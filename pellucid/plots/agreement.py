@@ -65,13 +65,13 @@ def agreement_map(
     on_the_line = np.arange(bins)
     counts[on_the_line, on_the_line] = np.nan_to_num(counts[on_the_line, on_the_line])
     middles = [f"{middle:.3g}" for middle in (edges[1:] + edges[:-1]) / 2]
-    shown = xarray.DataArray(counts[::-1], dims=("estimated", "patched"))
+    shown = xarray.DataArray(np.log2(1 + counts)[::-1], dims=("estimated", "patched"))
     method = estimator or str(found.attrs.get("method", "estimate"))
     return heat_map(
         shown,
         title=title or f"{method} of {found.attrs.get('site', 'cells')} against patching: {along.size} cells",
         subtitle=subtitle or str(found.attrs.get("summary", "")).partition("\n")[0] or None,
-        unit="cells",
+        unit="log2(1 + cells)",
         labels={"estimated": middles[::-1], "patched": middles},
         centre=None,
         clip=False,
