@@ -231,8 +231,8 @@ def main() -> None:
     if arguments.quick:
         body += [
             f"A quick run on a machine that others used at the time: {of_demo} pairs on the embedded model, {pairs} a task "
-            f"on SmolLM2, {points} points of integrated gradients, {rounds} rounds. Correlations do not depend on the machine; "
-            "times do.",
+            f"on SmolLM2, {points} points of integrated gradients, {rounds} rounds. Correlations do not depend on the "
+            "machine; times do.",
             "",
         ]
     body += [*machine_lines(), ""]

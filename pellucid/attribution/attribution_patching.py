@@ -32,6 +32,7 @@ from pellucid.arguments import (
     check_path,
 )
 from pellucid.attribution.cells import SiteCells, find_site_cells
+from pellucid.attribution.checking import SUBSETS
 from pellucid.attribution.choices import METHODS
 from pellucid.attribution.estimates import Estimator
 from pellucid.attribution.results import SiteResult, flat
@@ -65,7 +66,7 @@ class AttributionPlan(BriefFields):
         forwards: runs of the model, without the experiment's.
         backwards: backward passes.
         cells: places of each site.
-        patched: edits of the experiment, for each pair and site.
+        patched: edits of the experiment for each pair, at most.
         nbytes: bytes of the effects of all pairs.
     """
 
@@ -160,7 +161,10 @@ class AttributionPatching(BriefFields, AttributionChoices):
             forwards=n_batches * estimator.n_forwards,
             backwards=n_batches * estimator.n_backwards,
             cells=cells,
-            patched=2 * self.check,
+            patched=sum(
+                min(count, (1 + len(self.methods)) * self.check) + (SUBSETS if self.check else 0)
+                for count in cells.values()
+            ),
             nbytes=len(self.pairs) * sum(cells.values()) * len(self.methods) * max(4, self.bridge.dtype.itemsize),
         )
 
@@ -192,7 +196,8 @@ class AttributionPatching(BriefFields, AttributionChoices):
         check_number("every", every, at_least=0)
         folder = None if checkpoint is None else check_path("checkpoint", checkpoint)
         prepared = self._prepare()
-        settings, denoises = self._settings(), self.direction == "denoising"
+        settings = {} if folder is None else self._settings()
+        denoises = self.direction == "denoising"
         done = PairPass(
             prepared.estimator,
             prepared.batches,

@@ -50,7 +50,8 @@ class Mixed(BriefFields, Value):
         """The mixture."""
         columns, name = torch.tensor(write.columns), write.spec.name
         taken = write.region_of(self.run[name][write.row], columns)
-        return torch.where(write.region_of(self.masks[name][0], columns), taken.to(current), current)
+        mask = write.region_of(self.masks[name][0], columns).to(current.device)
+        return torch.where(mask, taken.to(current), current)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

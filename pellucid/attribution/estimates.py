@@ -251,14 +251,11 @@ def refuse_zero_gradient(metric: MetricLike, scores: Tensor) -> None:
         GradientError: it is at its minimum.
     """
     while isinstance(metric, Normalized):
-        scores, metric = scores * (_tensor(metric.one) - _tensor(metric.zero)) + _tensor(metric.zero), metric.metric
+        zero, one = (torch.as_tensor(end).to(scores) for end in (metric.zero, metric.one))
+        scores, metric = scores * (one - zero) + zero, metric.metric
     if isinstance(metric, KLDivergence) and bool((scores.abs() < ZERO_DIVERGENCE).any()):
         raise GradientError(
             "KLDivergence is 0 at the run that is patched, which is its reference, and its gradient is zero there: nothing "
             "can be attributed. Take the other direction, so that the other prompt's run is patched, or a difference of "
             "logits."
         )
-
-
-def _tensor(value: Tensor | float) -> Tensor:
-    return torch.as_tensor(value)
