@@ -84,10 +84,9 @@ class SiteCells(BriefFields):
         places = self.cells.places[word]
         if word == "neuron":
             size = len(next(iter(self.cells.groups[places[0]].values())))
-            parts = tensor.split(size, axis)
-            if size == 1:
+            if size == 1:  # the usual, and 1,536 parts of one neuron each would take as long as a run
                 return tensor
-            return torch.stack([part.sum(axis) for part in parts], axis)
+            return torch.stack([part.sum(axis) for part in tensor.split(size, axis)], axis)
         return _select(tensor, axis, places)
 
     def _chosen(self, tensor: Tensor, axis: int) -> Tensor:

@@ -238,6 +238,8 @@ def test_standard_errors_are_those_of_resampled_pairs(bridge: TransformerBridge)
     assert np.abs(each.mean(-1) - found.effect.values).max() < 1e-12
     counts = draw_counts(N_PAIRS, 100, 3)
     assert (counts.sum(1) == N_PAIRS).all()
+    # With replacement: a pair is in a draw a binomial number of times, of variance 1 - 1/n.
+    assert draw_counts(N_PAIRS, 10_000, 3).var() == pytest.approx(1 - 1 / N_PAIRS, rel=0.03)
     means = np.array([[(count * cell).sum() / N_PAIRS for count in counts] for cell in each.reshape(-1, N_PAIRS)])
     assert np.abs(means.std(1, ddof=1).reshape(3, 4) - found.standard_error.values).max() < 1e-12
     alone = attribution_patching(bridge, pairs[:1], site="z", method="atp")
