@@ -59,11 +59,11 @@ CALLS: dict[str, Call] = {
 }
 
 REFUSED: list[Line] = [
-    ("run_with_gradients", {"hooks": ["nonsense"]}, "nonsense"),
+    ("run_with_gradients", {"hooks": ["nonsense"]}, "hook.*nonsense|nonsense.*hook"),
     ("run_with_gradients", {"metric": 3}, "is a Metric or a function of logits"),
     ("run_with_gradients", {"metric": LogProbability(-1)}, "answer: token id -1 is outside"),
     ("run_with_gradients", {"unedited": 3}, "unedited is an input of the model"),
-    ("run_with_gradients", {"instead": {"nonsense": torch.zeros(1)}}, "nonsense"),
+    ("run_with_gradients", {"instead": {"nonsense": torch.zeros(1)}}, "hook.*nonsense|nonsense.*hook"),
     ("run_with_gradients", {"instead": 3}, "instead maps hook points"),
     ("GradientRun.gradients", {"hooks": ["blocks.0.hook_mlp_out"]}, "blocks.0.hook_mlp_out was not kept by this run"),
     ("GradientRun.gradients", {"rules": True}, "made without rules"),
