@@ -13,6 +13,7 @@ import typer
 
 from pellucid.cli.files import (
     ATTRIBUTE_FILES,
+    ATTRIBUTION_PATCHING_FILES,
     refuse_direction,
     refuse_folder,
     refuse_model,
@@ -24,6 +25,7 @@ from pellucid.cli.options import (
     DEMO,
     Attention,
     AttentionOption,
+    AttributionMethod,
     Debug,
     Device,
     Dtype,
@@ -192,14 +194,44 @@ def attribute(
     foil: Annotated[
         str | None, typer.Option(help="Attribute the answer's logit less this token's, likewise; by default the logit.")
     ] = None,
-    by: Annotated[Part, typer.Option(help="source: heads and the positions that they read from.")] = Part.component,
+    method: Annotated[
+        AttributionMethod,
+        typer.Option(
+            help="direct: what each part adds to the logit. Others estimate what patching each place would do: atp, atp*, "
+            "relp and ig (integrated gradients), from --clean, --corrupted, or --pairs."
+        ),
+    ] = AttributionMethod.direct,
+    by: Annotated[
+        Part | None, typer.Option(help="With direct. source: heads and the positions that they read from.")
+    ] = None,
     positions: Annotated[
-        LogitPositions, typer.Option(help="The logit after the last token, or after each.")
-    ] = LogitPositions.last,
+        LogitPositions | None, typer.Option(help="With direct: the logit after the last token, or after each.")
+    ] = None,
+    clean: Annotated[
+        str | None, typer.Option(help="Not with direct: a prompt on which MODEL does what you study. demo has one.")
+    ] = None,
+    corrupted: Annotated[
+        str | None, typer.Option(help="The same prompt with words exchanged for words of as many tokens.")
+    ] = None,
+    pairs: Annotated[
+        Path | None, typer.Option(help="In their place a CSV file with columns clean, corrupted, answer, foil.")
+    ] = None,
+    site: Annotated[
+        str | None, typer.Option(help="Not with direct: resid_pre, attn_out, mlp_out, z (the default), mlp_post, ...")
+    ] = None,
+    axes: Annotated[
+        str | None, typer.Option(help="Axes of the result, such as layer,pos. By default layer and head, or position.")
+    ] = None,
+    n_points: Annotated[int | None, typer.Option(min=1, help="Of ig, by default 20.")] = None,
     top_k: Annotated[int, typer.Option(min=1, help="How many parts to list, the largest first.")] = 12,
     check: Annotated[
-        int, typer.Option(min=0, help="Measure so many of them, by taking them away from what the final norm reads.")
-    ] = 3,
+        int | None,
+        typer.Option(
+            min=0,
+            help="Measure so many of them: with direct by taking them away from what the final norm reads (3), else by "
+            "patching, and as many others at random (20).",
+        ),
+    ] = None,
     prepend_bos: PrependBos = None,
     out: Annotated[
         Path | None,
@@ -210,6 +242,9 @@ def attribute(
     picture: Annotated[
         Path | None, typer.Option(help="Bars or a heat map in this .html, .png or .svg file; needs the extra 'plots'.")
     ] = None,
+    agreement: Annotated[
+        Path | None, typer.Option(help="Not with direct: estimates against patching, in such a file.")
+    ] = None,
     revision: Revision = None,
     device: Device = None,
     dtype: DtypeOption = Dtype.auto,
@@ -219,18 +254,71 @@ def attribute(
     force: Force = False,
     debug: Debug = False,
 ) -> None:
-    """Direct logit attribution: what each part of MODEL adds to the logit of the next token, and a measurement of it."""
+    """What each part of MODEL adds to a logit, or does to it as far as gradients tell (--method), and a measurement."""
     with report_errors(debug):
         choice = ModelChoice(model, revision, device, dtype, allow_pickle, attn_implementation)
         refuse_model(choice)
+        is_direct = method is AttributionMethod.direct
+        of_patching = {
+            "--clean": clean,
+            "--corrupted": corrupted,
+            "--pairs": pairs,
+            "--site": site,
+            "--axes": axes,
+            "--n-points": n_points,
+            "--agreement": agreement,
+        }
+        for option, given in (
+            of_patching if is_direct else {"TEXT": text, "--by": by, "--positions": positions}
+        ).items():
+            if given is not None:
+                raise InputError(f"{option} has no meaning with --method {method.value}: leave it out.")
+        if n_points is not None and method is not AttributionMethod.ig:
+            raise InputError(f"--n-points has no meaning with --method {method.value}: leave it out.")
         if out is not None:
-            refuse_folder(out, ATTRIBUTE_FILES, force)
-        if picture is not None:
-            refuse_picture(picture, force)
+            refuse_folder(out, ATTRIBUTE_FILES if is_direct else ATTRIBUTION_PATCHING_FILES, force)
+        for drawn in (picture, agreement):
+            if drawn is not None:
+                refuse_picture(drawn, force)
+        if check == 0 and agreement is not None:
+            raise InputError("--agreement has no meaning with --check 0: nothing is patched.")
+        if method is not AttributionMethod.direct:
+            from pellucid.cli.attribution_patching import AttributionPatchingRequest, attribute_patching
+
+            estimated = AttributionPatchingRequest(
+                method=method.value,
+                clean=clean,
+                corrupted=corrupted,
+                answer=answer,
+                foil=foil,
+                pairs=pairs,
+                site="z" if site is None else site,
+                axes=None if axes is None else tuple(axes.split(",")),
+                n_points=20 if n_points is None else n_points,
+                check=20 if check is None else check,
+                top_k=top_k,
+                prepend_bos=prepend_bos,
+                out=out,
+                picture=picture,
+                agreement=agreement,
+                force=force,
+            )
+            attribute_patching(choice, estimated, format)
+            return
         from pellucid.cli.attribute import AttributeRequest, attribute_logit
 
         request = AttributeRequest(
-            text, answer, foil, by.value, positions.value, top_k, check, prepend_bos, out, picture, force
+            text,
+            answer,
+            foil,
+            (by or Part.component).value,
+            (positions or LogitPositions.last).value,
+            top_k,
+            3 if check is None else check,
+            prepend_bos,
+            out,
+            picture,
+            force,
         )
         attribute_logit(choice, request, format)
 

@@ -21,6 +21,9 @@ PATCH_FILES = ("patch.json", "patch.csv")
 ATTRIBUTE_FILES = ("attribution.json", "attribution.csv")
 """What ``pellucid attribute`` writes."""
 
+ATTRIBUTION_PATCHING_FILES = ("attribution_patching.json", "attribution_patching.csv")
+"""What ``pellucid attribute --method`` writes for another method than ``direct``."""
+
 STUDY_PICTURES = ("layers.html", "overlap.html", "change.html", "examples.html")
 STUDY_FILES = (
     "neurons.json",

@@ -100,6 +100,16 @@ class Part(str, Enum):
     source = "source"
 
 
+class AttributionMethod(str, Enum):
+    """How something is attributed."""
+
+    direct = "direct"
+    atp = "atp"
+    atp_star = "atp*"
+    relp = "relp"
+    ig = "ig"
+
+
 class LogitPositions(str, Enum):
     """Which positions' logits are attributed."""
 

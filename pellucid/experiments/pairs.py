@@ -15,6 +15,7 @@ import torch
 from pellucid.arguments import check_count, check_kind
 from pellucid.corpora.pairs import PromptPairs, Word
 from pellucid.errors import InputError
+from pellucid.experiments.options import SweepOptions
 from pellucid.experiments.places import Prompts, read_prompts, refuse_different_lengths
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.sweep import LogitDifference, LogProbability, MetricLike
@@ -44,7 +45,12 @@ class PairBatch(BriefFields):
 
 
 def pair_batches(
-    bridge: TransformerBridge, pairs: PromptPairs, metric: PairMetric | None = None, batch_size: int = 16
+    bridge: TransformerBridge,
+    pairs: PromptPairs,
+    metric: PairMetric | None = None,
+    batch_size: int = 16,
+    *,
+    prepend_bos: bool | None = None,
 ) -> list[PairBatch]:
     """The batches of a data set, all of it checked before anything runs; strings are read as the tokenizer reads them.
 
@@ -54,6 +60,7 @@ def pair_batches(
         metric: see :data:`PairMetric`; by default the logit difference of answer and foil, or without foils the
             log-probability of the answer.
         batch_size: most rows that run together.
+        prepend_bos: texts with the beginning-of-sequence token first or without; by default as the tokenizer does.
 
     Raises:
         InputError: a row whose prompts have different numbers of tokens; an answer that is not one token; no answer where
@@ -61,7 +68,7 @@ def pair_batches(
     """
     check_kind("pairs", pairs, PromptPairs, "PromptPairs(clean, corrupted, answer, foil)")
     check_count("batch_size", batch_size)
-    read = {name: [_read(bridge, prompt) for prompt in column] for name, column in _prompts(pairs).items()}
+    read = {name: [_read(bridge, prompt, prepend_bos) for prompt in column] for name, column in _prompts(pairs).items()}
     for row, (clean, corrupted) in enumerate(zip(read["clean"], read["corrupted"], strict=True)):
         refuse_different_lengths(clean, corrupted, (f"clean of row {row}", f"corrupted of row {row}"))
     answers, foils = _ids(bridge, "answer", pairs.answer), _ids(bridge, "foil", pairs.foil)
@@ -84,8 +91,9 @@ def _prompts(pairs: PromptPairs) -> dict[str, Sequence[str | Sequence[int]]]:
     return {"clean": pairs.clean, "corrupted": pairs.corrupted}
 
 
-def _read(bridge: TransformerBridge, prompt: str | Sequence[int]) -> Prompts:
-    return read_prompts(bridge, prompt if isinstance(prompt, str) else torch.tensor([list(prompt)]))
+def _read(bridge: TransformerBridge, prompt: str | Sequence[int], prepend_bos: bool | None) -> Prompts:
+    given = prompt if isinstance(prompt, str) else torch.tensor([list(prompt)])
+    return read_prompts(bridge, given, SweepOptions(prepend_bos=prepend_bos))
 
 
 def _together(prompts: Sequence[Prompts]) -> Prompts:

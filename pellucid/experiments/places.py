@@ -11,7 +11,7 @@ is ``kv_head``, so that it is never laid beside the heads of queries.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -289,22 +289,86 @@ def check_by(site: Site, by: str | Sequence[str]) -> tuple[str, ...]:
     return words
 
 
-def make_grid(
-    bridge: TransformerBridge,
-    prompts: Prompts,
-    site: Site,
-    by: Sequence[str],
-    value: Callable[[HookSpec], Value],
-    options: SweepOptions,
-) -> Grid:
-    """The cells and the edit of each.
+@dataclass(frozen=True, eq=False, repr=False)
+class Cells(BriefFields):
+    """Where the cells of a site lie, and what an edit of one reaches.
+
+    Attributes:
+        site: the site.
+        by: axes, the last fastest.
+        places: by axis word, its places: layers, columns, heads, first neurons, names of groups.
+        columns: positions that are edited where ``pos`` is no axis, ``None`` for all.
+        heads: the heads, the same.
+        groups: by neuron or group, the neurons of each layer.
+        labels: of each column, its token.
+    """
+
+    site: Site
+    by: tuple[str, ...]
+    places: Mapping[str, Sequence[Any]]
+    columns: tuple[int, ...] | None
+    heads: tuple[int, ...] | None
+    groups: Mapping[Any, Mapping[int | None, Sequence[int]]]
+    labels: Sequence[str]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Places of each axis."""
+        return tuple(len(self.places[word]) for word in self.by)
+
+    @property
+    def coords(self) -> dict[str, tuple[str, list[Any]]]:
+        """Coordinates of the result: by name, the axis it lies along and its values."""
+        coords: dict[str, tuple[str, list[Any]]] = {word: (word, list(self.places[word])) for word in self.by}
+        for word, name in (("pos", "token"), ("key_pos", "key_token")):
+            if word in self.by:
+                coords[name] = (word, [self.labels[column] for column in self.places[word]])
+        return coords
+
+    def all(self) -> Iterator[dict[str, Any]]:
+        """Each cell's place on each axis, the last axis fastest."""
+        for cell in itertools.product(*(self.places[word] for word in self.by)):
+            yield dict(zip(self.by, cell, strict=True))
+
+    def at(self, cell: int) -> dict[str, Any]:
+        """A cell's place on each axis, by its number."""
+        at = dict[str, Any]()
+        for word in reversed(self.by):
+            cell, place = divmod(cell, len(self.places[word]))
+            at[word] = self.places[word][place]
+        return {word: at[word] for word in self.by}
+
+    def edits(self, at: Mapping[str, Any], value: Callable[[HookSpec], Value]) -> list[Edit]:
+        """The edits of one cell; ``value`` says what goes to a hook point."""
+        specs = [self.site.specs[at["layer"]]] if "layer" in at else list(self.site.specs.values())
+        members = []
+        for member in specs:
+            group = self.groups[at["neuron"] if "neuron" in at else at["group"]] if self.groups else None
+            if group is not None and member.layer not in group:
+                continue
+            members.append(
+                Edit(
+                    member.name,
+                    value(member),
+                    positions=at.get("pos", self.columns),
+                    heads=at.get(str(self.site.heads), self.heads),
+                    neurons=None if group is None else group[member.layer],
+                    keys=at.get("key_pos"),
+                )
+            )
+        return members
+
+
+def find_cells(
+    bridge: TransformerBridge, prompts: Prompts, site: Site, by: Sequence[str], options: SweepOptions
+) -> Cells:
+    """The cells of a site.
 
     Args:
         bridge: the model.
         prompts: the base run's.
         site: where.
         by: axes, checked.
-        value: what goes to a hook point.
         options: ``positions``, ``heads`` and ``neurons`` of them.
 
     Raises:
@@ -329,34 +393,44 @@ def make_grid(
         "neuron": list(groups),
         "group": list(groups),
     }
+    return Cells(
+        site,
+        tuple(by),
+        {word: places[word] for word in by},
+        None if positions is None else columns,
+        None if heads is None else chosen_heads,
+        groups,
+        prompts.columns(),
+    )
+
+
+def make_grid(
+    bridge: TransformerBridge,
+    prompts: Prompts,
+    site: Site,
+    by: Sequence[str],
+    value: Callable[[HookSpec], Value],
+    options: SweepOptions,
+) -> Grid:
+    """The cells and the edit of each.
+
+    Args:
+        bridge: the model.
+        prompts: the base run's.
+        site: where.
+        by: axes, checked.
+        value: what goes to a hook point.
+        options: ``positions``, ``heads`` and ``neurons`` of them.
+
+    Raises:
+        InputError: an index out of range, or one that the site has no axis for.
+    """
+    cells = find_cells(bridge, prompts, site, by, options)
     edits, of_columns = [], []
-    for cell in itertools.product(*(places[word] for word in by)):
-        at = dict(zip(by, cell, strict=True))
-        specs = [site.specs[at["layer"]]] if "layer" in at else list(site.specs.values())
-        members = []
-        for member in specs:
-            group = groups[at["neuron"] if "neuron" in at else at["group"]] if groups else None
-            if group is not None and member.layer not in group:
-                continue
-            members.append(
-                Edit(
-                    member.name,
-                    value(member),
-                    positions=at.get("pos", None if positions is None else columns),
-                    heads=at.get(str(site.heads), None if heads is None else chosen_heads),
-                    neurons=None if group is None else group[member.layer],
-                    keys=at.get("key_pos"),
-                )
-            )
-        edits.append(members)
+    for at in cells.all():
+        edits.append(cells.edits(at, value))
         of_columns.append(tuple(at[word] for word in ("pos", "key_pos") if word in at))
-    coords: dict[str, tuple[str, list[Any]]] = {word: (word, list(places[word])) for word in by}
-    labels = prompts.columns()
-    for word, name in (("pos", "token"), ("key_pos", "key_token")):
-        if word in by:
-            coords[name] = (word, [labels[column] for column in places[word]])
-    shape = tuple(len(places[word]) for word in by)
-    return Grid(tuple(by), coords, shape, edits, of_columns)
+    return Grid(cells.by, cells.coords, cells.shape, edits, of_columns)
 
 
 def default_by(site: Site, second: Sequence[str]) -> tuple[str, ...]:

@@ -20,14 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pellucid.arguments import check_kind, check_mapping
 from pellucid.errors import GradientError, InputError
 from pellucid.gradients.rules import Switch, layer_gates, refuse_rules, rule_hooks
+from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.names import BEFORE_BLOCKS
 from pellucid.sweep.lazy_logits import Asked, Cells, LazyLogits, plain
 from pellucid.sweep.metrics import Metric
 from pellucid.sweep.scoring import MetricLike, check_metrics
 from pellucid.sweep.unedited import Unedited
 from pellucid.tables import BriefFields
+
+INTEGER_MODULES = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
+"""Where torch keeps modules that compute in integers."""
 
 Hook = tuple[str, Callable[..., Any]]
 
@@ -59,8 +64,14 @@ class GradientRun(BriefFields):
 
         Returns:
             By name, ``[row, ...]`` as the activation is; zeros where nothing flows back.
+
+        Raises:
+            InputError: a point that was not kept, or a way back that the run was made without.
         """
         names = list(self.activations if hooks is None else hooks)
+        lacking = [name for name in names if name not in self.activations]
+        if lacking:
+            raise InputError(f"{lacking[0]} was not kept by this run: name it in run_with_gradients(..., hooks=).")
         with self.switch.set(rules, without_layer):
             found = torch.autograd.grad(
                 self.scores.sum(), [self.activations[name] for name in names], retain_graph=True, allow_unused=True
@@ -97,14 +108,17 @@ def run_with_gradients(
         GradientError: a metric, or a model, through which no gradient flows.
         UnsupportedModelError: rules for a family that has a module without one.
     """
+    check_kind("unedited", unedited, Unedited, "an input of the model: read_prompts(bridge, prompt).unedited(bridge)")
+    check_mapping("instead", {} if instead is None else instead, "hook points to what goes on in their place")
     bridge, n_layers = unedited.bridge, unedited.bridge.cfg.n_layers
     bridge.runner.refuse_training()
+    _refuse_integers(bridge)
     check_metrics({"metric": metric}, unedited.tokens, unedited.attention_mask, bridge.cfg.d_vocab, None)
     if rules:
         refuse_rules(bridge)
     switch, kept, starts = Switch(), dict[str, Tensor](), dict(instead or {})
     asked = list(dict.fromkeys(hooks))
-    first = [name for name in asked if bridge.hook_spec(name).component in BEFORE_BLOCKS]
+    first = _earliest(bridge, asked)
     block_hooks, head_hooks = rule_hooks(bridge, switch) if rules else ([], [])
 
     def begin(tensor: Tensor, hook: Any) -> Tensor:
@@ -126,6 +140,28 @@ def run_with_gradients(
         final = bridge.run_with_hooks(**unedited.input, fwd_hooks=functions, stop_at_layer=n_layers)
         scores = _scores(unedited, metric, final, head_hooks)
     return GradientRun(_checked(scores, unedited, metric, kept), {name: kept[name] for name in asked}, switch)
+
+
+def _refuse_integers(bridge: TransformerBridge) -> None:
+    """torch's own quantised modules give zeros to the backward pass, with no more than a warning.
+
+    Raises:
+        GradientError: there is one, with its name.
+    """
+    for path, module in bridge.hf_model.named_modules():
+        if type(module).__module__.startswith(INTEGER_MODULES):
+            raise GradientError(
+                f"{path} is quantised ({type(module).__qualname__} of {type(module).__module__}): it computes in integers, "
+                "and no gradient flows through it. Take the model before it was quantised."
+            )
+
+
+def _earliest(bridge: TransformerBridge, asked: Iterable[str]) -> list[str]:
+    """Of points before the blocks, those that none of the others feeds: one of the tokens, and one of their positions."""
+    names = {bridge.hook_spec(name).name for name in asked}
+    before = [spec for spec in bridge.hook_index.values() if spec.name in names and spec.component in BEFORE_BLOCKS]
+    of_positions = [spec.name for spec in before if spec.component == "pos_embed"]
+    return [*[spec.name for spec in before if spec.component != "pos_embed"][:1], *of_positions[:1]]
 
 
 def _scores(unedited: Unedited, metric: MetricLike, final: Tensor, head_hooks: list[Hook]) -> Any:

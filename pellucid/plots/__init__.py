@@ -9,6 +9,7 @@ Figures need the extra: ``pip install 'pellucid[plots]'``.
 
 from __future__ import annotations
 
+from pellucid.plots.agreement import agreement_map
 from pellucid.plots.attention import attention_pattern
 from pellucid.plots.bar_charts import bars
 from pellucid.plots.examples import TokenExample, examples_page
@@ -21,6 +22,7 @@ from pellucid.plots.saving import check_picture_path, save_picture
 __all__ = [
     "Picture",
     "TokenExample",
+    "agreement_map",
     "attention_pattern",
     "bars",
     "check_picture_path",

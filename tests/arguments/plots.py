@@ -7,10 +7,11 @@ import xarray as xr
 from pellucid import plots
 from pellucid.analysis.heads import head_scores
 from pellucid.analysis.lens import LogitLens
-from tests.arguments.bench import NAN, Call, Line, Of, a_path, choice, made, number
+from tests.arguments.bench import NAN, Call, Line, Of, a_path, choice, made, number, whole
 
 RESULT = Of(lambda bench: bench.array)
 TITLES = {"title": "t", "unit": "u"}
+FOUND = xr.Dataset({"effect": ("layer", [1.0, 2.0, 3.0]), "patched": ("layer", [1.0, NAN, 2.0])})
 READING = Of(lambda bench: LogitLens(bench.bridge).read(bench.ids, tokens=[5], positions=None))
 SCORES = Of(lambda bench: head_scores(bench.bridge, bench.ids, prior=False))
 
@@ -19,6 +20,7 @@ CALLS: dict[str, Call] = {
     "heat_maps": made(plots.heat_maps, result=Of(lambda bench: {"a": bench.array}), **TITLES),
     "head_map": made(plots.head_map, scores=SCORES),
     "lens_table": made(plots.lens_table, reading=READING),
+    "agreement_map": made(plots.agreement_map, found=FOUND),
     "attention_pattern": made(plots.attention_pattern, cache=Of(lambda bench: bench.cache), layer=0),
     "bars": made(plots.bars, result=Of(lambda bench: bench.array[0]), **TITLES),
     "examples_page": made(plots.examples_page, examples={"a": [plots.TokenExample(["x"], [1.0])]}, **TITLES),
@@ -65,6 +67,13 @@ REFUSED: list[Line] = [
     ("lens_table", {"token": 6, "show": "rank"}, "token is one that was followed, 5; found 6"),
     ("lens_table", {"token": "x", "show": "rank"}, "token is a whole number"),
     ("heat_map", {"result": 3}, "the result is of type int"),
+    ("agreement_map", {"found": 3}, "found is what attribution_patching gives"),
+    ("agreement_map", {"found": xr.Dataset()}, "it has no effect and patched"),
+    ("agreement_map", {"found": FOUND.isel(layer=[1])}, "has 0 cells that were patched"),
+    ("agreement_map", {"estimator": "atp"}, "estimator would have no effect"),
+    *whole("agreement_map", "bins", 2),
+    ("agreement_map", {"title": 3}, "title is a string"),
+    ("agreement_map", {"subtitle": 3}, "subtitle is a string"),
     ("attention_pattern", {"cache": 3}, "cache is the ActivationCache"),
     ("attention_pattern", {"layer": 99}, "The model has layers 0 to 3"),
     ("attention_pattern", {"row": 9}, "The cache has the rows 0 to 0; found 9"),

@@ -19,6 +19,8 @@ import pellucid.scale
 LISTED = (
     "pellucid",
     "pellucid.analysis.lens",
+    "pellucid.attribution",
+    "pellucid.gradients",
     "pellucid.patching",
     "pellucid.sweep",
     "pellucid.running_stats",
@@ -101,7 +103,7 @@ NOT_TRIED: dict[str, str] = {
             "Places", "Reads", "SweepPlan", "SweepResult", "LanguageNeurons", "NeuronChange", "NeuronEdit", "Unit", "HeadUnit",
             "Site", "Prompts", "Grid", "Reference", "LabelledSweep", "Sender", "Receiver", "HarvestReport", "CollectReport",
             "RowBatch", "Shard", "ShardRecord", "Picture", "StoredHook", "StoreJob", "TensorPlace", "ShardBuffers",
-            "ModelIdentity", "Origin",
+            "ModelIdentity", "Origin", "GradientRun",
         ),
         GIVEN,
     ),

@@ -116,5 +116,7 @@ EXPLAINED: dict[tuple[str, str], str] = {
     ("stripe_ceiling", "bos"): TRUTH,
     ("composition_scores", "broadcast_dims"): TRUTH,
     ("ablation", "change"): TRUTH,
+    ("run_with_gradients", "rules"): TRUTH,
+    ("run_with_gradients", "gates"): TRUTH,
 }
 """Of one call."""

@@ -34,6 +34,8 @@ LENS = "pellucid/analysis/lens"
 FAMILY_WEIGHTS = "tests/model_bridge/test_family_weights.py"
 
 DECOMPOSITION = "pellucid/decomposition"
+ATTRIBUTION = "pellucid/attribution"
+GRADIENTS = "pellucid/gradients"
 IDENTITIES = "tests/decomposition/test_identities.py"
 
 FAULTS = (
@@ -715,6 +717,139 @@ FAULTS = (
         'indices(heads, sizes[axis], "heads")',
         'indices(heads, sizes["n_heads"], "heads")',
         "tests/experiments/test_families.py -k head",
+    ),
+    Fault(
+        "a point before the blocks cuts off those that feed it",
+        f"{GRADIENTS}/gradient_run.py",
+        'return [*[spec.name for spec in before if spec.component != "pos_embed"][:1], *of_positions[:1]]',
+        "return [spec.name for spec in before]",
+        "tests/gradients/test_families.py -k differences",
+    ),
+    Fault(
+        "RelP's norm passes the gradient of its scale",
+        f"{GRADIENTS}/rules.py",
+        'for glob in ("*.hook_scale", "*.hook_pattern"):',
+        'for glob in ("*.hook_pattern",):',
+        "tests/gradients/test_families.py -k conserves",
+    ),
+    Fault(
+        "a gated product counts whole to each of its factors",
+        f"{GRADIENTS}/rules.py",
+        "share = tensor.detach() / len(names)",
+        "share = tensor.detach()",
+        "tests/gradients/test_families.py -k conserves",
+    ),
+    Fault(
+        "GradDrop leaves the MLP of a layer open",
+        f"{GRADIENTS}/rules.py",
+        'for name in ("hook_attn_out", "hook_mlp_out")\n    ]',
+        'for name in ("hook_attn_out",)\n    ]',
+        "tests/gradients/test_families.py -k left_out",
+    ),
+    Fault(
+        "torch's quantised modules are differentiated",
+        f"{GRADIENTS}/gradient_run.py",
+        "if type(module).__module__.startswith(INTEGER_MODULES):",
+        "if False:",
+        "tests/attribution/test_attribution.py -k quantised",
+    ),
+    Fault(
+        "an attribution has patching's sign turned",
+        f"{ATTRIBUTION}/estimates.py",
+        "run_source.activations[name] - values[name]",
+        "values[name] - run_source.activations[name]",
+        "tests/attribution/test_attribution.py -k sum_of_products",
+    ),
+    Fault(
+        "a single key's patch leaves the other entries of the row",
+        f"{ATTRIBUTION}/qk_fix.py",
+        "(g_bhqk - mean)).sum(-2)",
+        "g_bhqk).sum(-2)",
+        "tests/attribution/test_families.py -k fix_of_queries",
+    ),
+    Fault(
+        "keys that heads share count for one head of queries",
+        f"{ATTRIBUTION}/qk_fix.py",
+        "heads // n_heads, length).sum(2)",
+        "heads // n_heads, length)[:, :, 0]",
+        "tests/attribution/test_families.py -k fix_of_queries",
+    ),
+    Fault(
+        "the patched pattern of a layer runs on to the next",
+        f"{ATTRIBUTION}/qk_fix.py",
+        "        return base_run[hook.name]\n",
+        "        return tensor\n",
+        "tests/attribution/test_families.py -k fix_of_queries",
+    ),
+    Fault(
+        "all keys are patched where some positions are asked for",
+        f"{ATTRIBUTION}/qk_fix.py",
+        "and cells.columns is not None:\n",
+        "and False:\n",
+        "tests/attribution/test_families.py -k all_keys",
+    ),
+    Fault(
+        "GradDrop's mean is over the layer itself, too",
+        f"{ATTRIBUTION}/estimates.py",
+        "else n_layers - 1 for site",
+        "else n_layers for site",
+        "tests/attribution/test_families.py -k grad_drop",
+    ),
+    Fault(
+        "integrated gradients take equal weights",
+        f"{ATTRIBUTION}/estimates.py",
+        "return [((place + 1) / 2, weight / 2)",
+        "return [((place + 1) / 2, 1 / n_points)",
+        "tests/attribution/test_attribution.py -k gauss",
+    ),
+    Fault(
+        "a divergence is expanded at its own reference",
+        f"{ATTRIBUTION}/estimates.py",
+        "if isinstance(metric, KLDivergence) and bool(",
+        "if False and bool(",
+        "tests/attribution/test_attribution.py -k own_reference",
+    ),
+    Fault(
+        "positions that are left out are summed",
+        f"{ATTRIBUTION}/cells.py",
+        "            return _select(tensor, axis, cells.columns)\n",
+        "            return tensor\n",
+        "tests/attribution/test_attribution.py -k sum_of_products",
+    ),
+    Fault(
+        "a group's neurons are spread one place too far",
+        f"{ATTRIBUTION}/cells.py",
+        "part.repeat_interleave(each, axis).narrow(axis, 0, size)",
+        "part.repeat_interleave(each, axis).narrow(axis, 0, size).roll(1, axis)",
+        "tests/attribution/test_attribution.py -k spread",
+    ),
+    Fault(
+        "pairs are resampled without replacement",
+        f"{ATTRIBUTION}/resampling.py",
+        "generator.multinomial(n_pairs, np.full(n_pairs, 1 / n_pairs), size=resamples).astype(np.float64)",
+        "np.ones((resamples, n_pairs))",
+        "tests/attribution/test_attribution.py -k standard_errors",
+    ),
+    Fault(
+        "the bound takes the deviation as it was drawn",
+        f"{ATTRIBUTION}/checking.py",
+        "* math.sqrt((len(halves) - 1) / CHI_SQUARE)",
+        "* 1.0",
+        "tests/attribution/test_attribution.py -k bound_on",
+    ),
+    Fault(
+        "a pass that goes on estimates its batches again",
+        f"{ATTRIBUTION}/streaming.py",
+        "if number >= self.state.estimated:",
+        "if True:",
+        "tests/attribution/test_attribution.py -k interrupted",
+    ),
+    Fault(
+        "an attribution without layer is a sum over layers",
+        f"{ATTRIBUTION}/cells.py",
+        'if None not in found.specs and "layer" not in words:',
+        "if False:",
+        "tests/attribution/test_attribution.py -k means_nothing",
     ),
     Fault(
         "a head of a normed branch is taken for a sender",

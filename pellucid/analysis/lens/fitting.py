@@ -19,15 +19,14 @@ from torch import Tensor
 
 from pellucid.arguments import check_count, check_kind, check_number, check_path
 from pellucid.corpora import Corpus, CorpusBatch
-from pellucid.errors import InputError, StoreError
+from pellucid.errors import InputError
 from pellucid.experiments.labelled import Attribute
 from pellucid.model_bridge.corpus.corpus_pass import PassBatch, RowPlan, StateFile, StateFolder, corpus_pass
 from pellucid.model_bridge.corpus.job_identity import Watched, job_identity
+from pellucid.model_bridge.corpus.tensor_state import read_tensor_state, write_tensor_state
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
-from pellucid.model_bridge.weights.hashing import tensor_hash
 from pellucid.progress import progress_bar
-from pellucid.storage.json_text import Json, to_line
-from pellucid.storage.safetensors_files import read_safetensors, write_safetensors
+from pellucid.storage.json_text import Json
 from pellucid.tables import BriefFields
 
 
@@ -51,28 +50,21 @@ class FitState(BriefFields):
 
 
 def _write_state(path: Path, state: FitState, extra: Mapping[str, Any]) -> None:
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
     told: dict[str, Json] = {
         "n_rows": state.n_rows,
         "n_tokens": state.n_tokens,
         "counts": state.counts,
         "epoch": state.epoch,
-        "sha256": {name: tensor_hash(tensor) for name, tensor in tensors.items()},
     }
-    write_safetensors(path, tensors, to_line({**extra, "lens_fit": told}))
+    write_tensor_state(path, state.tensors, "lens_fit", told, extra)
 
 
 def _read_state(path: Path) -> tuple[FitState, dict[str, Any]]:
+    tensors, told, about = read_tensor_state(path, "lens_fit", "a fit")
     try:
-        tensors, about = read_safetensors(path)
-        told = about.pop("lens_fit")
-        whole = all(tensor_hash(tensor) == told["sha256"][name] for name, tensor in tensors.items())
-        state = FitState(tensors, told["n_rows"], told["n_tokens"], told["counts"], told["epoch"])
-    except (StoreError, OSError, KeyError, TypeError, AttributeError) as error:
+        return FitState(tensors, told["n_rows"], told["n_tokens"], told["counts"], told["epoch"]), about
+    except KeyError as error:
         raise InputError(f"{path} holds no state of a fit, or is damaged: {error!r}") from None
-    if not whole:
-        raise InputError(f"{path} is damaged: a tensor does not have the checksum it was written with. Fit again.")
-    return state, about
 
 
 STATE: StateFile[FitState] = StateFile("lens_fit.safetensors", _read_state, _write_state, "the fit")
