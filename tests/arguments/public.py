@@ -141,6 +141,7 @@ NOT_TRIED: dict[str, str] = {
         f"{metric}.{method}": SCORED
         for metric in (
             "Metric", "KLDivergence", "LogProbability", "LogitDifference", "NextTokenLoss", "Normalized", "Probability",
+            "ProbabilityDifference",
         )
         for method in ("bound", "check", "reads", "score")
     },
