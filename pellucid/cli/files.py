@@ -21,7 +21,7 @@ PATCH_FILES = ("patch.json", "patch.csv")
 ATTRIBUTE_FILES = ("attribution.json", "attribution.csv")
 """What ``pellucid attribute`` writes."""
 
-STUDY_PICTURES = ("layers.html", "overlap.html", "change.html", "examples.html")
+STUDY_PICTURES = ("layers.html", "overlap.html", "change.html", "examples.html", "criteria.html")
 STUDY_FILES = (
     "neurons.json",
     "neurons.csv",
@@ -32,6 +32,8 @@ STUDY_FILES = (
     "examples.csv",
     "experts.csv",
     "continuations.csv",
+    "relevance.csv",
+    "criteria.csv",
     *STUDY_PICTURES,
 )
 """What ``pellucid neurons`` writes, the last only where Plotly is installed."""
@@ -143,7 +145,7 @@ def kept_of_study(out: Path | None) -> str:
     if out is None:
         return "Nothing was kept: with --out FOLDER the counting is, and the same command goes on from there."
     counted = out / COUNTING_FOLDER
-    if not any(counted.glob("*/*.safetensors")):
+    if not any(counted.glob("**/*.safetensors")):
         return f"Nothing was counted yet; {out} has no result. Give the same command again."
     return f"What was counted is in {counted}: the same command goes on from there. No result was written."
 
