@@ -359,6 +359,7 @@ REFUSED: list[Line] = [
     ("Collected.load", {"path": "nowhere"}, "nowhere holds no statistics"),
     *number("CountPositive", "threshold"),
     *whole("MeanVariance", "correction", 0),
+    *a_text("MeanVariance", "label"),
     *whole("Covariance", "correction", 0),
     *whole("Covariance", "most_features", 1),
     ("Histogram", {"edges": 3}, "edges is a list of numbers"),

@@ -20,6 +20,7 @@ from pellucid.corpora import (
     single_tokens,
     vocabulary_words,
 )
+from pellucid.corpora.single_tokens import check_one_token_differs
 from pellucid.errors import InputError
 from pellucid.experiments.pairs import pair_batches
 from tests.tiny_tokenizers import byte_level, metaspace
@@ -187,6 +188,13 @@ def test_the_embedded_model_repeats_and_does_nothing_else(demo: TransformerBridg
 def test_too_few_words_are_told(make: Callable[..., PromptPairs], given: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
         make(byte_level(), **given)
+
+
+@pytest.mark.parametrize(("clean", "corrupted"), [("ab", "abc"), ("ab", "ab"), ("abcd", "aXXd")])
+def test_prompts_of_a_pair_are_equally_long_and_differ_in_one_token(clean: str, corrupted: str) -> None:
+    check_one_token_differs(byte_level(), "abc", "aXc", "here")
+    with pytest.raises(InputError, match="here: the two prompts are .* and differ in"):
+        check_one_token_differs(byte_level(), clean, corrupted, "here")
 
 
 def test_a_tokenizer_without_years_is_told() -> None:
