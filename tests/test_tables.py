@@ -20,7 +20,10 @@ from pellucid.analysis.lens import LogitLens, fitting
 from pellucid.analysis.lens.files import LensFile
 from pellucid.analysis.lens.readout import RowStatistics
 from pellucid.analysis.neurons import force
+from pellucid.analysis.relevance import neuron_relevance
+from pellucid.analysis.stopping import count_until_stable
 from pellucid.conversion_utils.conversion_steps import ChainTensorConversion, RearrangeTensorConversion
+from pellucid.corpora import PromptPairs
 from pellucid.experiments.ablation import Ablation
 from pellucid.experiments.places import find_site, read_prompts
 from pellucid.model_bridge.generalized_components import LinearBridge
@@ -33,7 +36,7 @@ from pellucid.scale.harvest import Harvester, harvest
 from pellucid.scale.stored_activations import StoredActivations
 from pellucid.steering import Add, Steering, direction_of
 from pellucid.sweep import Edit, FromRun, LogitDifference, SetTo, Sweep, Zero
-from pellucid.sweep.metrics import KLDivergence, NextTokenLoss, Normalized
+from pellucid.sweep.metrics import KLDivergence, NextTokenLoss, Normalized, ProbabilityDifference
 from pellucid.tables import MOST_ROWS, Table, merge_layers, ranges
 from tests.models import make_bloom, random_tokens
 
@@ -205,6 +208,12 @@ def objects(bridge: TransformerBridge, tmp_path_factory: pytest.TempPathFactory)
         "steering": Steering([steering.Edit(Add(many[:32]), "resid_post", positions=range(1000))] * 40),
         "hook of steering": steering.Edit(Add(many[:32]), "resid_post").hooks(bridge)[0],
         "corpus": corpus,
+        "pairs": PromptPairs(
+            ["a" * 200] * 900, [[1, 2] * 200] * 900, [["x"] * 200] * 900, labels={"z" * 90: [0] * 900}
+        ),
+        "sets of a metric": ProbabilityDifference([list(range(900))] * 4),
+        "counted": count_until_stable(bridge, corpus, first_rows=4, draws=2, top_rate=0.1, progress=False),
+        "relevance": neuron_relevance(bridge, corpus, stop_row=1, progress=False),
         "corpus batch": next(iter(corpus.batches(8))),
         "label count": corpus.count("label 0"),
         "source": corpus._of["label 0"].source,

@@ -26,7 +26,8 @@ import xarray as xr
 from torch import Tensor
 
 from pellucid.analysis.neurons import Neuron, RandomMatch, random_neurons
-from pellucid.arguments import check_choice, check_count, check_list, check_number, check_path
+from pellucid.analysis.proportions import wilson_interval
+from pellucid.arguments import check_choice, check_count, check_kind, check_list, check_number, check_path
 from pellucid.errors import InputError, StoreError
 from pellucid.storage.json_text import to_line
 from pellucid.storage.safetensors_files import read_safetensors, write_safetensors
@@ -112,6 +113,63 @@ class LanguageNeurons:
             activation_bar_ratio=self.activation_bar_ratio if activation_bar_ratio is None else activation_bar_ratio,
         )
 
+    def intervals(self, confidence: float = 0.95) -> xr.Dataset:
+        """Wilson's interval of each activation probability.
+
+        It takes tokens as independent. Those of one text are not, so that it is rather too narrow.
+
+        Args:
+            confidence: probability that an interval holds the true one.
+
+        Returns:
+            ``low`` and ``high`` ``[layer, neuron, language]`` float64.
+
+        Raises:
+            InputError: a confidence that is not between 0 and 1.
+        """
+        low, high = wilson_interval(self.counts.values, self.n.values, confidence)
+        ends = {name: (DIMS, values) for name, values in (("low", low), ("high", high))}
+        return xr.Dataset(ends, dict(self.counts.coords), {"confidence": confidence, "method": "Wilson"})
+
+    def stability(self, draws: int = 20, seed: int = 0) -> xr.DataArray:
+        """How much of the chosen set stays when each count is drawn anew, from the binomial of its interval.
+
+        Every draw goes through the whole selection, thresholds too.
+
+        Args:
+            draws: how many.
+            seed: of NumPy's generator.
+
+        Returns:
+            ``[draw]``: Jaccard index (shared over all) of the (language, neuron) pairs chosen now and in each draw; 1 where
+            neither has one. The set stands where these are near 1.
+        """
+        check_count("draws", draws)
+        generator = np.random.default_rng(check_count("seed", seed, at_least=0))
+        rates = self.counts.values / self.n.values
+        found = []
+        for _ in range(draws):
+            drawn = generator.binomial(self.n.values, rates)
+            found.append(
+                self.agreement(
+                    lape(
+                        drawn,
+                        self.n.values,
+                        self.top_rate,
+                        self.filter_rate,
+                        self.activation_bar_ratio,
+                        languages=self.languages,
+                    )
+                )
+            )
+        return xr.DataArray(found, {"draw": np.arange(draws)}, ("draw",), name="Jaccard index")
+
+    def agreement(self, other: LanguageNeurons) -> float:
+        """Jaccard index (shared over all) of the (language, neuron) pairs chosen here and there; 1 where neither has one."""
+        check_kind("other", other, LanguageNeurons, "what lape gives")
+        own, others = _owned(self), _owned(other)
+        return len(own & others) / len(own | others) if own | others else 1.0
+
     def overlap(self) -> xr.DataArray:
         """``[language, other]`` int64: neurons that two languages share; on the diagonal those a language has."""
         sets = [set(neurons) for neurons in self.neurons.values()]
@@ -153,7 +211,8 @@ class LanguageNeurons:
         ]
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row for each language and neuron: for tables and files."""
+        """A row for each language and neuron, with the 95 % interval of each probability: for tables and files."""
+        ends = self.intervals()
         return [
             {
                 "language": language,
@@ -163,6 +222,11 @@ class LanguageNeurons:
                 **{
                     f"p_{other}": float(self.probabilities.values[layer, neuron, place])
                     for place, other in enumerate(self.neurons)
+                },
+                **{
+                    f"{end}_{other}": float(ends[end].values[layer, neuron, place])
+                    for place, other in enumerate(self.neurons)
+                    for end in ("low", "high")
                 },
             }
             for language, neurons in self.neurons.items()
@@ -414,6 +478,11 @@ def _check_counts(active: Tensor, tokens: Tensor, labels: tuple[Language, ...]) 
                 f"A neuron was active at {high} tokens of the language {label!r}, which has {count}: n must count the same "
                 "tokens."
             )
+
+
+def _owned(found: LanguageNeurons) -> set[tuple[Language, Neuron]]:
+    """Every language with each of its neurons."""
+    return {(language, neuron) for language, neurons in found.neurons.items() for neuron in neurons}
 
 
 def _pairs(found: npt.NDArray[np.int64]) -> tuple[Neuron, ...]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pellucid.arguments import check_choice, check_count, check_kind, check_list, check_number, check_text, check_wholes
 from pellucid.dtypes import cast
-from pellucid.errors import InputError, NoEffectError
+from pellucid.errors import InputError, NoEffectError, UnsupportedModelError
 from pellucid.hook_points import HookPoint
 from pellucid.model_bridge.hooking.hooks import HookRequest
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
@@ -48,6 +48,26 @@ def activity_place(bridge: TransformerBridge) -> str:
     zero where what they are given is: ``mlp.hook_pre``.
     """
     return "mlp.hook_pre" if bridge.cfg.gated_mlp else NEURONS
+
+
+def refuse_without_neurons(bridge: TransformerBridge) -> None:
+    """Refuse a model whose MLP has no neurons at every position.
+
+    Raises:
+        UnsupportedModelError: it has experts.
+    """
+    if f"blocks.0.{NEURONS}" not in bridge.hook_index:
+        raise UnsupportedModelError(
+            f"{bridge.adapter.family.title} has experts: a router sends each token to a few of them, so no neuron is there "
+            "at every token, and none can be compared over languages. Take a model without experts."
+        )
+
+
+def activity_words(bridge: TransformerBridge) -> str:
+    """In words, where a neuron of the model is active."""
+    if bridge.cfg.gated_mlp:
+        return f"{bridge.cfg.act_fn}(gate) > 0, before it is multiplied by what it gates: {activity_place(bridge)} > 0"
+    return f"{bridge.cfg.act_fn}(pre) > 0: {activity_place(bridge)} > 0"
 
 
 def place_of(bridge: TransformerBridge, place: str, layer: int = 0) -> HookSpec:

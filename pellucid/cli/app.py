@@ -49,6 +49,8 @@ from pellucid.cli.options import (
     PrependBos,
     PromptFile,
     PromptText,
+    RelevanceAgainst,
+    RelevanceMethod,
     Revision,
     StoreDtype,
     Tail,
@@ -249,6 +251,20 @@ def neurons(
         int, typer.Option(min=0, help="Also find so many expert units, best and worst, by average precision.")
     ] = 0,
     expert_documents: Annotated[int, typer.Option(min=1, help="Documents of a language for --experts.")] = 500,
+    relevance: Annotated[
+        RelevanceMethod | None,
+        typer.Option(help="Also rank neurons by what the loss on a language's text depends on, and compare both."),
+    ] = None,
+    relevance_tokens: Annotated[
+        int, typer.Option(min=1, help="At most so many tokens of each language for --relevance.")
+    ] = 16_384,
+    against: Annotated[
+        RelevanceAgainst, typer.Option(help="For --relevance: rank by a language's, or less the mean of the others'.")
+    ] = RelevanceAgainst.nothing,
+    stop_when_stable: Annotated[
+        float | None,
+        typer.Option(help="Count until the chosen set agrees so well (Jaccard, to 1) within its intervals and before."),
+    ] = None,
     prompt: Annotated[
         list[str] | None, typer.Option(help="Show how the model goes on with this, as it is and silenced. Repeatable.")
     ] = None,
@@ -290,6 +306,10 @@ def neurons(
             experts=experts,
             expert_documents=expert_documents,
             prompts=tuple(prompt or ()),
+            relevance=None if relevance is None else ("relp" if relevance is RelevanceMethod.relp else "gradient"),
+            relevance_tokens=relevance_tokens,
+            against="others" if against is RelevanceAgainst.others else "nothing",
+            stop_when_stable=stop_when_stable,
         )
         find_neurons(choice, request, format)
 

@@ -24,7 +24,7 @@ ATTRIBUTE_FILES = ("attribution.json", "attribution.csv")
 ATTRIBUTION_PATCHING_FILES = ("attribution_patching.json", "attribution_patching.csv")
 """What ``pellucid attribute --method`` writes for another method than ``direct``."""
 
-STUDY_PICTURES = ("layers.html", "overlap.html", "change.html", "examples.html")
+STUDY_PICTURES = ("layers.html", "overlap.html", "change.html", "examples.html", "criteria.html")
 STUDY_FILES = (
     "neurons.json",
     "neurons.csv",
@@ -35,6 +35,8 @@ STUDY_FILES = (
     "examples.csv",
     "experts.csv",
     "continuations.csv",
+    "relevance.csv",
+    "criteria.csv",
     *STUDY_PICTURES,
 )
 """What ``pellucid neurons`` writes, the last only where Plotly is installed."""
@@ -146,7 +148,7 @@ def kept_of_study(out: Path | None) -> str:
     if out is None:
         return "Nothing was kept: with --out FOLDER the counting is, and the same command goes on from there."
     counted = out / COUNTING_FOLDER
-    if not any(counted.glob("*/*.safetensors")):
+    if not any(counted.glob("**/*.safetensors")):
         return f"Nothing was counted yet; {out} has no result. Give the same command again."
     return f"What was counted is in {counted}: the same command goes on from there. No result was written."
 

@@ -17,15 +17,26 @@ from typing import Any
 import torch
 import xarray as xr
 
+from pellucid.analysis.criteria import ENTROPY, compare_criteria, effects_of_criteria
 from pellucid.analysis.expert_neurons import ExpertNeurons, expertise
 from pellucid.analysis.language_neurons import LanguageNeurons, lape
 from pellucid.analysis.linear_units import published_places
-from pellucid.analysis.neurons import NEURONS, Neuron, RandomMatch, activity_place
-from pellucid.analysis.perplexity import continuations, perplexity_change
+from pellucid.analysis.neurons import (
+    NEURONS,
+    Neuron,
+    RandomMatch,
+    activity_place,
+    activity_words,
+    refuse_without_neurons,
+)
+from pellucid.analysis.perplexity import continuations
+from pellucid.analysis.relevance import Against, Method, neuron_relevance
+from pellucid.analysis.stopping import Look, count_until_stable
 from pellucid.cli.files import COUNTING_FOLDER, language_files
 from pellucid.cli.models import open_bridge
 from pellucid.cli.neurons_output import Examples, Study, present, write_study
 from pellucid.cli.options import Format, ModelChoice
+from pellucid.cli.relevance_output import Criteria
 from pellucid.corpora import Corpus, CorpusBatch
 from pellucid.corpora.sources import DocumentRule
 from pellucid.demo.prompts import PROMPTS
@@ -63,6 +74,10 @@ class NeuronRequest:
     experts: int = 0
     expert_documents: int = 500
     prompts: tuple[str, ...] = ()
+    relevance: Method | None = None
+    relevance_tokens: int = 16_384
+    against: Against = "nothing"
+    stop_when_stable: float | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +125,7 @@ def find_neurons(choice: ModelChoice, request: NeuronRequest, format: Format) ->
             "each."
         )
     bridge = open_bridge(choice)
+    refuse_without_neurons(bridge)
     if request.out is not None:
         request.out.mkdir(parents=True, exist_ok=True)
         _refuse_full_disk(bridge, request, len(counted_files) or len(PROMPTS))
@@ -118,7 +134,7 @@ def find_neurons(choice: ModelChoice, request: NeuronRequest, format: Format) ->
     if 0 < request.measured_tokens < context:
         raise InputError(f"--measured-tokens {request.measured_tokens} is less than one row of {context} tokens.")
     texts = open_texts(bridge, request, counted_files, measured_files, context)
-    collected = count(bridge, texts, request)
+    collected, looks = count(bridge, texts, request, top_rate)
     found = select(collected, activity_place(bridge), top_rate, request)
     silenced = {str(language): neurons for language, neurons in found.neurons.items() if neurons}
     if not silenced:
@@ -129,7 +145,8 @@ def find_neurons(choice: ModelChoice, request: NeuronRequest, format: Format) ->
     without = [str(language) for language in found.neurons if str(language) not in silenced]
     if without:
         warn(f"No neuron belongs to {', '.join(without)} at --top-rate {top_rate:g}: nothing is silenced for it.")
-    change = measure(bridge, texts, found, silenced, request)
+    criteria = compare(bridge, texts, found, silenced, request)
+    effects = measure(bridge, texts, found, silenced, criteria, request)
     study = Study(
         model=choice.name,
         dtype=str(bridge.dtype).removeprefix("torch."),
@@ -139,7 +156,11 @@ def find_neurons(choice: ModelChoice, request: NeuronRequest, format: Format) ->
         seed=request.seed,
         match=request.match,
         found=found,
-        change=change,
+        change=None if effects is None else effects.sel(criterion=ENTROPY, drop=True),
+        active_where=activity_words(bridge),
+        looks=looks,
+        criteria=criteria,
+        effects=effects if criteria is not None else None,
         examples=examples_of(collected, texts.counted, found, request),
         experts=find_experts(bridge, texts, request),
         written=_written(bridge, request, silenced, choice),
@@ -196,9 +217,12 @@ def _refuse_arguments(choice: ModelChoice, request: NeuronRequest) -> None:
         ("--top-rate", request.top_rate),
         ("--filter-rate", request.filter_rate),
         ("--activation-bar-ratio", request.activation_bar_ratio),
+        ("--stop-when-stable", request.stop_when_stable),
     ):
         if rate is not None and not 0 < rate <= 1:
             raise InputError(f"{name} is a share, over 0 and up to 1; found {rate:g}.")
+    if request.against != "nothing" and request.relevance is None:
+        raise InputError(f"--against {request.against} would have no effect without --relevance.")
 
 
 def _measured_on(choice: ModelChoice, request: NeuronRequest) -> str:
@@ -263,23 +287,49 @@ def _from_files(
 # -- computing ---------------------------------------------------------------------------------------------------------
 
 
-def count(bridge: TransformerBridge, texts: Texts, request: NeuronRequest) -> dict[str, Collected]:
-    """By language, how often each neuron is active and where it is most: one pass, resumed where it was interrupted."""
+def count(
+    bridge: TransformerBridge, texts: Texts, request: NeuronRequest, top_rate: float
+) -> tuple[Mapping[str, Collected], tuple[Look, ...]]:
+    """By language, how often each neuron is active and where it is most, resumed where it was interrupted.
+
+    Returns:
+        the counts; with ``--stop-when-stable``, what was found after each part.
+    """
+    largest: dict[str, list[Statistic]] = {f"blocks.*.{NEURONS}": [TopK(request.examples)]} if request.examples else {}
+    folder = None if request.out is None else request.out / COUNTING_FOLDER
+    if request.stop_when_stable is not None:
+        counted = count_until_stable(
+            bridge,
+            texts.counted,
+            stable_at=request.stop_when_stable,
+            seed=request.seed,
+            last_rows=texts.counted_rows,
+            top_rate=top_rate,
+            filter_rate=request.filter_rate,
+            activation_bar_ratio=request.activation_bar_ratio,
+            statistics=largest,
+            batch_size=request.batch_size,
+            checkpoint=folder,
+        )
+        if not counted.stands:
+            warn(
+                f"The set does not stand at --stop-when-stable {request.stop_when_stable:g}: all of the text was counted."
+            )
+        return counted.collected, counted.looks
     statistics: dict[str, list[Statistic]] = {f"blocks.*.{activity_place(bridge)}": [CountPositive()]}
-    if request.examples:
-        statistics.setdefault(f"blocks.*.{NEURONS}", []).append(TopK(request.examples))
+    for hook, wanted in largest.items():
+        statistics.setdefault(hook, []).extend(wanted)
     found = {}
     for place, label in enumerate(texts.counted.labels):
-        folder = None if request.out is None else request.out / COUNTING_FOLDER / str(place)
         found[label] = bridge.collect(
             texts.counted,
             statistics,
             batch_size=request.batch_size,
             labels=label,
             stop_row=texts.counted_rows[label],
-            checkpoint=folder,
+            checkpoint=None if folder is None else folder / str(place),
         )
-    return found
+    return found, ()
 
 
 def select(collected: Mapping[str, Collected], place: str, top_rate: float, request: NeuronRequest) -> LanguageNeurons:
@@ -290,22 +340,50 @@ def select(collected: Mapping[str, Collected], place: str, top_rate: float, requ
     return lape(counts, tokens, top_rate, request.filter_rate, request.activation_bar_ratio)
 
 
-def measure(
+def compare(
     bridge: TransformerBridge,
     texts: Texts,
     found: LanguageNeurons,
     silenced: Mapping[str, Sequence[Neuron]],
     request: NeuronRequest,
+) -> Criteria | None:
+    """The second criterion, on the first rows of the counted text; ``None`` where it was not asked for."""
+    if request.relevance is None:
+        return None
+    rows = max(1, request.relevance_tokens // texts.counted.rules.context)
+    measured = neuron_relevance(
+        bridge,
+        texts.counted,
+        methods=[request.relevance],
+        batch_size=request.batch_size,
+        stop_row=min(rows, *texts.counted_rows.values()),
+        checkpoint=None if request.out is None else request.out / COUNTING_FOLDER / "relevance",
+    )
+    table = compare_criteria(found, measured, request.relevance, request.against)
+    top = measured.top(found, request.relevance, request.against)
+    return Criteria(measured, table, {language: top[language] for language in silenced})
+
+
+def measure(
+    bridge: TransformerBridge,
+    texts: Texts,
+    found: LanguageNeurons,
+    silenced: Mapping[str, Sequence[Neuron]],
+    criteria: Criteria | None,
+    request: NeuronRequest,
 ) -> xr.Dataset | None:
-    """What silencing does, beside random sets; ``None`` if nothing is to be measured."""
+    """What silencing does by each criterion, beside random sets; ``None`` if nothing is to be measured."""
     if not request.measured_tokens:
         return None
     rows = request.measured_tokens // texts.measured.rules.context
     drawn = found.random_sets(request.random_sets, request.seed, request.match) if request.random_sets else []
-    controls = [{language: control[language] for language in silenced} for control in drawn]
-    return perplexity_change(
-        bridge, Measured(texts, rows), silenced, random_sets=controls, batch_size=request.batch_size
-    )
+    controls: list[Mapping[Any, Sequence[Neuron]]] = [
+        {language: control[language] for language in silenced} for control in drawn
+    ]
+    sets: dict[str, Mapping[Any, Sequence[Neuron]]] = {ENTROPY: silenced}
+    if criteria is not None:
+        sets[str(request.relevance)] = criteria.top
+    return effects_of_criteria(bridge, Measured(texts, rows), sets, random_sets=controls, batch_size=request.batch_size)
 
 
 def examples_of(

@@ -16,10 +16,18 @@ import pellucid
 from pellucid.analysis.expert_neurons import ExpertNeurons
 from pellucid.analysis.language_neurons import LanguageNeurons
 from pellucid.analysis.perplexity import own_and_others
+from pellucid.analysis.stopping import Look
 from pellucid.cli.files import STUDY_FILES, STUDY_PICTURES
 from pellucid.cli.mistakes import note
 from pellucid.cli.options import Format
 from pellucid.cli.output import table, write_json
+from pellucid.cli.relevance_output import (
+    Criteria,
+    criteria_table,
+    lines,
+    looks_document,
+    looks_line,
+)
 from pellucid.cli.terminal import results
 from pellucid.errors import MissingExtraError
 from pellucid.storage.json_text import Json, write_json_file
@@ -38,6 +46,8 @@ Examples: TypeAlias = dict[tuple[str, int, int], list[tuple[float, str, str, str
     EXAMPLES_FILE,
     EXPERTS_FILE,
     WRITTEN_FILE,
+    RELEVANCE_FILE,
+    CRITERIA_FILE,
 ) = STUDY_FILES[: -len(STUDY_PICTURES)]
 
 
@@ -55,6 +65,10 @@ class Study:
     found: LanguageNeurons
     change: xr.Dataset | None
     examples: Examples
+    active_where: str
+    looks: Sequence[Look]
+    criteria: Criteria | None
+    effects: xr.Dataset | None
     experts: ExpertNeurons | None
     experts_shown: int
     written: xr.DataArray | None
@@ -71,6 +85,8 @@ class Study:
             "seed": self.seed,
             "match": self.match,
             **self.found.document(),
+            "active_where": self.active_where,
+            "interval": "Wilson, 95 %, tokens taken as independent",
             "overlap": self.found.overlap().values.tolist(),
             "by_layer": self.found.by_layer().values.tolist(),
         }
@@ -85,6 +101,10 @@ class Study:
                 "random": self.change["random"].values.tolist(),
             }
             about["summary"] = [dict(line) for line in summary(self.change)]
+        if self.looks:
+            about["looks"] = looks_document(self.looks)
+        if self.criteria is not None:
+            about["criteria"] = self.criteria.document(self.effects)
         return about
 
 
@@ -132,6 +152,9 @@ def write_study(study: Study, out: Path) -> list[str]:
         _write_table(out / EXAMPLES_FILE, _examples(study.examples))
     if study.experts is not None:
         _write_table(out / EXPERTS_FILE, _experts(study.experts, study.experts_shown))
+    if study.criteria is not None:
+        _write_table(out / RELEVANCE_FILE, study.criteria.rows(study.found))
+        _write_table(out / CRITERIA_FILE, lines(study.criteria.table))
     if study.written is not None:
         _write_table(out / WRITTEN_FILE, _long(study.written, "text"))
     pictures = _draw(study, out)
@@ -142,14 +165,20 @@ def write_study(study: Study, out: Path) -> list[str]:
 def _draw(study: Study, out: Path) -> list[str]:
     from pellucid.plots import save_picture
     from pellucid.plots.extra import need
-    from pellucid.plots.neurons import change_picture, layers_picture, neuron_examples_page, overlap_picture
+    from pellucid.plots.neurons import (
+        change_picture,
+        criteria_picture,
+        layers_picture,
+        neuron_examples_page,
+        overlap_picture,
+    )
 
     try:
         need("plotly")
     except MissingExtraError as error:
         note(f"no pictures: {error}")
         return []
-    layers, overlap, change, examples = STUDY_PICTURES
+    layers, overlap, change, examples, criteria = STUDY_PICTURES
     about = f"{study.model}; top_rate {study.found.top_rate:g}; {sum(study.counted.values()):,} tokens counted"
     made: dict[str, Any] = {
         layers: layers_picture(study.found.by_layer(), about),
@@ -158,6 +187,8 @@ def _draw(study: Study, out: Path) -> list[str]:
     if study.change is not None:
         tokens = int(study.change["tokens"].sum())
         made[change] = change_picture(study.change, f"{about}; {tokens:,} tokens measured: {study.measured_on}")
+    if study.effects is not None:
+        made[criteria] = criteria_picture(study.effects, f"{about}; {study.measured_on}")
     if study.examples:
         headings = {
             f"{language}: layer {layer}, neuron {neuron}": listed
@@ -267,6 +298,12 @@ def present(study: Study, format: Format, out: Path | None, pictures: Sequence[s
             f"Rise of the mean negative log-probability of a token, in nats; {tokens:,} tokens measured: "
             f"{study.measured_on}."
         )
+    if study.criteria is not None:
+        console.print()
+        console.print(criteria_table(study.criteria, study.effects))
+    if study.looks:
+        console.print()
+        console.print(looks_line(study.looks))
     if study.written is not None:
         console.print()
         console.print(_continuations(study.written))

@@ -52,6 +52,20 @@ class Match(str, Enum):
     layer = "layer"
 
 
+class RelevanceMethod(str, Enum):
+    """What flows back from the loss to a neuron."""
+
+    gradient = "gradient"
+    relp = "relp"
+
+
+class RelevanceAgainst(str, Enum):
+    """What a neuron's relevance for a language is compared with."""
+
+    nothing = "nothing"
+    others = "others"
+
+
 class Packing(str, Enum):
     """How documents become sequences."""
 

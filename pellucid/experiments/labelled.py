@@ -46,6 +46,7 @@ from pellucid.sweep import (
     NextTokenLoss,
     Normalized,
     Probability,
+    ProbabilityDifference,
     Sweep,
     SweepPlan,
 )
@@ -179,6 +180,7 @@ _WORDS: Mapping[type, tuple[str, str]] = {
     LogitDifference: ("logit difference", "logits"),
     LogProbability: ("log-probability", "nats"),
     Probability: ("probability", NO_UNIT),
+    ProbabilityDifference: ("probability difference", NO_UNIT),
     KLDivergence: ("KL divergence", "nats"),
     NextTokenLoss: ("loss", "nats"),
 }

@@ -13,18 +13,21 @@ from typing import TypeAlias
 import torch
 
 from pellucid.arguments import check_count, check_kind
-from pellucid.corpora.pairs import PromptPairs, Word
+from pellucid.corpora.pairs import PromptPairs, Word, Words
 from pellucid.errors import InputError
 from pellucid.experiments.options import SweepOptions
 from pellucid.experiments.places import Prompts, read_prompts, refuse_different_lengths
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
-from pellucid.sweep import LogitDifference, LogProbability, MetricLike
+from pellucid.sweep import LogitDifference, LogProbability, MetricLike, Probability, ProbabilityDifference
 from pellucid.sweep.metrics import Metric
 from pellucid.tables import BriefFields
 
 PairMetric: TypeAlias = MetricLike | Callable[..., Metric]
 """A class of metrics, made for each batch of its answers and foils (:class:`LogitDifference`); a metric; or a function of
 logits ``[row, pos, d_vocab]`` that gives a number a row."""
+
+Ids: TypeAlias = list[int] | list[list[int]]
+"""Of each row a token id, or its set of token ids."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -58,20 +61,23 @@ def pair_batches(
         bridge: the model.
         pairs: the data set.
         metric: see :data:`PairMetric`; by default the logit difference of answer and foil, or without foils the
-            log-probability of the answer.
+            log-probability of the answer; where an answer or a foil is a set of tokens, the difference of the sums of their
+            probabilities.
         batch_size: most rows that run together.
         prepend_bos: texts with the beginning-of-sequence token first or without; by default as the tokenizer does.
 
     Raises:
         InputError: a row whose prompts have different numbers of tokens; an answer that is not one token; no answer where
-            the metric needs one.
+            the metric needs one; sets of tokens where it takes one a row.
     """
     check_kind("pairs", pairs, PromptPairs, "PromptPairs(clean, corrupted, answer, foil)")
     check_count("batch_size", batch_size)
     read = {name: [_read(bridge, prompt, prepend_bos) for prompt in column] for name, column in _prompts(pairs).items()}
     for row, (clean, corrupted) in enumerate(zip(read["clean"], read["corrupted"], strict=True)):
         refuse_different_lengths(clean, corrupted, (f"clean of row {row}", f"corrupted of row {row}"))
-    answers, foils = _ids(bridge, "answer", pairs.answer), _ids(bridge, "foil", pairs.foil)
+    answers, foils = (_ids(bridge, "answer", pairs.answer, pairs), _ids(bridge, "foil", pairs.foil, pairs))
+    if pairs.has_sets:
+        metric = _of_sets(metric)
     by_length: dict[int, list[int]] = {}
     for row, prompt in enumerate(read["clean"]):
         by_length.setdefault(prompt.length, []).append(row)
@@ -101,32 +107,50 @@ def _together(prompts: Sequence[Prompts]) -> Prompts:
     return Prompts(tokens, None, tuple(prompt.labels[0] for prompt in prompts), prompts[0].virtual)
 
 
-def _ids(bridge: TransformerBridge, what: str, words: Sequence[Word] | None) -> list[int] | None:
+def _ids(bridge: TransformerBridge, what: str, words: Sequence[Words] | None, pairs: PromptPairs) -> Ids | None:
+    """Of each row the token id, or the set of token ids where any row of the pairs has a set."""
     if words is None:
         return None
-    found = []
-    for row, word in enumerate(words):
+    found: list[list[int]] = []
+    for row, entry in enumerate(words):
         try:
-            found.append(
-                bridge.to_single_token(word)
-                if isinstance(word, str)
-                else check_count(what, word, 0, bridge.cfg.d_vocab - 1)
-            )
+            listed = [entry] if isinstance(entry, str | int) else list(entry)
+            found.append([_id(bridge, what, word) for word in listed])
         except InputError as error:
             raise InputError(f"{what} of row {row}: {error}") from None
-    return found
+    return found if pairs.has_sets else [ids[0] for ids in found]
 
 
-def _at(ids: list[int] | None, rows: Sequence[int]) -> list[int] | None:
-    return None if ids is None else [ids[row] for row in rows]
+def _id(bridge: TransformerBridge, what: str, word: Word) -> int:
+    return bridge.to_single_token(word) if isinstance(word, str) else check_count(what, word, 0, bridge.cfg.d_vocab - 1)
 
 
-def _metric_of(metric: PairMetric | None, answers: list[int] | None, foils: list[int] | None) -> MetricLike:
+def _of_sets(metric: PairMetric | None) -> PairMetric:
+    """What scores sets of tokens.
+
+    Raises:
+        InputError: a class of metrics that takes one token a row.
+    """
+    if metric is None:
+        return ProbabilityDifference
+    if metric in (LogitDifference, LogProbability, Probability):
+        raise InputError(
+            f"The pairs have sets of tokens, and {metric.__name__} takes one token a row: take "
+            "ProbabilityDifference, which is the default, or a function of logits."
+        )
+    return metric
+
+
+def _at(ids: Ids | None, rows: Sequence[int]) -> Ids | None:
+    return None if ids is None else [ids[row] for row in rows]  # type: ignore[return-value]
+
+
+def _metric_of(metric: PairMetric | None, answers: Ids | None, foils: Ids | None) -> MetricLike:
     if isinstance(metric, Metric) or (metric is not None and not isinstance(metric, type)):
         return metric
     if answers is None:
         raise InputError("The pairs have no answers: give them, or a metric that needs none, a function of logits.")
     if metric is None:
-        return LogProbability(answers) if foils is None else LogitDifference(answers, foils)
+        metric = LogProbability if foils is None else LogitDifference
     made: Metric = metric(answers) if foils is None else metric(answers, foils)
     return made

@@ -63,6 +63,24 @@ def change_picture(found: xarray.Dataset, subtitle: str | None = None) -> Figure
     )
 
 
+def criteria_picture(effects: xarray.Dataset, subtitle: str | None = None) -> Figure:
+    """Heat maps of what silencing does, a panel for each criterion by which neurons were chosen, on one colour scale.
+
+    Args:
+        effects: variable ``change`` ``[criterion, silenced, language]``, such as ``effects_of_criteria`` gives.
+        subtitle: a smaller line below the title.
+    """
+    criteria = effects.coords["criterion"].values.tolist()
+    return heat_maps(
+        {f"by {name}": effects["change"].sel(criterion=name, drop=True) for name in criteria},
+        x="language",
+        y="silenced",
+        title="Rise of the log-perplexity of a language (along) when as many neurons of one (down) are silenced",
+        unit="nats per token",
+        subtitle=subtitle,
+    )
+
+
 def neuron_examples_page(examples: Mapping[str, Sequence[Context]], subtitle: str | None = None) -> str:
     """A page of the tokens at which each neuron was most active, in their text.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from pellucid.arguments import check_count
+from pellucid.arguments import check_count, check_text
 from pellucid.errors import InputError
 from pellucid.running_stats.base import Places, Statistic, real_tokens
 from pellucid.tables import brief
@@ -56,22 +56,24 @@ class MeanVariance(Statistic):
 
     Args:
         correction: the variance divides by ``n - correction``.
+        label: a word added to its name, to tell two at one place apart.
     """
 
     kind: ClassVar[str] = "mean_variance"
 
-    def __init__(self, correction: int = 0) -> None:
+    def __init__(self, correction: int = 0, label: str | None = None) -> None:
         super().__init__()
         self.correction = check_count("correction", correction, at_least=0)
+        self.label = None if label is None else check_text("label", label)
 
     @property
     def name(self) -> str:
-        """``mean_variance``."""
-        return self.kind
+        """``mean_variance``, with its label if it has one."""
+        return self.kind if self.label is None else f"{self.kind}_{self.label}"
 
     def settings(self) -> dict[str, Any]:
         """See :class:`Statistic`."""
-        return {"correction": self.correction}
+        return {"correction": self.correction} | ({} if self.label is None else {"label": self.label})
 
     def result(self) -> Moments:
         """Mean and variance ``[*features]``, float64; NaN where there are too few tokens."""

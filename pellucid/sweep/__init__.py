@@ -10,6 +10,7 @@ from pellucid.sweep.metrics import (
     NextTokenLoss,
     Normalized,
     Probability,
+    ProbabilityDifference,
     Reads,
 )
 from pellucid.sweep.plan import SweepPlan
@@ -31,6 +32,7 @@ __all__ = [
     "NextTokenLoss",
     "Normalized",
     "Probability",
+    "ProbabilityDifference",
     "Reads",
     "Scale",
     "SetTo",

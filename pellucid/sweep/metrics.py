@@ -26,6 +26,9 @@ from pellucid.tables import BriefFields
 TokenIds: TypeAlias = int | Sequence[int] | Tensor
 """One token id for all rows, or one a row."""
 
+TokenSets: TypeAlias = int | Sequence[int] | Sequence[Sequence[int]]
+"""One set of token ids for all rows (or one id), or a list of sets, one a row."""
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Reads(BriefFields):
@@ -148,6 +151,29 @@ def _ids(tokens: TokenIds, rows: int, what: str) -> Tensor:
     return ids.to(torch.int64).expand(rows)
 
 
+def _sets(sets: TokenSets, rows: int, what: str) -> list[list[int]]:
+    """The token ids of each row.
+
+    Raises:
+        InputError: something else; an empty set, or one with a token twice, which would count twice.
+    """
+    whole = isinstance(sets, Sequence) and not isinstance(sets, str)
+    found: list[Any] = list(sets) if whole else [sets]  # type: ignore[arg-type]
+    by_row = [list(each) if isinstance(each, Sequence) and not isinstance(each, str) else each for each in found]
+    if not any(isinstance(each, list) for each in by_row):
+        by_row = [by_row] * rows
+    for row, each in enumerate(by_row):
+        if not isinstance(each, list) or not each or not all(type(token) is int for token in each):
+            raise InputError(
+                f"{what} is a set of token ids, or a list of sets, one a row; found {each!r} in row {row}."
+            )
+        if len(set(each)) < len(each):
+            raise InputError(f"{what} has a token twice in row {row}, whose probability would count twice.")
+    if len(by_row) not in (1, rows):
+        raise InputError(f"{what} has {len(by_row)} sets of token ids for {rows} rows.")
+    return by_row if len(by_row) == rows else by_row * rows
+
+
 def _number_or_numbers(argument: str, value: Any) -> Tensor:
     try:
         if not isinstance(value, bool | str):
@@ -257,6 +283,55 @@ class Probability(BriefFields, Metric):
     def score(self, logits: Tensor, reads: Reads) -> Tensor:
         """``[edit, row]``."""
         return LogProbability(self.answer, self.position).score(logits, reads).exp()
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ProbabilityDifference(BriefFields, Metric):
+    """``p(any of answer) - p(any of foil)``: sums over sets of tokens, such as later and earlier years (Hanna et al. 2023).
+
+    Attributes:
+        answer: token ids, one set for all rows or one a row.
+        foil: the same; ``None`` subtracts nothing.
+        position: column read; by default each row's last real token.
+    """
+
+    answer: TokenSets
+    foil: TokenSets | None = None
+    position: int | None = None
+
+    def check(self, tokens: Tensor, attention_mask: Tensor | None, d_vocab: int) -> None:
+        """See :class:`Metric`; no token is in both sets of a row."""
+        self.reads(tokens, attention_mask)
+        for row, (answer, foil) in enumerate(self._by_row(tokens.shape[0])):
+            for name, ids in (("answer", answer), ("foil", foil)):
+                outside = [token for token in ids if not 0 <= token < d_vocab]
+                if outside:
+                    raise InputError(f"{name}: token id {outside[0]} is outside the vocabulary, 0 to {d_vocab - 1}.")
+            both = sorted(set(answer) & set(foil))
+            if both:
+                raise InputError(f"The token id {both[0]} is in answer and in foil of row {row}.")
+
+    def _by_row(self, rows: int) -> list[tuple[list[int], list[int]]]:
+        foils = [list[int]()] * rows if self.foil is None else _sets(self.foil, rows, "foil")
+        return list(zip(_sets(self.answer, rows, "answer"), foils, strict=True))
+
+    def reads(self, tokens: Tensor, attention_mask: Tensor | None) -> Reads:
+        """The whole vocabulary at one position a row."""
+        self._by_row(tokens.shape[0])
+        return Reads(read_columns(self.position, tokens, attention_mask), None)
+
+    def score(self, logits: Tensor, reads: Reads) -> Tensor:
+        """``[edit, row]``."""
+        wide = _wide(logits[:, :, 0])
+        by_row = self._by_row(logits.shape[1])
+        most = max(len(answer) + len(foil) for answer, foil in by_row)
+        # Shorter sets are filled with token 0, which counts for nothing.
+        ids = torch.tensor([(a + f + [0] * most)[:most] for a, f in by_row], device=wide.device)
+        signs = torch.tensor(
+            [([1] * len(a) + [-1] * len(f) + [0] * most)[:most] for a, f in by_row], device=wide.device
+        )
+        picked = wide.gather(-1, ids.expand(len(wide), -1, -1)) - torch.logsumexp(wide, dim=-1, keepdim=True)
+        return (picked.exp() * signs).sum(-1)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from pellucid import Collected, Corpus, running_stats
+from pellucid import Collected, Corpus, corpora, running_stats
+from pellucid.corpora import PromptPairs
 from tests.arguments.bench import (
     CORPUS,
     NAN,
@@ -67,7 +68,31 @@ FILES = {
 }
 """What each of them reads from."""
 
+
+def pairs(name: str, /, **works: Any) -> Call:
+    """A method of pairs of prompts."""
+    return bound(lambda _: PAIRS, getattr(PromptPairs, name), **works)
+
+
+PAIRS = PromptPairs(["a", "b"], ["c", "d"], [" x", 7], ["y", [8, "z"]])
+
+READY: dict[str, tuple[Any, dict[str, Any]]] = {
+    "indirect_object_pairs": (corpora.indirect_object_pairs, {"names": ["right", "person", "law"]}),
+    "greater_than_pairs": (corpora.greater_than_pairs, {}),
+    "induction_pairs": (corpora.induction_pairs, {}),
+    "docstring_pairs": (corpora.docstring_pairs, {}),
+    "agreement_pairs": (corpora.agreement_pairs, {}),
+}
+
 CALLS: dict[str, Call] = {
+    "PromptPairs": made(PromptPairs, clean=["a"], corrupted=["b"], answer=["x"]),
+    "PromptPairs.from_rows": made(PromptPairs.from_rows, rows=[{"clean": "a", "corrupted": "b"}]),
+    "PromptPairs.from_csv": not_run(made(PromptPairs.from_csv, path="no.csv")),
+    "PromptPairs.from_dataframe": made(PromptPairs.from_dataframe, table=PAIRS.to_dataframe()),
+    "PromptPairs.to_csv": pairs("to_csv", path="out.csv"),
+    "single_tokens": made(corpora.single_tokens, tokenizer=TOKENIZER, words=["right"]),
+    "vocabulary_words": made(corpora.vocabulary_words, tokenizer=TOKENIZER, most=3),
+    **{name: made(make, tokenizer=TOKENIZER, n=2, **given) for name, (make, given) in READY.items()},
     "Corpus.from_documents": made(Corpus.from_documents, documents={"en": [TEXT]}, tokenizer=TOKENIZER),
     "Corpus.from_text": made(
         Corpus.from_text, files=Of(lambda bench: {"en": bench.folder / "en.txt"}), tokenizer=TOKENIZER
@@ -134,6 +159,58 @@ CALLS: dict[str, Call] = {
 }
 
 REFUSED: list[Line] = [
+    ("PromptPairs", {"clean": "a"}, "clean is a list"),
+    ("PromptPairs", {"clean": []}, "clean is a list of one for each row; found an empty one"),
+    ("PromptPairs", {"clean": [3]}, "row 0 of clean is text or token ids"),
+    ("PromptPairs", {"clean": iter(["a"])}, "clean is a list; found list_iterator"),
+    ("PromptPairs", {"corrupted": [[1.5]]}, "row 0 of corrupted is text or token ids"),
+    ("PromptPairs", {"corrupted": [[]]}, "row 0 of corrupted is text or token ids"),
+    ("PromptPairs", {"corrupted": ["a", "b"]}, "clean has 1 rows and corrupted 2"),
+    ("PromptPairs", {"answer": [1.5]}, "row 0 of answer is a token"),
+    ("PromptPairs", {"answer": [True]}, "row 0 of answer is a token"),
+    ("PromptPairs", {"answer": [[]]}, "row 0 of answer is a token"),
+    ("PromptPairs", {"foil": [{"x"}]}, "row 0 of foil is a token"),
+    ("PromptPairs", {"answer": None, "foil": ["y"]}, "foil needs answer"),
+    *a_text("PromptPairs", "name"),
+    ("PromptPairs", {"labels": ["x"]}, "labels is a mapping"),
+    ("PromptPairs", {"labels": {"clean": ["x"]}}, "a label cannot be called 'clean'"),
+    ("PromptPairs", {"labels": {"x:json": ["x"]}}, "a label cannot be called 'x:json'"),
+    ("PromptPairs", {"labels": {"x": ["x", "y"]}}, "clean has 1 rows and x 2"),
+    ("PromptPairs.from_rows", {"rows": []}, "there are no rows"),
+    ("PromptPairs.from_rows", {"rows": [3]}, "a row is a mapping"),
+    ("PromptPairs.from_rows", {"rows": 3}, "rows is a list"),
+    ("PromptPairs.from_rows", {"rows": [{"clean": "a"}]}, "row 0 has no 'corrupted'"),
+    *a_text("PromptPairs.from_rows", "name"),
+    *a_path("PromptPairs.from_csv", "path"),
+    ("PromptPairs.from_csv", {"path": "nowhere.csv"}, "nowhere.csv cannot be read"),
+    ("PromptPairs.from_dataframe", {"table": [3]}, "table is a pandas DataFrame"),
+    *a_text("PromptPairs.from_dataframe", "name"),
+    *a_path("PromptPairs.to_csv", "path"),
+    ("single_tokens", {"words": "right"}, "words is a list of strings; found the string"),
+    ("single_tokens", {"words": [3]}, "an entry of words is a string"),
+    ("single_tokens", {"tokenizer": "gpt2"}, "tokenizer is Hugging Face's"),
+    ("vocabulary_words", {"tokenizer": "gpt2"}, "tokenizer is Hugging Face's"),
+    *whole("vocabulary_words", "most", 1),
+    *(
+        line
+        for name in READY
+        for line in (
+            (name, {"tokenizer": "gpt2"}, "tokenizer is Hugging Face's"),
+            (name, {"tokenizer": None}, "needs a tokenizer"),
+            (name, {"n": 10**30}, "different prompts"),
+            *whole(name, "n", 1),
+            *whole(name, "seed", 0),
+        )
+    ),
+    ("indirect_object_pairs", {"names": "Mary"}, "names is a list of strings; found the string"),
+    ("indirect_object_pairs", {"names": ["Mary", "John"]}, "needs 2 names"),
+    *whole("induction_pairs", "length", 3),
+    ("induction_pairs", {"words": "abc"}, "words is a list of strings; found the string"),
+    ("docstring_pairs", {"words": ["right"]}, "needs 11 words"),
+    ("agreement_pairs", {"nouns": 3}, "nouns is a list"),
+    ("agreement_pairs", {"nouns": [("right", "right")]}, "nouns is a list of .singular, plural. pairs"),
+    ("agreement_pairs", {"nouns": [("right", 3)]}, "an entry of nouns is a string"),
+    ("agreement_pairs", {"verbs": [("is", "nothinglikethis")]}, "needs 1 verbs"),
     ("Corpus.from_documents", {"documents": []}, "documents is a dictionary"),
     ("Corpus.from_documents", {"context": 0}, "context (is a whole number|must be at least 1)"),
     ("Corpus.from_documents", {"context": True}, "context (is a whole number|must be at least 1)"),
@@ -282,6 +359,7 @@ REFUSED: list[Line] = [
     ("Collected.load", {"path": "nowhere"}, "nowhere holds no statistics"),
     *number("CountPositive", "threshold"),
     *whole("MeanVariance", "correction", 0),
+    *a_text("MeanVariance", "label"),
     *whole("Covariance", "correction", 0),
     *whole("Covariance", "most_features", 1),
     ("Histogram", {"edges": 3}, "edges is a list of numbers"),

@@ -7,13 +7,26 @@ from typing import Any
 import torch
 import xarray as xr
 
-from pellucid.analysis import expert_neurons, language_neurons, linear_units, neuron_files, neurons, perplexity
+from pellucid.analysis import (
+    criteria,
+    expert_neurons,
+    language_neurons,
+    linear_units,
+    neuron_files,
+    neurons,
+    perplexity,
+    proportions,
+    relevance,
+    stopping,
+)
+from pellucid.analysis.language_neurons import lape
 from tests.arguments.bench import (
     BRIDGE,
     CORPUS,
     NAN,
     POST,
     TEXT,
+    Bench,
     Call,
     Line,
     Of,
@@ -47,6 +60,16 @@ def experts(name: str, /, **works: Any) -> Call:
     return bound(lambda bench: bench.experts, getattr(expert_neurons.ExpertNeurons, name), **works)
 
 
+def measured(bench: Bench) -> relevance.NeuronRelevance:
+    """Relevance for one language, from one row."""
+    return relevance.neuron_relevance(bench.bridge, bench.corpus, methods=["relp"], stop_row=1, progress=False)
+
+
+def relevant(name: str, /, **works: Any) -> Call:
+    """A method of relevance."""
+    return bound(measured, getattr(relevance.NeuronRelevance, name), **works)
+
+
 UNITS = Of(lambda bench: [bench.unit])
 
 VALUES = {"zero": "", "force": "values", "scale": "factors", "add": "amounts"}
@@ -63,6 +86,29 @@ CALLS: dict[str, Call] = {
     "random_neurons": made(neurons.random_neurons, neurons=ONE, n_layers=2, width=8, seed=0),
     "lape": made(language_neurons.lape, counts=COUNTS, n=[60, 60, 60], top_rate=0.5),
     "LanguageNeurons.rethreshold": languages("rethreshold"),
+    "LanguageNeurons.intervals": languages("intervals"),
+    "LanguageNeurons.stability": languages("stability", draws=2),
+    "LanguageNeurons.agreement": languages("agreement", other=Of(lambda bench: bench.languages)),
+    "wilson_interval": made(proportions.wilson_interval, k=[1, 2], n=[3, 3]),
+    "neuron_relevance": not_run(made(relevance.neuron_relevance, bridge=BRIDGE, corpus=CORPUS)),
+    "NeuronRelevance.scores": relevant("scores"),
+    "NeuronRelevance.top": relevant("top", sizes=1),
+    "NeuronRelevance.save": relevant("save", path="out.safetensors"),
+    "NeuronRelevance.of": not_run(made(relevance.NeuronRelevance.of, collected=Of(lambda bench: bench.collected))),
+    "NeuronRelevance.load": not_run(
+        made(relevance.NeuronRelevance.load, path=Of(lambda bench: bench.folder / "collected.safetensors"))
+    ),
+    "count_until_stable": not_run(made(stopping.count_until_stable, bridge=BRIDGE, corpus=CORPUS)),
+    "compare_criteria": not_run(
+        made(
+            criteria.compare_criteria,
+            found=Of(lambda bench: lape(torch.ones(4, 512, 1), [9], 0.5, languages=["en"])),
+            relevance=Of(measured),
+        )
+    ),
+    "effects_of_criteria": not_run(
+        made(criteria.effects_of_criteria, bridge=BRIDGE, text=CORPUS, sets={"entropy": {"en": ONE}})
+    ),
     "LanguageNeurons.random_sets": languages("random_sets"),
     "LanguageNeurons.save": languages("save", path="out.safetensors"),
     "LanguageNeurons.load": made(
@@ -93,6 +139,7 @@ CALLS: dict[str, Call] = {
         expert_neurons.unit_of_linear, module="mlp.dense_h_to_4h", layer=0, index=1, n_heads=2, d_head=4
     ),
     "head_unit": made(expert_neurons.head_unit, unit=expert_neurons.Unit("attn.hook_q", 0, 5), d_head=4),
+    "activity_words": made(neurons.activity_words, bridge=BRIDGE),
     "activity_place": made(neurons.activity_place, bridge=BRIDGE),
     "published_places": made(linear_units.published_places, family=Of(lambda bench: bench.bridge.adapter.family)),
     "read_language_neurons": not_run(made(neuron_files.read_language_neurons, path="no.pth", languages=["en", "fr"])),
@@ -152,6 +199,75 @@ REFUSED: list[Line] = [
         for rate in ("top_rate", "filter_rate", "activation_bar_ratio")
         for line in number(name, rate, -0.1, 1.5)
     ),
+    *(
+        (name, {"confidence": wrong}, words)
+        for name in ("LanguageNeurons.intervals", "wilson_interval")
+        for wrong, words in (
+            (0.0, "confidence must be above 0"),
+            (1.0, "confidence must be below 1"),
+            (NAN, "confidence must be finite"),
+            ("x", "confidence is a number"),
+        )
+    ),
+    *whole("LanguageNeurons.stability", "draws", 1),
+    *whole("LanguageNeurons.stability", "seed", 0),
+    ("LanguageNeurons.agreement", {"other": 3}, "other is what lape gives"),
+    ("wilson_interval", {"k": [-1, 2]}, "k is a count, from 0 to n"),
+    ("wilson_interval", {"k": [4, 2]}, "k is a count, from 0 to n"),
+    ("wilson_interval", {"k": "x"}, "k are counts"),
+    ("wilson_interval", {"n": [0, 3]}, "n must be at least 1"),
+    *(
+        line
+        for name in ("neuron_relevance", "count_until_stable")
+        for line in ((name, {"corpus": 3}, "corpus is a Corpus"), *whole(name, "batch_size", 1))
+    ),
+    ("neuron_relevance", {"methods": []}, "methods is a list of methods"),
+    ("neuron_relevance", {"methods": "relp"}, "methods is a list of methods"),
+    ("neuron_relevance", {"methods": ["lrp"]}, "Invalid methods: 'lrp'"),
+    ("neuron_relevance", {"labels": "de"}, "no label 'de'"),
+    *whole("neuron_relevance", "start_row", 0),
+    ("neuron_relevance", {"start_row": 3, "stop_row": 2}, "stop_row must be at least 3"),
+    *choice("neuron_relevance", "padding_side"),
+    *number("neuron_relevance", "every", -1.0),
+    ("neuron_relevance", {"checkpoint": ""}, "checkpoint is a path"),
+    ("NeuronRelevance.of", {"collected": 3}, "collected is a collection of neuron_relevance"),
+    ("NeuronRelevance.of", {}, "holds no relevance of neurons"),
+    *a_path("NeuronRelevance.load", "path"),
+    ("NeuronRelevance.load", {}, "holds no relevance of neurons"),
+    *number("count_until_stable", "stable_at", 0.0, 1.5),
+    *whole("count_until_stable", "draws", 1),
+    *whole("count_until_stable", "seed", 0),
+    *whole("count_until_stable", "first_rows", 1),
+    ("count_until_stable", {"last_rows": 3}, "last_rows maps languages"),
+    ("count_until_stable", {"last_rows": {"de": 1}}, "last_rows has de; the corpus has en"),
+    ("count_until_stable", {"statistics": 3}, "statistics maps hook names"),
+    ("count_until_stable", {"checkpoint": ""}, "checkpoint is a path"),
+    *(
+        line
+        for rate in ("top_rate", "filter_rate", "activation_bar_ratio")
+        for line in number("count_until_stable", rate, -0.1, 1.5)
+    ),
+    *choice("NeuronRelevance.scores", "method"),
+    *choice("NeuronRelevance.scores", "against"),
+    ("NeuronRelevance.scores", {"against": "others"}, "against='others' compares languages; there is one"),
+    *whole("NeuronRelevance.top", "sizes", 0),
+    ("NeuronRelevance.top", {"sizes": {"de": 1}}, "sizes has the language 'de'; relevance is of en"),
+    ("NeuronRelevance.top", {"sizes": 9999}, "sizes must be at most 2048"),
+    *choice("NeuronRelevance.top", "method"),
+    *choice("NeuronRelevance.top", "against"),
+    *a_path("NeuronRelevance.save", "path"),
+    *choice("compare_criteria", "method"),
+    *choice("compare_criteria", "against"),
+    ("compare_criteria", {"found": lape(COUNTS, [60, 60, 60], 0.5)}, "found is of 2 x 8 neurons"),
+    ("compare_criteria", {"found": 3}, "found is what lape gives"),
+    ("compare_criteria", {"relevance": 3}, "relevance is what neuron_relevance gives"),
+    ("effects_of_criteria", {"sets": 3}, "sets maps criteria"),
+    ("effects_of_criteria", {"sets": {}}, "found no criterion"),
+    ("effects_of_criteria", {"sets": {"entropy": 3}}, r"sets\['entropy'\] maps languages"),
+    ("effects_of_criteria", {"sets": {"a": {"en": ONE}, "b": {"fr": ONE}}}, r"sets\['b'\] has other languages"),
+    ("effects_of_criteria", {"text": 3}, "text is a Corpus"),
+    ("effects_of_criteria", {"random_sets": 3}, "random_sets is a list"),
+    *whole("effects_of_criteria", "batch_size", 1),
     *whole("LanguageNeurons.random_sets", "n_sets", 1),
     *whole("LanguageNeurons.random_sets", "seed", 0),
     *choice("LanguageNeurons.random_sets", "match"),

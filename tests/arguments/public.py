@@ -100,7 +100,7 @@ NOT_TRIED: dict[str, str] = {
     **dict.fromkeys(
         (
             "CheckReport", "Collected", "CorpusBatch", "LabelCount", "TokenContext", "TransformerBridgeConfig", "PatchingResult",
-            "Places", "Reads", "SweepPlan", "SweepResult", "LanguageNeurons", "NeuronChange", "NeuronEdit", "Unit", "HeadUnit",
+            "Places", "Reads", "SweepPlan", "SweepResult", "LanguageNeurons", "NeuronRelevance", "Counted", "Look", "NeuronChange", "NeuronEdit", "Unit", "HeadUnit",
             "Site", "Prompts", "Grid", "Reference", "LabelledSweep", "Sender", "Receiver", "HarvestReport", "CollectReport",
             "RowBatch", "Shard", "ShardRecord", "Picture", "StoredHook", "StoreJob", "TensorPlace", "ShardBuffers",
             "ModelIdentity", "Origin", "GradientRun",
@@ -113,7 +113,7 @@ NOT_TRIED: dict[str, str] = {
             "HookPoint.put", "HookPoint.enable_reshape", "TransformerBridge.positions_of", "Statistic.to", "Workspace.take",
             "NeuronEdit.job_identity", "NeuronChange.check", "NeuronChange.edits", "Text.batches", "Receiver.comes_after",
             "Origin.specs", "Origin.check_model", "Edit.points", "Edit.hooks", "Edit.to_json", "Edit.from_json", "Change.new",
-            "Change.value", "place_of", "unit_shape", "refuse_no_effect", "as_neurons", "check_units", "read_prompts",
+            "Change.value", "place_of", "unit_shape", "refuse_no_effect", "as_neurons", "refuse_without_neurons", "Look.stands", "check_units", "read_prompts",
             "refuse_different_lengths", "find_site", "check_by", "make_grid", "about_run", "words_of", "about_metrics",
             "in_float32", "check_scores", "between", "switched", "default_by", "keep", "left_of", "score_of", "differing",
             "senders_of", "receivers_of", "chosen_names", "shards_of", "open_job", "read_document", "record_of_json",
@@ -143,6 +143,7 @@ NOT_TRIED: dict[str, str] = {
         f"{metric}.{method}": SCORED
         for metric in (
             "Metric", "KLDivergence", "LogProbability", "LogitDifference", "NextTokenLoss", "Normalized", "Probability",
+            "ProbabilityDifference",
         )
         for method in ("bound", "check", "reads", "score")
     },

@@ -14,8 +14,11 @@ import pytest
 from typer.testing import CliRunner
 
 from pellucid import TransformerBridge
+from pellucid.analysis.criteria import compare_criteria
 from pellucid.analysis.language_neurons import LanguageNeurons, lape
 from pellucid.analysis.perplexity import perplexity_change
+from pellucid.analysis.relevance import neuron_relevance
+from pellucid.analysis.stopping import count_until_stable
 from pellucid.cli import neurons as neurons_module
 from pellucid.cli.app import app
 from pellucid.cli.neurons_output import ratio
@@ -27,6 +30,7 @@ from tests.storage.test_safetensors_files import largest_file
 
 QUICK = ("--context", "32", "--measured-tokens", "96", "--random-sets", "1", "--examples", "2", "--shown-neurons", "1")
 FILES = {"neurons.json", "neurons.csv", "counts.safetensors", "change.csv", "overlap.csv", "layers.csv", "examples.csv"}
+PICTURE_ORDER = ("layers.html", "overlap.html", "change.html", "examples.html")
 PICTURES = {"layers.html", "overlap.html", "change.html", "examples.html"}
 
 
@@ -122,6 +126,44 @@ def test_what_is_written_is_what_the_library_finds(
         assert "Content-Security-Policy" in page
 
 
+def test_both_criteria_side_by_side(demo: TransformerBridge, files: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    asked = ("--relevance", "relp", "--against", "others", "--relevance-tokens", "96", "--stop-when-stable", "0.3")
+    done = cli("demo", *given(files), *QUICK, *asked, "--out", out, "--format", "json")
+    assert done.exit_code == 0, done.output
+    shown = json.loads(done.stdout)
+    corpus = Corpus.from_text(dict(files), demo.tokenizer, context=32)
+    rows = {label: int(each.rows * 0.8) for label, each in corpus.index().items()}
+    counted = count_until_stable(demo, corpus, stable_at=0.3, last_rows=rows, top_rate=0.05)
+    assert shown["neurons"] == {label: [list(pair) for pair in pairs] for label, pairs in counted.found.neurons.items()}
+    assert [look["tokens"] for look in shown["looks"]] == [dict(look.tokens) for look in counted.looks]
+    assert [look["within"] for look in shown["looks"]] == [look.within for look in counted.looks]
+    measured = neuron_relevance(demo, corpus, methods=["relp"], stop_row=3)
+    top = measured.top(counted.found, "relp", "others")
+    said = shown["criteria"]
+    assert said["neurons"] == {label: [list(pair) for pair in pairs] for label, pairs in top.items()}
+    assert (said["method"], said["against"], said["tokens"]) == ("relp", "others", dict.fromkeys(files, 96))
+    table = compare_criteria(counted.found, measured, "relp", "others")
+    assert [line["shared"] for line in said["by_language"]] == table["shared"].values.tolist()
+    assert {(line["criterion"], line["silenced"]) for line in said["effects"]} == {
+        (criterion, label) for criterion in ("entropy", "relp") for label in files
+    }
+    assert shown["active_where"] == "gelu_fast(pre) > 0: mlp.hook_post > 0"
+    chosen = {(row["language"], int(row["layer"]), int(row["neuron"])): row for row in read(out / "relevance.csv")}
+    assert set(chosen) == {
+        (label, *pair) for sets in (counted.found.neurons, top) for label, pairs in sets.items() for pair in pairs
+    }
+    for (label, layer, neuron), row in chosen.items():
+        assert row["by_relevance"] == str((layer, neuron) in top[label])
+        cell = {"method": "relp", "layer": layer, "neuron": neuron, "language": label}
+        assert float(row["relevance"]) == float(measured.mean.sel(cell))
+    assert len(read(out / "criteria.csv")) == len(files)
+    assert shown["pictures"] == [*PICTURE_ORDER[:3], "criteria.html", "examples.html"]
+    line = read(out / "neurons.csv")[0]
+    own = line["language"]
+    assert float(line[f"low_{own}"]) < float(line[f"p_{own}"]) < float(line[f"high_{own}"])
+
+
 def test_the_last_rows_are_measured_where_nothing_else_is_given(files: dict[str, Path], tmp_path: Path) -> None:
     done = cli("demo", *given(files), *QUICK, "--held-out-share", "0.5", "--format", "json")
     assert done.exit_code == 0, done.output
@@ -215,6 +257,9 @@ def test_languages_without_neurons_are_told(files: dict[str, Path]) -> None:
         (("demo", "--top-rate", "0"), "--top-rate is a share"),
         (("demo", "--filter-rate", "1.5"), "--filter-rate is a share"),
         (("demo", "--held-out-share", "1"), "--held-out-share"),
+        (("demo", "--against", "others"), "--against others would have no effect without --relevance"),
+        (("demo", "--stop-when-stable", "1.5"), "--stop-when-stable is a share"),
+        (("demo", "--relevance", "lrp"), "lrp"),
         (("demo", "--match", "layers"), "layers"),
         (("demo", "--document", "page"), "page"),
         (("demo", "--out", "{en}"), "is a file"),

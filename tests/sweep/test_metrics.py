@@ -21,6 +21,7 @@ from pellucid.sweep import (
     NextTokenLoss,
     Normalized,
     Probability,
+    ProbabilityDifference,
     Scale,
     Sweep,
     Zero,
@@ -59,6 +60,19 @@ METRICS: dict[str, tuple[Metric, Callable[[Tensor], Tensor]]] = {
     "difference elsewhere": (LogitDifference(3, 5, position=2), lambda x: x[:, 2, 3] - x[:, 2, 5]),
     "log-probability": (LogProbability(4), lambda x: x[:, -1].log_softmax(-1)[:, 4]),
     "probability": (Probability([4, 8]), lambda x: x[:, -1].softmax(-1)[[0, 1], [4, 8]]),
+    "probability of sets": (
+        ProbabilityDifference([[4, 8, 9], [7]], [[1], [2, 3]]),
+        lambda x: torch.stack(
+            [
+                x[0, -1].softmax(-1)[[4, 8, 9]].sum() - x[0, -1].softmax(-1)[1],
+                x[1, -1].softmax(-1)[7] - x[1, -1].softmax(-1)[[2, 3]].sum(),
+            ]
+        ),
+    ),
+    "probability of one set": (
+        ProbabilityDifference([4, 8], position=2),
+        lambda x: x[:, 2].softmax(-1)[:, [4, 8]].sum(-1),
+    ),
     "divergence": (
         KLDivergence(OTHER),
         lambda x: F.kl_div(

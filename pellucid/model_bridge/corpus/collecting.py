@@ -1,4 +1,4 @@
-"""Collecting statistics of activations over a corpus: a reader of the one pass, at several places, keeping nothing.
+"""Collecting statistics over a corpus: a reader of the one pass, at several places, keeping nothing.
 
 A tap on each hook point shows what passes to the statistics of the label being run. The forward ends after the last layer
 that has a tap, and the unembedding is left out unless it has one. With a checkpoint folder the pass can be interrupted
@@ -7,7 +7,7 @@ anywhere: the state is written between batches, and the same call goes on from t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from pellucid.model_bridge.corpus.corpus_pass import (
     PassBatch,
     RowPlan,
     StateFolder,
+    Tap,
     corpus_pass,
     stop_after,
 )
@@ -55,36 +56,90 @@ def collect(
     """See :meth:`pellucid.TransformerBridge.collect`."""
     check_number("every", every, at_least=0)
     check_kind("corpus", corpus, Corpus, "a Corpus")
-    folder = None if checkpoint is None else check_path("checkpoint", checkpoint)
     hooks = requested_hooks(bridge, statistics)
     plan = RowPlan(corpus.chosen(labels), batch_size, start_row, stop_row, padding_side)
+    _refuse_reshaped(bridge, [hook.spec.name for hook in hooks])
+
+    def taps(state: Collected) -> dict[str, Tap]:
+        return {hook.spec.name: partial(_update, state, hook.spec.name) for hook in hooks}
+
+    return collected_by(
+        bridge,
+        corpus,
+        hooks,
+        plan,
+        lambda state, batch: batch.run(),
+        taps=taps,
+        stop=stop_after([hook.spec for hook in hooks], bridge.runner.cfg.n_layers),
+        title="collecting",
+        progress=progress,
+        checkpoint=checkpoint,
+        every=every,
+    )
+
+
+def collected_by(
+    bridge: RunnableModel,
+    corpus: Corpus,
+    hooks: Sequence[Hook],
+    plan: RowPlan,
+    read: Callable[[Collected, PassBatch[CorpusBatch]], Any],
+    *,
+    taps: Callable[[Collected], Mapping[str, Tap]] | None = None,
+    stop: int | None = None,
+    job: Mapping[str, Any] | None = None,
+    title: str,
+    progress: bool | None,
+    checkpoint: str | Path | None,
+    every: float,
+) -> Collected:
+    """One pass whose reader fills statistics; interruptible, and resumed where it was interrupted.
+
+    Args:
+        bridge: the model.
+        corpus: the text.
+        hooks: the points and their statistics.
+        plan: which rows.
+        read: called with each batch, which it runs as it likes, and the statistics so far, which it updates.
+        taps: what is shown activations while a batch is run.
+        stop: how far a run goes, see :func:`stop_after`.
+        job: what else its numbers depend on (JSON), beside the model, the text, the plan and the statistics.
+        title: of the bar.
+        progress: show a bar; ``None`` shows it on a terminal only.
+        checkpoint: a folder for the state; ``None`` keeps none.
+        every: seconds between states.
+
+    Raises:
+        InputError: rows that there are not; a damaged state.
+        OtherJobError: the folder holds another job's state.
+    """
+    folder = None if checkpoint is None else check_path("checkpoint", checkpoint)
     batches = plan.batches(corpus)  # refuses what it cannot do before anything is read
     counts = corpus.index(plan.labels, progress)
-    if 0 < start_row != stop_row and all(count.rows <= start_row for count in counts.values()):
+    if 0 < plan.start_row != plan.stop_row and all(count.rows <= plan.start_row for count in counts.values()):
         raise InputError(
-            f"start_row={start_row} is beyond the last row of {', '.join(plan.labels)}: nothing would be run."
+            f"start_row={plan.start_row} is beyond the last row of {', '.join(plan.labels)}: nothing would be run."
         )
     state, saved = Collected.empty(hooks, plan.labels), None
     if folder is not None:
-        job = {
+        about = {
             "statistics": describe_request(hooks),
             "corpus": corpus.content_hash,
             **plan.settings(),
+            **(job or {}),
             **job_identity(bridge),
         }
-        saved = StateFolder(bridge, folder, job, every, state, COLLECTION)
+        saved = StateFolder(bridge, folder, about, every, state, COLLECTION)
         state = saved.state
         batches = plan.batches(corpus, state.n_rows)
-    taps = {hook.spec.name: partial(_update, state, hook.spec.name) for hook in hooks}
-    _refuse_reshaped(bridge, taps)
-    stop = stop_after([hook.spec for hook in hooks], bridge.runner.cfg.n_layers)
+    shown = None if taps is None else taps(state)
     with (
-        progress_bar(total=plan.n_tokens(counts), desc="collecting", unit=" tokens", show=progress) as bar,
+        progress_bar(total=plan.n_tokens(counts), desc=title, unit=" tokens", show=progress) as bar,
         nullcontext() if saved is None else saved.interrupt_put_off(),
     ):
         bar.update(sum(state.n_tokens.values()))
-        for batch in corpus_pass(bridge, batches, taps, stop=stop, bar=bar, saved=saved):
-            batch.run()
+        for batch in corpus_pass(bridge, batches, shown, stop=stop, bar=bar, saved=saved):
+            read(state, batch)
             state.saw(batch.rows.label, len(batch.rows.tokens), batch.n_tokens)
         if saved is not None:
             saved.write()

@@ -123,6 +123,7 @@ class PassBatch(Generic[R]):
     Attributes:
         rows: label, ids and mask, and what else the corpus gives with them.
         n_tokens: real tokens.
+        prepared: the input of the run, checked.
     """
 
     def __init__(self, model: RunnableModel, rows: R, taps: Sequence[_Tap], stop: int | None) -> None:
@@ -131,8 +132,8 @@ class PassBatch(Generic[R]):
         within = stop if stop is not None and stop <= model.runner.cfg.n_layers else None
         mask = rows.attention_mask if has_padding(rows.attention_mask) else None
         with torch.no_grad(), ids_as_given():
-            self._prepared: Prepared = model.runner.prepare(rows.tokens, attention_mask=mask, stop_at_layer=within)
-            self.positions: RunPositions = model.runner.positions_of(self._prepared)
+            self.prepared: Prepared = model.runner.prepare(rows.tokens, attention_mask=mask, stop_at_layer=within)
+            self.positions: RunPositions = model.runner.positions_of(self.prepared)
             """Of the run: those of the rows, after any that a wrapper of the model puts before."""
 
     def __repr__(self) -> str:
@@ -141,7 +142,7 @@ class PassBatch(Generic[R]):
     @cached_property
     def mask(self) -> Tensor | None:
         """``[batch, pos]`` bool on the model's device, ``False`` at padding; ``None`` if every token is real."""
-        given = self._prepared
+        given = self.prepared
         return None if given.attention_mask is None else self.rows.attention_mask.to(given.given.device)
 
     @cached_property
@@ -153,7 +154,7 @@ class PassBatch(Generic[R]):
     def places(self) -> Places:
         """Where the tokens come from, on the model's device; of the rows of a corpus."""
         rows: Any = self.rows
-        device = self._prepared.given.device
+        device = self.prepared.given.device
         return Places(rows.documents.to(device), rows.positions.to(device))
 
     def run(self) -> Tensor:
@@ -167,7 +168,7 @@ class PassBatch(Generic[R]):
             InputError: a token id that the model does not have.
         """
         # A wrapper that embeds the tokens itself hides them from the run.
-        tokens = self._prepared.tokens if self.positions.embeddings is None else None
+        tokens = self.prepared.tokens if self.positions.embeddings is None else None
         for tap in self._taps:
             tap.calls, tap.tokens, tap.batch = 0, tokens, self
         handles = [LensHandle(tap.point, tap, "fwd", tap.point.name, reads_only=True) for tap in self._taps]
@@ -183,7 +184,7 @@ class PassBatch(Generic[R]):
 
     def _forward(self) -> Tensor:
         """To the end of the blocks, of the final norm, or of the model."""
-        model, prepared, positions = self._model, self._prepared, self.positions
+        model, prepared, positions = self._model, self.prepared, self.positions
         inside = positions.embeddings is None and not positions.cache_is_wrappers  # a wrapper adds nothing to the input
         prepared.ends_at_norm = self._stop == model.runner.cfg.n_layers + 1 and inside
         return model.runner.run(prepared)
