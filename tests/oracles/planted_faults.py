@@ -60,6 +60,27 @@ FAULTS = (
         "tests/model_bridge/test_saes.py -k last_one",
     ),
     Fault(
+        "a block is not looked for in a module around it",
+        f"{COMPONENTS}/base.py",
+        "inside = [each for each in module.children() if part in each._modules]",
+        "inside = []",
+        "tests/model_bridge/test_changed_models.py -k found_in_a_module",
+    ),
+    Fault(
+        "vectors are read without the final norm",
+        f"{DECOMPOSITION}/readout.py",
+        'instead = [] if apply_ln else [("ln_final.hook_out", lambda tensor, hook: given)]',
+        'instead = [("ln_final.hook_out", lambda tensor, hook: given)]',
+        "tests/decomposition/test_tools.py -k last_residual",
+    ),
+    Fault(
+        "a head is taken beside an MLP's weights and ignored",
+        "pellucid/SVDInterpreter.py",
+        'if vector_type != "OV" and head_index is not None:',
+        "if False:",
+        "tests/test_accepted_and_ignored.py -k get_singular_vectors",
+    ),
+    Fault(
         "functions inside an autoencoder that is gone are waited for",
         "pellucid/model_bridge/hooking/mounting.py",
         "                if spec is None or (spec.name not in self.table and not self._fires(handle.point)):\n"
