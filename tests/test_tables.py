@@ -42,7 +42,6 @@ LAYERS = 12
 ADDRESS = re.compile(r"^<[\w.]+ object at 0x[0-9a-f]+>$")
 
 INTERNAL = {
-    "SaeHook": "inside a bridge",
     "SaeInput": "inside a bridge",
     "HookedFunction": "abstract",
     "ActivationRecorder": "inside a run with a cache",
