@@ -4,8 +4,9 @@
 
 The source package of transformer-lens 4.3.0 holds them. Whatever model a cell asks for is a random BLOOM shaped as GPT-2
 small (12 layers, 12 heads, d_model 96), with a tokenizer in which every word of the notebooks is a single token, on both
-sides. A cell runs when it raises nothing; it has 60 seconds, and its numbers are compared by the asserts in it alone. Needs
-``ipython`` and ``circuitsvis`` beside the extra ``peer``.
+sides; what a cell installs is not installed, and ``neel_plotly`` draws nothing. A cell runs when it raises nothing; it has
+60 seconds, and its numbers are compared by the asserts in it alone. Needs ``ipython``, ``circuitsvis`` and ``lazy-importer``
+beside the extra ``peer``.
 """
 
 from __future__ import annotations
@@ -48,9 +49,23 @@ NOTEBOOKS = (
     "Jacobian_Lens_Decomposition_Demo",
     "Interactive_Neuroscope",
     "LIT_Integration_Demo",
+    "LLaMA",
+    "LLaMA_GPU_Quantized",
+    "GPT_OSS_Demo",
+    "SwiGLU_Gate_Sign_Demo",
+    "Jacobian_Lens_Coordinate_Patch_Benchmark_Demo",
+    "Colab_Compatibility",
+    "Othello_GPT",
+    "No_Position_Experiment",
+    "Grokking_Demo",
 )
-"""Those that run on a decoder of text; BERT, T5, LLaVA, Gemma, GPT-OSS, Othello, ... ask for other models."""
+"""All that the source package has but those of other kinds of model (BERT, T5, LLaVA, Gemma3_Multimodal), and those that
+need a server or a package that is not on PyPI (Tracr, vLLM, Inspect)."""
 SECONDS = 60
+NEEL_PLOTLY = """def __getattr__(name):
+    return lambda *args, **kwargs: None
+"""
+"""Stands in for ``neel_plotly``, which is not on PyPI: its pictures are not drawn."""
 
 
 def cells_of(notebook: Path) -> list[str]:
@@ -94,7 +109,7 @@ def run_here(side: str, notebook: Path, tokenizer: Path, out: Path) -> None:
         return real_tokenizer(str(name) if os.path.isdir(str(name)) else str(tokenizer))
 
     transformers.AutoTokenizer.from_pretrained = tokenizer_of
-    size = max(20000, len(tokenizer_of("")))  # cells draw ids at random from a vocabulary of GPT-2's size
+    size = max(50304, len(tokenizer_of("")))  # cells draw ids at random from a vocabulary of GPT-2's size
 
     def model_of(*args: Any, **kwargs: Any) -> Any:
         config = transformers.BloomConfig(
@@ -132,10 +147,7 @@ def run_here(side: str, notebook: Path, tokenizer: Path, out: Path) -> None:
     outcomes = []
     for source in cells_of(notebook):
         text = source if side == "peer" else source.replace("transformer_lens", "pellucid")
-        text = "\n".join(
-            "pass" if re.match(r"\s*(%pip|!pip|%load_ext|%autoreload|%env)", line) else line
-            for line in text.split("\n")
-        )
+        text = re.sub(r"(?m)^([ \t]*)(%pip|!pip|%load_ext|%autoreload|%env).*", r"\1pass", text)
         signal.alarm(SECONDS)
         try:
             result = shell.run_cell(text, silent=True)
@@ -152,7 +164,7 @@ def run(side: str, notebook: Path, tokenizer: Path, folder: Path) -> list[str]:
     """The outcome of each cell, from a process of its own."""
     out = folder / f"{notebook.stem}.{side}.json"
     environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "PLOTLY_RENDERER": "json",
@@ -182,6 +194,7 @@ def main() -> None:
         folder.mkdir(exist_ok=True)
         source = asked.source or fetch(Path(temporary))
         paths = [source / "demos" / f"{name}.ipynb" for name in asked.only or NOTEBOOKS]
+        (folder / "neel_plotly.py").write_text(NEEL_PLOTLY, "utf-8")
         make_tokenizer([text for path in paths for text in cells_of(path)], folder / "tokenizer")
         found = {}
         for path in paths:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from pellucid.activation_cache import check_storage
+from pellucid.arguments import check_function, check_list, check_mapping, check_text
 from pellucid.errors import HookNameError, InputError, warn
 from pellucid.hook_introspection import HookIntrospectionMixin, accepts
 from pellucid.hook_points import Direction, Directions, HookFunction, HookPoint
@@ -104,7 +106,13 @@ class HookedRootModule(HookIntrospectionMixin, nn.Module):
 
     def _named(self, name: str | Callable[[str], bool]) -> list[str]:
         if callable(name):
-            return [each for each in self.hook_dict if name(each)]
+            found = [each for each in self.hook_dict if name(each)]
+            if not found:
+                raise HookNameError(
+                    f"The predicate given as name matches none of the {len(self.hook_dict)} hook points."
+                )
+            return found
+        check_text("name", name)
         if name not in self.hook_dict:
             near = ", ".join(nearest(name, self.hook_dict)) or "none: call setup() when the points are made"
             raise HookNameError(f"No hook point is called {name!r}. Nearest names: {near}.")
@@ -151,11 +159,18 @@ class HookedRootModule(HookIntrospectionMixin, nn.Module):
             reset_hooks_end: ``False`` leaves them on.
             clear_contexts: empty the ``ctx`` of every point at the end.
         """
+        wanted: list[tuple[str | Callable[[str], bool], HookFunction, Direction]] = []
+        for argument, requests, dir in (("fwd_hooks", fwd_hooks, "fwd"), ("bwd_hooks", bwd_hooks, "bwd")):
+            for request in check_list(argument, requests, "(name, function) pairs", empty=True):
+                if not isinstance(request, tuple | list) or len(request) != 2:
+                    raise InputError(f"{argument} is a list of (name, function) pairs; found {request!r} in it.")
+                self._named(request[0])  # all names are known before a function is attached
+                check_function(f"the function of {argument}", request[1], "a function of a tensor and its hook point")
+                wanted.append((request[0], request[1], "fwd" if dir == "fwd" else "bwd"))
         self.context_level += 1
         try:
-            for dir, requests in (("fwd", fwd_hooks), ("bwd", bwd_hooks)):
-                for name, hook in requests:
-                    self.add_hook(name, hook, dir, level=self.context_level)  # type: ignore[arg-type]
+            for name, hook, direction in wanted:
+                self.add_hook(name, hook, direction, level=self.context_level)
             yield self
         finally:
             if reset_hooks_end:
@@ -202,6 +217,8 @@ class HookedRootModule(HookIntrospectionMixin, nn.Module):
             pos_slice: which positions: the third axis from the end of per-head points, the second of others.
         """
         kept: dict[str, Tensor] = {} if cache is None else cache
+        check_mapping("cache", kept, "names to tensors")
+        check_storage(device, None)
         positions = Slice.unwrap(pos_slice)
 
         def keep(tensor: Tensor, hook: Any, suffix: str) -> None:
@@ -214,6 +231,12 @@ class HookedRootModule(HookIntrospectionMixin, nn.Module):
         self.is_caching = True
         wanted = accepts(names_filter)
         names = [name for name in self.hook_dict if wanted(name)]
+        listed = [names_filter] if isinstance(names_filter, str) else names_filter
+        if not callable(listed):
+            for name in listed or ():
+                self._named(name)
+        if not names:
+            raise HookNameError(f"names_filter matches none of the {len(self.hook_dict)} hook points.")
         forward: list[Request] = [(name, partial(keep, suffix="")) for name in names]
         backward: list[Request] = [(name, partial(keep, suffix="_grad")) for name in names if incl_bwd]
         return kept, forward, backward

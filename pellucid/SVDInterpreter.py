@@ -10,10 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pellucid.arguments import check_choice, check_count
+from pellucid.arguments import check_choice, check_count, check_kind
 from pellucid.dtypes import widened
 from pellucid.errors import InputError
 from pellucid.factored_matrix import FactoredMatrix
+from pellucid.model_bridge.transformer_bridge import TransformerBridge
 
 
 class SVDInterpreter:
@@ -24,6 +25,7 @@ class SVDInterpreter:
     """
 
     def __init__(self, model: Any) -> None:
+        check_kind("model", model, TransformerBridge, "a bridge")
         self.model, self.cfg = model, model.cfg
         self.params: dict[str, Tensor] = dict(model.tl_parameters())
         self._stream = model.stream
@@ -53,7 +55,11 @@ class SVDInterpreter:
         """
         check_choice("vector_type", vector_type, ("OV", "w_in", "w_out"))
         block = f"blocks.{check_count('layer_index', layer_index, 0, self.cfg.n_layers - 1)}"
-        check_count("num_vectors", num_vectors)
+        check_count("num_vectors", num_vectors, at_most=self.cfg.d_head if vector_type == "OV" else self.cfg.d_model)
+        if vector_type != "OV" and head_index is not None:
+            raise InputError(
+                f"head_index={head_index} would have no effect: {vector_type!r} is of an MLP, not of a head."
+            )
         if vector_type == "OV":
             if head_index is None:
                 raise InputError("head_index is needed for 'OV': the circuit is a head's.")

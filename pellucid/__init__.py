@@ -39,7 +39,7 @@ _HOMES = {
 }
 """Where each public name lives."""
 
-_MODULES = frozenset({"conversion_utils", "evals", "head_detector", "hook_points", "patching", "utilities"})
+_MODULES = frozenset({"conversion_utils", "evals", "head_detector", "hook_points", "patching", "tools", "utilities"})
 """Modules that TransformerLens' users find on the package without importing them."""
 
 __all__ = [

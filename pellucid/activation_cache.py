@@ -373,7 +373,7 @@ class ActivationCache(DecompositionMethods, Mapping[str, Tensor]):
             if self.model is None:
                 continue
             axes = self.index[stem].axes[0 if self.has_batch_dim else 1 :]
-            sizes = self.model.cfg.sizes()
+            sizes = self.index[stem].sizes(self.model.cfg.sizes())
             for axis, size in zip(axes, tensor.shape, strict=True):
                 if axis not in ("batch", "pos", "key_pos") and sizes[axis] != size:
                     raise InputError(

@@ -2,7 +2,7 @@
 
 ``batch`` rows; ``pos`` positions of the tokens of this forward; ``key_pos`` key positions (cached ones included; with a
 static cache, its whole capacity); ``n_heads``; ``n_key_value_heads``; ``d_head``; ``d_model``; ``d_mlp``; ``n_experts``;
-``d_vocab``.
+``d_vocab``; of an autoencoder, ``d_in``, ``d_sae`` and ``d_out``.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ AXES: Mapping[str, str] = {
     "d_mlp": "neurons of one MLP",
     "n_experts": "experts that a router chooses from",
     "d_vocab": "entries of the vocabulary",
+    "d_in": "features that an autoencoder is given",
+    "d_sae": "features of an autoencoder's inside",
+    "d_out": "features that an autoencoder decodes to",
     "1": "a single number",
 }
 

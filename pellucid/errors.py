@@ -76,6 +76,10 @@ class InputError(PellucidError, ValueError):
     """Tokens, masks, keywords or sizes that cannot be run."""
 
 
+class ShapeError(InputError, AssertionError, RuntimeError):
+    """Factors of a matrix, or a tensor beside them, whose shapes do not fit."""
+
+
 class UnsupportedModelError(PellucidError, ValueError):
     """The model is of no family that Pellucid opens, or its configuration sets something we do not handle."""
 

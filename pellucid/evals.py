@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pellucid.arguments import check_count
+from pellucid.activation_cache import check_storage
+from pellucid.arguments import check_count, check_mapping, check_texts, check_whole
 from pellucid.errors import InputError
 
 SANE = (
@@ -22,6 +23,9 @@ SANE = (
     "of science develops to study the world through this lens."
 )
 """From "Zoom In: An Introduction to Circuits" (Olah et al. 2020)."""
+
+SAMPLES = 1000
+"""Sentences of a data set, unless told otherwise."""
 
 
 @torch.no_grad()
@@ -47,10 +51,14 @@ def evaluate_on_dataset(
         device: where to put tokens; by default where the model is.
     """
     check_count("truncate", truncate)
-    losses = [
-        float(model(batch["tokens"].to(device or model.device), return_type="loss"))
-        for batch in islice(data_loader, truncate)
-    ]
+    check_storage(device, None)
+    if not isinstance(data_loader, Iterable):
+        raise InputError(f'data_loader gives {{"tokens": [batch, pos]}}; found {type(data_loader).__name__}.')
+    losses = []
+    for batch in islice(data_loader, truncate):
+        if not isinstance(batch, Mapping) or not isinstance(batch.get("tokens"), Tensor):
+            raise InputError(f'data_loader gives {{"tokens": [batch, pos]}}; found {type(batch).__name__} in it.')
+        losses.append(float(model(batch["tokens"].to(device or model.device), return_type="loss")))
     if not losses:
         raise InputError("data_loader gives no batch.")
     return sum(losses) / len(losses)
@@ -76,6 +84,7 @@ def induction_loss(
         device: where to put tokens; by default where the model is.
     """
     check_count("batch_size", batch_size)
+    check_storage(device, None)
     half = torch.randint(0, model.cfg.d_vocab, (batch_size, check_count("subseq_len", subseq_len, 2)))
     tokens = half.repeat(1, 2)
     begin = getattr(model.tokenizer if tokenizer is None else tokenizer, "bos_token_id", None)
@@ -96,7 +105,7 @@ class IOIDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         templates: with ``[A]``, ``[B]`` and the keys of ``nouns`` in brackets.
         names: to draw two from.
         nouns: by key.
-        num_samples: how many.
+        num_samples: how many, at least 2 if ``symmetric``, which makes pairs.
         symmetric: each with the names exchanged, too.
         prepend_bos: begin with the beginning-of-sequence token.
         seed: of the draws.
@@ -108,17 +117,24 @@ class IOIDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         templates: Sequence[str] | None = None,
         names: Sequence[str] | None = None,
         nouns: Mapping[str, Sequence[str]] | None = None,
-        num_samples: int = 1000,
+        num_samples: int = SAMPLES,
         symmetric: bool = False,
         prepend_bos: bool = True,
         seed: int | None = None,
     ) -> None:
         self.tokenizer, self.prepend_bos = tokenizer, prepend_bos
-        self.templates = self.get_default_templates() if templates is None else list(templates)
-        self.names = self.get_default_names() if names is None else list(names)
-        self.nouns = self.get_default_nouns() if nouns is None else dict(nouns)
-        self._random = random.Random(seed)
-        count = check_count("num_samples", num_samples)
+        if prepend_bos and getattr(tokenizer, "bos_token_id", None) is None:
+            raise InputError("prepend_bos=True, but the tokenizer has no beginning-of-sequence token.")
+        self.templates = self.get_default_templates() if templates is None else check_texts("templates", templates)
+        if any("[A]" not in template or "[B]" not in template for template in self.templates):
+            raise InputError("An entry of templates has [A] and [B] in it, where the two names go.")
+        self.names = self.get_default_names() if names is None else check_texts("names", names)
+        if len(set(self.names)) < 2:
+            raise InputError(f"names is two names at least, of which a sentence has two; found {self.names}.")
+        given = self.get_default_nouns() if nouns is None else check_mapping("nouns", nouns, "keys to lists of words")
+        self.nouns = {key: check_texts(f"nouns[{key!r}]", words) for key, words in given.items()}
+        self._random = random.Random(None if seed is None else check_whole("seed", seed))
+        count = check_count("num_samples", num_samples, 2 if symmetric else 1)
         self.samples: list[dict[str, str]] = []
         for _ in range(count // 2 if symmetric else count):
             self.samples += self.get_sample(symmetric)
@@ -172,7 +188,7 @@ def ioi_eval(
     model: Any,
     dataset: Any | None = None,
     batch_size: int = 8,
-    num_samples: int = 1000,
+    num_samples: int = SAMPLES,
     tokenizer: Any | None = None,
     symmetric: bool = False,
 ) -> dict[str, float]:
@@ -187,9 +203,15 @@ def ioi_eval(
         symmetric: see :class:`IOIDataset`.
 
     Raises:
-        InputError: two names with the same tokens.
+        InputError: two names with the same tokens; arguments of a data set beside one; an empty one.
     """
     check_count("batch_size", batch_size)
+    if dataset is not None and (symmetric or tokenizer is not None or num_samples != SAMPLES):
+        raise InputError(
+            "num_samples, tokenizer and symmetric make a data set: beside dataset= they would have no effect."
+        )
+    if dataset is not None and not len(dataset):
+        raise InputError("dataset has no sentences.")
     chosen = model.tokenizer if tokenizer is None else tokenizer
     samples = IOIDataset(chosen, num_samples=num_samples, symmetric=symmetric) if dataset is None else dataset
     found: list[float] = []

@@ -10,6 +10,7 @@ for ``A @ B`` ``[..., ldim, rdim]``; leading axes (layers, heads) broadcast.
 
 from __future__ import annotations
 
+import warnings
 from functools import cached_property
 from typing import Any, overload
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from pellucid.arguments import check_kind
 from pellucid.dtypes import widened
-from pellucid.errors import InputError
+from pellucid.errors import InputError, ShapeError
 
 
 class FactoredMatrix:
@@ -40,14 +41,16 @@ class FactoredMatrix:
             if not (hasattr(factor, "ndim") and hasattr(factor, "broadcast_to")):
                 check_kind(name, factor, Tensor, f"a tensor [..., {axes}]")
         if A.ndim < 2 or B.ndim < 2 or A.shape[-1] != B.shape[-2]:
-            raise InputError(
+            raise ShapeError(
                 f"A factored matrix is [..., ldim, mdim] times [..., mdim, rdim]; found {tuple(A.shape)} and "
                 f"{tuple(B.shape)}."
             )
         try:
             leading = torch.broadcast_shapes(A.shape[:-2], B.shape[:-2])
         except RuntimeError as error:
-            raise InputError(f"The leading axes of {tuple(A.shape)} and {tuple(B.shape)} do not broadcast.") from error
+            raise ShapeError(
+                f"The leading axes mismatch: those of {tuple(A.shape)} and {tuple(B.shape)} do not broadcast."
+            ) from error
         self.A = A.broadcast_to((*leading, *A.shape[-2:]))
         self.B = B.broadcast_to((*leading, *B.shape[-2:]))
         self.ldim, self.mdim, self.rdim = A.shape[-2], A.shape[-1], B.shape[-1]
@@ -88,10 +91,10 @@ class FactoredMatrix:
         """Times a number.
 
         Raises:
-            InputError: a tensor of more than one element; ``@`` multiplies matrices.
+            ShapeError: a tensor of more than one element; ``@`` multiplies matrices.
         """
         if isinstance(scalar, Tensor) and scalar.numel() != 1:
-            raise InputError(f"* takes a number; found a tensor {tuple(scalar.shape)}. Use @ for a matrix product.")
+            raise ShapeError(f"* takes a number; found a tensor {tuple(scalar.shape)}. Use @ for a matrix product.")
         return FactoredMatrix(self.A * scalar, self.B)
 
     def __rmul__(self, scalar: float | Tensor) -> FactoredMatrix:
@@ -108,10 +111,10 @@ class FactoredMatrix:
         """The product in the other order, ``[..., mdim, mdim]``.
 
         Raises:
-            InputError: the matrix is not square, so that the other order is not the same map seen from inside.
+            ShapeError: the matrix is not square, so that the other order is not the same map seen from inside.
         """
         if self.ldim != self.rdim:
-            raise InputError(f"BA needs a square matrix; found {tuple(self.shape)}.")
+            raise ShapeError(f"BA needs a square matrix; found {tuple(self.shape)}.")
         return self.B @ self.A
 
     @property
@@ -160,7 +163,8 @@ class FactoredMatrix:
 
     @property
     def Vh(self) -> Tensor:
-        """The same as :attr:`V`: what TransformerLens gives under this name (it is not transposed)."""
+        """The same as :attr:`V`, with a ``DeprecationWarning``, as in TransformerLens: it is not transposed."""
+        warnings.warn("FactoredMatrix.Vh is V, not transposed: write V.", DeprecationWarning, stacklevel=2)
         return self.svd()[2]
 
     @property
@@ -269,7 +273,7 @@ class FactoredMatrix:
 
     def _check_inner(self, side: str, found: int, wanted: int, shape: torch.Size) -> None:
         if found != wanted:
-            raise InputError(
+            raise ShapeError(
                 f"The {side} factor {tuple(shape)} does not fit a factored matrix {tuple(self.shape)}: inner sizes are "
                 f"{found} and {wanted}."
             )

@@ -33,6 +33,7 @@ from pellucid.arguments import check_choice, check_function, check_whole
 from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
 from pellucid.hook_introspection import HookIntrospectionMixin as HookIntrospectionMixin
 from pellucid.hook_values import (
+    HookedFunction,
     add_note,
     bits_differ,
     check_returned,
@@ -229,7 +230,10 @@ class HookPoint(NoTorchHooks):
         clone.ctx = dict(self.ctx)
         for handle in self.handles():
             if handle.scope.everywhere and not handle.scope.closed:
-                copied = LensHandle(clone, handle.user_hook, handle.direction, handle.name, handle.is_permanent)
+                function = handle.user_hook
+                if isinstance(function, HookedFunction):
+                    function = copy.deepcopy(function, memo)
+                copied = LensHandle(clone, function, handle.direction, handle.name, handle.is_permanent)
                 copied.level = handle.level
                 copied.scope.everywhere = True
                 clone.put(copied)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,23 @@ import torch
 from torch import Tensor
 
 from pellucid.errors import GradientError, HookValueError, NoEffectError
+from pellucid.names import HookSpec
+
+
+class HookedFunction:
+    """A hook function with hook points of its own, which are there while it is attached, where it acts.
+
+    Attributes:
+        specs: their lines of the hook table, in firing order. A name begins with that of the point it is attached to.
+        points: the points by name; the function fires them.
+    """
+
+    specs: tuple[HookSpec, ...] = ()
+    points: Mapping[str, Any] = {}
+
+    def __call__(self, tensor: Tensor, hook: Any) -> Tensor | None:
+        """What goes on in the place of ``tensor``."""
+        raise NotImplementedError
 
 
 def is_delicate(value: Tensor) -> bool:

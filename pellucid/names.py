@@ -8,6 +8,7 @@ layers; every look-up, filter and suggestion in the library goes through it, so 
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import fnmatch
 import operator
@@ -55,6 +56,7 @@ class HookSpec:
         flag: the configuration flag that switches an opt-in point on, or ``None``.
         layer: the block it belongs to, ``None`` outside the blocks.
         reach: see :data:`Reach`; an index of hooks finds it out.
+        width: of the last axis, where the model's configuration does not know it (features of an autoencoder).
     """
 
     name: str
@@ -67,11 +69,16 @@ class HookSpec:
     flag: Flag | None = None
     layer: int | None = None
     reach: Reach = "own"
+    width: int | None = None
 
     @property
     def pos_axis(self) -> int:
         """Index of the ``pos`` axis, for slicing by position."""
         return self.axes.index("pos")
+
+    def sizes(self, known: Mapping[str, int]) -> Mapping[str, int]:
+        """Sizes by axis word: those that are ``known``, and :attr:`width`."""
+        return known if self.width is None else {**known, self.axes[-1]: self.width}
 
     def at_layer(self, layer: int) -> HookSpec:
         """The same line of the table, written out for block ``layer``."""
@@ -176,6 +183,16 @@ class HookIndex(Mapping[str, HookSpec]):
         """Canonical names and aliases."""
         yield from self._specs
         yield from self._canonical
+
+    def joined(self, more: Sequence[HookSpec]) -> HookIndex:
+        """The index with further points, each after the one whose name its own begins with; the last of a name counts."""
+        made = copy.copy(self)
+        made._specs, made._globs = {}, {}
+        for spec in self._specs.values():
+            made._specs[spec.name] = spec
+            made._specs |= {inside.name: inside for inside in more if inside.name.rpartition(".")[0] == spec.name}
+        made._canonical = {alias: spec.name for spec in made._specs.values() for alias in spec.aliases}
+        return made
 
     def _unknown(self, name: str) -> str:
         numbered = re.match(r"blocks\.(\d+)\.", name)

@@ -38,7 +38,6 @@ NOT_HERE: Mapping[str, Mapping[str, str]] = {
         "loading_from_pretrained": _GONE + "boot_transformers reads the checkpoint's configuration",
         "model_protocol": "a function that takes a bridge is annotated pellucid.TransformerBridge",
         "supported_models": "docs/families.md lists the families; any checkpoint of one opens by its name on the hub",
-        "tools": "pellucid.analysis, pellucid.patching and pellucid.experiments have the analyses",
         "train": _GONE + "a bridge trains as any torch module: bridge.parameters(), bridge(tokens, return_type='loss')",
         "utils": _GONE + "pellucid.utilities has the same names",
     },

@@ -64,7 +64,9 @@ DIFFERENT: Mapping[str, Mapping[str, str]] = {
         "lm_cross_entropy_loss": "in float32 at least",
         "tokenize_and_concatenate": "a tokenizer without a padding token is not given one",
     },
-    PACKAGE: {},
+    PACKAGE: {
+        "tools": "`tools.analysis` has `logit_readout` and `get_act_patch_direct_path`; the rest is in `pellucid.analysis`"
+    },
 }
 """What a user has to know, by place and name; all other names that are here mean the same."""
 

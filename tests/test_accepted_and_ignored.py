@@ -25,6 +25,7 @@ from tests.arguments import (
     model_bridge,
     neurons,
     patching,
+    peer_modules,
     plots,
     scale,
     steering,
@@ -35,7 +36,10 @@ from tests.arguments.public import NOT_TRIED, arguments_of, bare, public
 from tests.arguments.reasons import EXPLAINED, NO_LINE_NEEDED
 from tests.models import is_pristine
 
-ROOMS = (model_bridge, sweeps, patching, attribution, corpora, heads, lenses, neurons, scale, plots, steering)
+ROOMS = (
+    *(model_bridge, sweeps, patching, attribution, corpora, heads, lenses, neurons, scale, plots, steering),
+    peer_modules,
+)
 CALLS: dict[str, Call] = {name: call for room in ROOMS for name, call in room.CALLS.items()}
 REFUSED: list[Line] = [line for room in ROOMS for line in room.REFUSED]
 PUBLIC = dict(public())

@@ -72,6 +72,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "head_detector",
         "plots.*",
         "report.*",
+        "tools.*",
         "utilities.*",
     ),
     ("cli.*",),

@@ -45,6 +45,8 @@ LAYERS = 12
 ADDRESS = re.compile(r"^<[\w.]+ object at 0x[0-9a-f]+>$")
 
 INTERNAL = {
+    "SaeInput": "inside a bridge",
+    "HookedFunction": "abstract",
     "ActivationRecorder": "inside a run with a cache",
     "ArchitectureAdapter": "a table of the code",
     "BaseTensorConversion": "abstract",

@@ -91,7 +91,7 @@ def place_of(bridge: TransformerBridge, place: str, layer: int = 0) -> HookSpec:
 
 def unit_shape(bridge: TransformerBridge, spec: HookSpec) -> tuple[int, ...]:
     """Sizes of the axes after ``batch`` and ``pos``: ``(d_mlp,)``, ``(d_model,)`` or ``(n_heads, d_head)``."""
-    sizes = bridge.cfg.sizes()
+    sizes = spec.sizes(bridge.cfg.sizes())
     return tuple(sizes[axis] for axis in spec.axes[2:])
 
 

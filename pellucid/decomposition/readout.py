@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from pellucid.arguments import check_choice, check_count, check_function, check_list, check_whole
+from pellucid.arguments import check_choice, check_count, check_function, check_kind, check_list, check_whole
 from pellucid.decomposition.residual import accumulated
 from pellucid.decomposition.stream import CachedRun, StreamModel, model_of
 from pellucid.dtypes import widened
@@ -23,6 +23,7 @@ from pellucid.slices import Slice, SliceInput
 from pellucid.tables import BriefFields
 
 if TYPE_CHECKING:
+    import pandas as pd
     import xarray as xr
 
 Quantity = Literal["logits", "log_probs", "probs"]
@@ -96,6 +97,13 @@ class LensResult(BriefFields):
             raise InputError("Top tokens are of top_k: call logit_lens(top_k=5).")
         return {label: _texts(row.tolist(), tokenizer) for label, row in zip(self.labels, ids, strict=True)}
 
+    def to_dataframe(self) -> pd.DataFrame:
+        """The values as a table: a line for each cell, with its layer, row, position, token (or rank) and value."""
+        array = self.to_xarray()
+        if "token_id" in array.coords:  # of top_k and of targets row by row: the last axis has no ids of its own
+            array = array.rename(token="rank" if self.target_ranks is None else "target")
+        return array.to_dataframe().reset_index()
+
     def to_xarray(self) -> xr.DataArray:
         """The values with named axes: ``layer`` (its labels), ``row``, ``pos``, ``token``."""
         import xarray as xr  # it takes longer to load than the bridge does
@@ -117,6 +125,10 @@ class LensResult(BriefFields):
 
 def _texts(ids: Any, tokenizer: Any) -> Any:
     return [_texts(part, tokenizer) for part in ids] if isinstance(ids, list) else str(tokenizer.decode([ids]))
+
+
+Read: TypeAlias = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+"""Values, entropy, ids where they differ from cell to cell, and ranks."""
 
 
 @dataclass(frozen=True)
@@ -218,12 +230,11 @@ def lens(
     if run.has_batch_dim:
         stack = batch.apply(stack, 1)
     columns = _columns(model, vocab, targets, top_k, stack.shape[1:-1])
-    found: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = []
+    found: list[Read] = []
     with torch.set_grad_enabled(enable_grad):
         for place in places:
             residual = stack[place] if lens is None else lens(stack[place], place)
-            chunks = list(_read(model, residual, apply_ln, rows_at_once, columns, return_type))
-            found.append(tuple(_joined(parts, residual.shape[:-1]) for parts in zip(*chunks, strict=True)))  # type: ignore[arg-type]
+            found.append(_read_whole(model, residual, apply_ln, rows_at_once, columns, return_type))
     values, entropy, cell_ids, ranks = (
         None if parts[0] is None else torch.stack(parts) for parts in zip(*found, strict=True)
     )
@@ -244,6 +255,48 @@ def lens(
         run.has_batch_dim and batch.mode != "int",
         names,
     )
+
+
+def vectors(
+    model: StreamModel,
+    given: Tensor,
+    apply_ln: bool,
+    vocab: Any,
+    targets: Any,
+    return_type: Quantity,
+    top_k: int | None,
+    chunk_size: int,
+    enable_grad: bool,
+) -> Read:
+    """Values, entropy, ids and ranks of vectors ``[..., d_model]`` that are of no run: see :meth:`logit_lens`.
+
+    Raises:
+        InputError: no vectors of the model's width; more than one of ``vocab``, ``targets`` and ``top_k``.
+    """
+    check_choice("return_type", return_type, QUANTITIES)
+    check_kind("vectors", given, Tensor, f"a tensor [..., {model.cfg.d_model}]")
+    if not given.is_floating_point() or given.shape[-1:] != (model.cfg.d_model,) or not given.numel():
+        raise InputError(
+            f"vectors is a tensor [..., {model.cfg.d_model}] of numbers; found {list(given.shape)} in {given.dtype}."
+        )
+    columns = _columns(model, vocab, targets, top_k, given.shape[:-1])
+    with torch.set_grad_enabled(enable_grad):
+        found = _read_whole(model, given, apply_ln, check_count("chunk_size", chunk_size), columns, return_type)
+    return found[0], found[1], columns.ids if found[2] is None else found[2], found[3]
+
+
+def _read_whole(
+    model: StreamModel, residual: Tensor, apply_ln: bool, at_once: int | None, columns: _Columns, return_type: Quantity
+) -> Read:
+    """Values, entropy, ids and ranks of a residual ``[..., d_model]``, each with its leading axes."""
+    values, entropy, ids, ranks = zip(
+        *_read(model, residual, apply_ln, at_once, columns, return_type), strict=True
+    )  # a chunk each
+    cells = residual.shape[:-1]
+    whole = _joined(values, cells), _joined(entropy, cells)
+    assert whole[0] is not None
+    assert whole[1] is not None
+    return whole[0], whole[1], _joined(ids, cells), _joined(ranks, cells)
 
 
 def _read(

@@ -1,15 +1,27 @@
-"""The bridge's smaller words, TransformerLens' names: what its tools read, and a line for each name that is not here."""
+"""The bridge's smaller words, TransformerLens' and SAELens' names: what tools read, and a line for each that is not here."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import Self
 
-from pellucid.arguments import check_count
-from pellucid.hook_points import HookPoint
+from pellucid.arguments import check_choice, check_count, check_kind, check_list
+from pellucid.hook_points import HookPoint, LensHandle, attach_for_good
 from pellucid.losses import check_shapes, next_token_loss
 from pellucid.model_bridge.generalized_components import GeneralizedComponent
+from pellucid.model_bridge.hooking.hook_session import HookSession
+from pellucid.model_bridge.hooking.sae_hooks import (
+    ACTS_POST,
+    INSIDE,
+    SaeHook,
+    attached_saes,
+    detach_saes,
+    hook_names,
+)
 from pellucid.model_bridge.running.generation_methods import GenerationMethods
 from pellucid.model_bridge.running.tokens import PaddingSide, TextOrTokens
 from pellucid.peer_names import BRIDGE, absent
@@ -77,6 +89,132 @@ class PeerWords(GenerationMethods):
         residual = self.forward(prepared.tokens, attention_mask=prepared.attention_mask, stop_at_layer=0)
         assert prepared.tokens is not None
         return residual, prepared.tokens, None, prepared.attention_mask
+
+    # -- SAELens' words --------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def saes(
+        self, saes: Any | Sequence[Any] = (), reset_saes_end: bool = True, use_error_term: bool | None = None
+    ) -> Iterator[Self]:
+        """Sparse autoencoders and transcoders for the length of a ``with`` block, in this thread or task only.
+
+        Each stands at the hook that its ``cfg.metadata.hook_name`` says (``hook_name_out`` is where a transcoder writes),
+        in the place of one that is there, which acts again after the block. What was on that hook before it is what it
+        reads; functions attached later, caches among them, see what it gives. Inside it are hook points of their own, which
+        runs, caches and edits take as any other: ``name.hook_sae_input``, ``.hook_sae_acts_pre`` (where the autoencoder has
+        a module of that name), ``.hook_sae_acts_post``, ``.hook_sae_recons``, ``.hook_sae_error`` (with the error term) and
+        ``.hook_sae_output``; see ``bridge.explain``.
+
+        Args:
+            saes: one, or a list: SAELens' own, or any object with ``encode(x)``, ``decode(acts)`` and
+                ``cfg.metadata.hook_name``. ``x`` is ``[batch, pos, features]``, heads joined, in the autoencoder's dtype.
+            reset_saes_end: ``False`` leaves them on after the block, as :meth:`add_sae` does.
+            use_error_term: add what the autoencoder misses, without a gradient, so that the run goes on as without it, up
+                to rounding, until its inside is edited; ``None`` as the autoencoder's own ``use_error_term`` says, if it has
+                one, else without.
+
+        Raises:
+            InputError: no autoencoder; one of other widths than its hook; a hook that has no features of positions.
+            HookNameError: a hook that the model does not have.
+            HookDisabledError: an opt-in point that is off.
+        """
+        check_kind("reset_saes_end", reset_saes_end, bool, "True or False")
+        with HookSession(self._tree, self._sae_handles(saes, use_error_term), keep=not reset_saes_end).block():
+            yield self
+
+    def _sae_handles(self, saes: Any | Sequence[Any], use_error_term: bool | None) -> list[LensHandle]:
+        given = list(saes) if isinstance(saes, list | tuple) else [saes]
+        return [handle for sae in given for handle in SaeHook(sae, self._tree, use_error_term).handles()]
+
+    def add_sae(self, sae: Any, use_error_term: bool | None = None) -> None:
+        """Attach an autoencoder to the model until :meth:`reset_saes`; ``reset_hooks`` leaves it unless told otherwise.
+
+        Args:
+            sae: see :meth:`saes`, as for ``use_error_term``.
+        """
+        attach_for_good(self._sae_handles([sae], use_error_term), self._tree)
+
+    def reset_saes(self, act_names: str | Sequence[str] | None = None) -> None:
+        """Take autoencoders off that act in this thread or task.
+
+        Args:
+            act_names: hooks that they read or write; all by default.
+
+        Raises:
+            HookNameError: no such hook.
+            InputError: no autoencoder is attached there.
+        """
+        names = [act_names] if isinstance(act_names, str) else act_names
+        detach_saes(self._tree, None if names is None else check_list("act_names", names, "names of hooks"))
+
+    @property
+    def acts_to_saes(self) -> dict[str, Any]:
+        """The autoencoders that act in this thread or task, each under the name of the hook in its configuration."""
+        return {each.asked: each.sae for each in attached_saes(self._tree).values()}
+
+    def get_sae_hook_name(self, sae: Any, internal: str = ACTS_POST) -> str:
+        """The canonical name of a point inside an autoencoder, attached or not.
+
+        Args:
+            sae: the autoencoder.
+            internal: its own name of the point.
+        """
+        names = (*INSIDE, "hook_sae_error", "hook_sae_output")
+        check_choice("internal", internal, names)
+        return f"{self._tree.table[hook_names(sae)[1]].name}.{internal}"
+
+    def run_with_saes(
+        self,
+        *model_args: Any,
+        saes: Any | Sequence[Any] = (),
+        reset_saes_end: bool = True,
+        use_error_term: bool | None = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """One run with autoencoders attached: :meth:`forward` in a block of :meth:`saes`.
+
+        Args:
+            model_args: of :meth:`forward`, as the keywords.
+            saes: see :meth:`saes`, as for the arguments below.
+        """
+        with self.saes(saes, reset_saes_end, use_error_term):
+            return self.forward(*model_args, **model_kwargs)
+
+    def run_with_cache_with_saes(
+        self,
+        *model_args: Any,
+        saes: Any | Sequence[Any] = (),
+        reset_saes_end: bool = True,
+        use_error_term: bool | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[Any, Any]:
+        """One run with autoencoders attached, and its cache, the points inside them among its entries.
+
+        Args:
+            model_args: of ``run_with_cache``, as the keywords.
+            saes: see :meth:`saes`, as for the arguments below.
+        """
+        with self.saes(saes, reset_saes_end, use_error_term):
+            return self.run_with_cache(*model_args, **model_kwargs)
+
+    def run_with_hooks_with_saes(
+        self,
+        *model_args: Any,
+        saes: Any | Sequence[Any] = (),
+        reset_saes_end: bool = True,
+        use_error_term: bool | None = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """One run with autoencoders and functions attached; the functions may be on points inside them.
+
+        Args:
+            model_args: of ``run_with_hooks``, as the keywords.
+            saes: see :meth:`saes`, as for the arguments below.
+        """
+        with self.saes(saes, reset_saes_end, use_error_term):
+            return self.run_with_hooks(*model_args, **model_kwargs)
+
+    # -- what tools read -------------------------------------------------------------------------------------------------
 
     @property
     def mod_dict(self) -> dict[str, GeneralizedComponent | HookPoint]:

@@ -329,7 +329,7 @@ def _chosen_hooks(bridge: TransformerBridge, hooks: NamesFilter) -> list[HookSpe
 
 
 def _stored_hook(spec: HookSpec, bridge: TransformerBridge, dtype: torch.dtype | None) -> StoredHook:
-    lengths = bridge.cfg.sizes()
+    lengths = spec.sizes(bridge.cfg.sizes())
     own = torch.promote_types(bridge.dtype, torch.float32) if spec.kind == "wide" else bridge.dtype
     axes = spec.axes[2:]
     return StoredHook(spec.name, spec.aliases, axes, tuple(lengths[axis] for axis in axes), _CODES[dtype or own])

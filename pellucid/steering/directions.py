@@ -297,7 +297,7 @@ def features_of(bridge: TransformerBridge, spec: HookSpec) -> dict[str, int]:
             f"{spec.name} holds [{', '.join(spec.axes)}]: it has no vector of features at a position, as "
             "hook_resid_post has."
         )
-    sizes = bridge.cfg.sizes()
+    sizes = spec.sizes(bridge.cfg.sizes())
     return {axis: sizes[axis] for axis in spec.axes[2:]}
 
 

@@ -125,7 +125,7 @@ class Edit(BriefFields):
     ) -> EditHook:
         if spec.kind == "int":
             raise InputError(f"{spec.name} holds token ids, which no change of numbers fits: edit hook_embed.")
-        sizes = bridge.cfg.sizes()
+        sizes = spec.sizes(bridge.cfg.sizes())
         chosen = chosen_region(spec, sizes, {"heads": self.heads, "neurons": self.neurons})
         del chosen[spec.pos_axis - 1]
         axes = [axis for axis in spec.axes[1:] if axis != "pos"]

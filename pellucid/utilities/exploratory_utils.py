@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pellucid.arguments import check_texts
+from pellucid.arguments import check_count, check_text, check_texts
 
 
 def test_prompt(
@@ -30,6 +30,8 @@ def test_prompt(
         prepend_bos: see ``to_tokens`` of the bridge.
         top_k: how many of the most probable tokens.
     """
+    check_text("prompt", prompt)
+    check_count("top_k", top_k, 0)
     answers = check_texts("answer", [answer] if isinstance(answer, str) else answer)
     if prepend_space_to_answer:
         answers = [text if text.startswith(" ") else " " + text for text in answers]

@@ -26,6 +26,11 @@ def lm_cross_entropy_loss(
 
 
 def lm_accuracy(logits: Tensor, tokens: Tensor, per_token: bool = False) -> Tensor:
-    """Share of tokens that are the most probable ones at the position before; or ``[batch, pos - 1]`` bool."""
+    """Share of tokens that are the most probable ones at the position before; or ``[batch, pos - 1]`` bool.
+
+    Raises:
+        InputError: shapes that differ.
+    """
+    check_shapes(logits, tokens, None)
     right = logits[:, :-1].argmax(-1) == tokens[:, 1:].to(logits.device)
     return right if per_token else right.float().mean()

@@ -30,7 +30,7 @@ def logits_to_df(logits: Tensor, tokenizer: Any | None = None, top_k: int | None
     if check_kind("logits", logits, Tensor, "a tensor [d_vocab]").dim() != 1:
         raise InputError(f"logits_to_df takes the logits of one position, [d_vocab]; found {tuple(logits.shape)}.")
     log_probs = logits.detach().float().log_softmax(-1)
-    order = log_probs.argsort(descending=True)[:top_k]
+    order = log_probs.argsort(descending=True)[: None if top_k is None else check_count("top_k", top_k)]
     columns: dict[str, list[Any]] = {"token_index": order.tolist()}
     if tokenizer is not None:
         columns["token_string"] = [tokenizer.decode([token]) for token in columns["token_index"]]
@@ -68,6 +68,13 @@ def sample_logits(
     """
     if check_number("freq_penalty", freq_penalty) < 0:
         raise InputError(f"freq_penalty must be non-negative; found {freq_penalty}.")
+    if check_number("temperature", temperature) < 0:
+        raise InputError(f"temperature must be non-negative; found {temperature}.")
+    check_number("repetition_penalty", repetition_penalty, above=0)
+    if top_k is not None and top_p is not None:
+        raise InputError("top_p would have no effect beside top_k: give one of them.")
+    if repetition_penalty != 1.0 and tokens is None:
+        raise InputError("repetition_penalty is of tokens that occur: give tokens=, ids [batch, pos].")
     logits = final_logits
     if repetition_penalty != 1.0 and tokens is not None:
         logits = _apply_repetition_penalty(logits, tokens, repetition_penalty)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pellucid.arguments import check_kind, check_number
+from pellucid.arguments import check_count, check_kind, check_number
 from pellucid.errors import InputError
 from pellucid.patching.statistics import AT_ONCE, EXACT_UP_TO, bootstrap_interval, generator_for, sign_flip_pvalue
 from pellucid.patching.statistics import count_hits as _count_hits  # noqa: F401 (TransformerLens' name of it)
@@ -75,6 +75,7 @@ def sign_flip_permutation_pvalue(
     Raises:
         InputError: no examples, or an argument out of range.
     """
+    check_count("exact_max_n", exact_max_n, 0)
     drawn = derive_generator(0) if generator is None else generator
     return sign_flip_pvalue(_last(effects, dim), alternative, n_permutations, drawn, exact_max_n)
 

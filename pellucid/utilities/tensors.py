@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pellucid.arguments import check_count, check_text
 from pellucid.errors import InputError
 from pellucid.padding import position_ids
 
@@ -35,6 +36,7 @@ def to_numpy(tensor: Any) -> Any:
 
 def get_corner(tensor: Any, n: int = 3) -> Any:
     """The first ``n`` entries along every axis of a tensor, an array or a factored matrix, for looking at."""
+    check_count("n", n, 0)
     return tensor[tuple(slice(n) for _ in range(tensor.ndim))]
 
 
@@ -86,6 +88,7 @@ def check_structure(t1: Tensor, t2: Tensor, *, verbose: bool = False) -> None:
 
 def get_offset_position_ids(past_kv_pos_offset: int, attention_mask: Tensor) -> Tensor:
     """``[batch, pos]`` position ids of a mask, without those of the first ``past_kv_pos_offset`` columns; 0 at padding."""
+    check_count("past_kv_pos_offset", past_kv_pos_offset, 0)
     return position_ids(attention_mask)[:, past_kv_pos_offset:]
 
 
@@ -96,11 +99,13 @@ def get_cumsum_along_dim(tensor: Tensor, dim: int, reverse: bool = False) -> Ten
 
 def repeat_along_head_dimension(tensor: Tensor, n_heads: int, clone_tensor: bool = True) -> Tensor:
     """``[batch, pos, d_model]`` to ``[batch, pos, n_heads, d_model]``; a view without ``clone_tensor``."""
+    check_count("n_heads", n_heads)
     repeated = tensor.unsqueeze(-2).expand(*tensor.shape[:-1], n_heads, tensor.shape[-1])
     return repeated.clone() if clone_tensor else repeated
 
 
 def filter_dict_by_prefix(dictionary: Mapping[str, V], prefix: str) -> dict[str, V]:
     """The entries below ``prefix`` (a dotted path, with or without its last dot), named from there on."""
+    check_text("prefix", prefix)
     start = prefix if prefix.endswith(".") else prefix + "."
     return {name.removeprefix(start): value for name, value in dictionary.items() if name.startswith(start)}

@@ -40,6 +40,7 @@ from tests.arguments.bench import (
     number,
     whole,
 )
+from tests.autoencoders import make_sae
 
 
 def method(name: str, /, **works: Any) -> Call:
@@ -56,6 +57,11 @@ def cached(name: str, /, **works: Any) -> Call:
 
 STACK = Of(lambda bench: bench.cache.decompose_resid())
 """Parts of the residual stream, ``[part, batch, pos, d_model]``."""
+
+
+SAE = Of(lambda bench: make_sae("blocks.1.hook_resid_post", bench.bridge.cfg.d_model))
+"""An autoencoder that fits, and one that does not."""
+WIDE_SAE = make_sae("blocks.1.hook_resid_post", 7)
 
 
 def point(name: str, /, **works: Any) -> Call:
@@ -78,6 +84,14 @@ CALLS: dict[str, Call] = {
     "cache_all": method("cache_all", cache={}),
     "cache_some": method("cache_some", cache={}, names=POST),
     "input_to_embed": method("input_to_embed"),
+    "saes": entered(method("saes", saes=SAE)),
+    "add_sae": method("add_sae", sae=SAE),
+    "reset_saes": method("reset_saes"),
+    "get_sae_hook_name": method("get_sae_hook_name", sae=SAE),
+    **{
+        name: method(name, saes=SAE, input=THE_IDS)
+        for name in ("run_with_saes", "run_with_cache_with_saes", "run_with_hooks_with_saes")
+    },
     "loss_fn": method("loss_fn", logits=torch.zeros(1, 2, 9), tokens=IDS),
     "accumulated_bias": method("accumulated_bias", layer=1),
     "all_composition_scores": method("all_composition_scores", mode="Q"),
@@ -320,6 +334,23 @@ REFUSED: list[Line] = [
     *((name, {"cache": 3}, "cache maps names to tensors") for name in ("cache_all", "cache_some")),
     *((name, {"device": "nowhere"}, "none that torch knows") for name in ("cache_all", "cache_some")),
     ("cache_some", {"names": "nonsense"}, "No hook point is called .nonsense"),
+    *(
+        line
+        for name in ("saes", "run_with_saes", "run_with_cache_with_saes", "run_with_hooks_with_saes")
+        for line in (
+            (name, {"saes": [3]}, "saes takes SAELens' autoencoders.*found int"),
+            (name, {"saes": WIDE_SAE}, "The autoencoder of blocks.1.hook_resid_post does not take"),
+            (name, {"use_error_term": 1}, "use_error_term is True, False or None"),
+            (name, {"reset_saes_end": 1}, "reset_saes_end is True or False"),
+        )
+    ),
+    ("add_sae", {"sae": 3}, "saes takes SAELens' autoencoders.*found int"),
+    ("add_sae", {"use_error_term": "yes"}, "use_error_term is True, False or None"),
+    ("reset_saes", {"act_names": "nonsense"}, "No hook point is called .nonsense"),
+    ("reset_saes", {"act_names": POST}, "No autoencoder is attached at"),
+    ("reset_saes", {"act_names": 3}, "act_names is a list of names of hooks"),
+    ("get_sae_hook_name", {"sae": 3}, "saes takes SAELens' autoencoders.*found int"),
+    ("get_sae_hook_name", {"internal": "hook_q"}, "Invalid internal"),
     ("input_to_embed", {"input": 7}, "Input is .*found int"),
     ("input_to_embed", {"prepend_bos": True}, "prepend_bos is for strings"),
     ("input_to_embed", {"padding_side": "middle"}, "padding_side"),

@@ -109,6 +109,30 @@ EXPLAINED: dict[tuple[str, str], str] = {
     ("to_tokens", "prepend_bos"): TRUTH,
     ("to_tokens", "truncate"): TRUTH,
     ("loss_fn", "per_token"): TRUTH,
+    ("utilities.logits_to_df", "tokenizer"): "Hugging Face's, or any that decodes alike",
+    **{
+        (f"utilities.{call}", argument): "a tensor or a mapping, of any shape that torch takes"
+        for call, arguments in {
+            "sample_logits": ("final_logits", "tokens"),
+            "get_corner": ("tensor",),
+            "get_offset_position_ids": ("attention_mask",),
+            "repeat_along_head_dimension": ("tensor",),
+            "filter_dict_by_prefix": ("dictionary",),
+        }.items()
+        for argument in arguments
+    },
+    **{
+        (f"utilities.{call}", "dim"): "torch's own, which refuses what is not an axis"
+        for call in ("standard_error", "bootstrap_ci", "sign_flip_permutation_pvalue")
+    },
+    **{(f"utilities.{call}", "generator"): "torch's own" for call in ("bootstrap_ci", "sign_flip_permutation_pvalue")},
+    ("utilities.lm_accuracy", "per_token"): TRUTH,
+    ("utilities.lm_cross_entropy_loss", "per_token"): TRUTH,
+    ("utilities.repeat_along_head_dimension", "clone_tensor"): TRUTH,
+    **{
+        ("utilities.test_prompt", argument): TRUTH
+        for argument in ("prepend_space_to_answer", "print_details", "prepend_bos")
+    },
     ("accumulated_bias", "mlp_input"): TRUTH,
     ("accumulated_bias", "include_mlp_biases"): TRUTH,
     ("stack_params_for", "reshape_fn"): "a function of a weight",

@@ -244,6 +244,10 @@ def test_a_lens_as_an_array(cached: ActivationCache) -> None:
     assert whole.dims == ("layer", "row", "pos", "token")
     assert whole.attrs["units"] == "logits"
     assert whole.sel(layer="final_post", token=5).shape == (2, 9)
+    frame = cached.logit_lens(positions=None, vocab=[3, 5]).to_dataframe()
+    line = frame[(frame.layer == "final_post") & (frame.pos == 2) & (frame.token == 5)]
+    assert line[whole.name].to_list() == whole.sel(layer="final_post", pos=2, token=5).values.flatten().tolist()
+    assert {"rank", "token_id"} <= set(cached.logit_lens(top_k=3).to_dataframe().columns)
     top = cached.logit_lens(top_k=3).to_xarray()
     assert top.dims == ("layer", "row", "token")
     assert top.coords["token_id"].shape == (4, 2, 3)

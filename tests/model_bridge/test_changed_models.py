@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pellucid import TransformerBridge
 from pellucid.errors import InputError, UnsupportedModelError
 from pellucid.sweep import Edit, LogitDifference, Sweep, Zero
+from tests.families import make_family
 from tests.models import make_bloom, random_tokens
 
 
@@ -66,10 +67,6 @@ def test_a_module_around_bloom_that_gives_logits(give: Any) -> None:
     assert torch.equal(bridge.run_with_cache(tokens)[0], make_bloom()(tokens).logits)
 
 
-def wrap_block(model: Any) -> None:
-    model.transformer.h[1] = Block(model.transformer.h[1])
-
-
 def drop_last(model: Any) -> None:
     model.transformer.h = model.transformer.h[:2]
 
@@ -82,7 +79,39 @@ def add_block(model: Any) -> None:
     model.transformer.h.append(make_bloom().transformer.h[0])
 
 
-@pytest.mark.parametrize("change", [wrap_block, drop_last, drop_first, add_block])
+def wrap_with_two(model: Any) -> None:
+    """A module around a block with another block beside it: which of them is meant?"""
+    wrapped = Block(model.transformer.h[1])
+    wrapped.other = make_bloom().transformer.h[1]
+    model.transformer.h[1] = wrapped
+
+
+class Raised(Block):
+    """A module around a block that adds to what it gives, as repeng's control vectors do."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.wrapped(*args, **kwargs)
+        return (output[0] + 1, *output[1:]) if isinstance(output, tuple) else output + 1
+
+
+@pytest.mark.parametrize("family", ["bloom", "llama"])
+def test_a_block_is_found_in_a_module_that_was_put_around_it(family: str) -> None:
+    model = make_bloom() if family == "bloom" else make_family(family)
+    bridge, tokens = TransformerBridge(model), random_tokens(vocab=80) + 5
+    plain = bridge.run_with_cache(tokens)[1]
+    layers = model.transformer.h if family == "bloom" else model.model.layers
+    layers[1] = Raised(layers[1])
+    logits, cache = bridge.run_with_cache(tokens)
+    assert torch.equal(logits, model(tokens).logits)
+    assert torch.equal(cache["resid_mid", 1], plain["resid_mid", 1])
+    assert torch.equal(cache["resid_post", 1], plain["resid_post", 1] + 1)
+    without = bridge.run_with_hooks(tokens, fwd_hooks=[("blocks.1.hook_mlp_out", lambda x, hook: 0 * x)])
+    assert not torch.allclose(without, logits, atol=1e-3)
+    layers[1] = layers[1].wrapped
+    assert torch.equal(bridge.run_with_cache(tokens)[1]["resid_post", 1], plain["resid_post", 1])
+
+
+@pytest.mark.parametrize("change", [wrap_with_two, drop_last, drop_first, add_block])
 def test_blocks_changed_after_wrapping_are_refused_as_when_wrapping(change: Any) -> None:
     model = make_bloom()
     bridge = TransformerBridge(model)

@@ -33,12 +33,63 @@ WEIGHTS = "pellucid/model_bridge/weights"
 LENS = "pellucid/analysis/lens"
 FAMILY_WEIGHTS = "tests/model_bridge/test_family_weights.py"
 
+SAES = "pellucid/model_bridge/hooking/sae_hooks.py"
 DECOMPOSITION = "pellucid/decomposition"
 ATTRIBUTION = "pellucid/attribution"
 GRADIENTS = "pellucid/gradients"
 IDENTITIES = "tests/decomposition/test_identities.py"
 
 FAULTS = (
+    Fault(
+        "the error term is of the features after their edit, so that no edit of them acts",
+        SAES,
+        "clean = recons if all(each.only_reads() for each in inside) else self._run(given)",
+        "clean = recons",
+        "tests/model_bridge/test_saes.py -k edit_inside",
+    ),
+    Fault(
+        "the error term has a gradient of its own",
+        SAES,
+        "            with torch.no_grad():\n                clean",
+        "            if True:\n                clean",
+        "tests/model_bridge/test_saes.py -k gradients",
+    ),
+    Fault(
+        "every autoencoder at a point acts, not the last one",
+        SAES,
+        "        if self._in_force() is not self:\n            return None\n",
+        "",
+        "tests/model_bridge/test_saes.py -k last_one",
+    ),
+    Fault(
+        "a block is not looked for in a module around it",
+        f"{COMPONENTS}/base.py",
+        "inside = [each for each in module.children() if part in each._modules]",
+        "inside = []",
+        "tests/model_bridge/test_changed_models.py -k found_in_a_module",
+    ),
+    Fault(
+        "vectors are read without the final norm",
+        f"{DECOMPOSITION}/readout.py",
+        'instead = [] if apply_ln else [("ln_final.hook_out", lambda tensor, hook: given)]',
+        'instead = [("ln_final.hook_out", lambda tensor, hook: given)]',
+        "tests/decomposition/test_tools.py -k last_residual",
+    ),
+    Fault(
+        "a head is taken beside an MLP's weights and ignored",
+        "pellucid/SVDInterpreter.py",
+        'if vector_type != "OV" and head_index is not None:',
+        "if False:",
+        "tests/test_accepted_and_ignored.py -k get_singular_vectors",
+    ),
+    Fault(
+        "functions inside an autoencoder that is gone are waited for",
+        "pellucid/model_bridge/hooking/mounting.py",
+        "                if spec is None or (spec.name not in self.table and not self._fires(handle.point)):\n"
+        "                    continue\n",
+        "                if spec is None:\n                    continue\n",
+        "tests/model_bridge/test_saes.py -k last_one",
+    ),
     Fault(
         "a part is read without the norm's gain, as TransformerLens reads it",
         f"{DECOMPOSITION}/stream.py",

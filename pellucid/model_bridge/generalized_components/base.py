@@ -196,6 +196,9 @@ class GeneralizedComponent(NoTorchHooks):
         module, path = self._place
         for part in path:
             child = module._modules.get(part)
+            if child is None:  # a module was put around this one (repeng): the one in it that has the part
+                inside = [each for each in module.children() if part in each._modules]
+                child = inside[0]._modules[part] if len(inside) == 1 else None
             if child is None:
                 raise UnsupportedModelError(
                     f"The model has no {self.path} any more: it was taken out after wrapping, or a module was put around it "

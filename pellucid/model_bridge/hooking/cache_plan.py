@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -129,9 +130,7 @@ def cache_bytes(
     }
     plan = CacheEstimate()
     for spec in specs:
-        count = 1
-        for axis in spec.axes:
-            count *= lengths[axis]
+        count = math.prod(spec.sizes(lengths)[axis] for axis in spec.axes)
         if spec.component == EMBEDDING and pos_slice is None:
             count = count // size.pos * (size.pos - size.virtual)
         plan[spec.name] = count * dtypes[spec.kind].itemsize

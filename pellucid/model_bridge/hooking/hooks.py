@@ -91,8 +91,8 @@ class Hooks:
             )
         if not value:
             for handle in list(self._tree.handles()):
-                spec = self._tree.index[str(handle.point.name)]
-                if spec.flag == flag:
+                spec = self._tree.spec_of(handle.point)
+                if spec is not None and spec.flag == flag:
                     raise HookDisabledError(
                         f"A hook is on {spec.name}; remove it (reset_hooks) before switching {flag} off."
                     )

@@ -30,6 +30,7 @@ from torch import nn
 from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import GradientError, warn
 from pellucid.hook_points import HOOKS_LOCK, HookPoint, LensHandle
+from pellucid.hook_values import HookedFunction
 from pellucid.model_bridge.architecture_adapter import ArchitectureAdapter
 from pellucid.model_bridge.generalized_components import (
     BackboneBridge,
@@ -154,7 +155,7 @@ class ComponentTree:
         cfg = adapter.cfg
         self.root = root
         self.adapter = adapter
-        self.index = adapter.hook_index()
+        self.table = adapter.hook_index()
         self.components: dict[str, GeneralizedComponent] = dict(adapter.make_outer())
         self.blocks = [adapter.make_block(layer) for layer in range(cfg.n_layers)]
         self.backbone = BackboneBridge(adapter.backbone_path, cfg)
@@ -171,6 +172,7 @@ class ComponentTree:
         self._specs: dict[HookPoint, HookSpec] = {}
         self._holders: list[Scope] = []
         self.in_use: dict[HookPoint, None] = {}
+        self._joined: tuple[list[HookedFunction], HookIndex] | None = None
         self.notes: dict[str, Any] = {}  # what others remember of this model, each under its own word; copied with it
         self._place_all()
 
@@ -191,7 +193,7 @@ class ComponentTree:
             everywhere |= _below(name, component)
         names = {id(component): name for name, component in everywhere.items()}
         sites: dict[str, dict[str, str]] = {name: {} for name in everywhere}
-        for spec in self.index.values():
+        for spec in self.table.values():
             component, site = everywhere[spec.component].fired_by(spec.site)
             name = self.fired_by[spec.name] = names[id(component)]
             sites[name][site] = spec.name
@@ -206,10 +208,10 @@ class ComponentTree:
     def leave_out(self, names: Collection[str]) -> None:
         """Take points out of this model's table, by their names with ``{i}`` for the layer: nobody can hook them."""
         self.adapter.leave_out(names)
-        self.index = self.adapter.hook_index()
+        self.table = self.adapter.hook_index()
         for component in self.components.values():
             fires = component._names or {}
-            component._names = {site: name for site, name in fires.items() if name in self.index}
+            component._names = {site: name for site, name in fires.items() if name in self.table}
             component._points = {site: component._points[site] for site in component._points.keys() & component._names}
 
     @property
@@ -223,6 +225,25 @@ class ComponentTree:
 
     # -- points --------------------------------------------------------------------------------------------------------
 
+    @property
+    def index(self) -> HookIndex:
+        """The hook table: the model's points, and those of the hooked functions that act in this thread or task."""
+        acting = self.hooked_functions()
+        if not acting:
+            self._joined = None
+            return self.table
+        if self._joined is None or self._joined[0] != acting:
+            self._joined = acting, self.table.joined([spec for function in acting for spec in function.specs])
+        return self._joined[1]
+
+    def hooked_functions(self) -> list[HookedFunction]:
+        """Attached functions with points of their own that act in this thread or task, in the order of attaching."""
+        return [function for function, scope in self._hooked() if acts(scope)]
+
+    def _hooked(self) -> list[tuple[HookedFunction, Scope]]:
+        found = [(handle.user_hook, handle.scope) for point in list(self.in_use) for handle in point.fwd_hooks]
+        return [(function, scope) for function, scope in found if isinstance(function, HookedFunction)]
+
     def point(self, name: str) -> HookPoint:
         """The hook point called ``name`` (canonical or not).
 
@@ -230,19 +251,28 @@ class ComponentTree:
             HookNameError: there is none.
         """
         spec = self.index[name]
-        return self.components[spec.component].point(spec.site)
+        if spec.name in self.table:
+            return self.components[spec.component].point(spec.site)
+        inside = {name: point for each in self.hooked_functions() for name, point in each.points.items()}
+        point: HookPoint = inside[spec.name]
+        return point
 
-    def _spec_of(self, point: HookPoint) -> HookSpec:
-        """The line of the table of one of this tree's points: remembered, as it is asked for at each run."""
+    def spec_of(self, point: HookPoint) -> HookSpec | None:
+        """The line of the table of a point, remembered; ``None`` for one of a function that is attached no more."""
         spec = self._specs.get(point)
+        if spec is None and str(point.name) in self.table:
+            spec = self._specs[point] = self.table[str(point.name)]
         if spec is None:
-            spec = self._specs[point] = self.index[str(point.name)]
+            inside = (spec for function, _ in self._hooked() for spec in function.specs)
+            return next((spec for spec in inside if spec.name == point.name), None)
         return spec
 
     def live_points(self) -> Iterator[HookPoint]:
         """Points that have been made."""
         for component in self.components.values():
             yield from component.live_points()
+        for function, _ in self._hooked():
+            yield from function.points.values()
 
     def handles(self) -> Iterator[LensHandle]:
         """Every attached function."""
@@ -278,7 +308,9 @@ class ComponentTree:
         elsewhere: Scope | None = None
         for handle in self.handles():
             if acts(handle.scope):
-                spec = self._spec_of(handle.point)
+                spec = self.spec_of(handle.point)
+                if spec is None or (spec.name not in self.table and not self._fires(handle.point)):
+                    continue
                 if spec.component not in AFTER_BACKBONE and runs_through(spec, start, stop, n_layers):
                     acting.append(handle)
             elif handle.scope.is_block and not (handle.scope.closed or handle.scope.everywhere or open_scopes()):
@@ -292,6 +324,11 @@ class ComponentTree:
             )
         refuse_parallel_gradients(self.index, acting)
         return acting
+
+    def _fires(self, inside: HookPoint) -> bool:
+        """Whether a point of a hooked function is that of the last one at its place that acts here."""
+        name = str(inside.name)
+        return name in self.index and self.point(name) is inside
 
     # -- mounting ------------------------------------------------------------------------------------------------------
 
@@ -332,8 +369,12 @@ class ComponentTree:
             if not (point.fwd_hooks or point.bwd_hooks):
                 del self.in_use[point]
                 continue
-            spec = self._spec_of(point)
-            needed.add(self.fired_by[spec.name])
+            spec = self.spec_of(point)
+            if spec is None:  # of a hooked function that is gone; so are the functions on it
+                point.drop(lambda handle: True)
+                continue
+            if spec.name in self.fired_by:
+                needed.add(self.fired_by[spec.name])
             if spec.flag in ("use_attn_in", "use_split_qkv_input"):
                 block = f"blocks.{spec.layer}"
                 needed.add(block)  # it knows the residual before the norm
@@ -397,10 +438,10 @@ class ComponentTree:
 
     def __getstate__(self) -> dict[str, Any]:
         # Open sessions are the original's alone, and so are the points that are remembered.
-        return {key: value for key, value in vars(self).items() if key not in ("_holders", "_specs")}
+        return {key: value for key, value in vars(self).items() if key not in ("_holders", "_specs", "_joined")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _holders=[], _specs={})
+        vars(self).update(state, _holders=[], _specs={}, _joined=None)
         with HOOKS_LOCK:
             _TREES[id(self.root)] = self
 

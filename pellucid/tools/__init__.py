@@ -1,0 +1,1 @@
+"""Import paths of TransformerLens' ``tools``: :mod:`~pellucid.tools.analysis`."""
