@@ -17,13 +17,25 @@ from transformers import BloomForCausalLM
 
 from pellucid import TransformerBridge
 from pellucid.errors import PellucidError
-from tests.arguments import corpora, heads, lenses, model_bridge, neurons, patching, plots, scale, steering, sweeps
+from tests.arguments import (
+    circuits,
+    corpora,
+    heads,
+    lenses,
+    model_bridge,
+    neurons,
+    patching,
+    plots,
+    scale,
+    steering,
+    sweeps,
+)
 from tests.arguments.bench import Bench, Call, Line, make_bench
 from tests.arguments.public import NOT_TRIED, arguments_of, bare, public
 from tests.arguments.reasons import EXPLAINED, NO_LINE_NEEDED
 from tests.models import is_pristine
 
-ROOMS = (model_bridge, sweeps, patching, corpora, heads, lenses, neurons, scale, plots, steering)
+ROOMS = (model_bridge, sweeps, patching, corpora, heads, lenses, neurons, circuits, scale, plots, steering)
 CALLS: dict[str, Call] = {name: call for room in ROOMS for name, call in room.CALLS.items()}
 REFUSED: list[Line] = [line for room in ROOMS for line in room.REFUSED]
 PUBLIC = dict(public())

@@ -19,6 +19,7 @@ import pellucid.scale
 LISTED = (
     "pellucid",
     "pellucid.analysis.lens",
+    "pellucid.circuits",
     "pellucid.patching",
     "pellucid.sweep",
     "pellucid.running_stats",
@@ -101,7 +102,7 @@ NOT_TRIED: dict[str, str] = {
             "Places", "Reads", "SweepPlan", "SweepResult", "LanguageNeurons", "NeuronChange", "NeuronEdit", "Unit", "HeadUnit",
             "Site", "Prompts", "Grid", "Reference", "LabelledSweep", "Sender", "Receiver", "HarvestReport", "CollectReport",
             "RowBatch", "Shard", "ShardRecord", "Picture", "StoredHook", "StoreJob", "TensorPlace", "ShardBuffers",
-            "ModelIdentity", "Origin",
+            "ModelIdentity", "Origin", "EdgeScores", "Stability", "Wiring",
         ),
         GIVEN,
     ),
@@ -109,7 +110,8 @@ NOT_TRIED: dict[str, str] = {
         (
             "Collected.empty", "Collected.saw", "Picture.hovers", "Sweep.base_scores", "Sweep.scores", "Picture.printed_in", "TransformerBridgeConfig.sizes", "HookPoint.detach", "HookPoint.drop", "HookPoint.fire", "HookPoint.forward",
             "HookPoint.put", "HookPoint.enable_reshape", "TransformerBridge.positions_of", "Statistic.to", "Workspace.take",
-            "NeuronEdit.job_identity", "NeuronChange.check", "NeuronChange.edits", "Text.batches", "Receiver.comes_after",
+            "EdgeScores.strongest", "EdgeScores.stability", "Wiring.about", "Wiring.edges_of", "Wiring.graph", "Wiring.inside",
+            "Wiring.names", "Wiring.number", "Wiring.numbers", "Wiring.receiver_number", "cmd", "cpr", "NeuronEdit.job_identity", "NeuronChange.check", "NeuronChange.edits", "Text.batches", "Receiver.comes_after",
             "Origin.specs", "Origin.check_model", "Edit.points", "Edit.hooks", "Edit.to_json", "Edit.from_json", "Change.new",
             "Change.value", "place_of", "unit_shape", "refuse_no_effect", "as_neurons", "check_units", "read_prompts",
             "refuse_different_lengths", "find_site", "check_by", "make_grid", "about_run", "words_of", "about_metrics",
