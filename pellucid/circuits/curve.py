@@ -133,7 +133,7 @@ class Faithfulness(CurveChoices, BriefFields):
         Returns:
             Axes ``size`` (edges; coordinate ``share`` of the model's), ``random``, ``pair``. ``metric`` ``[size, pair]``,
             ``random_metric`` ``[random, size, pair]``; ``faithfulness`` ``[size]`` and the ends ``low``, ``high`` of its
-            95 % interval over resampled pairs; ``random_faithfulness`` ``[random, size]``. ``attrs`` have ``cpr`` and
+            95 % interval over resampled pairs, NaN of one pair; ``random_faithfulness`` ``[random, size]``. ``attrs`` have ``cpr`` and
             ``cmd`` with their intervals, and the metric of the base run and with all edges patched.
 
         Raises:
@@ -212,6 +212,8 @@ class Faithfulness(CurveChoices, BriefFields):
         rng = np.random.default_rng(self.seed)
         drawn = rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES) / count
         curves = _shares_of_gap(found[0] @ drawn.T, axis=0).T  # [resample, size]
+        if count < 2:  # one pair has no interval
+            curves = np.full_like(curves, np.nan)
         ends = np.quantile(curves, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
         base = "clean" if self.direction == "noising" else "corrupted"
         about = about_run(

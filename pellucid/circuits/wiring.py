@@ -169,7 +169,11 @@ class Wiring:
 
 
 def _ends_of(edge: EdgeLike) -> tuple[str, str]:
-    ends = [end.strip() for end in edge.split(ARROW)] if isinstance(edge, str) else list(edge)
+    ends: list[str] = []
+    if isinstance(edge, str):
+        ends = [end.strip() for end in edge.split(ARROW)]
+    elif isinstance(edge, tuple | list):
+        ends = list(edge)
     if len(ends) != 2 or not all(isinstance(end, str) and end for end in ends):
         raise InputError(f"An edge is written 'L0H1{ARROW}L2H3.q', or as such a pair of names; found {edge!r}.")
     return ends[0], ends[1]

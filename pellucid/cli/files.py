@@ -21,6 +21,9 @@ PATCH_FILES = ("patch.json", "patch.csv")
 ATTRIBUTE_FILES = ("attribution.json", "attribution.csv")
 """What ``pellucid attribute`` writes."""
 
+CIRCUIT_FILES = ("circuit.json", "circuit.safetensors", "circuit.graphml", "circuit.csv")
+"""What ``pellucid circuit`` writes."""
+
 STUDY_PICTURES = ("layers.html", "overlap.html", "change.html", "examples.html")
 STUDY_FILES = (
     "neurons.json",
