@@ -133,8 +133,8 @@ class Faithfulness(CurveChoices, BriefFields):
         Returns:
             Axes ``size`` (edges; coordinate ``share`` of the model's), ``random``, ``pair``. ``metric`` ``[size, pair]``,
             ``random_metric`` ``[random, size, pair]``; ``faithfulness`` ``[size]`` and the ends ``low``, ``high`` of its
-            95 % interval over resampled pairs, NaN of one pair; ``random_faithfulness`` ``[random, size]``. ``attrs`` have ``cpr`` and
-            ``cmd`` with their intervals, and the metric of the base run and with all edges patched.
+            95 % interval over resampled pairs, NaN of one pair; ``random_faithfulness`` ``[random, size]``. ``attrs`` have
+            ``cpr`` and ``cmd`` with their intervals, and the metric of the base run and with all edges patched.
 
         Raises:
             InputError: as :meth:`EdgeAttribution.run`; a metric that is the same with all edges patched, so that there is

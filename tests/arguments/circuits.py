@@ -12,7 +12,6 @@ from pellucid.circuits import Circuit, EdgeScores, Wiring
 from pellucid.corpora.pairs import PromptPairs
 from tests.arguments.bench import (
     BRIDGE,
-    TEXT,
     Bench,
     Call,
     Line,
@@ -27,9 +26,9 @@ from tests.arguments.bench import (
     whole,
 )
 
-DATA = PromptPairs([TEXT, TEXT], [TEXT.replace("life", "work"), TEXT.replace("right", "wrong")], [5, 5], [6, 6])
-UNEQUAL = PromptPairs([TEXT], [TEXT + " and"], [5], [6])
-NO_ANSWER = PromptPairs([TEXT], [TEXT.replace("life", "work")])
+DATA = PromptPairs([[5, 6, 7], [5, 9, 7]], [[5, 8, 7], [5, 6, 8]], [5, 5], [6, 6])
+UNEQUAL = PromptPairs([[5, 6, 7]], [[5, 6]], [5], [6])
+NO_ANSWER = PromptPairs([[5, 6, 7]], [[5, 8, 7]])
 GIVEN: dict[str, Any] = {"bridge": BRIDGE, "pairs": DATA}
 
 

@@ -207,7 +207,7 @@ def test_exported(small: Circuit, tmp_path: Path) -> None:
     assert ours == set(small.edges)
     u, v = small.edges[0]
     assert graph.edges[u, v]["score"] == pytest.approx(float(small.scores.mean[small.wiring.number((u, v))]))
-    assert small.export(tmp_path / "circuit.csv").read_text().splitlines()[0].startswith("sender,")
+    assert small.export(tmp_path / "circuit.csv").read_text().splitlines()[0].startswith("score,error,sender,")
     with pytest.raises(InputError, match=r"ends in \.json, \.graphml, \.csv"):
         small.export(tmp_path / "circuit.txt")
 
