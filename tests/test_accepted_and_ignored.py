@@ -19,6 +19,7 @@ from pellucid import TransformerBridge
 from pellucid.errors import PellucidError
 from tests.arguments import (
     attribution,
+    circuits,
     corpora,
     heads,
     lenses,
@@ -37,7 +38,7 @@ from tests.arguments.reasons import EXPLAINED, NO_LINE_NEEDED
 from tests.models import is_pristine
 
 ROOMS = (
-    *(model_bridge, sweeps, patching, attribution, corpora, heads, lenses, neurons, scale, plots, steering),
+    *(model_bridge, sweeps, patching, attribution, circuits, corpora, heads, lenses, neurons, scale, plots, steering),
     peer_modules,
 )
 CALLS: dict[str, Call] = {name: call for room in ROOMS for name, call in room.CALLS.items()}

@@ -11,9 +11,11 @@ from typing import Annotated
 
 import typer
 
+from pellucid.circuits.options import CurveChoices, EdgeChoices
 from pellucid.cli.files import (
     ATTRIBUTE_FILES,
     ATTRIBUTION_PATCHING_FILES,
+    CIRCUIT_FILES,
     refuse_direction,
     refuse_folder,
     refuse_model,
@@ -23,6 +25,7 @@ from pellucid.cli.files import (
 from pellucid.cli.mistakes import report_errors
 from pellucid.cli.options import (
     DEMO,
+    Asked,
     Attention,
     AttentionOption,
     AttributionMethod,
@@ -43,6 +46,7 @@ from pellucid.cli.options import (
     PromptText,
     Revision,
     SteeringMethod,
+    asks_for,
     decimals,
     number_list,
     number_or_word,
@@ -321,6 +325,77 @@ def attribute(
             force,
         )
         attribute_logit(choice, request, format)
+
+
+@asks_for(EdgeChoices, CurveChoices)
+def circuit(
+    *,
+    model: Model = DEMO,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(
+            help="A CSV file of pairs with the columns clean, corrupted, answer, foil. For demo there is one."
+        ),
+    ] = None,
+    clean: Annotated[str | None, typer.Option(help="In the place of --pairs, one: the clean prompt.")] = None,
+    corrupted: Annotated[str | None, typer.Option(help="Its counterpart, of as many tokens.")] = None,
+    answer: Annotated[
+        str | None, typer.Option(help="The token right after clean, with its leading space: ' Paris'; or id:123.")
+    ] = None,
+    foil: Annotated[
+        str | None, typer.Option(help="The token that it is compared with, likewise; by default its log-probability.")
+    ] = None,
+    edges: Annotated[int, typer.Option(min=1, help="How many of the strongest edges the circuit has.")] = 50,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Without edges that no way from the embedding to the end goes through.")
+    ] = False,
+    curve: Annotated[
+        bool, typer.Option("--curve", help="Measure what circuits of several sizes keep: all other edges are patched.")
+    ] = False,
+    asked: Asked,
+    top_k: Annotated[int, typer.Option(min=1, help="How many edges to list.")] = 15,
+    out: Annotated[
+        Path | None, typer.Option(help="A folder for circuit.json, .graphml, .csv, and .safetensors, to load again.")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="The circuit in this .html, .png or .svg file; needs the extra 'plots'.")
+    ] = None,
+    revision: Revision = None,
+    device: Device = None,
+    dtype: DtypeOption = Dtype.auto,
+    attn_implementation: AttentionOption = Attention.eager,
+    allow_pickle: PickleOption = False,
+    format: FormatOption = Format.auto,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Which edges between parts of MODEL carry a behaviour, how sure that is, and how much of it they keep."""
+    with report_errors(debug):
+        choice = ModelChoice(model, revision, device, dtype, allow_pickle, attn_implementation)
+        refuse_model(choice)
+        if out is not None:
+            refuse_folder(out, CIRCUIT_FILES, force)
+        if picture is not None:
+            refuse_picture(picture, force)
+        from pellucid.cli.circuit import CircuitRequest, find_circuit
+
+        request = CircuitRequest(
+            pairs=pairs,
+            clean=clean,
+            corrupted=corrupted,
+            answer=answer,
+            foil=foil,
+            edges=edges,
+            prune=prune,
+            curve=curve,
+            top_k=top_k,
+            choices=asked.make(EdgeChoices),
+            curve_choices=asked.make(CurveChoices),
+            out=out,
+            picture=picture,
+            force=force,
+        )
+        find_circuit(choice, request, format)
 
 
 def steer(

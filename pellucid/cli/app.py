@@ -390,6 +390,12 @@ app.command(
 
 
 app.command(
+    short_help="Which edges between parts carry a behaviour?",
+    epilog=example("pellucid circuit demo --method eap-ig --edges 30 --curve"),
+)(analyses.circuit)
+
+
+app.command(
     short_help="Steer what a model writes by a direction.",
     epilog=example(
         "pellucid steer demo 'Everyone has the right to' \\",

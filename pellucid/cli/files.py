@@ -24,6 +24,9 @@ ATTRIBUTE_FILES = ("attribution.json", "attribution.csv")
 ATTRIBUTION_PATCHING_FILES = ("attribution_patching.json", "attribution_patching.csv")
 """What ``pellucid attribute --method`` writes for another method than ``direct``."""
 
+CIRCUIT_FILES = ("circuit.json", "circuit.safetensors", "circuit.graphml", "circuit.csv")
+"""What ``pellucid circuit`` writes."""
+
 STUDY_PICTURES = ("layers.html", "overlap.html", "change.html", "examples.html", "criteria.html")
 STUDY_FILES = (
     "neurons.json",

@@ -15,10 +15,24 @@ FOUND = xr.Dataset({"effect": ("layer", [1.0, 2.0, 3.0]), "patched": ("layer", [
 READING = Of(lambda bench: LogitLens(bench.bridge).read(bench.ids, tokens=[5], positions=None))
 SCORES = Of(lambda bench: head_scores(bench.bridge, bench.ids, prior=False))
 
+EDGES = xr.Dataset(
+    {"score": ("edge", [0.5, -1.0])}, {"sender": ("edge", ["embed", "L0H1"]), "receiver": ("edge", ["L0H1.v", "final"])}
+)
+CURVE = xr.Dataset(
+    {
+        **{name: ("size", [0.0, 0.5, 1.0]) for name in ("faithfulness", "low", "high")},
+        "random_faithfulness": (("random", "size"), [[0.0, 0.1, 1.0]]),
+    },
+    {"size": [0, 3, 9]},
+    {"cpr": 0.5, "cmd": 0.5},
+)
+
 CALLS: dict[str, Call] = {
     "heat_map": made(plots.heat_map, result=RESULT, **TITLES),
     "heat_maps": made(plots.heat_maps, result=Of(lambda bench: {"a": bench.array}), **TITLES),
     "head_map": made(plots.head_map, scores=SCORES),
+    "circuit_map": made(plots.circuit_map, edges=EDGES),
+    "faithfulness_bars": made(plots.faithfulness_bars, curve=CURVE),
     "lens_table": made(plots.lens_table, reading=READING),
     "agreement_map": made(plots.agreement_map, found=FOUND),
     "attention_pattern": made(plots.attention_pattern, cache=Of(lambda bench: bench.cache), layer=0),
@@ -60,6 +74,15 @@ REFUSED: list[Line] = [
     ("head_map", {"subtitle": 3}, "subtitle is a string"),
     ("head_map", {"scores": 3}, "scores is what head_scores gives"),
     ("head_map", {"scores": xr.Dataset()}, "scores is what head_scores gives; found a data set of nothing"),
+    *(
+        (name, {argument: 3}, f"{argument} is a string")
+        for name in ("circuit_map", "faithfulness_bars")
+        for argument in ("title", "subtitle")
+    ),
+    ("circuit_map", {"edges": 3}, "edges is what circuit.dataset"),
+    ("circuit_map", {"edges": xr.Dataset()}, "edges is what circuit.dataset.* found a data set of nothing"),
+    ("faithfulness_bars", {"curve": 3}, "curve is what faithfulness gives"),
+    ("faithfulness_bars", {"curve": EDGES}, "curve is what faithfulness gives; found a data set of score"),
     ("lens_table", {"reading": 3}, "reading is what Lens.read gives"),
     ("lens_table", {"reading": xr.Dataset()}, "reading is what Lens.read gives; found a data set of nothing"),
     *choice("lens_table", "show"),

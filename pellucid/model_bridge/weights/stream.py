@@ -11,12 +11,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from pellucid.conversion_utils.fused_qkv import PARTS, Part
 from pellucid.decomposition.stream import BranchName, Norm
 from pellucid.dtypes import widened
 from pellucid.model_bridge.generalized_components import GeneralizedComponent, NormalizationBridge
 from pellucid.model_bridge.generalized_components.block import BlockBridge
 from pellucid.model_bridge.generalized_components.weights import CONV1D, linear_weight, plain_weight
 from pellucid.model_bridge.hooking.mounting import ComponentTree
+from pellucid.model_bridge.supported_architectures.decoder import qkv_layout
 from pellucid.model_bridge.weights.form import shift_of
 from pellucid.run_context import hooks_suppressed
 
@@ -64,13 +66,37 @@ class ResidualStream:
     def weight(self, layer: int, branch: BranchName) -> Tensor:
         """See :meth:`pellucid.decomposition.stream.Stream.weight`."""
         component, cfg = self._map(layer, branch), self._tree.cfg
-        module, width = component.module, cfg.n_heads * cfg.d_head if branch == "attn" else cfg.sizes()["d_mlp"]
-        if _is_plain(module):
-            weight = linear_weight(module, component.path).detach()
-        else:
-            unit = torch.eye(width, dtype=cfg.dtype, device=cfg.device)
-            weight = torch.cat([_mapped(module, rows) for rows in unit.split(AT_ONCE)]) - _mapped(module, unit[:1] * 0)
+        width = cfg.n_heads * cfg.d_head if branch == "attn" else cfg.sizes()["d_mlp"]
+        weight = self._as_it_runs(component, width)
         return weight.unflatten(0, (cfg.n_heads, -1)) if branch == "attn" else weight
+
+    def reading(self, layer: int) -> dict[Part, Tensor]:
+        """What a block makes queries, keys and values with, by ``q``, ``k``, ``v``: ``[head, d_model, d_head]``.
+
+        As the model computes it, adapters and quantised weights included; keys and values by their own heads.
+        """
+        attention, cfg = self._tree.components[f"blocks.{layer}.attn"], self._tree.cfg
+        family, heads = self._tree.adapter.family.attention, {"q": cfg.n_heads}
+        if family.qkv:
+            fused = self._as_it_runs(attention.submodules["qkv"], cfg.d_model)
+            found = qkv_layout(family.layout, cfg).parts(fused)
+            parts = {part: found[f"hook_{part}"].flatten(1, -2) for part in PARTS}
+        else:
+            parts = {
+                part: self._as_it_runs(attention.submodules[part], cfg.d_model).unflatten(
+                    -1, (heads.get(part, cfg.n_key_value_heads), -1)
+                )
+                for part in PARTS
+            }
+        return {part: weight.transpose(0, 1) for part, weight in parts.items()}
+
+    def _as_it_runs(self, component: GeneralizedComponent, width: int) -> Tensor:
+        """``[width, out]``: the linear map of a module."""
+        module, cfg = component.module, self._tree.cfg
+        if _is_plain(module):
+            return linear_weight(module, component.path).detach()
+        unit = torch.eye(width, dtype=cfg.dtype, device=cfg.device)
+        return torch.cat([_mapped(module, rows) for rows in unit.split(AT_ONCE)]) - _mapped(module, unit[:1] * 0)
 
     def bias(self, layer: int, branch: BranchName) -> Tensor | None:
         """See :meth:`pellucid.decomposition.stream.Stream.bias`; ``slow_but_exact`` leaves BLOOM's out."""

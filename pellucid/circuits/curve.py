@@ -1,0 +1,309 @@
+"""Whether a circuit carries the behaviour: all edges outside it are patched, at several sizes, and the metric is measured.
+
+With ``M(C)`` the metric of the base run in which every edge outside the circuit ``C`` carries what its sender writes in the
+source run (or its mean there), and ``M(none)`` that with all edges patched:
+
+    ``faithfulness(C) = (M(C) - M(none)) / (M(base) - M(none))``
+
+means over pairs above and below the fraction. The circuits are the strongest edges at each size, so that the last one is the
+whole model, which keeps 1. Over the share of the model's edges that a circuit has, CPR is the area under the curve and CMD
+the area between it and 1 (MIB, arXiv 2504.13151), by the trapezoid rule; a circuit of no edges keeps 0. Beside each size are
+circuits of as many edges drawn at random.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from torch import Tensor
+
+from pellucid.arguments import check_choice, check_count, check_kind, check_wholes
+from pellucid.circuits.circuit import Circuit
+from pellucid.circuits.edges import batches_of
+from pellucid.circuits.ends import Ends, refuse_functions, wiring_of
+from pellucid.circuits.options import CurveChoices, Outside
+from pellucid.circuits.patched_edges import PatchedEdges
+from pellucid.circuits.scores import CONFIDENCE, RESAMPLES
+from pellucid.corpora.pairs import PromptPairs
+from pellucid.errors import InputError
+from pellucid.experiments.labelled import about_metrics, in_float32
+from pellucid.experiments.options import Direction, documented, option
+from pellucid.experiments.pairs import PairBatch, PairMetric
+from pellucid.experiments.places import about_run
+from pellucid.model_bridge.transformer_bridge import TransformerBridge
+from pellucid.progress import progress_bar
+from pellucid.sweep import Sweep
+from pellucid.sweep.base_run import KeptRun
+from pellucid.sweep.unedited import Unedited
+from pellucid.tables import BriefFields
+
+SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+"""Of the model's edges: the sizes of circuits by default (MIB's), beside none and all."""
+
+
+@documented()
+@dataclass(frozen=True, eq=False, repr=False)
+class Faithfulness(CurveChoices, BriefFields):
+    """The faithfulness curve of a circuit's strongest edges; see the top of this module.
+
+    Attributes:
+        bridge: the model, in eval mode.
+        circuit: its scores rank the edges. Of one without scores, a circuit made from names, there is the one size.
+        pairs: the prompts; others than those that the scores are of show more.
+        metric: as :class:`~pellucid.circuits.EdgeAttribution` takes it.
+
+    Raises:
+        InputError: a word that an option does not know, or a number out of range; a circuit of another model.
+        UnsupportedModelError: the residual stream is not the sum of what parts add to it.
+    """
+
+    bridge: TransformerBridge
+    circuit: Circuit
+    pairs: PromptPairs
+    metric: PairMetric | None = None
+    _: KW_ONLY
+    sizes: Sequence[int] | None = option(
+        None, "Edges of the circuits, beside none and all; by default shares of the model's edges from 0.1 % to 50 %."
+    )
+    direction: Direction = option(
+        "noising",
+        "noising: the base run is the clean one, edges are patched from the corrupted run; denoising the other way round.",
+    )
+    batch_size: int | None = option(None, "Pairs that run together; by default as many as memory allows, up to 16.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_kind("circuit", self.circuit, Circuit, "a Circuit, as edge_attribution gives it")
+        check_choice("direction", self.direction, ("denoising", "noising"))
+        if self.batch_size is not None:
+            check_count("batch_size", self.batch_size)
+        found = wiring_of(self.bridge)
+        if found != self.circuit.wiring:
+            raise InputError(
+                f"The circuit is of a model with other edges, {self.circuit.wiring}; this one has {found}."
+            )
+        for size in check_wholes("sizes", self.sizes, 0) if self.sizes is not None else ():
+            check_count("an entry of sizes", size, 0, len(found))
+
+    # -- circuits ------------------------------------------------------------------------------------------------------
+
+    def _sizes(self) -> list[int]:
+        total = len(self.circuit.wiring)
+        if not len(self.circuit.scores.values):
+            if self.sizes is not None and list(self.sizes) != [len(self.circuit)]:
+                raise InputError(
+                    f"sizes: a circuit made from names has its own size, {len(self.circuit)}, and no other: its edges have "
+                    "no rank. Leave sizes out."
+                )
+            asked: Iterable[int] = [len(self.circuit)]
+        elif self.sizes is not None:
+            asked = self.sizes
+        else:
+            asked = (max(1, round(share * total)) for share in SHARES)
+        return sorted({0, total, *asked})
+
+    def _members(self, size: int) -> np.ndarray:
+        """``[edge]`` bool: the circuit of a size."""
+        made = np.zeros(len(self.circuit.wiring), dtype=bool)
+        scores = self.circuit.scores
+        if size == len(made) or not len(scores.values):
+            made[np.arange(len(made)) if size == len(made) else self.circuit.chosen[:size]] = True
+        else:
+            made[scores.strongest(size, np.arange(len(made)))] = True
+        return made
+
+    def _random(self, size: int, number: int) -> np.ndarray:
+        made = np.zeros(len(self.circuit.wiring), dtype=bool)
+        rng = np.random.default_rng((self.seed, size, number))
+        made[rng.choice(len(made), size=size, replace=False)] = True
+        return made
+
+    # -- runs ----------------------------------------------------------------------------------------------------------
+
+    def run(self, *, progress: bool | None = None) -> xr.Dataset:
+        """The curve.
+
+        Args:
+            progress: show a bar on standard error; by default on a terminal.
+
+        Returns:
+            Axes ``size`` (edges; coordinate ``share`` of the model's), ``random``, ``pair``. ``metric`` ``[size, pair]``,
+            ``random_metric`` ``[random, size, pair]``; ``faithfulness`` ``[size]`` and the ends ``low``, ``high`` of its
+            95 % interval over resampled pairs, NaN of one pair; ``random_faithfulness`` ``[random, size]``. ``attrs`` have
+            ``cpr`` and ``cmd`` with their intervals, and the metric of the base run and with all edges patched.
+
+        Raises:
+            InputError: as :meth:`EdgeAttribution.run`; a metric that is the same with all edges patched, so that there is
+                no gap to keep a share of.
+        """
+        bridge, wiring = self.bridge, self.circuit.wiring
+        refuse_functions(bridge)
+        sizes, ends = self._sizes(), Ends(bridge, wiring)
+        batches = batches_of(bridge, wiring, self.pairs, self.metric, self.batch_size)
+        inside = [0, len(wiring)]
+        kept = {size: [self._members(size)] for size in sizes}
+        for size in sizes:
+            kept[size] += [] if size in inside else [self._random(size, number) for number in range(self.randoms)]
+        found = np.zeros((1 + self.randoms, len(sizes), len(self.pairs)))
+        mean = self._mean(ends, batches) if self.outside == "mean" else None
+        runs = sum(len(batch.rows) * len(members) for batch in batches for members in kept.values())
+        with progress_bar(total=runs, desc="faithfulness", unit="run", show=progress) as bar:
+            for batch in batches:
+                base = self._prompts(batch, True).unedited(bridge)
+                patching = PatchedEdges(ends, base, self._given(ends, batch, mean))
+                for column, size in enumerate(sizes):
+                    for number, members in enumerate(kept[size]):
+                        scores = self._score(batch, base, patching.final(~members))
+                        found[number, column, list(batch.rows)] = scores
+                        bar.update(len(batch.rows))
+                    if size in inside:
+                        found[1:, column, list(batch.rows)] = found[0, column, list(batch.rows)]
+        return self._labelled(sizes, found, batches[0])
+
+    def _prompts(self, batch: PairBatch, base: bool) -> Any:
+        return batch.clean if (self.direction == "noising") == base else batch.corrupted
+
+    def _given(self, ends: Ends, batch: PairBatch, mean: Tensor | None) -> Tensor:
+        """``[row, sender, pos, d_model]``: what patched edges carry."""
+        if mean is not None:
+            rows, length = self._prompts(batch, True).tokens.shape
+            return mean[None, :, None].expand(rows, -1, length, -1)
+        source = self._prompts(batch, False).unedited(self.bridge).observe(ends.writing_hooks)
+        return ends.written(source.activations)
+
+    def _mean(self, ends: Ends, batches: Sequence[PairBatch]) -> Tensor:
+        """``[sender, d_model]``: what each part writes, the mean over source runs and positions."""
+        total: Any = 0.0
+        positions = 0
+        for batch in batches:
+            written = self._given(ends, batch, None)
+            total = total + written.double().sum((0, 2))
+            positions += written.shape[0] * written.shape[2]
+        made: Tensor = (total / positions).to(self.bridge.dtype)
+        return made
+
+    def _score(self, batch: PairBatch, base: Unedited, final: Tensor) -> np.ndarray:
+        """``[row]``."""
+        scores = Sweep(self.bridge, base, batch.metric).scores(KeptRun({}, final, None))
+        (score,) = in_float32(scores).values()
+        if score.shape != (len(batch.rows),):
+            raise InputError(
+                f"The metric gives {list(score.shape)} for {len(batch.rows)} rows; let it give one number a row, [row]."
+            )
+        return score.double().cpu().numpy()
+
+    # -- the curve -----------------------------------------------------------------------------------------------------
+
+    def _labelled(self, sizes: Sequence[int], found: np.ndarray, batch: PairBatch) -> xr.Dataset:
+        shares = np.array(sizes) / len(self.circuit.wiring)
+        every = found.mean(-1)
+        gap = float(every[0, -1] - every[0, 0])
+        if not np.isfinite(gap) or abs(gap) <= 1e-9 * float(np.abs(found[0]).max()):
+            raise InputError(
+                f"The metric is {every[0, -1]:.6g} in the base run and {every[0, 0]:.6g} with all edges patched: there is "
+                "no gap that a circuit could keep a share of. Take other pairs or another metric."
+            )
+        curve = _shares_of_gap(every)
+        count = found.shape[-1]
+        rng = np.random.default_rng(self.seed)
+        drawn = rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES) / count
+        curves = _shares_of_gap(found[0] @ drawn.T, axis=0).T  # [resample, size]
+        if count < 2:  # one pair has no interval
+            curves = np.full_like(curves, np.nan)
+        ends = np.quantile(curves, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
+        base = "clean" if self.direction == "noising" else "corrupted"
+        about = about_run(
+            self.bridge,
+            "faithfulness",
+            outside=self.outside,
+            direction=self.direction,
+            base_run=base,
+            pairs=self.pairs.name,
+            n_pairs=count,
+            prompts=self.pairs.content_hash,
+            base=float(every[0, -1]),
+            patched=float(every[0, 0]),
+            cpr=cpr(shares, curve[0]),
+            cmd=cmd(shares, curve[0]),
+            cpr_interval=_interval([cpr(shares, each) for each in curves]),
+            cmd_interval=_interval([cmd(shares, each) for each in curves]),
+            random_cpr=[cpr(shares, each) for each in curve[1:]],
+            seed=self.seed,
+            **about_metrics(batch.metric, "metric"),
+        )
+        made = xr.Dataset(
+            {
+                "faithfulness": ("size", curve[0]),
+                "low": ("size", ends[0]),
+                "high": ("size", ends[1]),
+                "random_faithfulness": (("random", "size"), curve[1:]),
+                "metric": (("size", "pair"), found[0]),
+                "random_metric": (("random", "size", "pair"), found[1:]),
+            },
+            {"size": list(sizes), "share": ("size", shares)},
+            about,
+        )
+        for name in ("metric", "random_metric"):
+            made[name].attrs["units"] = about["units"]
+        return made
+
+
+def _shares_of_gap(metric: np.ndarray, axis: int = -1) -> np.ndarray:
+    """The share of the gap between the first and the last size that each size keeps."""
+    first, last = np.take(metric, [0], axis), np.take(metric, [-1], axis)
+    return np.asarray((metric - first) / (last - first))
+
+
+def cpr(shares: np.ndarray, curve: np.ndarray) -> float:
+    """Area under a faithfulness curve, ``[size]`` over the share of edges, which runs from 0 to 1."""
+    return float(((curve[1:] + curve[:-1]) / 2 * np.diff(shares)).sum())
+
+
+def cmd(shares: np.ndarray, curve: np.ndarray) -> float:
+    """Area between a faithfulness curve and 1."""
+    return cpr(shares, np.abs(1 - curve))
+
+
+def _interval(values: Sequence[float]) -> list[float]:
+    return [float(end) for end in np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])]
+
+
+@documented(Faithfulness)
+def faithfulness(
+    bridge: TransformerBridge,
+    circuit: Circuit,
+    pairs: PromptPairs,
+    metric: PairMetric | None = None,
+    *,
+    sizes: Sequence[int] | None = None,
+    outside: Outside = "source",
+    direction: Direction = "noising",
+    randoms: int = 1,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: bool | None = None,
+) -> xr.Dataset:
+    """Run :class:`Faithfulness`: which share of the metric's gap the strongest edges keep, all others patched.
+
+    Arguments are its fields; ``progress`` that of its ``run``.
+
+    Raises:
+        InputError: see :meth:`Faithfulness.run`.
+        UnsupportedModelError: the residual stream is not the sum of what parts add to it.
+    """
+    return Faithfulness(
+        bridge,
+        circuit,
+        pairs,
+        metric,
+        sizes=sizes,
+        outside=outside,
+        direction=direction,
+        randoms=randoms,
+        seed=seed,
+        batch_size=batch_size,
+    ).run(progress=progress)

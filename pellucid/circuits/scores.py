@@ -1,0 +1,173 @@
+"""Scores of edges with their error: one number an edge and pair of prompts, their mean, and what resampling the pairs says.
+
+Scores are means over pairs, so that pairs can be drawn anew without another run of the model: a resample is a weight a pair,
+and all resamples together one product ``[resample, pair] @ [pair, edge]`` (Meloux et al. 2025, arXiv 2510.00845, ask for 100
+of them). Where the numbers of all pairs would take too much memory, blocks of pairs are kept, and blocks are drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from pellucid.arguments import check_count
+from pellucid.circuits.wiring import Wiring
+from pellucid.errors import InputError
+from pellucid.tables import BriefFields
+
+RESAMPLES = 100
+
+AT_ONCE = 10
+"""Resamples whose means are in memory together."""
+
+CONFIDENCE = 0.95
+"""Of intervals: the share of what was drawn that lies in them."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Overlap(BriefFields):
+    """Jaccard's measure (shared edges by all edges of two sets) of many pairs of sets.
+
+    Attributes:
+        mean: over the pairs of sets.
+        low: lower end of the interval that holds 95 % of them.
+        high: its upper end.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, measures: Sequence[float] | np.ndarray) -> Overlap:
+        """Of the measures of many pairs of sets."""
+        low, high = np.quantile(measures, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+        return cls(float(np.mean(measures)), float(low), float(high))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Stability(BriefFields):
+    """How much of the ``n`` strongest edges is due to the prompts that were drawn.
+
+    Attributes:
+        n: edges of each set.
+        in_top: ``[edge]``, the share of resamples in which an edge is among the ``n`` strongest.
+        resamples: overlap of any two resamples' sets.
+        halves: overlap of the sets of two halves of the pairs, for as many random halvings as resamples.
+        seed: of the drawing.
+    """
+
+    n: int
+    in_top: np.ndarray
+    resamples: Overlap
+    halves: Overlap
+    seed: int
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class EdgeScores(BriefFields):
+    """Scores of every edge of a model.
+
+    Attributes:
+        wiring: the edges.
+        values: ``[block, edge]``, the mean score over a block of pairs, of one pair as a rule; no rows where nothing was
+            measured.
+        sizes: ``[block]``, pairs of each block.
+        about: what made them: method, sign, metric, prompts, model.
+    """
+
+    wiring: Wiring
+    values: np.ndarray
+    sizes: np.ndarray
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def n_pairs(self) -> int:
+        """Pairs that were measured."""
+        return int(self.sizes.sum())
+
+    @cached_property
+    def mean(self) -> np.ndarray:
+        """``[edge]``, over all pairs; NaN where nothing was measured."""
+        if not len(self.values):
+            return np.full(len(self.wiring), np.nan)
+        return np.asarray((self.sizes / self.sizes.sum()).astype(self.values.dtype) @ self.values)
+
+    @cached_property
+    def error(self) -> np.ndarray:
+        """``[edge]``, the standard error of the mean over pairs; NaN with fewer than two."""
+        if len(self.values) < 2:
+            return np.full(len(self.wiring), np.nan)
+        weights = self.sizes / self.sizes.mean()
+        spread = np.zeros(len(self.wiring))
+        for weight, row in zip(weights, self.values, strict=True):
+            spread += weight**2 * (row - self.mean).astype(np.float64) ** 2
+        count = len(self.values)
+        return np.sqrt(spread / (count - 1) / count)
+
+    def strongest(self, n: int, among: np.ndarray) -> np.ndarray:
+        """The ``n`` edges of ``among`` ``[edge]`` with the largest size of mean score, those first."""
+        order = np.argsort(-np.abs(self.mean[among]), kind="stable")[:n]
+        return among[order]
+
+    # -- drawing pairs anew --------------------------------------------------------------------------------------------
+
+    def stability(self, n: int, resamples: int = RESAMPLES, seed: int = 0) -> Stability:
+        """What drawing the pairs anew, with replacement, and halving them at random makes of the ``n`` strongest edges.
+
+        Args:
+            n: edges.
+            resamples: how often.
+            seed: of the drawing; equal seeds, equal results.
+
+        Raises:
+            InputError: fewer than two pairs (or blocks of pairs), which nothing can be drawn from.
+        """
+        check_count("n", n, 1, len(self.wiring))
+        check_count("resamples", resamples, 2)
+        check_count("seed", seed, 0)
+        self._refuse_few("resampling")
+        rng, count = np.random.default_rng(seed), len(self.values)
+        drawn = rng.multinomial(count, np.full(count, 1 / count), size=resamples)
+        tops = self._tops(drawn, n)
+        in_top = np.bincount(tops.ravel(), minlength=len(self.wiring)) / resamples
+        first = np.zeros((resamples, count), dtype=np.int64)
+        for row in first:
+            row[rng.permutation(count)[: count // 2]] = 1
+        one, other = self._tops(first, n), self._tops(1 - first, n)
+        halves = [_jaccard(np.intersect1d(a, b).size, n) for a, b in zip(one, other, strict=True)]
+        return Stability(n, in_top, Overlap.of(_pairwise(tops, n)), Overlap.of(halves), seed)
+
+    def _refuse_few(self, what: str) -> None:
+        if len(self.values) < 2:
+            raise InputError(
+                f"{what} draws pairs of prompts anew, and these scores are of {self.n_pairs}"
+                f"{' in one block' if self.n_pairs > 1 else ''}: give at least two pairs."
+            )
+
+    def _tops(self, drawn: np.ndarray, n: int) -> np.ndarray:
+        """``[draw, n]``: the strongest edges of each draw ``[draw, block]`` of how often a block is in it."""
+        found = []
+        for some in np.split(drawn, range(AT_ONCE, len(drawn), AT_ONCE)):
+            weights = (some * self.sizes / (some * self.sizes).sum(1, keepdims=True)).astype(self.values.dtype)
+            size = np.abs(weights @ self.values)
+            found.append(np.argpartition(size, -n, axis=1)[:, -n:])
+        return np.concatenate(found)
+
+
+def _jaccard(shared: int, n: int) -> float:
+    return shared / (2 * n - shared)
+
+
+def _pairwise(tops: np.ndarray, n: int) -> np.ndarray:
+    """Jaccard's measure of any two rows of ``[draw, n]``."""
+    ever, places = np.unique(tops, return_inverse=True)
+    member = np.zeros((len(tops), len(ever)), dtype=np.float32)
+    member[np.arange(len(tops))[:, None], places.reshape(tops.shape)] = 1
+    shared = member @ member.T
+    return np.array([_jaccard(int(shared[a, b]), n) for a, b in combinations(range(len(tops)), 2)])
