@@ -138,7 +138,10 @@ def test_a_mistake_is_told_on_standard_error(arguments: tuple[str, ...], said: s
 def test_a_model_that_is_not_there(monkeypatch: Any) -> None:
     done = process("run", "nobody/no-such-model", TEXT, HF_HUB_OFFLINE="1")
     assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
+    assert done.stderr.startswith(
+        "error: 'nobody/no-such-model' is no folder here, and the hub cannot be asked for it: HF_"
+    )
+    assert "or the model demo on the command line" in done.stderr
     assert "Traceback" not in done.stderr
     assert not done.stdout
 
