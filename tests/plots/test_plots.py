@@ -304,7 +304,7 @@ def test_a_subtitle_has_paragraphs_and_breaks_between_tokens() -> None:
     given: Any = heat_map(small(2, 3), title="t", unit="u", subtitle="clean: a\ncorrupted: b")
     assert given.picture.notes == ("clean: a", "corrupted: b")
     assert bars(small(3, dims=("layer",)), title="t", unit="u", subtitle="a\nb").picture.notes == ("a", "b")  # type: ignore[attr-defined]
-    broken = wrapped("Everyone·has·the·right", 90)
+    broken = wrapped("Everyone·has·the·right", 100)
     assert "".join(broken) == "Everyone·has·the·right"
     assert len(broken) > 1
     assert all(line.startswith("·") for line in broken[1:])
