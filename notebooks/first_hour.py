@@ -122,7 +122,7 @@ assert plain != steered
 # ## Where to go on
 #
 # Every step has a page: `docs/howto/heads.md`, `lens.md`, `attribution.md`, `patch.md`, `steer.md`. The same on a
-# real model: `docs/howto/smollm2.md`. And whatever you read here, `bridge.verify()` holds the bridge against
+# real model: `first_hour_smollm2.ipynb`. And whatever you read here, `bridge.verify()` holds the bridge against
 # Hugging Face on your own model:
 
 # %%

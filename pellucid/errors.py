@@ -88,6 +88,10 @@ class WeightError(PellucidError, ValueError):
     """Weights with a wrong name, shape or dtype, not finite, or not readable where they are."""
 
 
+class StateDictError(WeightError, RuntimeError):
+    """A state dict that is not one of the model: names that it lacks or has too many, other sizes. Nothing was loaded."""
+
+
 class CacheKeyError(PellucidError, KeyError):
     """A key that an :class:`~pellucid.ActivationCache` does not hold."""
 
@@ -114,6 +118,10 @@ class StoreError(PellucidError, ValueError):
 
 class StorageFullError(PellucidError, OSError):
     """No space is left for what has to be written, with what it needs; what was written before is whole."""
+
+
+class HubError(PellucidError, OSError):
+    """A name that is no folder here, and that the hub does not give: no such model, no right to see it, no network."""
 
 
 class MissingExtraError(PellucidError, ImportError):

@@ -231,8 +231,7 @@ class HookPoint(NoTorchHooks):
         for handle in self.handles():
             if handle.scope.everywhere and not handle.scope.closed:
                 function = handle.user_hook
-                if isinstance(function, HookedFunction):
-                    function = copy.deepcopy(function, memo)
+                function = copy.deepcopy(function, memo) if isinstance(function, HookedFunction) else function
                 copied = LensHandle(clone, function, handle.direction, handle.name, handle.is_permanent)
                 copied.level = handle.level
                 copied.scope.everywhere = True
@@ -287,7 +286,8 @@ class HookPoint(NoTorchHooks):
         """
         check_function("hook", hook, "a function of a tensor and its hook point")
         check_choice("dir", dir, ("fwd", "bwd"))
-        handle = LensHandle(self, hook, dir, self.name, is_permanent, level=_checked(level))
+        own_level = None if level is None else check_whole("level", level)
+        handle = LensHandle(self, hook, dir, self.name, is_permanent, level=own_level)
         return attach_for_good((handle,), self.owner, prepend)[0]
 
     def add_perma_hook(self, hook: HookFunction, dir: Direction = "fwd") -> LensHandle:
@@ -462,10 +462,6 @@ def attach_for_good(handles: Sequence[LensHandle], owner: PointOwner | None, pre
         if owner is not None:
             owner.sync()
         raise
-
-
-def _checked(level: int | None) -> int | None:
-    return None if level is None else check_whole("level", level)
 
 
 def _is_closed(handle: LensHandle) -> bool:

@@ -93,8 +93,16 @@ class HookSpec:
 
 
 def nearest(name: str, valid: Iterable[str], count: int = 3) -> list[str]:
-    """The ``count`` valid names closest to ``name`` (by :mod:`difflib`), best first."""
-    return difflib.get_close_matches(name, list(valid), n=count, cutoff=0.0)
+    """The ``count`` valid names closest to ``name`` (by :mod:`difflib`), best first.
+
+    Of hook names those that end alike come first: ``blocks.9.hook_z`` means a ``hook_z``.
+    """
+    names = list(valid)
+    _, dot, last = name.rpartition(".")
+    alike = [other for other in names if dot and other.endswith(f".{last}")]
+    found = difflib.get_close_matches(name, alike, n=count, cutoff=0.0)
+    found += difflib.get_close_matches(name, names, n=2 * count, cutoff=0.0)
+    return list(dict.fromkeys(found))[:count]
 
 
 def layer_of(name: str) -> int:

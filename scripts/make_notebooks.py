@@ -1,4 +1,4 @@
-"""Make notebooks/*.ipynb from the scripts beside them, run in a kernel, with their output: python scripts/make_notebooks.py
+"""Make notebooks/*.ipynb from the scripts beside them, run in a kernel, with their output: make_notebooks.py [NAME ...]
 
 A notebook is written as a script with ``# %%`` before each cell. Of what a cell shows, text and drawings are kept (SVG), not
 the interactive forms, which hold the whole of a plotting library's data. ``--check`` only looks whether the cells are those
@@ -90,7 +90,8 @@ def main() -> int:
         if old:
             print(f"not up to date: {', '.join(old)}; run python scripts/make_notebooks.py")
         return len(old)
-    for script in scripts:
+    wanted = [script for script in scripts if script.stem in sys.argv[1:]] or scripts
+    for script in wanted:
         text = json.dumps(run(notebook_of(script)), indent=1, ensure_ascii=False).replace(f"{ROOT}/", "") + "\n"
         script.with_suffix(".ipynb").write_text(text, "utf-8")
         print(script.with_suffix(".ipynb").relative_to(ROOT), f"{len(text) / 1024:.0f} KiB")

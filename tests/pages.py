@@ -39,3 +39,24 @@ def as_printed(expected: str) -> re.Pattern[str]:
 def command_lines(body: str) -> list[str]:
     """Commands of a bash block, those continued over several lines in one."""
     return [line for line in body.replace("\\\n", " ").splitlines() if line.split("#")[0].strip()]
+
+
+PICTURE = re.compile(r"!\[[^\]]+\]\([^)]*?pictures/([^)/]+)\)")
+"""A drawing that a page shows: its file is one that the page's own blocks have saved under that name."""
+
+_NUMBER = re.compile(r"#[0-9a-f]{6}|-?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
+
+
+def same_drawing(one: str, other: str) -> bool:
+    """Whether two SVGs are equal, but for numbers and shades that another processor rounds otherwise."""
+    if _NUMBER.sub("0", one) != _NUMBER.sub("0", other):
+        return False
+    return all(map(_alike, _NUMBER.findall(one), _NUMBER.findall(other)))
+
+
+def _alike(one: str, other: str) -> bool:
+    if one[0] == "#" and other[0] == "#":
+        return all(abs(a - b) <= 3 for a, b in zip(bytes.fromhex(one[1:]), bytes.fromhex(other[1:]), strict=True))
+    if "#" in one + other:
+        return False
+    return abs(float(one) - float(other)) <= 2e-3 + 2e-3 * abs(float(one))

@@ -21,7 +21,7 @@ import torch
 
 from pellucid.demo import smollm2
 from tests import forked
-from tests.pages import FENCE, as_printed, blocks_of, command_lines
+from tests.pages import FENCE, PICTURE, as_printed, blocks_of, command_lines, same_drawing
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
@@ -59,6 +59,30 @@ def test_the_examples_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)  # what an example writes, it writes here
     with torch.random.fork_rng():
         run_page(page, {"__name__": "__main__"})
+    if page.parent != ROOT:
+        for name in PICTURE.findall(page.read_text("utf-8")):
+            assert (tmp_path / name).is_file(), f"{name_of(page)} shows {name}, and no block of it saves that"
+            drawn = (tmp_path / name).read_text("utf-8")
+            shown = (ROOT / "docs" / "pictures" / name).read_text("utf-8")
+            assert same_drawing(shown, drawn), f"{name} is not what {name_of(page)} draws: scripts/make_pictures.py"
+
+
+def test_a_picture_that_is_out_of_date_is_found() -> None:
+    drawing = (ROOT / "docs" / "pictures" / "patch.svg").read_text("utf-8")
+    assert same_drawing(drawing, drawing)
+    assert not same_drawing(drawing, drawing.replace("Where is the word kept?", "Where was it?"))
+    for printed in re.findall(r">(0\.9\d)<", drawing)[:2]:
+        assert not same_drawing(drawing, drawing.replace(f">{printed}<", f">{float(printed) - 0.05:.2f}<"))
+    assert not same_drawing(drawing, re.sub("#[0-9a-f]{6}", "#123456", drawing))
+
+
+def test_every_picture_is_shown_and_made() -> None:
+    files = {path.name for path in (ROOT / "docs" / "pictures").iterdir()}
+    shown = [set(PICTURE.findall(page.read_text("utf-8"))) for page in PAGES]
+    assert set().union(*shown) == files
+    made = set().union(*(names for page, names in zip(PAGES, shown, strict=True) if page.parent.name == "howto"))
+    assert made == files, "those of README and other pages are made by a how-to page"
+    assert len(PICTURE.findall((ROOT / "README.md").read_text("utf-8"))) == 2
 
 
 def test_what_is_planted_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

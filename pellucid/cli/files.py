@@ -176,7 +176,8 @@ def refuse_picture(path: Path, force: bool) -> None:
     try:
         check_picture_path(path, overwrite=force)
     except InputError as error:  # the same advice in the words of the command line
-        raise InputError(str(error).replace("overwrite=True", "--force")) from error
+        said = str(error).replace("overwrite=True", "--force")
+        raise InputError(f"--picture{said.removeprefix('path')}" if said.startswith("path:") else said) from error
 
 
 def labelled_files(pairs: Sequence[str]) -> dict[str, list[Path]]:

@@ -102,9 +102,10 @@ def lens_file(choice: ModelChoice, asked: str) -> Path | None:
     file = Path(asked).expanduser()
     if not asked or not file.is_file():
         words = ", ".join((LOGIT, *(OF_DEMO if choice.is_demo else ())))
+        only = "" if choice.is_demo or asked not in OF_DEMO else f" A {asked} lens comes with demo only."
         raise InputError(
             f"--lens {asked}: there is no such file. It is {words}, or a file: TunedLens.fit(bridge, corpus).save(file) "
-            "makes one."
+            f"makes one.{only}"
         )
     return file
 

@@ -86,7 +86,11 @@ class Commands(TyperGroup):
 
         An empty path would mean the folder one is in, and an empty word the default.
         """
-        name, command, left = super().resolve_command(ctx, args)
+        try:
+            name, command, left = super().resolve_command(ctx, args)
+        except UsageMistake as mistake:
+            mistake.message += f" The commands are {', '.join(self.commands)}."
+            raise
         assert command is not None  # an unknown name was refused
         of_values = {word for option in command.params if not getattr(option, "is_flag", True) for word in option.opts}
         for given, value in zip(left, [*left[1:], None], strict=False):

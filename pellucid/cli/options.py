@@ -45,6 +45,17 @@ class Attention(str, Enum):
     sdpa = "sdpa"
 
 
+class Shown(str, Enum):
+    """What the colour of a lens' picture is."""
+
+    top_probability = "top-probability"
+    kl = "kl"
+    entropy = "entropy"
+    probability = "probability"
+    logit = "logit"
+    rank = "rank"
+
+
 class Match(str, Enum):
     """How random sets of neurons are drawn."""
 

@@ -298,7 +298,7 @@ def draw(found: Found) -> Figure:
 
     result, attrs = found.result, found.result.attrs
     title = f"Patching {attrs['site']}, {attrs['direction']}: {attrs['metric']}"
-    subtitle = f"clean: {attrs['clean'][0]}   corrupted: {attrs['corrupted'][0]}"
+    subtitle = f"clean: {attrs['clean'][0]}\ncorrupted: {attrs['corrupted'][0]}"
     unit = "0 corrupted, 1 clean" if attrs["value"] == "normalized" else f"{attrs['metric']} ({attrs['units']})"
     labels = {
         str(dim): [found.labels(column) for column in result.coords[dim].values.tolist()]

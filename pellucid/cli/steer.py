@@ -202,6 +202,7 @@ def _files(request: SteerRequest) -> dict[str, Path | None]:
 def draw(bridge: TransformerBridge, direction: Direction, written: Sequence[Written], request: SteerRequest) -> Figure:
     """A heat map of next-token probabilities: strengths by the tokens that are likely at any of them."""
     from pellucid.plots import heat_map
+    from pellucid.plots.text import visible as in_one_line
 
     ids = list(dict.fromkeys(token.id for token in chain.from_iterable(each.next_tokens for each in written)))
     values = torch.stack([each.probabilities[ids] for each in written]).double().numpy()
@@ -216,7 +217,8 @@ def draw(bridge: TransformerBridge, direction: Direction, written: Sequence[Writ
         result,
         title=f"Next token, steered along {origin.name or origin.site}",
         unit="probability",
-        subtitle=f"prompt: {request.prompt}   strength 0: unsteered",
+        subtitle=f"prompt: {in_one_line(request.prompt)}\nstrength 0: unsteered",
+        centre=None,
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -74,14 +75,33 @@ def messages() -> SafeConsole:
     return SafeConsole(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
+LIBRARIES = ("transformers", "huggingface_hub")
+"""Whose messages are shown as ours are."""
+
+SHOWN = -1
+"""The level of a record that was shown: below every handler's, so that the library's own does not write it again."""
+
+
 @contextmanager
 def visible_logs() -> Iterator[None]:
-    """Show control characters in what libraries log inside: they quote a checkpoint's files."""
+    """Show what libraries log inside, with its control characters visible: they quote a checkpoint's files.
+
+    What Hugging Face's libraries say is shown as our own messages are, each once: a request that is tried again says the
+    same every time, but for its numbers.
+    """
     make = logging.getLogRecordFactory()
+    said: set[str] = set()
 
     def record(*arguments: Any, **keywords: Any) -> logging.LogRecord:
         made = make(*arguments, **keywords)
         made.msg, made.args = visible(made.getMessage()), ()
+        if made.name.partition(".")[0] in LIBRARIES:
+            alike = re.sub(r"\d+", "", made.msg)
+            if alike not in said:
+                said.add(alike)
+                word = "warning: " if made.levelno >= logging.WARNING else "note: "
+                messages().print(Text.assemble((word, "yellow"), " ".join(made.msg.split())))
+            made.levelno = SHOWN
         return made
 
     logging.setLogRecordFactory(record)

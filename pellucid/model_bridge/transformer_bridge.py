@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from pellucid.arguments import check_choice, check_kind, check_path, check_text
+from pellucid.arguments import check_choice, check_kind, check_mapping, check_path, check_text
 from pellucid.corpora import Corpus
 from pellucid.errors import InputError
 from pellucid.model_bridge.corpus.collected import Collected
@@ -37,6 +37,7 @@ from pellucid.model_bridge.running.loading import (
     refuse_beside_model,
     tokenizer_of,
 )
+from pellucid.model_bridge.running.loading_arguments import check_save_folder
 from pellucid.model_bridge.running.runner import (
     ATTN_IMPLEMENTATIONS,
     Runner,
@@ -49,6 +50,7 @@ from pellucid.model_bridge.verification.unlisted import TRIED, keep_what_holds
 from pellucid.model_bridge.weights.circuit_methods import CircuitMethods
 from pellucid.model_bridge.weights.hashing import weights_hash
 from pellucid.model_bridge.weights.record import record_of
+from pellucid.model_bridge.weights.states import refuse_other_state
 from pellucid.model_bridge.weights.unembedding_table import loading, portable_state
 from pellucid.model_bridge.weights.weight_methods import refuse_early
 from pellucid.names import PATTERN_SITES
@@ -137,6 +139,9 @@ class TransformerBridge(PeerWords, CachingMethods, CircuitMethods, TokenMethods,
             UnsupportedModelError: a family that is not known, or one configured in a way we do not handle.
         """
         check_choice("attn_implementation", attn_implementation, (*ATTN_IMPLEMENTATIONS, "auto"))
+        check_kind(
+            "process_weights", process_weights, (bool, Mapping), "True, False, or arguments of process_weights()"
+        )
         if hf_model is not None:
             refuse_beside_model(
                 hf_config_overrides=hf_config_overrides,
@@ -244,7 +249,11 @@ class TransformerBridge(PeerWords, CachingMethods, CircuitMethods, TokenMethods,
         Args:
             save_directory: the folder, made if need be.
             args: as Hugging Face's, like the keywords.
+
+        Raises:
+            InputError: the folder is a file.
         """
+        check_save_folder(save_directory)
         state = kwargs.get("state_dict")
         if state is None and (portable := portable_state(self._tree)) is not None:
             kwargs["state_dict"] = portable
@@ -256,8 +265,20 @@ class TransformerBridge(PeerWords, CachingMethods, CircuitMethods, TokenMethods,
         return result
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load a state dict of the Hugging Face model; what was done to the weights before is forgotten."""
+        """Load a state dict of the Hugging Face model; what was done to the weights before is forgotten.
+
+        Args:
+            state_dict: tensors by Hugging Face's names.
+            strict: whether all of them have to be there, and no other.
+            assign: whether the tensors take the place of the model's, instead of being copied into them.
+
+        Raises:
+            StateDictError: names that are missing, not the model's, or of other sizes; nothing has been loaded then.
+            InputError: no mapping.
+        """
+        check_mapping("state_dict", state_dict, "names of weights to tensors")
         with loading(self._tree, state_dict):
+            refuse_other_state(self.original_model, state_dict, strict)
             result = self.original_model.load_state_dict(state_dict, strict=strict, assign=assign)
         record_of(self._tree).clear()
         self._tree.notes.pop(RANDOM_WEIGHTS, None)

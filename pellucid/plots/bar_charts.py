@@ -13,6 +13,7 @@ from pellucid.plots.axis import Labels, check_labels, check_words
 from pellucid.plots.extra import need
 from pellucid.plots.picture import SERIES, Panel, Picture, Scale
 from pellucid.plots.results import Numbers, facets, finite_of, labelled_all, shared_axes, words
+from pellucid.plots.text import paragraphs
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -34,7 +35,7 @@ def bars(
             by side: a measurement and its random control.
         title: what is shown: the metric and the prompt; by default what the (first) result says of itself.
         unit: what the height of a bar means; by default the result's name and units.
-        subtitle: a smaller line below the title.
+        subtitle: smaller lines below the title; a line break begins another paragraph.
         facet: the axis that gets a panel for each of its places, at most 128.
         labels: for some axes, labels or the name of the coordinate that holds them, as in :func:`heat_map`.
 
@@ -58,7 +59,7 @@ def bars(
         [one.transpose(*dims).values.astype(np.float64).reshape(-1, len(axes[-1])) for one in results.values()], axis=1
     )
     finite = finite_of([heights])
-    notes = [] if subtitle is None else [subtitle]
+    notes = paragraphs(subtitle)
     if finite.size < heights.size:
         notes.append(f"No bar: no finite number ({heights.size - finite.size:,} of {heights.size:,}).")
     low, high = min(0.0, float(finite.min())), max(0.0, float(finite.max()))

@@ -31,7 +31,7 @@ ol {{ padding-left: 2.2rem; }} li {{ margin: .3rem 0; }}
 .note {{ color: {_FAINT}; font-size: 13px; margin-left: .6rem; }}
 .t {{ display: inline-block; unicode-bidi: isolate; padding: 0 1px; border-radius: 2px;
   line-height: 1.5; white-space: pre; }}
-.most {{ outline: 2px solid {_INK}; }}
+.most {{ outline: 2px solid {_INK}; position: relative; }}
 .gap {{ background: #b3b3b3; }}
 """
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"

@@ -22,6 +22,7 @@ from pellucid.plots.axis import Axis
 from pellucid.plots.layout import (
     BAR_PAD,
     BAR_WIDTH,
+    CELL_SIZE,
     HEADING_SIZE,
     PAD,
     TEXT_SIZE,
@@ -112,7 +113,8 @@ def _heat_map(picture: Picture, panel: Panel, number: int) -> Heatmap:
     shown: dict[str, Any] = {"hovertext": _hovers(picture, panel), "hoverinfo": "text", "hoverongaps": True}
     if picture.printed:
         texts = [[escaped(text) for text in row] for row in picture.printed_in(panel)]
-        shown |= {"text": texts, "texttemplate": "%{text}"}
+        # Of a size: else Plotly makes all of them as small as the longest needs, if that is cut off or not.
+        shown |= {"text": texts, "texttemplate": "%{text}", "textfont": {"size": CELL_SIZE}}
     axes = {"xaxis": f"x{_key(number)}", "yaxis": f"y{_key(number)}"}
     colours = f"coloraxis{_key(picture.scales.index(panel.scale))}"
     return Heatmap(z=panel.values, coloraxis=colours, name=escaped(visible(panel.heading)) or None, **shown, **axes)
@@ -189,7 +191,8 @@ def _settings(picture: Picture, layout: Layout) -> dict[str, Any]:
             made["annotations"].append(_note(escaped(layout.headings[number]), **place, font={"size": HEADING_SIZE}))
     for number, scale in enumerate(picture.scales):
         bar = {
-            "title": {"text": lines(map(escaped, layout.unit)), "side": "right"},
+            # An empty line first: Plotly places a title as if the ticks' labels were not there, and it runs into them.
+            "title": {"text": lines(["\u00a0", *map(escaped, layout.unit)]), "side": "right"},
             "tickvals": [value for value, _ in scale.ticks],
             "ticktext": [text for _, text in scale.ticks],
             "lenmode": "pixels",

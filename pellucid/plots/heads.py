@@ -47,6 +47,9 @@ def head_map(
         panels[name.replace("_", " ")] = one["score"]
         if "prior" in one:
             panels[f"{name.replace('_', ' ')} by position"] = one["prior"]
+    if "prior" in scores:
+        said = "by position: the same, with queries and keys replaced by their means"
+        subtitle = said if subtitle is None else f"{subtitle}\n{said}"
     prompts = scores.attrs.get("prompts", "")
     if title is None:
         title = f"Attention heads: {prompts if isinstance(prompts, str) else ' / '.join(prompts)}"

@@ -15,6 +15,7 @@ from pellucid.plots.axis import Axis, Labels, check_labels, check_words
 from pellucid.plots.extra import need
 from pellucid.plots.picture import Panel, Picture, Scale
 from pellucid.plots.results import Numbers, check_panels, facets, finite_of, labelled_all, shared_axes, words
+from pellucid.plots.text import paragraphs
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -56,7 +57,7 @@ def heat_map(
             as a measurement and its random control: :func:`heat_maps` is this function.
         title: what is shown: the metric and the prompt; by default what the (first) result says of itself.
         unit: what a colour means; the title of the colour bar; by default the result's name and units.
-        subtitle: a smaller line below the title.
+        subtitle: smaller lines below the title; a line break begins another paragraph.
         x: the axis along; by default the last one left.
         y: the axis down; by default the other.
         facet: the axis that gets a panel for each of its places, at most 128.
@@ -103,7 +104,7 @@ def heat_map(
     finite = finite_of(grids)
     scale = _scale(finite, unit, centre, limits, clip)
     panels = tuple(Panel(heading, grid, scale) for heading, grid in zip(results, grids, strict=True))
-    notes = [] if subtitle is None else [subtitle]
+    notes = paragraphs(subtitle)
     if scale.below or scale.above:
         notes.append(_beyond(scale, panels, y_axis, x_axis))
     if finite.size < cells:
@@ -111,7 +112,10 @@ def heat_map(
     printed = cells <= _MOST_PRINTED if print_values is None else print_values
     if square is None:
         square = set(dims) == {"pos", "key_pos"}
-    return figure_of(Picture(title, tuple(notes), x_axis, y_axis, panels, printed=printed, square=square))
+    counts = all(one.dtype.kind in "iub" for one in results.values())
+    return figure_of(
+        Picture(title, tuple(notes), x_axis, y_axis, panels, printed=printed, square=square, counts=counts)
+    )
 
 
 heat_maps = heat_map

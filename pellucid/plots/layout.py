@@ -100,7 +100,7 @@ def layout_of(picture: Picture) -> Layout:
         bar = max(140.0, min(total_height, 420.0))
         unit = wrapped(visible(picture.scales[0].unit), bar, TEXT_SIZE)
         ticks = max(width(text) for _, text in picture.scales[0].ticks)
-        room = max(_BAR_ROOM, BAR_PAD + BAR_WIDTH + ticks + LINE * TEXT_SIZE * len(unit) + PAD)
+        room = max(_BAR_ROOM, BAR_PAD + BAR_WIDTH + ticks + LINE * TEXT_SIZE * (1 + len(unit)) + PAD)
     if any(picture.series):
         room = 60.0 + max(width(name) for name in picture.series)
 

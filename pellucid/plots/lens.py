@@ -13,6 +13,7 @@ from pellucid.plots.extra import need
 from pellucid.plots.heat_maps import MOST_CELLS
 from pellucid.plots.picture import Panel, Picture, Scale
 from pellucid.plots.results import finite_of
+from pellucid.plots.text import paragraphs
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -47,7 +48,7 @@ def lens_table(
         token: id of the followed token; by default the first.
         title: by default the lens and the prompt.
         unit: what a colour means; by default the number's name and unit.
-        subtitle: a smaller line below the title.
+        subtitle: smaller lines below the title; a line break begins another paragraph.
 
     Returns:
         a figure with one trace, its ``z`` the numbers ``[layer, pos]``.
@@ -83,7 +84,7 @@ def lens_table(
         title = f"{attrs.get('analysis', 'lens')}: {attrs.get('prompt', '')}"
     panel = Panel("", grid, scale, tuple(tuple(best[0] for best in row) for row in texts), said)
     axes = axis_of(numbers, "pos", None), axis_of(numbers, "layer", None)
-    notes = () if subtitle is None else (subtitle,)
+    notes = tuple(paragraphs(subtitle))
     return figure_of(Picture(title, notes, *axes, (panel,), printed=True))
 
 

@@ -114,6 +114,7 @@ class Picture:
         series: names of bars that stand side by side; one empty name for none.
         printed: whether numbers are written into the cells.
         square: whether a cell is as high as it is wide.
+        counts: whether numbers are whole, and written so.
     """
 
     title: str
@@ -124,6 +125,7 @@ class Picture:
     series: tuple[str, ...] = ("",)
     printed: bool = False
     square: bool = False
+    counts: bool = False
 
     @property
     def widest_text(self) -> float:
@@ -165,7 +167,8 @@ class Picture:
         if panel.texts:
             return [[cut(visible(text), LONGEST_TEXT) for text in row] for row in panel.texts]
         shown = np.concatenate([one.values.ravel() for one in self.panels if one.scale == panel.scale])
-        decimals = _decimals(float(np.abs(shown[np.isfinite(shown)]).max(initial=0.0)))
+        most = float(np.abs(shown[np.isfinite(shown)]).max(initial=0.0))
+        decimals = 0 if self.counts else _decimals(most)
         return [[_short(value, decimals) for value in row] for row in panel.values.tolist()]
 
 

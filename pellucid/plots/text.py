@@ -81,11 +81,17 @@ def width(text: str, size: float = 12.0) -> float:
     return units * size
 
 
+def paragraphs(subtitle: str | None) -> list[str]:
+    """A subtitle's paragraphs: a line break in it begins another one."""
+    return [] if subtitle is None else subtitle.split("\n")
+
+
 def wrapped(text: str, pixels: float, size: float = 12.0) -> list[str]:
-    """``text`` in lines of about ``pixels`` at most, broken at spaces where there are any."""
+    """``text`` in lines of about ``pixels`` at most, broken at spaces, and before the ``·`` that shows one."""
     done, line = [], ""
-    for word in text.split(" "):
-        longer = f"{line} {word}" if line else word
+    parts = [(place, part) for word in text.split(" ") for place, part in enumerate(re.split("(?<=.)(?=·)", word))]
+    for place, word in parts:
+        longer = f"{line}{'' if place else ' '}{word}" if line else word
         if line and width(longer, size) > pixels:
             done.append(line)
             longer = word

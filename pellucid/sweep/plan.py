@@ -87,8 +87,9 @@ class SweepPlan:
         return f"SweepPlan: {self}"
 
     def __str__(self) -> str:
+        batches = f"{len(self.batches)} batch{'' if len(self.batches) == 1 else 'es'}"
         lines = [
-            f"{self.n_edits} edits: {self.n_edits - self.n_unchanged - self.n_whole} in {len(self.batches)} batches, "
+            f"{self.n_edits} edits: {self.n_edits - self.n_unchanged - self.n_whole} in {batches}, "
             f"{self.n_unchanged} that are the base run, {self.n_whole} as whole forwards"
             + (f" ({self.why_whole})" if self.why_whole else ""),
             f"operations: {self.flops / 1e9:,.1f} GFLOP, {_share(self.flops, self.flops_whole)} of "

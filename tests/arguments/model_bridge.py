@@ -374,6 +374,28 @@ REFUSED: list[Line] = [
     ("boot_transformers", {"attn_implementation": "flash"}, "Invalid attn_implementation"),
     *a_text("boot_transformers", "revision"),
     *a_text("boot_transformers", "gguf_file"),
+    *(
+        ("boot_transformers", {"dtype": wrong}, "dtype is a floating-point one of torch's, such as torch.float32")
+        for wrong in ("float7", 3, torch.int64)
+    ),
+    *(
+        ("boot_transformers", {"device": wrong}, r"device is a device that is here, such as 'cpu' or 'cuda:0'; found")
+        for wrong in ("banana", 3.5, "cuda:99")
+    ),
+    *(
+        ("boot_transformers", {"device_map": wrong}, "device_map is a device that is here.*accelerate's words auto")
+        for wrong in ("banana", 3.5)
+    ),
+    ("boot_transformers", {"device_map": "auto", "load_weights": False}, "device_map would have no effect"),
+    ("boot_transformers", {"max_memory": {0: "1GiB"}}, "max_memory would have no effect: it belongs to device_map"),
+    ("boot_transformers", {"max_memory": 3, "device_map": "auto"}, "max_memory maps devices to sizes"),
+    ("boot_transformers", {"offload_folder": "x"}, "offload_folder would have no effect: it belongs to device_map"),
+    *a_path("boot_transformers", "offload_folder", device_map="auto"),
+    ("boot_transformers", {"hf_config_overrides": "x"}, "hf_config_overrides maps attributes of the configuration"),
+    ("boot_transformers", {"hf_config_overrides": {3: 1}}, "hf_config_overrides maps names.*found the key 3"),
+    ("boot_transformers", {"tokenizer": "gpt2"}, "(?s)tokenizer is a tokenizer of Hugging Face's, not its name"),
+    ("boot_transformers", {"use_safetensors": "no"}, "use_safetensors is True, False or None; found 'no'"),
+    ("boot_transformers", {"process_weights": 3}, "process_weights is True, False, or arguments"),
     ("TransformerBridge", {"hf_model": 3}, "hf_model is a torch module"),
     ("TransformerBridge", {"hf_model": torch.nn.Linear(2, 2)}, "(?s)Linear.*no causal language model.*bloom"),
     *(

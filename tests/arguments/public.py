@@ -166,9 +166,9 @@ NOT_TRIED: dict[str, str] = {
     "TransformerBridge.set_use_split_qkv_input": TRUTH,
     "TransformerBridge.named_buffers": "torch's own, which refuses what is not its own",
     "TransformerBridge.named_parameters": "torch's own, which refuses what is not its own",
-    "TransformerBridge.load_state_dict": "the Hugging Face model's own, which refuses what is not its own",
+    "TransformerBridge.load_state_dict": "tests/model_bridge/test_states.py",
     "TransformerBridge.to": "the Hugging Face model's own, which refuses what is not its own",
-    "TransformerBridge.save_pretrained": "the Hugging Face model's own, which refuses what is not its own",
+    "TransformerBridge.save_pretrained": "tests/model_bridge/test_states.py",
     "AxisNames": "a type", "Reduce": "a type", "Batch": "a protocol", "Text": "a protocol",
 }  # fmt: skip
 """Public callables that no table has, and why."""

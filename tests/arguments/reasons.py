@@ -63,18 +63,9 @@ EXPLAINED: dict[tuple[str, str], str] = {
     **{
         ("boot_transformers", name): LOADING
         for name in (
-            "hf_config_overrides",
-            "device",
-            "dtype",
-            "tokenizer",
             "load_weights",
             "trust_remote_code",
             "hf_model",
-            "device_map",
-            "max_memory",
-            "offload_folder",
-            "use_safetensors",
-            "process_weights",
             "allow_missing_weights",
             "gguf_file",
         )

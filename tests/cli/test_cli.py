@@ -127,6 +127,13 @@ def test_asking_for_help_is_no_error(arguments: tuple[str, ...]) -> None:
         (("check", "demo", "--layers", "0,x"), "0,5,11"),
         (("check", "demo", "--layers", "4"), "layers 0 to 3"),
         (("demo", "--seed", "-1"), "--seed"),
+        (("hooks", "demo"), "No such command 'hooks'. The commands are demo, check, run,"),
+        (
+            ("heads", "demo", "--picture", "x.pdf"),
+            "--picture: a picture's name ends in .html, .png, .svg; found 'x.pdf'",
+        ),
+        (("lens", "someone/model", TEXT, "--lens", "tuned"), "A tuned lens comes with demo only."),
+        (("run", "demo", TEXT, "--hooks", "blocks.9.hook_z", "--out", "x.safetensors"), ".attn.hook_z, blocks."),
     ],
 )
 def test_a_mistake_is_told_on_standard_error(arguments: tuple[str, ...], said: str, monkeypatch: Any) -> None:
@@ -142,7 +149,10 @@ def test_a_model_that_is_not_there(monkeypatch: Any) -> None:
     offline = "import huggingface_hub.constants as read_once; read_once.HF_HUB_OFFLINE = True"
     done = process("run", "nobody/no-such-model", TEXT, before=offline)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
+    assert done.stderr.startswith(
+        "error: 'nobody/no-such-model' is no folder here, and the hub cannot be asked for it: HF_"
+    )
+    assert "or the model demo on the command line" in done.stderr
     assert "Traceback" not in done.stderr
     assert not done.stdout
 

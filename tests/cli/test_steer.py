@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,7 @@ def test_the_picture(tmp_path: Path) -> None:
     drawn = picture.read_text("utf-8")
     assert "steered along positive - negative" in drawn
     assert "·freedom" in drawn
+    assert not re.search(r">-0?\.\d", drawn), "a probability has no colours below 0"
 
 
 def test_what_is_wrong_is_said(tmp_path: Path) -> None:

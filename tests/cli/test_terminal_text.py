@@ -229,6 +229,26 @@ def test_warnings_and_logs_are_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert said.count("\\x1b[8m") == 2
 
 
+def test_what_hugging_face_logs_is_a_message_of_ours_once(capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers.utils import logging as of_transformers
+
+    logger = of_transformers.get_logger("transformers.tried")
+    theirs = logging.StreamHandler(sys.stderr)
+    logger.addHandler(theirs)
+    with report_errors(debug=False):
+        for number in range(3):
+            logger.warning("Retrying in %ss [Retry %s/5]. %s", 2**number, number + 1, HOSTILE)
+        logging.getLogger("huggingface_hub.tried").warning("another\nline")
+    said = capsys.readouterr().err
+    assert is_text(said), said
+    assert said.count("Retrying") == 1
+    assert [line.partition(": ")[0] for line in said.splitlines()] == ["warning", "warning"]
+    assert said.splitlines()[1] == "warning: another line"
+    logger.warning("outside it is the library's own")
+    logger.removeHandler(theirs)
+    assert capsys.readouterr().err == "outside it is the library's own\n"
+
+
 @pytest.mark.parametrize("error", [InputError, ZeroDivisionError])
 def test_tracebacks_are_text(error: type[Exception], monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
     def fail(*arguments: Any) -> None:

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, Dy
 from pellucid import TransformerBridge
 from pellucid.config import HANDLED, IGNORED, REFUSED
 from pellucid.errors import (
+    HubError,
     InputError,
     MissingExtraError,
     PellucidError,
@@ -346,6 +347,39 @@ def test_an_adapter_on_the_hub(folder: Path, tmp_path: Path, monkeypatch: pytest
     model = PeftModel.from_pretrained(BloomForCausalLM.from_pretrained(folder), adapter)
     bridge = boot("someone/adapter", tokenizer=lambda text: {"input_ids": [1]})
     assert torch.equal(bridge(random_tokens()), model(input_ids=random_tokens()).logits)
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        (
+            "GatedRepoError",
+            r"'someone/model' is gated: accept its terms at https://huggingface.co/someone/model, and log",
+        ),
+        ("RepositoryNotFoundError", r"'someone/model' is no folder here, and the hub has no model of this name that"),
+        ("RevisionNotFoundError", r"'someone/model' has no revision 'step7' on the hub"),
+        ("LocalEntryNotFoundError", r"the hub cannot be asked for it: .*nothing of it was fetched before"),
+    ],
+)
+def test_why_the_hub_gives_nothing(reason: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hugging Face's own function says it, of a download that fails so; one request, not five for each file."""
+    import httpx
+    import huggingface_hub.errors
+
+    kind, asked = getattr(huggingface_hub.errors, reason), []
+
+    def fail(*arguments: Any, **keywords: Any) -> Any:
+        asked.append(keywords.get("filename", arguments))
+        if reason == "LocalEntryNotFoundError":
+            raise kind("no network")
+        raise kind("no", response=httpx.Response(404, request=httpx.Request("HEAD", "https://huggingface.co")))
+
+    monkeypatch.setattr("transformers.utils.hub.hf_hub_download", fail)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(HubError, match=said) as caught:
+        boot("someone/model", revision="step7")
+    assert isinstance(caught.value, OSError)
+    assert len(asked) == 1
 
 
 # -- damaged and hostile folders ---------------------------------------------------------------------------------------

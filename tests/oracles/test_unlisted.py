@@ -15,6 +15,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3Attention
 from pellucid import Corpus, TransformerBridge
 from pellucid.errors import HookNameError, PellucidWarning, UnsupportedModelError
 from pellucid.hook_points import HookPoint
+from pellucid.model_bridge.running.loading import read_adapter, read_config
 from pellucid.running_stats import MeanVariance
 from pellucid.sweep import Edit, LogitDifference, Scale, Sweep
 from tests.families import VOCAB, make_family
@@ -209,6 +210,16 @@ def test_a_folder_opens_by_name(tmp_path: Path) -> None:
     corpus = Corpus.from_tokens({"x": [tokens[0]]}, context=9)
     statistics = {"blocks.1.mlp.hook_post": [MeanVariance()]}
     bridge.collect(corpus, statistics, checkpoint=tmp_path / "job", progress=False)  # its identity is asked for
+
+
+def test_its_hook_names_are_known_before_its_weights_are_there(tmp_path: Path) -> None:
+    """Commands refuse a wrong name first."""
+    make("Starcoder2").save_pretrained(tmp_path)
+    adapter, config = read_adapter(str(tmp_path)), read_config(str(tmp_path))
+    with pytest.warns(PellucidWarning, match="unlisted"):
+        bridge = TransformerBridge.boot_transformers(tmp_path, tokenizer=byte_level())
+    assert set(bridge.hook_dict) <= set(adapter.hook_index())
+    assert config.n_layers == bridge.cfg.n_layers
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def test_a_heat_map_holds_the_numbers_on_index_axes() -> None:
     assert list(layout.yaxis.ticktext) == ["0", "1", "2"]
     assert layout.yaxis.range[0] > layout.yaxis.range[1], "row 0 is at the top"
     assert layout.xaxis.title.text == "pos"
-    assert layout.coloraxis.colorbar.title.text == "u"
+    assert layout.coloraxis.colorbar.title.text == "\u00a0<br>u", "the empty line keeps the title off the ticks"
     assert layout.paper_bgcolor == "#ffffff"
 
 
@@ -282,7 +282,7 @@ def test_hostile_labels_are_shown_as_they_are() -> None:
         assert visible(token) in hover
         assert hover.count("\n") == 2
     assert as_plotly_shows(figure.layout.title.text) == "<b>title</b> $x$"
-    assert as_plotly_shows(figure.layout.coloraxis.colorbar.title.text) == "<script>"
+    assert as_plotly_shows(figure.layout.coloraxis.colorbar.title.text) == "\u00a0\n<script>"
     assert as_plotly_shows(figure.layout.annotations[0].text) == "<i>&amp;"
     assert not re.search(r"\$.*\$", str(figure.layout.xaxis.ticktext)), "MathJax would read a formula"
     assert figure.data[0].hovertemplate is None, "%{z} in a token would be read as a number's place"
@@ -298,6 +298,24 @@ def test_any_text_survives_escaping(text: str) -> None:
     assert "$" not in escaped(shown)
     assert len(cut(shown)) <= 24
     assert "".join(wrapped(shown, 80)).replace(" ", "") == shown.replace(" ", "")
+
+
+def test_a_subtitle_has_paragraphs_and_breaks_between_tokens() -> None:
+    given: Any = heat_map(small(2, 3), title="t", unit="u", subtitle="clean: a\ncorrupted: b")
+    assert given.picture.notes == ("clean: a", "corrupted: b")
+    assert bars(small(3, dims=("layer",)), title="t", unit="u", subtitle="a\nb").picture.notes == ("a", "b")  # type: ignore[attr-defined]
+    broken = wrapped("Everyone·has·the·right", 100)
+    assert "".join(broken) == "Everyone·has·the·right"
+    assert len(broken) > 1
+    assert all(line.startswith("·") for line in broken[1:])
+    assert wrapped("a ·b c", 1000) == ["a ·b c"]
+
+
+def test_counts_are_written_without_decimals() -> None:
+    figure: Any = heat_map(xarray.DataArray([[8, 0], [3, 43]], dims=("language", "other")), title="t", unit="u")
+    assert figure.picture.printed_in(figure.picture.panels[0]) == [["8", "0"], ["3", "43"]]
+    half: Any = heat_map(xarray.DataArray([[8.5, 0.0]], dims=("language", "other")), title="t", unit="u")
+    assert half.picture.printed_in(half.picture.panels[0]) == [["8.50", "0.00"]]
 
 
 def test_invisible_characters_are_written_out() -> None:

@@ -11,6 +11,7 @@ import pytest
 import xarray
 
 from pellucid.plots import head_map, lens_table, save_picture
+from pellucid.plots.layout import CELL_SIZE
 from pellucid.plots.svg import svg_of
 from tests.plots.test_plots import HOSTILE
 
@@ -49,6 +50,7 @@ def test_a_lens_table_holds_its_numbers_and_its_tokens() -> None:
     figure: Any = lens_table(given, "kl")
     (trace,) = figure.data
     assert np.array_equal(trace.z, given.kl.values)
+    assert trace.textfont.size == CELL_SIZE, "Plotly would shrink every text to the size of the longest"
     written = [[html.unescape(text).replace("\u2068", "").replace("\u2069", "") for text in row] for row in trace.text]
     assert written[0][0] == "⟦<s>⟧"
     assert written[2][HOSTILE.index("<b>") - 2] == "<b>"
@@ -95,7 +97,10 @@ def test_a_head_map_has_a_panel_for_each_pattern_and_prior() -> None:
     assert np.array_equal(figure.data[3].z, scores["prior"].sel(pattern="my_own").mean("prompt").values)
     assert figure.layout.coloraxis.cmin == 0
     assert figure.layout.coloraxis.cmax == 1
-    assert len(head_map(scores.drop_vars("prior")).data) == 2
+    assert figure.picture.notes == ("by position: the same, with queries and keys replaced by their means",)
+    alone: Any = head_map(scores.drop_vars("prior"))
+    assert len(alone.data) == 2
+    assert not alone.picture.notes
 
 
 @pytest.mark.parametrize("show", ["top_probability", "entropy"])

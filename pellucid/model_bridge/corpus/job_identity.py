@@ -32,7 +32,7 @@ from pellucid.errors import InputError
 from pellucid.hook_values import describe_function
 from pellucid.model_bridge.corpus.function_hash import code_hash, function_hash
 from pellucid.model_bridge.generalized_components.weights import stored_parts
-from pellucid.model_bridge.hooking.mounting import StandIn, is_hooked
+from pellucid.model_bridge.hooking.stand_in import StandIn, is_hooked
 from pellucid.model_bridge.running.runner import RunnableModel
 from pellucid.model_bridge.supported_architectures import may_change_numbers
 from pellucid.model_bridge.weights.hashing import tensor_hash, weights_hash

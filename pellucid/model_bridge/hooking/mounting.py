@@ -1,6 +1,7 @@
 """Which component is mounted when: the one registry of a model.
 
-A component is mounted (its :class:`StandIn` is the module's ``forward``, as an instance attribute) while an attached
+A component is mounted (its :class:`StandIn
+<pellucid.model_bridge.hooking.stand_in.StandIn>` is the module's ``forward``, as an instance attribute) while an attached
 function or an open session needs it. That is derived, never counted: :meth:`ComponentTree.sync` reads which functions are
 attached and which sessions are open, mounts what they need and unmounts the rest. So an interrupt (Ctrl-C) at any line
 leaves nothing that the next call of :meth:`~ComponentTree.sync` does not repair. The rules, each of which has a test that
@@ -38,106 +39,10 @@ from pellucid.model_bridge.generalized_components import (
     GeneralizedComponent,
     GenerateBridge,
 )
-from pellucid.model_bridge.generalized_components.base import Mounted
 from pellucid.model_bridge.generalized_components.weights import adapted
+from pellucid.model_bridge.hooking.stand_in import StandIn, is_foreign, is_hooked
 from pellucid.names import FROM_EMBEDDINGS, FROM_TOKENS, HookIndex, HookSpec, runs_through
-from pellucid.run_context import Scope, acts, current_span, is_quiet, open_scopes
-
-
-class StandIn(Mounted):
-    """What stands in for a module's forward while its component is mounted: it calls the component's forward.
-
-    Args:
-        component: the mounted component.
-        module: the module whose forward it is.
-        slot: the attribute of the module that it is (``"forward"``, ``"_old_forward"`` inside accelerate's own, or
-            ``"generate"``).
-        previous: the instance forward that was there, ``None`` if it was the class's own.
-    """
-
-    def __init__(
-        self, component: GeneralizedComponent, module: nn.Module, slot: str, previous: Callable[..., Any] | None
-    ) -> None:
-        self.component, self.module, self.slot, self.previous = component, module, slot, previous
-
-    @property
-    def original(self) -> Callable[..., Any]:
-        """The forward that was there before."""
-        return self._native() if self.previous is None else self.previous
-
-    def _native(self, module: nn.Module | None = None) -> Callable[..., Any]:
-        """The class' own method, of the module or of a copy of it."""
-        module = self.module if module is None else module
-        method: Callable[..., Any] = getattr(type(module), self.component.slot).__get__(module)
-        return method
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's arguments to the module's output, with hooks firing."""
-        if args and args[0] is self.module:
-            args = args[1:]  # somebody (accelerate's unwrap_model) made a method of it
-        if torch.compiler.is_compiling():
-            # What hooks do is not for a graph: torch.compile runs the module as it is, and compiles what is around it.
-            return torch.compiler.disable(self._run)(*args, **kwargs)
-        return self._run(*args, **kwargs)
-
-    def _run(self, *args: Any, **kwargs: Any) -> Any:
-        if is_quiet() or not self.is_used():
-            return self.original(*args, **kwargs)
-        return self.component.forward(*args, **kwargs)
-
-    def is_used(self) -> bool:
-        """Whether its component is mounted by it; else it only passes on."""
-        return self.component.mounted is self
-
-    def is_in_place(self) -> bool:
-        """Whether it is the module's forward now."""
-        return vars(self.module).get(self.slot) is self
-
-    def was_taken_off(self) -> bool:
-        """Whether what was there before is there again (or still, if an interrupt came while mounting)."""
-        return vars(self.module).get(self.slot) is self.previous
-
-    def put(self) -> None:
-        """Become the module's forward."""
-        vars(self.module)[self.slot] = self
-
-    def take_off(self) -> None:
-        """Put back what was there before."""
-        if self.previous is None:
-            del vars(self.module)[self.slot]
-        else:
-            vars(self.module)[self.slot] = self.previous
-
-    @property
-    def __wrapped__(self) -> Callable[..., Any]:
-        """What ``inspect.signature`` asks: Hugging Face's ``generate`` looks for arguments in the forward's signature.
-
-        accelerate's ``unwrap_model`` goes this way too, through what ``prepare`` put on the model.
-        """
-        return self.original
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        root = self.component.root
-        if root is None or id(root) in memo:
-            clone = memo[id(self)] = StandIn.__new__(StandIn)
-            vars(clone).update(copy.deepcopy(vars(self), memo))
-            return clone
-        # One module is copied, not the model: no bridge knows the copy, so it gets the forward that was there.
-        if self.previous is not None:
-            return copy.deepcopy(self.previous, memo)
-        return self._native(memo[id(self.module)])
-
-
-HUGGING_FACE_RECORDERS = "transformers.utils.output_capturing"
-"""Where Hugging Face writes the hooks that it leaves on a model once ``output_attentions`` was asked for. They write to no
-tensor, and do nothing in a run that does not ask."""
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether somebody has put torch hooks on a module, which may write to tensors."""
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return any(hook.__module__ != HUGGING_FACE_RECORDERS for hook in hooks)
-
+from pellucid.run_context import Scope, acts, current_span, open_scopes
 
 AFTER_BACKBONE = ("unembed", "model")
 """Components whose points fire when the backbone's forward has ended."""
@@ -400,7 +305,7 @@ class ComponentTree:
         if slot == "forward" and "_old_forward" in vars(module):
             slot = "_old_forward"
         previous = vars(module).get(slot)
-        if not component.runs_original and _is_foreign(previous, type(module).forward):
+        if not component.runs_original and is_foreign(previous, type(module).forward):
             warn(
                 f"{component.path} has a forward that is not Hugging Face's, and Pellucid computes in its place, as Hugging "
                 "Face does, while points of it are in use: the numbers of such a run are not those of a run without "
@@ -522,15 +427,6 @@ def refuse_parallel_gradients(index: HookIndex, handles: Sequence[LensHandle]) -
                 f"The gradients at {beside} and at {spec.name} exclude each other: queries, keys and values are made from "
                 "the one or from the other. Take them in two runs."
             )
-
-
-def _is_foreign(previous: Callable[..., Any] | None, forward: Callable[..., Any]) -> bool:
-    """Whether a module's own forward (``previous``) or its class' is not Hugging Face's."""
-    if isinstance(previous, StandIn):  # another bridge's, or an old one that a user put back and that passes on
-        return _is_foreign(previous.previous, forward)
-    if previous is None:
-        return not str(forward.__module__).startswith("transformers.")
-    return getattr(previous, "__func__", None) is not forward
 
 
 _TREES: WeakValueDictionary[int, ComponentTree] = WeakValueDictionary()

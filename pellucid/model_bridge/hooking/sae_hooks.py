@@ -28,7 +28,8 @@ from pellucid.arguments import check_kind
 from pellucid.errors import InputError
 from pellucid.hook_points import HookPoint, LensHandle
 from pellucid.hook_values import HookedFunction
-from pellucid.model_bridge.hooking.mounting import ComponentTree, is_hooked
+from pellucid.model_bridge.hooking.mounting import ComponentTree
+from pellucid.model_bridge.hooking.stand_in import is_hooked
 from pellucid.names import HookIndex, HookSpec
 from pellucid.run_context import RunContext
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from pellucid.errors import (
+    HubError,
     InputError,
     MissingExtraError,
     PellucidError,
@@ -104,16 +105,20 @@ def find_checkpoint(name_or_path: str, revision: str | None = None) -> Checkpoin
 
     Raises:
         InputError: no such folder, a folder without a model, or a file in it that is damaged.
+        HubError: no such model on the hub, no right to see it, or no network to ask and nothing kept of it.
         MissingExtraError: an adapter, and PEFT is not installed.
     """
     path = os.path.expanduser(name_or_path)
     if not os.path.isdir(path):
         _refuse_no_folder(name_or_path, path)
         path = name_or_path
-    description = _adapter_file(path, revision)
+    with _asking_hub(path, revision):
+        description = _adapter_file(path, revision)
     if description is None:
         if os.path.isdir(path):
             _refuse_no_model(path)
+        else:
+            _refuse_unreached(path, revision)
         return Checkpoint(path, revision)
     _need_peft(path)
     if os.path.lexists(os.path.join(path, CONFIG)):  # the adapter lies beside the model it was trained on
@@ -325,6 +330,54 @@ def _named(kind: type[PellucidError], what: str) -> Iterator[None]:
         raise kind(f"{what} ({type(error).__name__}: {reason[:300]}).") from error
 
 
+@contextmanager
+def _asking_hub(name: str, revision: str | None) -> Iterator[None]:
+    """Say in words of ours why the hub does not give a model.
+
+    Raises:
+        HubError: in the place of what Hugging Face raises.
+    """
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        yield
+    except OSError as error:
+        reason = error.__cause__
+        if isinstance(reason, GatedRepoError):  # a kind of the next one
+            said = f"is gated: accept its terms at https://huggingface.co/{name}, and log in (hf auth login)"
+        elif isinstance(reason, RepositoryNotFoundError):
+            said = f"is no folder here, and the hub has no model of this name that {_who()} may see"
+        elif isinstance(reason, RevisionNotFoundError):
+            said = f"has no revision {revision!r} on the hub: see https://huggingface.co/{name}/tree/main"
+        else:
+            raise
+        raise HubError(f"{name!r} {said}.") from error
+
+
+def _who() -> str:
+    from huggingface_hub import get_token
+
+    return "somebody who is not logged in (hf auth login)" if get_token() is None else "you"
+
+
+def _refuse_unreached(name: str, revision: str | None) -> None:
+    """Refuse a name of which the hub said nothing and the cache has nothing: asking again for each file takes minutes.
+
+    Raises:
+        HubError: so it is.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if any(try_to_load_from_cache(name, file, revision=revision) is not None for file in (ADAPTER_CONFIG, CONFIG)):
+        return  # it answered that there is no adapter, or the model was fetched before
+    why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
+    raise HubError(
+        f"{name!r} is no folder here, and the hub cannot be asked for it: {why}, and nothing of it was fetched before. Give "
+        "a folder, or fetch the model once with a network (hf download); what was fetched opens without one. The embedded "
+        "model is always there: pellucid.demo.load_demo_bridge(), or the model demo on the command line."
+    )
+
+
 def _find_file(name: str, revision: str | None, file: str) -> str | None:
     """Where a file of a folder or of a hub repository is, fetched if need be; ``None`` if there is none."""
     from transformers.utils import cached_file
@@ -336,7 +389,6 @@ def _find_file(name: str, revision: str | None, file: str) -> str | None:
         name,
         file,
         revision=revision,
-        _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )

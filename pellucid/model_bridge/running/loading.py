@@ -36,6 +36,7 @@ from pellucid.model_bridge.running.checkpoint import (
     read_configuration,
     refuse_missing,
 )
+from pellucid.model_bridge.running.loading_arguments import check_loading
 from pellucid.model_bridge.supported_architectures import (
     ARCHITECTURES,
     Architecture,
@@ -107,8 +108,17 @@ def load_model(
     """
     import transformers
 
-    if device is not None and device_map is not None:
-        raise InputError("device and device_map both say where the model goes; give one.")
+    check_loading(
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        max_memory=max_memory,
+        offload_folder=offload_folder,
+        hf_config_overrides=hf_config_overrides,
+        load_weights=load_weights,
+        use_safetensors=use_safetensors,
+        tokenizer=tokenizer,
+    )
     checkpoint = (
         find_checkpoint(name_or_path, revision) if gguf_file is None else find_gguf(name_or_path, gguf_file, revision)
     )
@@ -179,18 +189,20 @@ def read_config(name_or_path: str, revision: str | None = None) -> TransformerBr
         UnsupportedModelError: a family that is not known, or one configured in a way we do not handle.
     """
     config = read_configuration(find_checkpoint(name_or_path, revision))
-    return architecture_of(config.model_type, name_or_path).read(config)
+    return _architecture_for(config, name_or_path).read(config)
 
 
 def read_adapter(name_or_path: str, revision: str | None = None) -> ArchitectureAdapter:
     """Hook points and components of a checkpoint, as its configuration says, without its weights.
+
+    An unlisted model, which keeps the points that turn out to hold once its weights are there, has some of these.
 
     Raises:
         InputError: no such folder, or a file in it that is damaged.
         UnsupportedModelError: a family that is not known, or one configured in a way we do not handle.
     """
     config = read_configuration(find_checkpoint(name_or_path, revision))
-    architecture = architecture_of(config.model_type, name_or_path)
+    architecture = _architecture_for(config, name_or_path)
     return architecture.adapter(architecture.read(config), architecture.family.of(config))
 
 
