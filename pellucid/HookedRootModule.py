@@ -190,9 +190,9 @@ class HookedRootModule(HookIntrospectionMixin, nn.Module):
 
         Backward functions fire in a later ``backward()``: with ``reset_hooks_end`` they are off by then.
         """
-        if bwd_hooks and reset_hooks_end:
-            warn("Backward functions are taken off before backward() can run: give reset_hooks_end=False.")
         with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
+            if bwd_hooks and reset_hooks_end:
+                warn("Backward functions are taken off before backward() can run: give reset_hooks_end=False.")
             return self(*model_args, **model_kwargs)
 
     # -- caches --------------------------------------------------------------------------------------------------------

@@ -25,7 +25,6 @@ from torch import Tensor
 from pellucid.arguments import (
     check_choice,
     check_count,
-    check_function,
     check_kind,
     check_list,
     check_number,
@@ -42,7 +41,7 @@ from pellucid.corpora.pairs import PromptPairs
 from pellucid.errors import InputError
 from pellucid.experiments.labelled import Attribute, about_metrics, between
 from pellucid.experiments.options import AttributionChoices, By, Direction, Method, Rows, SweepOptions, documented
-from pellucid.experiments.pairs import PairBatch, PairMetric, pair_batches
+from pellucid.experiments.pairs import PairBatch, PairMetric, check_pairs, pair_batches
 from pellucid.experiments.places import Prompts, about_run
 from pellucid.model_bridge.corpus.function_hash import function_hash
 from pellucid.model_bridge.running.tokens import TextOrTokens
@@ -109,10 +108,8 @@ class AttributionPatching(BriefFields, AttributionChoices):
     options: SweepOptions = field(default_factory=SweepOptions, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_kind("pairs", self.pairs, PromptPairs, "PromptPairs(clean, corrupted, answer, foil)")
+        check_pairs(self.pairs, self.metric)
         check_kind("options", self.options, SweepOptions, "SweepOptions(...)")
-        if self.metric is not None:
-            check_function("metric", self.metric, "a class of metrics, a metric, or a function of logits")
         for method in self.methods:
             check_choice("method", method, METHODS)
         if len(set(self.methods)) != len(self.methods):

@@ -21,13 +21,13 @@ from torch import Tensor
 from pellucid.attribution.cells import SiteCells
 from pellucid.attribution.qk_fix import PatternChange, is_fixed, pattern_change, pattern_hooks, refuse_shared_norm
 from pellucid.dtypes import widened
-from pellucid.errors import GradientError, UnsupportedModelError
+from pellucid.errors import UnsupportedModelError
 from pellucid.experiments.labelled import switched
 from pellucid.experiments.options import Method
-from pellucid.gradients import GradientRun, run_with_gradients
+from pellucid.gradients import GradientRun, refuse_zero_gradient, run_with_gradients
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.names import Flag
-from pellucid.sweep import KLDivergence, MetricLike, Normalized, Sweep
+from pellucid.sweep import MetricLike, Sweep
 from pellucid.sweep.base_run import KeptRun
 from pellucid.sweep.unedited import Unedited
 from pellucid.tables import BriefFields
@@ -37,9 +37,6 @@ INTO_THE_PATTERN = (
     *("hook_q_in", "hook_k_in", "hook_q_input", "hook_k_input"),
 )
 """Points that reach the metric through the pattern alone, which RelP takes for a constant."""
-
-ZERO_DIVERGENCE = 1e-6
-"""A KL divergence below is that of a run from itself, up to rounding in float32."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -242,20 +239,3 @@ def gauss_legendre(n_points: int) -> list[tuple[float, float]]:
 def _linear(site: SiteCells, moved: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Tensor:
     """``[row, *by]``: ``(source - base) * gradient``."""
     return site.summed({layer: widened(moved[spec.name]) * gradients[spec.name] for layer, spec in site.specs.items()})
-
-
-def refuse_zero_gradient(metric: MetricLike, scores: Tensor) -> None:
-    """A divergence has its minimum where the run is the reference: nothing flows back from there.
-
-    Raises:
-        GradientError: it is at its minimum.
-    """
-    while isinstance(metric, Normalized):
-        zero, one = (torch.as_tensor(end).to(scores) for end in (metric.zero, metric.one))
-        scores, metric = scores * (one - zero) + zero, metric.metric
-    if isinstance(metric, KLDivergence) and bool((scores.abs() < ZERO_DIVERGENCE).any()):
-        raise GradientError(
-            "KLDivergence is 0 at the run that is patched, which is its reference, and its gradient is zero there: nothing "
-            "can be attributed. Take the other direction, so that the other prompt's run is patched, or a difference of "
-            "logits."
-        )

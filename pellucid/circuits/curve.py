@@ -32,7 +32,7 @@ from pellucid.corpora.pairs import PromptPairs
 from pellucid.errors import InputError
 from pellucid.experiments.labelled import about_metrics, in_float32
 from pellucid.experiments.options import Direction, documented, option
-from pellucid.experiments.pairs import PairBatch, PairMetric
+from pellucid.experiments.pairs import PairBatch, PairMetric, check_pairs
 from pellucid.experiments.places import about_run
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.progress import progress_bar
@@ -77,6 +77,7 @@ class Faithfulness(CurveChoices, BriefFields):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_pairs(self.pairs, self.metric)
         check_kind("circuit", self.circuit, Circuit, "a Circuit, as edge_attribution gives it")
         check_choice("direction", self.direction, ("denoising", "noising"))
         if self.batch_size is not None:

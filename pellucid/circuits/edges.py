@@ -41,9 +41,9 @@ from pellucid.corpora.pairs import PromptPairs
 from pellucid.errors import GradientError, InputError
 from pellucid.experiments.labelled import about_metrics
 from pellucid.experiments.options import Direction, documented, option
-from pellucid.experiments.pairs import PairBatch, PairMetric, pair_batches
+from pellucid.experiments.pairs import PairBatch, PairMetric, check_pairs, pair_batches
 from pellucid.experiments.places import Prompts, about_run
-from pellucid.gradients import run_with_gradients
+from pellucid.gradients import refuse_zero_gradient, run_with_gradients
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.progress import progress_bar
 from pellucid.tables import BriefFields
@@ -82,6 +82,7 @@ class EdgeAttribution(EdgeChoices, BriefFields):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_pairs(self.pairs, self.metric)
         check_memory_limit(self.memory_limit)
 
     def run(self, *, progress: bool | None = None) -> Circuit:
@@ -135,6 +136,8 @@ class EdgeAttribution(EdgeChoices, BriefFields):
             instead = None if here is None else {embed: there[embed] + at * (here[embed] - there[embed])}
             hooks = list(dict.fromkeys([*ends.gradient_hooks, *(ends.writing_hooks if here is None else [])]))
             run = run_with_gradients(unedited, batch.metric, hooks, instead=instead)
+            if instead is None:
+                refuse_zero_gradient(batch.metric, run.scores)
             gradients = _from(first, run.gradients(ends.gradient_hooks))
             values = _from(first, {name: value.detach() for name, value in run.activations.items()})
             del run

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import TypeAlias
 
 import torch
 
-from pellucid.arguments import check_count, check_kind
+from pellucid.arguments import check_count, check_function, check_kind
 from pellucid.corpora.pairs import PromptPairs, Word, Words
 from pellucid.errors import InputError
 from pellucid.experiments.options import SweepOptions
@@ -47,6 +48,17 @@ class PairBatch(BriefFields):
     metric: MetricLike
 
 
+def check_pairs(pairs: PromptPairs, metric: PairMetric | None) -> None:
+    """Refuse what is no data set, or no metric of one.
+
+    Raises:
+        InputError: with the argument.
+    """
+    check_kind("pairs", pairs, PromptPairs, "PromptPairs(clean, corrupted, answer, foil)")
+    if metric is not None:
+        check_function("metric", metric, "a class of metrics, a metric, or a function of logits")
+
+
 def pair_batches(
     bridge: TransformerBridge,
     pairs: PromptPairs,
@@ -70,7 +82,7 @@ def pair_batches(
         InputError: a row whose prompts have different numbers of tokens; an answer that is not one token; no answer where
             the metric needs one; sets of tokens where it takes one a row.
     """
-    check_kind("pairs", pairs, PromptPairs, "PromptPairs(clean, corrupted, answer, foil)")
+    check_pairs(pairs, metric)
     check_count("batch_size", batch_size)
     read = {name: [_read(bridge, prompt, prepend_bos) for prompt in column] for name, column in _prompts(pairs).items()}
     for row, (clean, corrupted) in enumerate(zip(read["clean"], read["corrupted"], strict=True)):
@@ -152,5 +164,7 @@ def _metric_of(metric: PairMetric | None, answers: Ids | None, foils: Ids | None
         raise InputError("The pairs have no answers: give them, or a metric that needs none, a function of logits.")
     if metric is None:
         metric = LogProbability if foils is None else LogitDifference
-    made: Metric = metric(answers) if foils is None else metric(answers, foils)
+    # Of LogProbability(answer, position=None) the second argument is no foil.
+    takes_foil = foils is not None and "foil" in signature(metric).parameters
+    made: Metric = metric(answers, foil=foils) if takes_foil else metric(answers)
     return made

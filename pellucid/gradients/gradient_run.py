@@ -26,7 +26,7 @@ from pellucid.gradients.rules import Switch, layer_gates, refuse_rules, rule_hoo
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.names import BEFORE_BLOCKS
 from pellucid.sweep.lazy_logits import Asked, Cells, LazyLogits, plain
-from pellucid.sweep.metrics import Metric
+from pellucid.sweep.metrics import KLDivergence, Metric, Normalized
 from pellucid.sweep.scoring import MetricLike, check_metrics
 from pellucid.sweep.unedited import Unedited
 from pellucid.tables import BriefFields
@@ -35,6 +35,9 @@ INTEGER_MODULES = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
 """Where torch keeps modules that compute in integers."""
 
 Hook = tuple[str, Callable[..., Any]]
+
+ZERO_DIVERGENCE = 1e-6
+"""A KL divergence below is that of a run from itself, up to rounding in float32."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -222,3 +225,20 @@ def _checked(scores: Any, unedited: Unedited, metric: MetricLike, kept: Mapping[
             "model before it was quantised."
         )
     return scores
+
+
+def refuse_zero_gradient(metric: MetricLike, scores: Tensor) -> None:
+    """A divergence has its minimum where the run is the reference: nothing flows back from there.
+
+    Raises:
+        GradientError: it is at its minimum.
+    """
+    while isinstance(metric, Normalized):
+        zero, one = (torch.as_tensor(end).to(scores) for end in (metric.zero, metric.one))
+        scores, metric = scores * (one - zero) + zero, metric.metric
+    if isinstance(metric, KLDivergence) and bool((scores.abs() < ZERO_DIVERGENCE).any()):
+        raise GradientError(
+            "KLDivergence is 0 at the run that is patched, which is its reference, and its gradient is zero there: nothing "
+            "can be attributed. Take the other direction, so that the other prompt's run is patched, or a difference of "
+            "logits."
+        )

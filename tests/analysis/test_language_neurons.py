@@ -257,7 +257,8 @@ def test_a_file_has_what_is_needed_and_comes_back(tmp_path: Path) -> None:
     rows = found.rows()
     assert len(rows) == sum(map(len, found.neurons.values()))
     assert rows[0]["language"] == "en"
-    assert set(rows[0]) == {"language", "layer", "neuron", "entropy", "p_en", "p_fr", "p_zh"}
+    of_each = {f"{what}_{language}" for what in ("p", "low", "high") for language in ("en", "fr", "zh")}
+    assert set(rows[0]) == {"language", "layer", "neuron", "entropy"} | of_each
 
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:

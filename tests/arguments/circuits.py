@@ -91,6 +91,7 @@ REFUSED: list[Line] = [
         for name in ("edge_attribution", "faithfulness")
         for line in (
             (name, {"pairs": 3}, "pairs is PromptPairs"),
+            (name, {"metric": 3}, "metric is a class of metrics"),
             (name, {"pairs": UNEQUAL}, "clean of row 0 and corrupted of row 0 have different numbers of tokens"),
             (name, {"pairs": NO_ANSWER}, "The pairs have no answers"),
             *choice(name, "direction"),
@@ -102,6 +103,10 @@ REFUSED: list[Line] = [
     *whole("edge_attribution", "points", 1),
     *whole("edge_attribution", "memory_limit", 1),
     ("edge_attribution", {"memory_limit": 5}, "memory_limit=5. Give more"),
+    ("EdgeAttribution", {"pairs": 3}, "pairs is PromptPairs"),
+    ("EdgeAttribution", {"metric": 3}, "metric is a class of metrics"),
+    ("Faithfulness", {"pairs": 3}, "pairs is PromptPairs"),
+    ("Faithfulness", {"metric": 3}, "metric is a class of metrics"),
     *choice("EdgeAttribution", "method"),
     *choice("EdgeAttribution", "rule"),
     *choice("EdgeAttribution", "direction"),

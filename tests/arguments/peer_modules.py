@@ -179,8 +179,14 @@ REFUSED: list[Line] = [
         (name, {"cache": 3}, "cache maps names to tensors")
         for name in ("Hooked.get_caching_hooks", "Hooked.add_caching_hooks")
     ),
-    *((name, {"pos_slice": object()}, "A slice is") for name in ("Hooked.run_with_cache", "Hooked.get_caching_hooks")),
-    *((name, {"direction": "up"}, "Invalid dir") for name in ("Hooked.reset_hooks", "Hooked.remove_all_hook_fns")),
+    *(
+        (name, {"pos_slice": object()}, "A slice is an integer")
+        for name in ("Hooked.run_with_cache", "Hooked.get_caching_hooks")
+    ),
+    *(
+        (name, {"direction": "up"}, "Invalid dir: 'up'")
+        for name in ("Hooked.reset_hooks", "Hooked.remove_all_hook_fns")
+    ),
     ("utilities.logits_to_df", {"logits": LOGITS}, "the logits of one position"),
     *whole("utilities.logits_to_df", "top_k", 1),
     *whole("utilities.sample_logits", "top_k", 1),

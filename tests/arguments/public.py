@@ -115,7 +115,7 @@ NOT_TRIED: dict[str, str] = {
             "EdgeScores.strongest", "EdgeScores.stability", "Wiring.about", "Wiring.edges_of", "Wiring.graph", "Wiring.inside",
             "Wiring.names", "Wiring.number", "Wiring.numbers", "Wiring.receiver_number", "cmd", "cpr", "NeuronEdit.job_identity", "NeuronChange.check", "NeuronChange.edits", "Text.batches", "Receiver.comes_after",
             "Origin.specs", "Origin.check_model", "Edit.points", "Edit.hooks", "Edit.to_json", "Edit.from_json", "Change.new",
-            "Change.value", "place_of", "unit_shape", "refuse_no_effect", "as_neurons", "refuse_without_neurons", "Look.stands", "check_units", "read_prompts",
+            "Change.value", "place_of", "unit_shape", "refuse_no_effect", "refuse_zero_gradient", "as_neurons", "refuse_without_neurons", "Look.stands", "check_units", "read_prompts",
             "refuse_different_lengths", "find_site", "check_by", "make_grid", "about_run", "words_of", "about_metrics",
             "in_float32", "check_scores", "between", "switched", "default_by", "keep", "left_of", "score_of", "differing",
             "senders_of", "receivers_of", "chosen_names", "shards_of", "open_job", "read_document", "record_of_json",

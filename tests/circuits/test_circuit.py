@@ -64,7 +64,7 @@ def test_edges_of_a_wiring() -> None:
         ("L1H0->L1H1.q", "runs backwards: L1H1.q reads the stream before L1H0 adds to it"),
         ("L1.mlp_out->L1.mlp_in", "runs backwards"),
         ("L9H0->final", "has no sender 'L9H0'"),
-        ("embed->L0H2.k", "has no receiver 'L0H2.k'. Nearest: L0H2.q"),
+        ("embed->L0H2.k", "has no receiver 'L0H2.k'. Nearest: L0H1.k"),
         ("L0.attn_out->final", "has no sender 'L0.attn_out'"),
         ("embed", "An edge is written"),
         (("embed", "final", "x"), "An edge is written"),

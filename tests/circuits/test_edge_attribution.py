@@ -79,8 +79,9 @@ def test_scores_are_gradients_at_the_real_split_inputs(name: str) -> None:
         near(mine, product(change(hook), base.gradients[hook]), size, bound)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bloom", "opt"])
-def test_integrated_gradients_are_complete(name: str) -> None:
+@pytest.mark.parametrize(("name", "points"), [("gpt2", 18), ("bloom", 18), ("opt", 18), ("gpt_neox", 60)])
+def test_integrated_gradients_are_complete(name: str, points: int) -> None:
+    """The path of GPT-NeoX is steeper: the quadrature's error there is 1e-9 of the gap with 60 points, not with 18."""
     bridge, (clean, corrupted) = bridge_of(name), tokens()
     with torch.no_grad():
         gap = (tuned(bridge(corrupted)) - tuned(bridge(clean))).numpy()
@@ -90,7 +91,7 @@ def test_integrated_gradients_are_complete(name: str) -> None:
         pairs_of(clean, corrupted),
         tuned,
         method="eap-ig",
-        points=18,
+        points=points,
         direction="noising" if noising else "denoising",
     )
     from_embed = circuit.scores.values[:, circuit.wiring.ends[0] == 0].sum(1)
@@ -198,7 +199,7 @@ def test_an_adapter_is_in_the_weights() -> None:
 def test_what_is_refused() -> None:
     bridge, (clean, corrupted) = bridge_of("llama"), tokens()
     pairs = pairs_of(clean, corrupted)
-    with pytest.raises(InputError, match="clean of row 0 has 7"):
+    with pytest.raises(InputError, match="different numbers of tokens, 7 and 5"):
         edge_attribution(bridge, PromptPairs([clean[0].tolist()], [corrupted[0, :5].tolist()], [5], [9]))
     with pytest.raises(InputError, match=r"gives \[\] for 2 rows"):
         edge_attribution(bridge, pairs, lambda logits: logits[:, -1, 5].mean())
@@ -206,7 +207,7 @@ def test_what_is_refused() -> None:
         edge_attribution(bridge, pairs, lambda logits: logits[:, -1].argmax(-1).double())
     with torch.no_grad():
         at_clean = KLDivergence(bridge(clean)[:, -1])
-    with pytest.raises(GradientError, match="is zero at the clean run"):
+    with pytest.raises(GradientError, match="KLDivergence is 0 at the run that is patched"):
         edge_attribution(bridge, pairs, at_clean)
     assert edge_attribution(bridge, pairs, at_clean, direction="denoising").scores.n_pairs == 2
     with pytest.raises(InputError, match="two have to be kept"):
@@ -215,10 +216,10 @@ def test_what_is_refused() -> None:
         EdgeAttribution(bridge, pairs, method="eapig")  # type: ignore[arg-type]
     no_foil = edge_attribution(bridge, PromptPairs(clean.tolist(), corrupted.tolist(), [5, 5]))
     assert no_foil.scores.about["metric"] == "log-probability"
-    assert np.array_equal(no_foil.scores.values, edge_attribution(bridge, pairs, LogProbability).scores.values) is False
+    assert np.array_equal(no_foil.scores.values, edge_attribution(bridge, pairs, LogProbability).scores.values)
 
 
-@pytest.mark.parametrize("name", ["blocks.1.ln1.hook_scale", "blocks.0.attn.hook_q_in", "blocks.2.hook_v_input"])
+@pytest.mark.parametrize("name", ["blocks.1.ln1.hook_scale", "blocks.0.attn.q.hook_in", "blocks.2.hook_v_input"])
 def test_functions_between_the_stream_and_a_projection_are_refused(name: str) -> None:
     bridge = TransformerBridge(make_family("llama", torch.float64))
     if name.endswith("_input"):

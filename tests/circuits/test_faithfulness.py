@@ -31,7 +31,8 @@ def test_all_edges_are_the_base_run_and_none_the_source_run(name: str) -> None:
         base, source = difference(bridge(clean)).numpy(), difference(bridge(corrupted)).numpy()
     np.testing.assert_allclose(found.metric.values[-1], base, atol=BOUND)
     np.testing.assert_allclose(found.metric.values[0], source, atol=BOUND)
-    assert np.abs(np.diff(found.metric.values, axis=0)).min() > 1e-9
+    # One edge alone need not lead anywhere: what comes after it is patched.
+    assert np.abs(np.diff(found.metric.values[[0, 2, 3]], axis=0)).min() > 1e-9
     assert found.faithfulness.values[[0, -1]].tolist() == [0, 1]
     assert found.random_faithfulness.shape == (1, 4)
 
@@ -78,7 +79,7 @@ def test_means_outside() -> None:
     """Every input reads the means: what a whole forward gives whose parts are all set to them."""
     bridge, (clean, corrupted) = bridge_of("gpt2"), tokens()
     circuit = edge_attribution(bridge, pairs_of(clean, corrupted))
-    found = faithfulness(bridge, circuit, pairs_of(clean, corrupted), sizes=[], randoms=0, outside="mean")
+    found = faithfulness(bridge, circuit, pairs_of(clean, corrupted), sizes=[0], randoms=0, outside="mean")
     cache = bridge.run_with_cache(corrupted)[1]
     names = ["hook_embed", *(f"blocks.{i}.{site}" for i in range(3) for site in ("attn.hook_z", "hook_mlp_out"))]
 
@@ -112,5 +113,5 @@ def test_what_is_refused() -> None:
         faithfulness(bridge, circuit, pairs_of(clean, clean), sizes=[3], randoms=0)
     with pytest.raises(InputError, match=r"gives \[\] for 2 rows"):
         faithfulness(bridge, circuit, data, lambda logits: logits[:, -1, 5].mean(), sizes=[3])
-    with pytest.raises(InputError, match="clean of row 0 has 7"):
+    with pytest.raises(InputError, match="different numbers of tokens, 7 and 5"):
         faithfulness(bridge, circuit, PromptPairs([clean[0].tolist()], [corrupted[0, :5].tolist()], [5], [9]))

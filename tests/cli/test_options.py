@@ -17,6 +17,7 @@ from pellucid.cli.app import app
 
 WRONG: Mapping[str, Sequence[str]] = {
     "--activation-bar-ratio": ("x", "-1", "2", "nan"),
+    "--against": ("x",),
     "--agreement": ("", "x.gif"),
     "--answer": ("",),
     "--attn-implementation": ("x",),
@@ -72,9 +73,11 @@ WRONG: Mapping[str, Sequence[str]] = {
     "--prompt": ("",),
     "--prompt-file": ("", "nowhere.txt"),
     "--prompts": ("x", "0"),
-    "--randoms": ("x", "-1"),
     "--random-sets": ("x", "-1"),
+    "--randoms": ("x", "-1"),
     "--ray": ("x", "-1"),
+    "--relevance": ("x",),
+    "--relevance-tokens": ("x", "0"),
     "--repeats": ("x", "1"),
     "--revision": ("",),
     "--rule": ("x",),
@@ -84,6 +87,7 @@ WRONG: Mapping[str, Sequence[str]] = {
     "--show": ("x", "rank"),
     "--shown-neurons": ("x", "-1"),
     "--site": ("nonsense", ""),
+    "--stop-when-stable": ("x", "-1", "2", "nan"),
     "--store-dtype": ("x",),
     "--strength": ("x", "nan", "0", "1,", ""),
     "--tail": ("x",),

@@ -143,6 +143,10 @@ def test_results_are_text(format: str, hostile_model: Path, tmp_path: Path, monk
         "run": ["run", hostile_model, HOSTILE, "--hooks", "hook_embed", "--out", f"{out}.safetensors"],
         "check": ["check", hostile_model, "--layers", "0"],
         "attribute": ["attribute", hostile_model, f"the right {HOSTILE}", "--check", "0", "--out", f"parts{HOSTILE}"],
+        "circuit": [
+            *("circuit", hostile_model, "--answer", "id:5", "--foil", "id:6", "--out", f"circuit{HOSTILE}"),
+            *("--clean", f"a {HOSTILE} b", "--corrupted", f"c {HOSTILE} b"),
+        ],
         "lens": ["lens", hostile_model, f"the right {HOSTILE}", "--out", f"lens{HOSTILE}.json"],
         "heads": ["heads", hostile_model, f"the right {HOSTILE}", "--out", f"heads{HOSTILE}.json"],
         "steer": [

@@ -320,7 +320,7 @@ def test_a_stream_that_is_no_sum_is_refused() -> None:
 def test_neurons_that_cannot_be_seen_are_refused() -> None:
     bridge = TransformerBridge(make_family("llama"))
     bridge._tree.adapter.leave_out({"blocks.{i}.mlp.hook_post"})
-    bridge._tree.index = bridge._tree.adapter.hook_index()
+    bridge._tree.table = bridge._tree.adapter.hook_index()
     cached = bridge.run_with_cache(random_tokens(), names_filter=lambda name: "mlp.out" not in name)[1]
     for call in (cached.stack_neuron_results, cached.get_neuron_results):
         with pytest.raises(InputError, match="Neurons are read at mlp.hook_post, and this model has no such point"):

@@ -65,3 +65,12 @@ def test_a_metric_of_one_token_refuses_sets(demo: TransformerBridge, metric: typ
 def test_a_bad_row_is_told(demo: TransformerBridge, pairs: PromptPairs, said: str) -> None:
     with pytest.raises(InputError, match=said):
         pair_batches(demo, pairs)
+
+
+@pytest.mark.parametrize("metric", [LogProbability, Probability])
+def test_a_metric_of_the_answer_alone_takes_no_foil(demo: TransformerBridge, metric: type) -> None:
+    """The foils of the pairs are not its position."""
+    for batch in pair_batches(demo, PAIRS, metric):
+        answers = [demo.to_single_token(str(PAIRS.answer[row])) for row in batch.rows]  # type: ignore[index]
+        logits = demo(batch.clean.tokens)
+        assert torch.equal(batch.metric(logits), metric(answers)(logits))

@@ -171,6 +171,7 @@ def test_a_revision_and_where_it_goes(tmp_path: Path, monkeypatch: pytest.Monkey
 
         monkeypatch.setattr(kind, "from_pretrained", answer)
     monkeypatch.setattr("pellucid.model_bridge.running.checkpoint._find_file", lambda *_: None)
+    monkeypatch.setattr("pellucid.model_bridge.running.checkpoint._refuse_unreached", lambda *_: None)
     bridge = boot("owner/model", revision="step1000")
     assert torch.equal(bridge(random_tokens()), make_family("llama")(random_tokens()).logits)
     assert dict(reversed(asked)) == dict.fromkeys(("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"), "step1000")
