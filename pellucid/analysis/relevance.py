@@ -125,7 +125,8 @@ class NeuronRelevance(BriefFields):
         """Of each language the neurons of the highest score, as (layer, neuron), sorted; equal ones by layer, neuron.
 
         Args:
-            sizes: how many: a number, one a language, or as many as the languages of :func:`~pellucid.analysis.language_neurons.lape` have.
+            sizes: how many: a number, one a language, or as many as the languages of
+                :func:`~pellucid.analysis.language_neurons.lape` have.
             method: see :meth:`scores`.
             against: see :meth:`scores`.
 

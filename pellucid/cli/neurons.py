@@ -93,7 +93,9 @@ class Texts:
 
 @dataclass(frozen=True)
 class Measured:
-    """At most ``rows`` rows of each label of :class:`Texts` to measure on, as a text of :func:`~pellucid.analysis.perplexity.perplexity_change`."""
+    """At most ``rows`` rows of each label of :class:`Texts` to measure on, as a text of
+    :func:`~pellucid.analysis.perplexity.perplexity_change`.
+    """
 
     texts: Texts
     rows: int
