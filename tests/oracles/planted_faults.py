@@ -35,6 +35,7 @@ FAMILY_WEIGHTS = "tests/model_bridge/test_family_weights.py"
 
 SAES = "pellucid/model_bridge/hooking/sae_hooks.py"
 DECOMPOSITION = "pellucid/decomposition"
+CIRCUITS = "pellucid/circuits"
 ATTRIBUTION = "pellucid/attribution"
 GRADIENTS = "pellucid/gradients"
 IDENTITIES = "tests/decomposition/test_identities.py"
@@ -852,6 +853,41 @@ FAULTS = (
         "return [((place + 1) / 2, weight / 2)",
         "return [((place + 1) / 2, 1 / n_points)",
         "tests/attribution/test_attribution.py -k gauss",
+    ),
+    Fault(
+        "an edge that runs backwards is taken",
+        f"{CIRCUITS}/wiring.py",
+        "if from_ >= self.reached[to]:",
+        "if from_ > self.reached[to] + 99:",
+        "tests/circuits/test_circuit.py -k edges_that_are_none",
+    ),
+    Fault(
+        "what flows back through a norm leaves out that the norm rescales",
+        f"{CIRCUITS}/ends.py",
+        "left = given - normalized * along",
+        "left = given",
+        "tests/circuits/test_edge_attribution.py -k real_split_inputs",
+    ),
+    Fault(
+        "the MLP of a parallel block is given what flows back to attention, too",
+        f"{CIRCUITS}/ends.py",
+        "mlp = mlp - attention.sum(1)",
+        "pass",
+        "tests/circuits/test_edge_attribution.py -k real_split_inputs",
+    ),
+    Fault(
+        "an edge outside a circuit carries the run's own value",
+        f"{CIRCUITS}/patched_edges.py",
+        "added: Tensor = mask @ self.left[:, :reached].flatten(2)",
+        "added: Tensor = mask @ self.left[:, :reached].flatten(2) * 0",
+        "tests/circuits/test_faithfulness.py -k one_edge_outside",
+    ),
+    Fault(
+        "pairs of a circuit are resampled without replacement",
+        f"{CIRCUITS}/scores.py",
+        "drawn = rng.multinomial(count, np.full(count, 1 / count), size=resamples)",
+        "drawn = np.ones((resamples, count), dtype=np.int64)",
+        "tests/circuits/test_circuit.py -k resampl",
     ),
     Fault(
         "a divergence is expanded at its own reference",
