@@ -11,19 +11,10 @@ from torch import Tensor
 from pellucid.axes import HEADS
 from pellucid.errors import InputError
 from pellucid.experiments.options import SweepOptions
-from pellucid.experiments.places import Cells, Prompts, check_by, default_by, find_cells, find_site
+from pellucid.experiments.places import WORD_OF_AXIS, Cells, Prompts, check_by, default_by, find_cells, find_site
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.names import HookSpec
 from pellucid.tables import BriefFields
-
-WORDS: Mapping[str, str] = {
-    "pos": "pos",
-    "n_heads": "head",
-    "n_key_value_heads": "kv_head",
-    "key_pos": "key_pos",
-    "d_mlp": "neuron",
-}
-"""What cells lie along, by axis word. Other axes are features, and are summed."""
 
 ON_THE_STREAM = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")
 """Points that a layer's own attention and MLP do not stand between and the metric."""
@@ -73,10 +64,10 @@ class SiteCells(BriefFields):
         words = [word for word in by if word != "layer"]
         found = product
         for axis in range(len(axes) - 1, 0, -1):
-            word = WORDS.get(axes[axis])
+            word = WORD_OF_AXIS.get(axes[axis])
             kept_here = word is not None and word in words
             found = self._kept(found, axis, str(word)) if kept_here else self._chosen(found, axis).sum(axis)
-        kept = [WORDS[axis] for axis in axes[1:] if WORDS.get(axis) in words]
+        kept = [WORD_OF_AXIS[axis] for axis in axes[1:] if WORD_OF_AXIS.get(axis) in words]
         return found.permute(0, *(1 + kept.index(word) for word in words))
 
     def _kept(self, tensor: Tensor, axis: int, word: str) -> Tensor:
@@ -102,12 +93,15 @@ class SiteCells(BriefFields):
         """By hook, which of its numbers ``[1, *axes]`` (bool) belong to the cells of ``chosen`` ``[*by]`` (bool)."""
         by, axes = self.cells.by, self.cells.site.first.axes
         words = [word for word in by if word != "layer"]
-        order = [WORDS[axis] for axis in axes[1:] if WORDS.get(axis) in words]
+        order = [WORD_OF_AXIS[axis] for axis in axes[1:] if WORD_OF_AXIS.get(axis) in words]
         found = {}
         for place, (layer, spec) in enumerate(self.specs.items()):
             part = chosen.select(by.index("layer"), place) if layer is not None else chosen
             part = part.permute(*(words.index(word) for word in order)) if order else part
-            shape = [1] + [part.shape[order.index(WORDS[axis])] if WORDS.get(axis) in words else 1 for axis in axes[1:]]
+            shape = [1] + [
+                part.shape[order.index(WORD_OF_AXIS[axis])] if WORD_OF_AXIS.get(axis) in words else 1
+                for axis in axes[1:]
+            ]
             part = part.reshape(shape)
             for axis in range(1, len(axes)):
                 part = self._widened(part, axis, sizes[axes[axis]])
@@ -117,7 +111,7 @@ class SiteCells(BriefFields):
     def _widened(self, part: Tensor, axis: int, size: int) -> Tensor:
         """The inverse of what :meth:`summed` does to an axis."""
         word, cells = self.cells.site.first.axes[axis], self.cells
-        own = WORDS.get(word)
+        own = WORD_OF_AXIS.get(word)
         if own in cells.by and own is not None:
             places = cells.places[own]
             if own == "neuron":

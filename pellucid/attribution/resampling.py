@@ -85,15 +85,18 @@ def stability_of(effects: Numbers, spans: Numbers | None, resamples: int, n: int
 
 
 def mean_jaccard(chosen: NDArray[np.int64]) -> float:
-    """The mean over all pairs of rows of ``[draw, n]`` distinct members: shared members over all members."""
+    """The mean of :func:`pairwise_jaccard`; NaN of a single row."""
+    return float(pairwise_jaccard(chosen).mean()) if len(chosen) > 1 else float("nan")
+
+
+def pairwise_jaccard(chosen: NDArray[np.int64]) -> Numbers:
+    """Of any two rows of ``[draw, n]`` distinct members, shared members over all members; ``[pair of rows]``."""
     draws, n = chosen.shape
-    if draws < 2:
-        return float("nan")
     _, members = np.unique(chosen, return_inverse=True)
     table = np.zeros((draws, int(members.max()) + 1))
     table[np.arange(draws)[:, None], members.reshape(draws, n)] = 1
     shared = (table @ table.T)[np.triu_indices(draws, 1)]
-    return float((shared / (2 * n - shared)).mean())
+    return np.asarray(shared / (2 * n - shared))
 
 
 def pearson(one: Numbers, other: Numbers) -> float:

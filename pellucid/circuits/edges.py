@@ -132,6 +132,7 @@ class EdgeAttribution(EdgeChoices, BriefFields):
         points = path_points(self.method, self.points, self.rule)
         if points != [(1.0, 1.0)]:
             here = unedited.observe(ends.writing_hooks).activations
+        sent: Tensor | None = None
         for at, weight in points:
             instead = None if here is None else {embed: there[embed] + at * (here[embed] - there[embed])}
             hooks = list(dict.fromkeys([*ends.gradient_hooks, *(ends.writing_hooks if here is None else [])]))
@@ -142,7 +143,8 @@ class EdgeAttribution(EdgeChoices, BriefFields):
             values = _from(first, {name: value.detach() for name, value in run.activations.items()})
             del run
             with torch.no_grad():
-                sent = ends.differences(_from(first, there), values if here is None else _from(first, here))
+                if sent is None:  # the same at every point
+                    sent = ends.differences(_from(first, there), values if here is None else _from(first, here))
                 flowed = flowed or bool(ends.at_the_end(gradients).any())
                 found = weight * self._contracted(ends, sent, gradients, values)
             total = found if total is None else total + found

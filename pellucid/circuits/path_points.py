@@ -6,8 +6,7 @@ A path leads from the source run's embedding to the base run's; what flows back 
 
 from __future__ import annotations
 
-import numpy as np
-
+from pellucid.attribution.estimates import gauss_legendre
 from pellucid.circuits.options import Method, Rule
 
 
@@ -23,7 +22,6 @@ def path_points(method: Method, points: int, rule: Rule) -> list[tuple[float, fl
     if method == "eap":
         return [(1.0, 1.0)]
     if rule == "gauss-legendre":
-        nodes, weights = np.polynomial.legendre.leggauss(points)
-        return [(float(1 + node) / 2, float(weight) / 2) for node, weight in zip(nodes, weights, strict=True)]
+        return gauss_legendre(points)
     shift = 0.5 if rule == "midpoint" else 1.0
     return [((step + shift) / points, 1 / points) for step in range(points)]

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import combinations
 from typing import Any
 
 import numpy as np
 
 from pellucid.arguments import check_count
+from pellucid.attribution.resampling import pairwise_jaccard
 from pellucid.circuits.wiring import Wiring
 from pellucid.errors import InputError
 from pellucid.tables import BriefFields
@@ -141,7 +141,7 @@ class EdgeScores(BriefFields):
             row[rng.permutation(count)[: count // 2]] = 1
         one, other = self._tops(first, n), self._tops(1 - first, n)
         halves = [_jaccard(np.intersect1d(a, b).size, n) for a, b in zip(one, other, strict=True)]
-        return Stability(n, in_top, Overlap.of(_pairwise(tops, n)), Overlap.of(halves), seed)
+        return Stability(n, in_top, Overlap.of(pairwise_jaccard(tops)), Overlap.of(halves), seed)
 
     def _refuse_few(self, what: str) -> None:
         if len(self.values) < 2:
@@ -162,12 +162,3 @@ class EdgeScores(BriefFields):
 
 def _jaccard(shared: int, n: int) -> float:
     return shared / (2 * n - shared)
-
-
-def _pairwise(tops: np.ndarray, n: int) -> np.ndarray:
-    """Jaccard's measure of any two rows of ``[draw, n]``."""
-    ever, places = np.unique(tops, return_inverse=True)
-    member = np.zeros((len(tops), len(ever)), dtype=np.float32)
-    member[np.arange(len(tops))[:, None], places.reshape(tops.shape)] = 1
-    shared = member @ member.T
-    return np.array([_jaccard(int(shared[a, b]), n) for a, b in combinations(range(len(tops)), 2)])

@@ -45,13 +45,14 @@ DEFAULTS = SweepOptions()
 SEVERAL = "⟦…⟧"
 """The label of a position where rows have different tokens."""
 
-_WORD_OF_AXIS: Mapping[str, str] = {
+WORD_OF_AXIS: Mapping[str, str] = {
     "pos": "pos",
     "n_heads": "head",
     "n_key_value_heads": "kv_head",
     "key_pos": "key_pos",
     "d_mlp": "neuron",
 }
+"""What cells lie along, by axis word. Other axes are features."""
 _WORDS = ("layer", "pos", "head", "kv_head", "key_pos", "neuron", "group")
 
 
@@ -81,7 +82,7 @@ class Site(BriefFields):
     def words(self) -> tuple[str, ...]:
         """Axes that cells can lie along."""
         layer = () if None in self.specs else ("layer",)
-        own = {_WORD_OF_AXIS[axis] for axis in self.first.axes if axis in _WORD_OF_AXIS}
+        own = {WORD_OF_AXIS[axis] for axis in self.first.axes if axis in WORD_OF_AXIS}
         if "neuron" in own:
             own.add("group")
         return (*layer, *(word for word in _WORDS if word in own))
@@ -89,7 +90,7 @@ class Site(BriefFields):
     @property
     def heads(self) -> str | None:
         """Which of its axes is heads, and the size that counts them: ``"head"``, ``"kv_head"`` or ``None``."""
-        return next((_WORD_OF_AXIS[axis] for axis in self.first.axes if axis in HEADS), None)
+        return next((WORD_OF_AXIS[axis] for axis in self.first.axes if axis in HEADS), None)
 
     def own_word(self, word: str) -> str:
         """The axis that a word means here: ``"head"`` is whichever heads the site has."""
