@@ -1,4 +1,7 @@
-"""Shared fixtures. Tests run on one thread: tiny models gain nothing from more, and a loaded machine loses much."""
+"""Shared fixtures. Tests run on one thread: tiny models gain nothing from more, and a loaded machine loses much.
+
+What takes seconds to import (transformers) is imported by the tests that use it.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from transformers import BloomForCausalLM
-
-from pellucid import TransformerBridge
 
 if TYPE_CHECKING:
+    from pellucid import TransformerBridge
     from pellucid.demo.story import Story
 
 torch.set_num_threads(1)
@@ -49,6 +50,8 @@ def story(demo: TransformerBridge) -> Story:
 @pytest.fixture
 def entered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many columns each call of the Hugging Face model is given, one after the other."""
+    from transformers import BloomForCausalLM
+
     calls: list[int] = []
     forward = BloomForCausalLM.forward
 

@@ -23,14 +23,12 @@ import torch
 import xarray as xr
 from sklearn.metrics import average_precision_score
 from torch import Tensor
-from typer.testing import CliRunner
 
 from pellucid import FactoredMatrix, TransformerBridge, patching
 from pellucid.analysis.expert_neurons import expertise
 from pellucid.analysis.language_neurons import lape
 from pellucid.analysis.neurons import add, force, scale
 from pellucid.analysis.perplexity import log_perplexity, perplexity_change
-from pellucid.cli.app import app
 from pellucid.corpora import Corpus
 from pellucid.errors import InputError
 from pellucid.experiments.ablation import Ablation, ablation
@@ -64,6 +62,7 @@ from pellucid.sweep import (
     SetTo,
     Sweep,
 )
+from tests.command_line import invoke
 from tests.models import make_bloom, random_tokens
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -507,7 +506,7 @@ def test_a_command(
     for label, text in TEXTS.items():
         Path(f"{label}.txt").write_text("\n".join([text] * 8), "utf-8")
     word = str(dtype).removeprefix("torch.")
-    done = CliRunner().invoke(app, [command, str(folder), *COMMANDS[command], "--dtype", word, "--format", "json"])
+    done = invoke(command, folder, *COMMANDS[command], "--dtype", word, "--format", "json")
     assert done.exit_code == 0, done.output
     json.loads(done.stdout)
     if command == "harvest":

@@ -19,13 +19,12 @@ from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import BloomForCausalLM
-from typer.testing import CliRunner
 
 import pellucid
 from pellucid import TransformerBridge
+from pellucid.cli import demo as demo_module
 from pellucid.cli import models
 from pellucid.cli import run as run_module
-from pellucid.cli.app import app
 from pellucid.cli.check import ranges, summarise
 from pellucid.cli.options import ModelChoice
 from pellucid.demo import MODEL_FOLDER
@@ -34,6 +33,7 @@ from pellucid.demo.story import Story
 from pellucid.model_bridge.verification.check_report import CheckReport, CheckResult
 from pellucid.storage.whole_files import whole_file
 from tests import forked
+from tests.command_line import invoke
 
 ROOT = Path(__file__).parents[2]
 PATTERNS = "blocks.*.attn.hook_pattern"
@@ -43,7 +43,7 @@ COLOUR = re.compile(r"\x1b\[[\d;]*[349]\d[;m]")
 
 def cli(*arguments: str | Path, input: str | bytes | None = None, **environment: str) -> Any:
     """Run a command in this process."""
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=input, env=environment)
+    return invoke(*arguments, input=input, env=environment)
 
 
 def process(*arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
@@ -546,9 +546,12 @@ def test_ranges() -> None:
 
 
 @pytest.fixture(scope="module")
-def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+def shown(story: Story, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """What the command writes and says of the story; a process of its own computes one as well (further down)."""
     out = tmp_path_factory.mktemp("demo") / "made" / "here"
-    return out, cli("demo", "--out", out, COLUMNS="80")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo_module, "run_demo", lambda *_: story)
+        return out, cli("demo", "--out", out, COLUMNS="80")
 
 
 def test_the_demo_tells_its_story(shown: tuple[Path, Any]) -> None:

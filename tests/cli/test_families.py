@@ -9,18 +9,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from typer.testing import CliRunner
 
 from pellucid import TransformerBridge
-from pellucid.cli.app import app
+from tests.command_line import invoke as cli
 from tests.families import make_family
 from tests.tiny_tokenizers import byte_level
 
 FAMILIES = ("llama", "gpt2", "gemma2")
-
-
-def cli(*arguments: str | Path) -> Any:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from pellucid import TransformerBridge
 from pellucid.analysis.criteria import compare_criteria
@@ -20,12 +19,12 @@ from pellucid.analysis.perplexity import perplexity_change
 from pellucid.analysis.relevance import neuron_relevance
 from pellucid.analysis.stopping import count_until_stable
 from pellucid.cli import neurons as neurons_module
-from pellucid.cli.app import app
 from pellucid.cli.neurons_output import ratio
 from pellucid.corpora import Corpus
 from pellucid.demo.texts import held_out_halves, written_text
 from pellucid.model_bridge.corpus.corpus_pass import PassBatch
 from pellucid.running_stats import CountPositive
+from tests.command_line import invoke
 from tests.storage.test_safetensors_files import largest_file
 
 QUICK = ("--context", "32", "--measured-tokens", "96", "--random-sets", "1", "--examples", "2", "--shown-neurons", "1")
@@ -35,7 +34,7 @@ PICTURES = {"layers.html", "overlap.html", "change.html", "examples.html"}
 
 
 def cli(*arguments: str | Path) -> Any:
-    return CliRunner().invoke(app, ["neurons", *(str(argument) for argument in arguments)])
+    return invoke("neurons", *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,11 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from typer.main import get_command
-from typer.testing import CliRunner
 
-from pellucid.cli.app import app
 from tests import forked
+from tests.command_line import GROUP, invoke
 
 pty = pytest.importorskip("pty", reason="pseudo-terminals are POSIX")
 fcntl = pytest.importorskip("fcntl")
@@ -89,21 +86,18 @@ def test_the_hubs_switch_turns_the_bars_off() -> None:
 
 # -- help --------------------------------------------------------------------------------------------------------------
 
-COMMANDS = (None, *sorted(get_command(app).commands))  # type: ignore[attr-defined]
+COMMANDS = (None, *sorted(GROUP.commands))
 
 
 def helped(command: str | None) -> str:
-    done = CliRunner().invoke(
-        app, [*([command] if command else []), "--help"], env={"COLUMNS": "80"}, terminal_width=80
-    )
+    done = invoke(*([command] if command else []), "--help", env={"COLUMNS": "80"}, terminal_width=80)
     assert done.exit_code == 0
     return done.stdout
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_breaks_no_word_at_80_columns(command: str | None) -> None:
-    group: Any = get_command(app)
-    found = group if command is None else group.commands[command]
+    found = GROUP if command is None else GROUP.commands[command]
     text = helped(command)
     assert max(map(len, text.splitlines())) <= 80
     words = set(text.split())
@@ -121,8 +115,7 @@ def test_help_ends_with_an_example_that_can_be_typed(command: str | None) -> Non
     assert text.count("  Example:\n") == 1
     typed = shlex.split(text.split("  Example:\n")[1].replace("\\\n", " "))
     assert typed[:2] == ["pellucid", command or "demo"]
-    group: Any = get_command(app)
-    found = group.commands[typed[1]]
+    found = GROUP.commands[typed[1]]
     found.make_context(typed[1], typed[2:])  # parses, with every option and every value of it
 
 

@@ -10,10 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
-from typer.main import get_command
-from typer.testing import CliRunner
 
-from pellucid.cli.app import app
+from tests.command_line import GROUP, invoke
 
 WRONG: Mapping[str, Sequence[str]] = {
     "--activation-bar-ratio": ("x", "-1", "2", "nan"),
@@ -99,7 +97,7 @@ WRONG: Mapping[str, Sequence[str]] = {
     "--worker": ("x", "3/2"),
 }
 
-COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
+COMMANDS = GROUP.commands
 OPTIONS = {
     (name, option.opts[0])
     for name, command in COMMANDS.items()
@@ -141,7 +139,7 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mapping[str, list[s
 def test_refused_by_name(command: str, option: str, call: Mapping[str, list[str]], tmp_path: Path) -> None:
     for value in WRONG[option]:
         asked = [*call[command], f"{option}={value}"]
-        done = CliRunner().invoke(app, asked)
+        done = invoke(*asked)
         assert done.exit_code == 2, (asked, done.exit_code, done.output[-500:], done.exception)
         named = option.removeprefix("--") in done.stderr.replace("_", "-") or (value and repr(value) in done.stderr)
         assert named, (asked, done.stderr)

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.main import get_command
-from typer.testing import CliRunner
 
-from pellucid.cli.app import app
+from tests.command_line import GROUP, invoke
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,18 +56,16 @@ WRONG = (
 
 TRY = """
 import sys
-from typer.testing import CliRunner
-from pellucid.cli.app import app
+from tests.command_line import invoke
 for line in sys.stdin.read().splitlines():
-    done = CliRunner().invoke(app, line.split("\\t"))
+    done = invoke(*line.split("\\t"))
     loaded = [name for name in ("torch", "transformers") if name in sys.modules]
     print(done.exit_code, "Traceback" in done.output, loaded, repr(done.stderr), sep="\\t")
 """
 
 
 def test_every_command_takes_part() -> None:
-    group: Any = get_command(app)
-    assert {line[0] for line in WRONG} == set(group.commands)
+    assert {line[0] for line in WRONG} == set(GROUP.commands)
 
 
 def test_a_wrong_path_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
@@ -113,7 +109,7 @@ INTERRUPTED_IN = {
 }
 
 
-@pytest.mark.parametrize("command", sorted(get_command(app).commands))  # type: ignore[attr-defined]
+@pytest.mark.parametrize("command", sorted(GROUP.commands))
 def test_an_interrupt_says_what_was_kept(command: str, tmp_path: Path, monkeypatch: Any) -> None:
     words, place, said = INTERRUPTED_IN[command]
 
@@ -122,7 +118,7 @@ def test_an_interrupt_says_what_was_kept(command: str, tmp_path: Path, monkeypat
 
     (tmp_path / "en.txt").write_text("text")
     monkeypatch.setattr(place, interrupt)
-    done = CliRunner().invoke(app, [word.format(file=tmp_path / "en.txt", out=tmp_path / "out") for word in words])
+    done = invoke(*(word.format(file=tmp_path / "en.txt", out=tmp_path / "out") for word in words))
     assert done.exit_code == 130
     assert done.stderr.startswith("interrupted: ")
     assert said in done.stderr

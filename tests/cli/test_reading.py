@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 from pellucid.analysis.heads import RandomRepeats, head_scores
 from pellucid.analysis.labelled import data_set_from_document, data_set_to_document
 from pellucid.analysis.lens import LogitLens, TunedLens, load_lens
-from pellucid.cli.app import app
 from pellucid.demo import LENSES_FOLDER, load_demo_bridge
+from tests.command_line import invoke as cli
 
 TEXT = "Everyone has the right to"
-
-
-def cli(*arguments: str | Path) -> Any:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def test_a_lens_from_the_shell(tmp_path: Path) -> None:

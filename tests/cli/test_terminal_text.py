@@ -14,12 +14,9 @@ from typing import Any
 
 import pytest
 from rich.text import Text
-from typer.main import get_command
-from typer.testing import CliRunner
 
 from pellucid.cli import main
 from pellucid.cli import run as run_module
-from pellucid.cli.app import app
 from pellucid.cli.mistakes import report_errors
 from pellucid.cli.output import table
 from pellucid.cli.terminal import SafeConsole
@@ -27,16 +24,17 @@ from pellucid.demo import MODEL_FOLDER
 from pellucid.demo.story import Story
 from pellucid.errors import InputError, PellucidWarning
 from pellucid.tables import CONTROL, Table, visible
+from tests.command_line import GROUP, invoke
 
 HOSTILE = "x\x1b[8m\x1b]0;t\x07\x9b2J\x7f\u202e\r"
 """A hidden text, a new title, a cleared screen, a deleted character, a turned direction, a line begun anew."""
 
-COMMANDS: Any = get_command(app).commands  # type: ignore[attr-defined]
+COMMANDS = GROUP.commands
 
 
 def outcome(*arguments: str | Path) -> Any:
     """A command's outcome in this process; nothing is taken out of its output because that is no terminal."""
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], color=True)
+    return invoke(*arguments, color=True)
 
 
 def is_text(output: str, quoted: bool = True) -> bool:

@@ -10,14 +10,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from pellucid.cli.app import app
 from pellucid.demo import MODEL_FOLDER
 from pellucid.scale.stored_activations import StoredActivations
+from tests.command_line import invoke as cli
 from tests.scale.jobs import contents
 
 ROOT = Path(__file__).parents[2]
@@ -39,10 +37,6 @@ def words(text: dict[str, Path], out: Path, *more: str) -> list[str]:
     files = [word for label, path in text.items() for word in ("--corpus", f"{label}={path}")]
     sizes = ["--context", "32", "--batches-per-shard", "1"]
     return ["harvest", "demo", *files, "--hooks", HOOK, *sizes, "--out", str(out), *more]
-
-
-def cli(*arguments: str) -> Any:
-    return CliRunner().invoke(app, list(arguments))
 
 
 def test_a_killed_worker_costs_unfinished_shards_only(text: dict[str, Path], tmp_path: Path) -> None:
