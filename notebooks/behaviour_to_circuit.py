@@ -54,7 +54,8 @@ from pellucid.plots import heat_map
 
 stream = attribution_patching(bridge, pairs, site="resid_pre", method="relp", check=8, progress=False)
 print(stream.attrs["summary"])
-heat_map(stream.effect, title="Where the word is", unit="estimated effect (0 corrupted, 1 clean)")
+places = {"pos": [str(place) for place in range(11)]}
+heat_map(stream.effect, title="Where the word is", unit="estimated effect (0 corrupted, 1 clean)", labels=places)
 
 # %% [markdown]
 # The word stays where it was read until layer 1, and is at the last position from layer 2 on. Something in layer 1
