@@ -53,12 +53,12 @@ def circuit_map(edges: xarray.Dataset, *, title: str | None = None, subtitle: st
 
 
 def faithfulness_bars(curve: xarray.Dataset, *, title: str | None = None, subtitle: str | None = None) -> Figure:
-    """The share of the metric's gap that a circuit of each size keeps, beside random circuits and the interval's ends.
+    """The share of the metric's gap that a circuit of each size keeps, with its interval, beside random circuits.
 
     Args:
         curve: what ``faithfulness`` gives.
         title: by default with CPR and CMD.
-        subtitle: a smaller line below the title.
+        subtitle: a smaller line below the title; by default what the lines are.
 
     Returns:
         a figure with a trace for each series.
@@ -72,14 +72,19 @@ def faithfulness_bars(curve: xarray.Dataset, *, title: str | None = None, subtit
         raise InputError(
             f"curve is what faithfulness gives; found a data set of {', '.join(map(str, curve)) or 'nothing'}."
         )
-    series = {"strongest edges": curve["faithfulness"], "95 % from": curve["low"], "to": curve["high"]}
+    series = {"strongest edges": curve["faithfulness"]}
     if curve.sizes["random"]:
         series["random edges"] = curve["random_faithfulness"].mean("random")
     if title is None:
         title = f"Faithfulness: CPR {curve.attrs['cpr']:.2f}, CMD {curve.attrs['cmd']:.2f}"
     labels = {"size": [f"{size:,}" for size in curve["size"].values.tolist()]}
     plain = {name: one.reset_coords(drop=True) for name, one in series.items()}
-    return bars(plain, title=title, unit="share of the metric's gap that is kept", subtitle=subtitle, labels=labels)
+    interval = None
+    if np.isfinite(curve["low"].values).any():  # one pair has none
+        interval = (curve["low"].reset_coords(drop=True), curve["high"].reset_coords(drop=True))
+        subtitle = "Lines: 95 % interval over resampled pairs." if subtitle is None else subtitle
+    unit = "share of the metric's gap that is kept"
+    return bars(plain, title=title, unit=unit, subtitle=subtitle, labels=labels, interval=interval)
 
 
 def _in_order(names: list[str]) -> list[str]:

@@ -31,7 +31,7 @@ from pellucid.plots.layout import (
     layout_of,
 )
 from pellucid.plots.picture import GAP, SERIES, Panel, Picture
-from pellucid.plots.sheet import INKS
+from pellucid.plots.sheet import CAP, INKS, THIN
 from pellucid.plots.svg import svg_of
 from pellucid.plots.text import FONTS, escaped, lines, plain, visible
 
@@ -128,6 +128,10 @@ def _bars(picture: Picture, panel: Panel, number: int) -> list[Bar]:
         name = escaped(visible(picture.series[series])) or None
         shown = {"hovertext": _hovers(picture, panel)[series], "hoverinfo": "text", "marker": {"color": SERIES[series]}}
         places = {"x": list(range(len(picture.x))), "y": np.where(np.isfinite(heights), heights, np.nan)}
+        if panel.ends is not None and series == 0:
+            low, high = panel.ends
+            beyond = {"type": "data", "symmetric": False, "array": high - heights, "arrayminus": heights - low}
+            shown["error_y"] = {**beyond, "color": INKS["ink"], "thickness": THIN, "width": CAP}
         made.append(Bar(name=name, legendgroup=name, showlegend=keyed, **places, **shown, **axes))
     return made
 

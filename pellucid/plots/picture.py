@@ -92,6 +92,7 @@ class Panel:
         scale: colours of cells.
         texts: what is written into cells instead of their numbers, ``[row][column]``, one line each.
         said: more lines under the pointer, ``[row][column]``.
+        ends: of the first series' bars the lower and upper end of an interval, ``[2, column]``; NaN where there is none.
     """
 
     heading: str
@@ -99,6 +100,7 @@ class Panel:
     scale: Scale | None = None
     texts: tuple[tuple[str, ...], ...] = ()
     said: tuple[tuple[tuple[str, ...], ...], ...] = ()
+    ends: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -61,6 +61,9 @@ class Cells:
 
 Mark = Rect | Text | Cells
 
+THIN, CAP = 1.5, 4
+"""Pixels of the line of an interval, and to each side of it at its ends."""
+
 MOST_HOVERS = 5_000
 """Cells of a picture that say their number under the pointer; each is then an element of its own."""
 
@@ -135,6 +138,12 @@ def _bars(picture: Picture, panel: Panel, box: Box) -> list[Mark]:
                 left, top = box.left + (column + 0.1) * place + series * wide, height(max(value, 0.0))
                 bar = Box(left, top, wide, height(min(value, 0.0)) - top)
                 marks.append(Rect(bar, SERIES[series], tuple(hovers[series][column])))
+    for column, (low, high) in enumerate(() if panel.ends is None else panel.ends.T.tolist()):
+        if math.isfinite(low) and math.isfinite(high):
+            middle, top, foot = box.left + (column + 0.1) * place + wide / 2, height(high), height(low)
+            marks.append(Rect(Box(middle - THIN / 2, top, THIN, foot - top), "ink"))
+            cap = min(0.5 * wide, 2 * CAP)
+            marks += [Rect(Box(middle - cap / 2, at - THIN / 2, cap, THIN), "ink") for at in (top, foot)]
     return [*marks, Rect(Box(box.left, height(0.0) - 0.5, box.width, 1), "faint")]
 
 

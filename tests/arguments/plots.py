@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import xarray as xr
 
 from pellucid import plots
@@ -110,6 +111,11 @@ REFUSED: list[Line] = [
     ("bars", {"result": {}}, "the mapping of results"),
     ("bars", {"facet": "nowhere"}, "facet: there is no axis nowhere"),
     ("bars", {"labels": 3}, "labels maps axes"),
+    ("bars", {"interval": 3}, "interval is a list"),
+    ("bars", {"result": np.zeros(2), "interval": (np.ones(2), np.zeros(2))}, "2 lower ends are above. Give the lower"),
+    ("bars", {"interval": (RESULT,)}, "interval is .lower ends, upper ends.; found 1"),
+    ("bars", {"interval": (3, 3)}, "the lower end of interval is of type int"),
+    ("bars", {"interval": (np.zeros(99), np.ones(99))}, "the lower end of interval. has"),
     ("examples_page", {"examples": 3}, "examples maps headings"),
     ("examples_page", {"examples": {}}, "there are no examples"),
     ("examples_page", {"examples": {"a": 3}}, r"examples\['a'\] is a list"),

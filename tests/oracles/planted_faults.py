@@ -1620,6 +1620,20 @@ FAULTS = (
         "tests/plots/test_drawings.py -k belongs",
     ),
     Fault(
+        "the line of an interval ends at the bar",
+        "pellucid/plots/sheet.py",
+        "middle, top, foot = box.left + (column + 0.1) * place + wide / 2, height(high), height(low)",
+        "middle, top, foot = box.left + (column + 0.1) * place + wide / 2, height(high), height(0.0)",
+        "tests/plots/test_drawings.py -k from_end_to_end",
+    ),
+    Fault(
+        "an interval is drawn at the random edges",
+        "pellucid/plots/figures.py",
+        "if panel.ends is not None and series == 0:",
+        "if panel.ends is not None and series == 1:",
+        "tests/plots/test_circuit_plots.py -k interval",
+    ),
+    Fault(
         "a clipped scale is not said",
         "pellucid/plots/heat_maps.py",
         "if scale.below or scale.above:",

@@ -38,3 +38,15 @@ def test_the_curve_as_bars() -> None:
     assert heights["random edges"] == [0, 0.1, 1]
     assert "CPR 0.50" in figure.layout.title.text
     assert "random edges" not in {trace.name for trace in faithfulness_bars(CURVE.isel(random=[])).data}
+
+
+def test_the_curve_has_its_interval_and_says_so() -> None:
+    curve = CURVE.assign(low=("size", [0.0, 0.25, 1.0]), high=("size", [0.0, 1.5, 1.0]))
+    figure = faithfulness_bars(curve)
+    strongest, random = figure.data
+    assert list(strongest.y + strongest.error_y.array) == [0, 1.5, 1]
+    assert list(strongest.y - strongest.error_y.arrayminus) == [0, 0.25, 1]
+    assert random.error_y.array is None
+    assert "95 % interval" in figure.picture.notes[0]
+    of_one_pair = CURVE.assign(low=("size", [np.nan] * 3), high=("size", [np.nan] * 3))
+    assert not faithfulness_bars(of_one_pair).picture.notes

@@ -203,6 +203,28 @@ def outlying(value: float = 500.0) -> np.ndarray:
     return grid
 
 
+def test_an_interval_is_a_line_from_end_to_end(tmp_path: Path) -> None:
+    low, high = np.array([1.0, -3.0, np.nan]), np.array([4.0, -1.0, 9.0])
+    figure = bars(np.array([2.0, -2.0, 3.0]), title="t", unit="u", interval=(low, high))
+    picture = figure.picture
+    up, box = picture.y, layout_of(picture).panels[0]
+    assert isinstance(up, Scale)
+    lines = [
+        {name: float(rect.get(name, "nan")) for name in ("x", "y", "width", "height")}
+        for rect in svg(figure).iter(f"{SVG}rect")
+        if rect.get("class") == "ink"
+    ]
+    upright = [line for line in lines if line["height"] > line["width"]]
+    assert len(lines) == 6  # a line and two caps for each of two; the third has no lower end
+    for line, ends in zip(upright, ((1.0, 4.0), (-3.0, -1.0)), strict=True):
+        foot, top = (box.bottom - box.height * (end - up.low) / (up.high - up.low) for end in ends)
+        assert (line["y"], line["y"] + line["height"]) == pytest.approx((top, foot), abs=0.02)
+    assert picture.hovers(picture.panels[0])[0][0][-1] == "from 1 to 4"
+    save_picture(figure, tmp_path / "a.png")
+    assert 4.0 < up.high < 5.0  # an end is inside the picture, what is not drawn takes no room
+    assert bars({"a": RANDOM.normal(size=3), "b": low}, interval=(low, high)).data[1].error_y.array is None
+
+
 def test_an_outlier_does_not_flatten_the_rest_and_the_picture_says_so(tmp_path: Path) -> None:
     figure = heat_map(outlying(), title="t", unit="u")
     assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (-2, 2)
