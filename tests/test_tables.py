@@ -80,6 +80,7 @@ INTERNAL = {
     "PackedAttention": "inside a sweep",
     "PackedModel": "inside a sweep",
     "PairPass": "inside an attribution",
+    "PairStream": "inside an attribution",
     "PartsOfFused": "abstract",
     "PatchedEdges": "inside a measurement of faithfulness",
     "PathEdits": "inside path patching",

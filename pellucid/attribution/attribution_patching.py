@@ -22,20 +22,14 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pellucid.arguments import (
-    check_choice,
-    check_count,
-    check_kind,
-    check_list,
-    check_number,
-    check_path,
-)
+from pellucid.arguments import check_choice, check_count, check_kind, check_list
 from pellucid.attribution.cells import SiteCells, find_site_cells
 from pellucid.attribution.checking import SUBSETS
 from pellucid.attribution.choices import METHODS
 from pellucid.attribution.estimates import Estimator
+from pellucid.attribution.pair_pass import PairPass, effect_bytes, refuse_too_much
 from pellucid.attribution.results import SiteResult, flat
-from pellucid.attribution.streaming import PairPass
+from pellucid.attribution.streaming import PairStream, Resuming, metric_identity
 from pellucid.axes import ROWS_AT_ONCE, Index
 from pellucid.corpora.pairs import PromptPairs
 from pellucid.errors import InputError
@@ -43,7 +37,7 @@ from pellucid.experiments.labelled import Attribute, about_metrics, between
 from pellucid.experiments.options import AttributionChoices, By, Direction, Method, Rows, SweepOptions, documented
 from pellucid.experiments.pairs import PairBatch, PairMetric, check_pairs, pair_batches
 from pellucid.experiments.places import Prompts, about_run
-from pellucid.model_bridge.corpus.function_hash import function_hash
+from pellucid.model_bridge.corpus.job_identity import Watched
 from pellucid.model_bridge.running.tokens import TextOrTokens
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.storage.json_text import Json
@@ -162,7 +156,7 @@ class AttributionPatching(BriefFields, AttributionChoices):
                 min(count, (1 + len(self.methods)) * self.check) + (SUBSETS if self.check else 0)
                 for count in cells.values()
             ),
-            nbytes=len(self.pairs) * sum(cells.values()) * len(self.methods) * max(4, self.bridge.dtype.itemsize),
+            nbytes=effect_bytes(estimator, len(self.pairs)),
         )
 
     def run(
@@ -190,29 +184,22 @@ class AttributionPatching(BriefFields, AttributionChoices):
             OtherJobError: the folder holds a state of another job.
             HookNameError: no such site.
         """
-        check_number("every", every, at_least=0)
-        folder = None if checkpoint is None else check_path("checkpoint", checkpoint)
+        resuming = Resuming(checkpoint, every)
         prepared = self._prepare()
-        settings = {} if folder is None else self._settings()
+        refuse_too_much(prepared.estimator, len(self.pairs), self.options.memory_limit)
+        settings = {} if checkpoint is None else self._settings()
+        watched = Watched(self.bridge, "the attribution")
+        stream = PairStream(self.bridge, "attribution", settings, resuming, progress)
         denoises = self.direction == "denoising"
-        done = PairPass(
-            prepared.estimator,
-            prepared.batches,
-            denoises,
-            self.options,
-            settings,
-            folder,
-            every,
-            progress,
-            self.check > 0,
-        )
-        with done.running() as bar:
-            done.estimate(bar)
+        done = PairPass(prepared.estimator, prepared.batches, denoises, self.options, stream)
+        with stream.running(len(self.pairs) * (2 if self.check else 1)):
+            done.estimate()
             spans, ends = self._spans(done)
             results = [self._result(done, site, spans) for site in prepared.estimator.sites]
             chosen = {each.site.name: each.choose(self.check, self.seed) for each in results} if self.check else {}
             if chosen:
-                done.check(bar, chosen)
+                done.check(chosen)
+        watched.refuse_change()
         found = {}
         for each in results:
             name = each.site.name
@@ -315,14 +302,8 @@ class AttributionPatching(BriefFields, AttributionChoices):
             "normalize": self.normalize,
             "batch_size": self.batch_size,
             "pairs_sha256": self.pairs.content_hash,
-            "metric": _identity(self.metric),
+            "metric": metric_identity(self.metric),
         }
-
-
-def _identity(metric: PairMetric | None) -> str | None:
-    if metric is None or isinstance(metric, type):
-        return None if metric is None else metric.__qualname__
-    return function_hash(metric, {})
 
 
 def _all_rows(prompts: Sequence[Prompts]) -> Prompts:

@@ -1,31 +1,32 @@
-"""A pass over pairs that can be interrupted: effects of each pair, then the experiment on the same pairs; their state."""
+"""A pass over batches of pairs that can be interrupted: what is kept of the pairs done, a bar, and the job's identity.
+
+What a batch gives is the caller's: attribution patching (:mod:`pellucid.attribution.pair_pass`), edge attribution and
+faithfulness (:mod:`pellucid.circuits`) put numbers into the state. The same call goes on from it with equal bits, and a
+changed job is refused by the name of what has changed.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
-from pellucid.attribution.checking import Chosen
-from pellucid.attribution.estimates import Estimator
+from pellucid.arguments import check_number, check_path
 from pellucid.errors import InputError
-from pellucid.experiments.labelled import switched
-from pellucid.experiments.options import SweepOptions
-from pellucid.experiments.pairs import PairBatch
+from pellucid.experiments.pairs import PairBatch, PairMetric
 from pellucid.model_bridge.corpus.corpus_pass import StateFile, StateFolder
-from pellucid.model_bridge.corpus.job_identity import Watched, job_identity
+from pellucid.model_bridge.corpus.function_hash import function_hash
+from pellucid.model_bridge.corpus.job_identity import job_identity
 from pellucid.model_bridge.corpus.tensor_state import read_tensor_state, write_tensor_state
+from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.progress import progress_bar
 from pellucid.storage.json_text import Json
-from pellucid.sweep import Sweep
-from pellucid.sweep.unedited import Unedited
 from pellucid.tables import BriefFields
 
 
@@ -34,159 +35,143 @@ class PassState(BriefFields):
     """How far a pass is.
 
     Attributes:
-        tensors: ``[pair, ...]``: ``"base"`` and ``"source"`` metrics; ``"effect {site} {method}"``; ``"delta {site}"``;
-            ``"patched {site}"``, what the experiment's edits do.
-        estimated: batches whose effects are known.
-        checked: batches whose cells are patched.
+        tensors: what the caller keeps, by its own names.
+        done: batches that are done, by round.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    estimated: int = 0
-    checked: int = 0
+    done: dict[str, int] = field(default_factory=dict)
 
     def put(self, name: str, n_pairs: int, rows: Sequence[int], numbers: Tensor) -> None:
-        """Numbers ``[row, ...]`` of some pairs."""
+        """Numbers ``[row, ...]`` of some pairs, into ``[pair, ...]``."""
         numbers = numbers.detach().cpu()
         if name not in self.tensors:
             self.tensors[name] = numbers.new_full((n_pairs, *numbers.shape[1:]), torch.nan)
         self.tensors[name][list(rows)] = numbers
 
 
-def _write(path: Path, state: PassState, extra: Mapping[str, Any]) -> None:
-    told: dict[str, Json] = {"estimated": state.estimated, "checked": state.checked}
-    write_tensor_state(path, state.tensors, "attribution", told, extra)
+@dataclass(frozen=True)
+class Resuming:
+    """How a pass can be gone on with, as its caller was asked.
+
+    Attributes:
+        checkpoint: a folder for the state; ``None`` keeps none.
+        every: seconds between states.
+
+    Raises:
+        InputError: no path, or a time below 0.
+    """
+
+    checkpoint: str | Path | None = None
+    every: float = 60.0
+
+    def __post_init__(self) -> None:
+        check_number("every", self.every, at_least=0)
+        if self.checkpoint is not None:
+            check_path("checkpoint", self.checkpoint)
 
 
-def _read(path: Path) -> tuple[PassState, dict[str, Any]]:
-    tensors, told, about = read_tensor_state(path, "attribution", "an attribution")
-    try:
-        return PassState(tensors, told["estimated"], told["checked"]), about
-    except KeyError as error:
-        raise InputError(f"{path} holds no state of an attribution, or is damaged: {error!r}") from None
-
-
-STATE: StateFile[PassState] = StateFile("attribution.safetensors", _read, _write, "the attribution")
-
-
-class PairPass:
-    """One pass over batches of pairs.
+class PairStream:
+    """One pass over batches of pairs, in one round or several.
 
     Args:
-        estimator: what is estimated.
-        batches: of the pairs.
-        denoises: the corrupted run is patched with clean values; else the other way round.
-        options: memory and rows of the experiment's sweep.
+        bridge: the model, in eval mode.
+        what: the job, in its file's name, in errors and beside the bar.
         settings: what the numbers depend on beside the model.
-        checkpoint: a folder for the state.
-        every: seconds between states.
+        resuming: where the state is kept.
         progress: show a bar; by default on a terminal.
-        checks: the experiment is going to be made: pairs count twice in the bar.
+
+    Attributes:
+        state: what was found so far.
 
     Raises:
         OtherJobError: the folder holds a state of another job.
-        InputError: the folder's state is damaged; effects would take more memory than there is.
+        InputError: the folder's state is damaged; a model in training mode.
     """
 
     def __init__(
         self,
-        estimator: Estimator,
-        batches: Sequence[PairBatch],
-        denoises: bool,
-        options: SweepOptions,
+        bridge: TransformerBridge,
+        what: str,
         settings: Mapping[str, Json],
-        checkpoint: Path | None,
-        every: float,
+        resuming: Resuming,
         progress: bool | None,
-        checks: bool,
     ) -> None:
-        self.estimator, self.batches, self.denoises, self.options = estimator, batches, denoises, options
-        bridge = estimator.bridge
         bridge.runner.refuse_training()
-        self.n_pairs = sum(len(batch.rows) for batch in batches)
-        self._refuse_too_much()
-        self._watched = Watched(bridge, "the attribution")
-        self._progress, self._checks = progress, checks
-        self.saved: StateFolder[PassState] | None = None
-        self.state = PassState()
-        if checkpoint is not None:
-            job: dict[str, Any] = {"attribution": dict(settings)}
-            self.saved = StateFolder(bridge, checkpoint, job | job_identity(bridge), every, self.state, STATE)
-            self.state = self.saved.state
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all pairs' effects."""
-        sites, methods = self.estimator.sites, self.estimator.methods
-        cells = sum(math.prod(site.cells.shape) for site in sites) * len(methods)
-        return self.n_pairs * cells * max(4, self.estimator.bridge.dtype.itemsize)
-
-    def _refuse_too_much(self) -> None:
-        limit = self.options.memory_limit or int(psutil.virtual_memory().available) // 2
-        if self.nbytes > limit:
-            raise InputError(
-                f"The effects of {self.n_pairs} pairs take {self.nbytes:,} bytes, more than memory_limit={limit:,}: leave "
-                "an axis out of by, take some layers or positions, or fewer pairs."
-            )
+        self.what, self.state = what, PassState()
+        self._progress, self._goal = progress, 0
+        self._bar: Any = None
+        self._saved: StateFolder[PassState] | None = None
+        if resuming.checkpoint is not None:
+            job: dict[str, Any] = {what: dict(settings)}
+            folder, file = check_path("checkpoint", resuming.checkpoint), _state_file(what)
+            self._saved = StateFolder(bridge, folder, job | job_identity(bridge), resuming.every, self.state, file)
+            self.state = self._saved.state
 
     @contextmanager
-    def running(self) -> Iterator[Any]:
-        """The bar and the care for interrupts, around both halves of a pass."""
-        total = self.n_pairs * (2 if self._checks else 1)
+    def running(self, total: int, unit: str = "pair") -> Iterator[None]:
+        """The bar and the care for interrupts, around all rounds; the state is written at the end.
+
+        Args:
+            total: steps of all rounds.
+            unit: what a step is.
+        """
         with (
-            progress_bar(total=total, desc="attribution", unit="pair", show=self._progress) as bar,
-            nullcontext() if self.saved is None else self.saved.interrupt_put_off(),
+            progress_bar(total=total, desc=self.what, unit=unit, show=self._progress) as self._bar,
+            nullcontext() if self._saved is None else self._saved.interrupt_put_off(),
         ):
-            yield bar
-            if self.saved is not None:
-                self.saved.write()
-        self._watched.refuse_change()
+            yield
+            if self._saved is not None:
+                self._saved.write()
 
-    def estimate(self, bar: Any) -> None:
-        """The effects of all pairs."""
-        for number, batch in enumerate(self.batches):
-            if number >= self.state.estimated:
-                found = self.estimator.estimate(*self._runs(batch), batch.metric)
-                put = self.state.put
-                put("base", self.n_pairs, batch.rows, found.base)
-                put("source", self.n_pairs, batch.rows, found.source)
-                for (site, method), effect in found.effects.items():
-                    put(f"effect {site} {method}", self.n_pairs, batch.rows, effect)
-                for site, delta in found.deltas.items():
-                    put(f"delta {site}", self.n_pairs, batch.rows, delta)
-                self.state.estimated = number + 1
+    def left(self, round: str, batches: Sequence[PairBatch], steps: int = 1) -> Iterator[PairBatch]:
+        """The batches that the state has not; one is done when the next is asked for.
+
+        Args:
+            round: which.
+            batches: all of them.
+            steps: of the bar, for a pair.
+        """
+        for number, batch in enumerate(batches):
+            self._goal += steps * len(batch.rows)
+            if number >= self.state.done.get(round, 0):
+                yield batch
+                self.state.done[round] = number + 1
                 self._after_batch()
-            bar.update(len(batch.rows))
+            self.step(self._goal - self._bar.n)
 
-    def check(self, bar: Any, chosen: Mapping[str, Chosen]) -> None:
-        """What patching the chosen cells of each site does to the metric of each pair."""
-        bridge = self.estimator.bridge
-        for number, batch in enumerate(self.batches):
-            if number >= self.state.checked:
-                base, source = self._runs(batch)
-                kept = self.estimator.source(source)
-                sizes = bridge.cfg.sizes(len(batch.rows), batch.clean.length, batch.clean.length)
-                sweep = Sweep(
-                    bridge,
-                    base,
-                    batch.metric,
-                    memory_limit=self.options.memory_limit,
-                    rows_at_once=self.options.rows_at_once,
-                )
-                for name, of_site in chosen.items():
-                    with switched(bridge, of_site.site.cells.site.flags):
-                        found = sweep.run(of_site.edits(kept.activations, sizes), progress=False)
-                    change = (found.values["metric"] - found.base["metric"]).reshape(of_site.n_edits, -1)
-                    self.state.put(f"patched {name}", self.n_pairs, batch.rows, change.T)
-                self.state.checked = number + 1
-                self._after_batch()
-            bar.update(len(batch.rows))
-
-    def _runs(self, batch: PairBatch) -> tuple[Unedited, Unedited]:
-        """The run that is patched, and that which is patched from."""
-        runs = [prompts.unedited(self.estimator.bridge) for prompts in (batch.corrupted, batch.clean)]
-        base, source = runs if self.denoises else runs[::-1]
-        return base, source
+    def step(self, count: int) -> None:
+        """Move the bar inside a batch."""
+        self._bar.update(count)
 
     def _after_batch(self) -> None:
-        if self.saved is not None:
-            self.saved.after_batch()
+        if self._saved is not None:
+            self._saved.after_batch()
+
+
+def metric_identity(metric: PairMetric | None) -> str | None:
+    """What a metric computes, for a job: a class by its name, anything else by its code and what it holds.
+
+    Raises:
+        InputError: it holds what cannot be compared.
+    """
+    if metric is None or isinstance(metric, type):
+        return None if metric is None else metric.__qualname__
+    return function_hash(metric, {})
+
+
+def _state_file(what: str) -> StateFile[PassState]:
+    name = f"{what.replace(' ', '_')}.safetensors"
+    return StateFile(name, partial(_read, what), partial(_write, what), f"the {what}")
+
+
+def _write(what: str, path: Path, state: PassState, extra: Mapping[str, Any]) -> None:
+    write_tensor_state(path, state.tensors, what, {"done": dict(state.done)}, extra)
+
+
+def _read(what: str, path: Path) -> tuple[PassState, dict[str, Any]]:
+    tensors, told, about = read_tensor_state(path, what, f"the {what}")
+    try:
+        return PassState(tensors, dict(told["done"])), about
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} holds no state of the {what}, or is damaged: {error!r}") from None

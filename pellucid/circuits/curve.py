@@ -13,15 +13,19 @@ circuits of as many edges drawn at random.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import xarray as xr
 from torch import Tensor
 
 from pellucid.arguments import check_choice, check_count, check_kind, check_wholes
+from pellucid.attribution.streaming import PairStream, Resuming, metric_identity
 from pellucid.circuits.circuit import Circuit
 from pellucid.circuits.edges import batches_of
 from pellucid.circuits.ends import Ends, refuse_functions, wiring_of
@@ -35,7 +39,7 @@ from pellucid.experiments.options import Direction, documented, option
 from pellucid.experiments.pairs import PairBatch, PairMetric, check_pairs
 from pellucid.experiments.places import about_run
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
-from pellucid.progress import progress_bar
+from pellucid.storage.json_text import Json
 from pellucid.sweep import Sweep
 from pellucid.sweep.base_run import KeptRun
 from pellucid.sweep.unedited import Unedited
@@ -125,11 +129,15 @@ class Faithfulness(CurveChoices, BriefFields):
 
     # -- runs ----------------------------------------------------------------------------------------------------------
 
-    def run(self, *, progress: bool | None = None) -> xr.Dataset:
+    def run(
+        self, *, progress: bool | None = None, checkpoint: str | Path | None = None, every: float = 60.0
+    ) -> xr.Dataset:
         """The curve.
 
         Args:
             progress: show a bar on standard error; by default on a terminal.
+            checkpoint: a folder for the state: the same call goes on from it after an interrupt, with equal bits.
+            every: seconds between states.
 
         Returns:
             Axes ``size`` (edges; coordinate ``share`` of the model's), ``random``, ``pair``. ``metric`` ``[size, pair]``,
@@ -140,7 +148,9 @@ class Faithfulness(CurveChoices, BriefFields):
         Raises:
             InputError: as :meth:`EdgeAttribution.run`; a metric that is the same with all edges patched, so that there is
                 no gap to keep a share of.
+            OtherJobError: the folder holds a state of another job.
         """
+        resuming = Resuming(checkpoint, every)
         bridge, wiring = self.bridge, self.circuit.wiring
         refuse_functions(bridge)
         sizes, ends = self._sizes(), Ends(bridge, wiring)
@@ -149,21 +159,40 @@ class Faithfulness(CurveChoices, BriefFields):
         kept = {size: [self._members(size)] for size in sizes}
         for size in sizes:
             kept[size] += [] if size in inside else [self._random(size, number) for number in range(self.randoms)]
-        found = np.zeros((1 + self.randoms, len(sizes), len(self.pairs)))
+        columns = [(column, members) for column, size in enumerate(sizes) for members in kept[size]]
+        settings = {} if checkpoint is None else self._settings([members for _, members in columns])
+        stream = PairStream(bridge, "faithfulness", settings, resuming, progress)
         mean = self._mean(ends, batches) if self.outside == "mean" else None
-        runs = sum(len(batch.rows) * len(members) for batch in batches for members in kept.values())
-        with progress_bar(total=runs, desc="faithfulness", unit="run", show=progress) as bar:
-            for batch in batches:
+        with stream.running(len(self.pairs) * len(columns), "run"):
+            for batch in stream.left("measured", batches, len(columns)):
                 base = self._prompts(batch, True).unedited(bridge)
                 patching = PatchedEdges(ends, base, self._given(ends, batch, mean))
-                for column, size in enumerate(sizes):
-                    for number, members in enumerate(kept[size]):
-                        scores = self._score(batch, base, patching.final(~members))
-                        found[number, column, list(batch.rows)] = scores
-                        bar.update(len(batch.rows))
-                    if size in inside:
-                        found[1:, column, list(batch.rows)] = found[0, column, list(batch.rows)]
-        return self._labelled(sizes, found, batches[0])
+                scores = []
+                for _, members in columns:
+                    scores.append(self._score(batch, base, patching.final(~members)))
+                    stream.step(len(batch.rows))
+                stream.state.put("metric", len(self.pairs), batch.rows, torch.stack(scores, 1))
+        return self._labelled(sizes, self._by_size(columns, stream.state.tensors["metric"].numpy()), batches[0])
+
+    def _by_size(self, columns: Sequence[tuple[int, np.ndarray]], metric: np.ndarray) -> np.ndarray:
+        """``[circuit, size, pair]`` of ``[pair, column]``: the strongest edges, then random ones, which at no edge and at
+        all are the same."""
+        found: list[list[np.ndarray]] = [[] for _ in range(1 + columns[-1][0])]
+        for (column, _), scores in zip(columns, metric.T, strict=True):
+            found[column].append(scores)
+        return np.stack([each if len(each) > 1 else each * (1 + self.randoms) for each in found], 1)
+
+    def _settings(self, members: Sequence[np.ndarray]) -> dict[str, Json]:
+        """All that the metrics depend on beside the model; ``members`` are the edges of each circuit."""
+        circuits = hashlib.sha256(b"".join(np.packbits(each).tobytes() for each in members)).hexdigest()
+        return {
+            "circuits_sha256": circuits,
+            "outside": self.outside,
+            "direction": self.direction,
+            "batch_size": self.batch_size,
+            "pairs_sha256": self.pairs.content_hash,
+            "metric": metric_identity(self.metric),
+        }
 
     def _prompts(self, batch: PairBatch, base: bool) -> Any:
         return batch.clean if (self.direction == "noising") == base else batch.corrupted
@@ -187,7 +216,7 @@ class Faithfulness(CurveChoices, BriefFields):
         made: Tensor = (total / positions).to(self.bridge.dtype)
         return made
 
-    def _score(self, batch: PairBatch, base: Unedited, final: Tensor) -> np.ndarray:
+    def _score(self, batch: PairBatch, base: Unedited, final: Tensor) -> Tensor:
         """``[row]``."""
         scores = Sweep(self.bridge, base, batch.metric).scores(KeptRun({}, final, None))
         (score,) = in_float32(scores).values()
@@ -195,7 +224,7 @@ class Faithfulness(CurveChoices, BriefFields):
             raise InputError(
                 f"The metric gives {list(score.shape)} for {len(batch.rows)} rows; let it give one number a row, [row]."
             )
-        return score.double().cpu().numpy()
+        return score.double()
 
     # -- the curve -----------------------------------------------------------------------------------------------------
 
@@ -287,13 +316,16 @@ def faithfulness(
     seed: int = 0,
     batch_size: int | None = None,
     progress: bool | None = None,
+    checkpoint: str | Path | None = None,
+    every: float = 60.0,
 ) -> xr.Dataset:
     """Run :class:`Faithfulness`: which share of the metric's gap the strongest edges keep, all others patched.
 
-    Arguments are its fields; ``progress`` that of its ``run``.
+    Arguments are its fields; ``progress``, ``checkpoint`` and ``every`` those of its ``run``.
 
     Raises:
         InputError: see :meth:`Faithfulness.run`.
+        OtherJobError: the same.
         UnsupportedModelError: the residual stream is not the sum of what parts add to it.
     """
     return Faithfulness(
@@ -307,4 +339,4 @@ def faithfulness(
         randoms=randoms,
         seed=seed,
         batch_size=batch_size,
-    ).run(progress=progress)
+    ).run(progress=progress, checkpoint=checkpoint, every=every)

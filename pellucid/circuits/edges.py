@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ import torch
 from torch import Tensor
 
 from pellucid.arguments import check_memory_limit
+from pellucid.attribution.streaming import PairStream, PassState, Resuming, metric_identity
 from pellucid.circuits.circuit import Circuit
 from pellucid.circuits.ends import Ends, bytes_of_a_row, contracted, refuse_functions, wiring_of
 from pellucid.circuits.options import EdgeChoices, Method, Rule
@@ -45,7 +47,7 @@ from pellucid.experiments.pairs import PairBatch, PairMetric, check_pairs, pair_
 from pellucid.experiments.places import Prompts, about_run
 from pellucid.gradients import refuse_zero_gradient, run_with_gradients
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
-from pellucid.progress import progress_bar
+from pellucid.storage.json_text import Json
 from pellucid.tables import BriefFields
 
 SENDERS_TOGETHER = 256 * 2**20
@@ -85,31 +87,35 @@ class EdgeAttribution(EdgeChoices, BriefFields):
         check_pairs(self.pairs, self.metric)
         check_memory_limit(self.memory_limit)
 
-    def run(self, *, progress: bool | None = None) -> Circuit:
+    def run(
+        self, *, progress: bool | None = None, checkpoint: str | Path | None = None, every: float = 60.0
+    ) -> Circuit:
         """The circuit of all edges, with their scores.
 
         Args:
             progress: show a bar on standard error; by default on a terminal.
+            checkpoint: a folder for the state: the same call goes on from it after an interrupt, with equal bits.
+            every: seconds between states.
 
         Raises:
             InputError: prompts of different numbers of tokens, an answer that is not one token, a metric that gives one
                 number for many rows, a model in training mode, functions between the stream and a projection.
             GradientError: a metric without gradient, or whose gradient is zero at the base run.
             UnsupportedModelError: the residual stream is not the sum of what parts add to it.
+            OtherJobError: the folder holds a state of another job.
         """
+        resuming = Resuming(checkpoint, every)
         bridge, wiring = self.bridge, wiring_of(self.bridge)
         refuse_functions(bridge)
         batches = batches_of(bridge, wiring, self.pairs, self.metric, self.batch_size)
+        settings = {} if checkpoint is None else self._settings()
+        stream = PairStream(bridge, "edge attribution", settings, resuming, progress)
+        kept = _Kept(stream.state, wiring, len(self.pairs), bridge.dtype, self.memory_limit)
         ends = Ends(bridge, wiring)
-        kept = _Kept(wiring, len(self.pairs), bridge.dtype, self.memory_limit)
-        flowed = False
-        with progress_bar(total=len(self.pairs), desc="edge attribution", unit="pair", show=progress) as bar:
-            for batch in batches:
-                found, flows = self._scored(ends, batch)
-                flowed = flowed or flows
-                kept.add(batch.rows, found)
-                bar.update(len(batch.rows))
-        if not flowed:
+        with stream.running(len(self.pairs)):
+            for batch in stream.left("scored", batches):
+                kept.add(batch.rows, *self._scored(ends, batch))
+        if not kept.flowed:
             raise GradientError(
                 f"The gradient of the metric is zero at the {'clean' if self.direction == 'noising' else 'corrupted'} run, "
                 "so every score is zero: a KL divergence from that very run has its minimum there. Take a logit difference, "
@@ -183,6 +189,19 @@ class EdgeAttribution(EdgeChoices, BriefFields):
             **about_metrics(batch.metric, "change"),
         )
 
+    def _settings(self) -> dict[str, Json]:
+        """All that the scores depend on beside the model."""
+        ig: dict[str, Json] = {"points": self.points, "rule": self.rule} if self.method == "eap-ig" else {}
+        return {
+            "method": self.method,
+            **ig,
+            "direction": self.direction,
+            "batch_size": self.batch_size,
+            "memory_limit": self.memory_limit,
+            "pairs_sha256": self.pairs.content_hash,
+            "metric": metric_identity(self.metric),
+        }
+
 
 @documented(EdgeAttribution)
 def edge_attribution(
@@ -197,15 +216,18 @@ def edge_attribution(
     batch_size: int | None = None,
     memory_limit: int | None = None,
     progress: bool | None = None,
+    checkpoint: str | Path | None = None,
+    every: float = 60.0,
 ) -> Circuit:
     """Run :class:`EdgeAttribution`: the circuit of all edges of a model, with their scores over pairs of prompts.
 
-    Arguments are its fields; ``progress`` that of its ``run``.
+    Arguments are its fields; ``progress``, ``checkpoint`` and ``every`` those of its ``run``.
 
     Raises:
         InputError: see :meth:`EdgeAttribution.run`.
         GradientError: the same.
         UnsupportedModelError: the same.
+        OtherJobError: the same.
     """
     return EdgeAttribution(
         bridge,
@@ -217,7 +239,7 @@ def edge_attribution(
         rule=rule,
         batch_size=batch_size,
         memory_limit=memory_limit,
-    ).run(progress=progress)
+    ).run(progress=progress, checkpoint=checkpoint, every=every)
 
 
 def batches_of(
@@ -246,30 +268,52 @@ def _from(first: int, run: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class _Kept:
-    """Scores of all pairs, or the means of blocks of them where those would take too much memory."""
+    """Scores of all pairs, or the means of blocks of them where those would take too much memory.
 
-    def __init__(self, wiring: Wiring, n_pairs: int, dtype: torch.dtype, memory_limit: int | None) -> None:
-        self._dtype = np.float64 if dtype is torch.float64 else np.float32
-        each = len(wiring) * np.dtype(self._dtype).itemsize
-        limit = memory_limit if memory_limit is not None else int(psutil.virtual_memory().available) // 2
-        blocks = min(n_pairs, limit // each)
-        if blocks < min(n_pairs, 2):
-            raise InputError(
-                f"The scores of {len(wiring):,} edges take {each:,} bytes a pair, and two have to be kept; "
-                f"memory_limit={limit:,}. Give more."
-            )
-        self._block = -(-n_pairs // blocks)
-        count = -(-n_pairs // self._block)
-        self._sums = np.zeros((count, len(wiring)), dtype=self._dtype)
-        self._sizes = np.zeros(count, dtype=np.int64)
+    They are sums until the end, in the state of a pass, which may have been begun before: then with as many blocks.
+    """
 
-    def add(self, rows: tuple[int, ...], found: Tensor) -> None:
-        """Take ``[row, edge]`` of these rows of the data set."""
-        for row, scores in zip(rows, found.cpu().numpy(), strict=True):
-            self._sums[row // self._block] += scores
-            self._sizes[row // self._block] += 1
+    def __init__(
+        self, state: PassState, wiring: Wiring, n_pairs: int, dtype: torch.dtype, memory_limit: int | None
+    ) -> None:
+        self._state = state.tensors
+        if "sums" not in self._state:
+            wide = torch.float64 if dtype is torch.float64 else torch.float32
+            blocks = _blocks(len(wiring) * wide.itemsize, n_pairs, memory_limit)
+            self._state["sums"] = torch.zeros(blocks, len(wiring), dtype=wide)
+            self._state["sizes"] = torch.zeros(blocks, dtype=torch.int64)
+            self._state["flowed"] = torch.zeros(1, dtype=torch.int64)
+        self._block = -(-n_pairs // len(self._state["sums"]))
+
+    @property
+    def flowed(self) -> bool:
+        """Whether any gradient did."""
+        return bool(self._state["flowed"])
+
+    def add(self, rows: tuple[int, ...], found: Tensor, flows: bool) -> None:
+        """Take ``[row, edge]`` of these rows of the data set, and whether gradients flow."""
+        for row, scores in zip(rows, found.cpu(), strict=True):
+            self._state["sums"][row // self._block] += scores
+            self._state["sizes"][row // self._block] += 1
+        self._state["flowed"] += flows
 
     def blocks(self) -> tuple[np.ndarray, np.ndarray]:
         """``[block, edge]``, ``[block]``."""
-        self._sums /= self._sizes[:, None]
-        return self._sums, self._sizes
+        sums, sizes = self._state["sums"].numpy(), self._state["sizes"].numpy()
+        return sums / sizes[:, None].astype(sums.dtype), sizes
+
+
+def _blocks(each: int, n_pairs: int, memory_limit: int | None) -> int:
+    """How many blocks of pairs are kept, of ``each`` bytes; they are of one size, but for the last.
+
+    Raises:
+        InputError: not even two fit.
+    """
+    limit = memory_limit if memory_limit is not None else int(psutil.virtual_memory().available) // 2
+    fit = min(n_pairs, limit // each)
+    if fit < min(n_pairs, 2):
+        raise InputError(
+            f"The scores of all edges take {each:,} bytes a pair, and two have to be kept; memory_limit={limit:,}. Give "
+            "more."
+        )
+    return -(-n_pairs // -(-n_pairs // fit))

@@ -107,6 +107,14 @@ REFUSED: list[Line] = [
     ("EdgeAttribution", {"metric": 3}, "metric is a class of metrics"),
     ("Faithfulness", {"pairs": 3}, "pairs is PromptPairs"),
     ("Faithfulness", {"metric": 3}, "metric is a class of metrics"),
+    *(
+        line
+        for name in ("edge_attribution", "EdgeAttribution.run", "faithfulness", "Faithfulness.run")
+        for line in (
+            (name, {"checkpoint": ""}, "checkpoint is a path"),
+            (name, {"every": -1.0}, "every must be at least 0"),
+        )
+    ),
     *choice("EdgeAttribution", "method"),
     *choice("EdgeAttribution", "rule"),
     *choice("EdgeAttribution", "direction"),

@@ -21,7 +21,7 @@ from pellucid.attribution import AttributionPatching, attribution_patching
 from pellucid.attribution.checking import CHI_SQUARE, SUBSETS, choose, false_negative_bound
 from pellucid.attribution.estimates import Estimator, gauss_legendre
 from pellucid.attribution.resampling import draw_counts, mean_effects, mean_jaccard, spearman, stability_of
-from pellucid.attribution.streaming import PairPass
+from pellucid.attribution.streaming import PairStream
 from pellucid.corpora.pairs import PromptPairs
 from pellucid.errors import GradientError, InputError, OtherJobError, UnsupportedModelError
 from pellucid.experiments.activation_patching import activation_patching
@@ -293,16 +293,16 @@ def test_an_interrupted_pass_goes_on_with_equal_bits(
     asked = AttributionPatching(bridge, make_pairs(), site="z", method=("atp", "relp"), batch_size=2, check=1)
     expected = asked.run()
     seen: list[int] = []
-    after = PairPass._after_batch
+    after = PairStream._after_batch
 
-    def interrupt(self: PairPass) -> None:
+    def interrupt(self: PairStream) -> None:
         seen.append(1)
         if len(seen) == stop:
             raise KeyboardInterrupt
         after(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(PairPass, "_after_batch", interrupt)
+        patch.setattr(PairStream, "_after_batch", interrupt)
         with pytest.raises(KeyboardInterrupt):
             asked.run(checkpoint=tmp_path, every=0)
     seen.clear()

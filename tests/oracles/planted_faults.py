@@ -890,6 +890,27 @@ FAULTS = (
         "tests/circuits/test_circuit.py -k resampl",
     ),
     Fault(
+        "scores that go on are put into sums that begin anew",
+        f"{CIRCUITS}/edges.py",
+        'if "sums" not in self._state:',
+        "if True:",
+        "tests/circuits/test_resuming.py -k interrupted_scores",
+    ),
+    Fault(
+        "the circuits of a curve are no part of its job",
+        f"{CIRCUITS}/curve.py",
+        '            "circuits_sha256": circuits,\n',
+        "",
+        "tests/circuits/test_resuming.py -k refused_by_name",
+    ),
+    Fault(
+        "denoising expands edges at the clean run",
+        f"{CIRCUITS}/edges.py",
+        'base, source = prompts if self.direction == "noising" else prompts[::-1]',
+        "base, source = prompts",
+        "tests/peer/test_edges_peer.py",
+    ),
+    Fault(
         "a divergence is expanded at its own reference",
         "pellucid/gradients/gradient_run.py",
         "if isinstance(metric, KLDivergence) and bool(",
@@ -927,7 +948,7 @@ FAULTS = (
     Fault(
         "a pass that goes on estimates its batches again",
         f"{ATTRIBUTION}/streaming.py",
-        "if number >= self.state.estimated:",
+        "if number >= self.state.done.get(round, 0):",
         "if True:",
         "tests/attribution/test_attribution.py -k interrupted",
     ),
