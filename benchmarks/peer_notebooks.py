@@ -1,12 +1,14 @@
 """TransformerLens' own notebooks, cell by cell, with the root renamed and nothing else: which cells that run there run here.
 
     python benchmarks/peer_notebooks.py --out benchmarks/results/peer_notebooks.json
+    python benchmarks/peer_notebooks.py --arena exercises/part2_intro_to_mech_interp/solutions.py
 
 The source package of transformer-lens 4.3.0 holds them. Whatever model a cell asks for is a random BLOOM shaped as GPT-2
 small (12 layers, 12 heads, d_model 96), with a tokenizer in which every word of the notebooks is a single token, on both
 sides; what a cell installs is not installed, and ``neel_plotly`` draws nothing. A cell runs when it raises nothing; it has
-60 seconds, and its numbers are compared by the asserts in it alone. Needs ``ipython``, ``circuitsvis`` and ``lazy-importer``
-beside the extra ``peer``.
+60 seconds (``--seconds``), and its numbers are compared by the asserts in it alone. ``--arena`` runs scripts of ARENA's
+exercises in the same way; ``peer_arena.py`` says what stands in for what they take from elsewhere. Needs ``ipython``,
+``circuitsvis`` and ``lazy-importer`` beside the extra ``peer``.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import peer_arena
 from peer_suite import fetch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,7 +72,9 @@ NEEL_PLOTLY = """def __getattr__(name):
 
 
 def cells_of(notebook: Path) -> list[str]:
-    """The code cells."""
+    """The code cells of a notebook, or of a script of ARENA's."""
+    if notebook.suffix == ".py":
+        return peer_arena.cells_of(notebook)
     read = json.loads(notebook.read_text("utf-8"))
     return ["".join(cell["source"]) for cell in read["cells"] if cell["cell_type"] == "code"]
 
@@ -95,7 +100,7 @@ def make_tokenizer(texts: list[str], folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=made, bos_token=end, eos_token=end, pad_token=end).save_pretrained(folder)
 
 
-def run_here(side: str, notebook: Path, tokenizer: Path, out: Path) -> None:
+def run_here(side: str, notebook: Path, tokenizer: Path, out: Path, seconds: int) -> None:
     """Run one notebook in this process, and write for each cell what it raised, if anything."""
     import signal
 
@@ -111,9 +116,9 @@ def run_here(side: str, notebook: Path, tokenizer: Path, out: Path) -> None:
     transformers.AutoTokenizer.from_pretrained = tokenizer_of
     size = max(50304, len(tokenizer_of("")))  # cells draw ids at random from a vocabulary of GPT-2's size
 
-    def model_of(*args: Any, **kwargs: Any) -> Any:
+    def model_of(*args: Any, n_layer: int = 12, **kwargs: Any) -> Any:
         config = transformers.BloomConfig(
-            n_layer=12, n_head=12, hidden_size=96, vocab_size=size, seq_length=1024, bos_token_id=0, eos_token_id=0,
+            n_layer=n_layer, n_head=12, hidden_size=96, vocab_size=size, seq_length=1024, bos_token_id=0, eos_token_id=0,
             pad_token_id=0,
         )  # fmt: skip
         torch.manual_seed(0)
@@ -140,15 +145,18 @@ def run_here(side: str, notebook: Path, tokenizer: Path, out: Path) -> None:
     Bridge.boot_transformers = classmethod(boot)
 
     def too_long(*_: Any) -> None:
-        raise TimeoutError(f"longer than {SECONDS} s")
+        raise TimeoutError(f"longer than {seconds} s")
 
     signal.signal(signal.SIGALRM, too_long)
     shell = InteractiveShell.instance()
+    if notebook.suffix == ".py":
+        shell.user_ns["__file__"] = str(notebook)
+        peer_arena.install(side, Bridge, shell.user_ns)
     outcomes = []
     for source in cells_of(notebook):
         text = source if side == "peer" else source.replace("transformer_lens", "pellucid")
         text = re.sub(r"(?m)^([ \t]*)(%pip|!pip|%load_ext|%autoreload|%env).*", r"\1pass", text)
-        signal.alarm(SECONDS)
+        signal.alarm(seconds)
         try:
             result = shell.run_cell(text, silent=True)
             error = result.error_before_exec or result.error_in_exec
@@ -160,9 +168,14 @@ def run_here(side: str, notebook: Path, tokenizer: Path, out: Path) -> None:
         out.write_text(json.dumps(outcomes), "utf-8")
 
 
-def run(side: str, notebook: Path, tokenizer: Path, folder: Path) -> list[str]:
-    """The outcome of each cell, from a process of its own."""
-    out = folder / f"{notebook.stem}.{side}.json"
+def name_of(notebook: Path) -> str:
+    """The notebook's name, or the exercise's."""
+    return notebook.parent.name if notebook.suffix == ".py" else notebook.stem
+
+
+def run(side: str, notebook: Path, tokenizer: Path, folder: Path, seconds: int) -> list[str]:
+    """The outcome of each cell, from a process of its own that has ten times the time of a cell."""
+    out = folder / f"{name_of(notebook)}.{side}.json"
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "OMP_NUM_THREADS": "1",
@@ -171,45 +184,51 @@ def run(side: str, notebook: Path, tokenizer: Path, folder: Path) -> list[str]:
         "MPLBACKEND": "agg",
         "CI": "1",
     }
-    command = [sys.executable, __file__, "--one", side, str(notebook), str(tokenizer), str(out)]
-    with (folder / f"{notebook.stem}.{side}.log").open("w") as log, contextlib.suppress(subprocess.TimeoutExpired):
-        subprocess.run(command, env=environment, cwd=folder, stdout=log, stderr=log, check=False, timeout=600)
+    command = [sys.executable, __file__, "--one", side, str(notebook), str(tokenizer), str(out), str(seconds)]
+    with (folder / f"{name_of(notebook)}.{side}.log").open("w") as log, contextlib.suppress(subprocess.TimeoutExpired):
+        subprocess.run(command, env=environment, cwd=folder, stdout=log, stderr=log, check=False, timeout=10 * seconds)
     return json.loads(out.read_text("utf-8")) if out.exists() else []  # type: ignore[no-any-return]
 
 
 def main() -> None:
     """Run the notebooks on both sides, print the figures and write them."""
     if sys.argv[1:2] == ["--one"]:
-        side, notebook, tokenizer, out = sys.argv[2:]
-        run_here(side, Path(notebook), Path(tokenizer), Path(out))
+        side, notebook, tokenizer, out, seconds = sys.argv[2:]
+        run_here(side, Path(notebook), Path(tokenizer), Path(out), int(seconds))
         return
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--source", type=Path, help="the unpacked source package; fetched without it")
     parser.add_argument("--work", type=Path, help="where to keep logs; a temporary folder without it")
     parser.add_argument("--only", nargs="*", help="names of notebooks")
+    parser.add_argument("--arena", nargs="*", type=Path, help="scripts of ARENA's, in the place of the notebooks")
+    parser.add_argument("--seconds", type=int, default=SECONDS, help="the time that a cell has")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = asked.work or Path(temporary)
         folder.mkdir(exist_ok=True)
-        source = asked.source or fetch(Path(temporary))
-        paths = [source / "demos" / f"{name}.ipynb" for name in asked.only or NOTEBOOKS]
+        if asked.arena:
+            paths = [script.resolve() for script in asked.arena]
+        else:
+            source = asked.source or fetch(Path(temporary))
+            paths = [source / "demos" / f"{name}.ipynb" for name in asked.only or NOTEBOOKS]
         (folder / "neel_plotly.py").write_text(NEEL_PLOTLY, "utf-8")
-        make_tokenizer([text for path in paths for text in cells_of(path)], folder / "tokenizer")
+        texts = [text for path in paths for text in cells_of(path)]
+        make_tokenizer([*texts, *peer_arena.TEMPLATES, *peer_arena.NAMES], folder / "tokenizer")
         found = {}
         for path in paths:
-            peer, ours = (run(side, path, folder / "tokenizer", folder) for side in ("peer", "ours"))
+            peer, ours = (run(side, path, folder / "tokenizer", folder, asked.seconds) for side in ("peer", "ours"))
             ours += ["not reached"] * (len(peer) - len(ours))
             wanted = [number for number, error in enumerate(peer) if not error]
             left = {number: ours[number] for number in wanted if ours[number]}
-            found[path.stem] = {
+            found[name_of(path)] = {
                 "cells": len(cells_of(path)),
                 "peer": len(wanted),
                 "here": len(wanted) - len(left),
                 "left": left,
             }
             print(
-                f"{found[path.stem]['here']:4} of {len(wanted):3} of {found[path.stem]['cells']:3} {path.stem}",
+                f"{found[name_of(path)]['here']:4} of {len(wanted):3} of {found[name_of(path)]['cells']:3} {name_of(path)}",
                 flush=True,
             )
     print(
