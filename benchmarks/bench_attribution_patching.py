@@ -1,35 +1,47 @@
 """What attribution patching costs, and how far its estimates agree with patching itself.
 
-    python benchmarks/bench_attribution_patching.py           writes results/attribution_patching_<hardware>_<yyyymm>.md
-    python benchmarks/bench_attribution_patching.py --quick   two pairs, few points of integrated gradients; writes nothing
-    python benchmarks/bench_attribution_patching.py --quick --write   writes what a quick run found, and says so
+    python benchmarks/bench_attribution_patching.py             writes both files of results/
+    python benchmarks/bench_attribution_patching.py --parts agreement   or cost: one of them
+    python benchmarks/bench_attribution_patching.py --quick     two pairs, few points of integrated gradients; writes nothing
 
-Prediction: every cell of a site is really patched, by :func:`activation_patching` on the same pairs, and Pearson's
-correlation of each method's estimate with it is told. Cost: one call for every node, position and neuron by AtP and RelP
-together, in forwards of bare Hugging Face, beside the least that plain torch can do for AtP alone.
+Agreement (``results/attribution_agreement_<hardware>_<yyyymm>.md``): cells of a site are really patched on the same pairs,
+and Pearson's correlation of each method's estimate with what patching did is told. Cells before the first position at which
+the prompts of a pair differ have no effect, by any method, and are left out. Where more than ``MOST`` are left, as many of
+them at random are patched. Integrated gradients need a pass for each layer and point: on SmolLM2 they are computed for every
+sixth layer, and compared on the cells there. Correlations do not depend on what else the machine does.
+
+Cost (``results/attribution_patching_<hardware>_<yyyymm>.md``): one call for every node, position and neuron by AtP and RelP
+together, in forwards of bare Hugging Face, beside the least that plain torch can do for AtP alone. ``--clock cpu`` does not
+count the time of others.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import math
+import random
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import BLOOM_560M, TINY, machine_lines, make_model
+from common import BLOOM_560M, CLOCKS, TINY, Program, machine_lines, make_model, measure, table
 from torch import Tensor
 
 from pellucid import TransformerBridge
 from pellucid.attribution import AttributionPatching, attribution_patching
+from pellucid.attribution.cells import SiteCells, find_site_cells
+from pellucid.corpora import indirect_object_pairs, induction_pairs
 from pellucid.corpora.pairs import PromptPairs
 from pellucid.demo import load_demo_bridge
 from pellucid.demo.smollm2 import load_smollm2
-from pellucid.experiments.activation_patching import activation_patching
-from pellucid.sweep import LogitDifference
+from pellucid.experiments.options import Method, SweepOptions
+from pellucid.experiments.pairs import PairBatch, pair_batches
+from pellucid.sweep import FromRun, Sweep
 
 SITES = {
     "resid_pre": ("layer", "pos"),
@@ -37,8 +49,12 @@ SITES = {
     "mlp_out": ("layer", "pos"),
     "z": ("layer", "head"),
 }
-NAMES = ("John", "Mary", "Tom", "James", "Anna", "Sarah", "Peter", "Paul")
-RIGHTS = ("work", "freedom", "education", "life", "religion", "marriage", "property")
+ONE_PASS: tuple[Method, ...] = ("atp", "atp*", "relp")
+RIGHTS = ("work", "freedom", "religion", "law", "protection", "person")
+MOST = 300
+"""Cells of a site that are patched."""
+PERIOD = 20
+"""Tokens before the repetition."""
 TARGET = 4.0
 LENGTH = 64
 
@@ -46,94 +62,141 @@ LENGTH = 64
 # -- pairs -------------------------------------------------------------------------------------------------------------
 
 
-def one_length(bridge: TransformerBridge, rows: list[dict[str, str]], count: int) -> PromptPairs:
-    """The first pairs whose prompts all have as many tokens as the first's, and whose answers are one token."""
-    found: list[dict[str, str]] = []
-    for row in rows:
-        try:
-            for word in ("answer", "foil"):
-                bridge.to_single_token(row[word])
-        except ValueError:
-            continue
-        lengths = {bridge.to_tokens(row[word]).shape[1] for word in ("clean", "corrupted")}
-        if found:
-            lengths.add(bridge.to_tokens(found[0]["clean"]).shape[1])
-        if len(lengths) == 1 and len(found) < count:
-            found.append(row)
-    return PromptPairs.from_rows(found)
-
-
 def said_before(bridge: TransformerBridge, count: int) -> PromptPairs:
     """Induction in the demo's own language: a sentence that goes on as it did before."""
+    said = "Everyone has the right to {0} and {1}. Everyone has the right to {0} and"
     rows = [
         {
-            "clean": f"Everyone has the right to religion and {one}. Everyone has the right to religion and",
-            "corrupted": f"Everyone has the right to religion and {other}. Everyone has the right to religion and",
+            "clean": said.format(first, one),
+            "corrupted": said.format(first, other),
             "answer": f" {one}",
             "foil": f" {other}",
         }
-        for one in RIGHTS
-        for other in RIGHTS
-        if one != other and "religion" not in (one, other)
+        for one, other, first in permutations(RIGHTS, 3)
     ]
-    return one_length(bridge, rows, count)
+    return alike(bridge, random.Random(0).sample(rows, len(rows)), count)
 
 
 def indirect_object(bridge: TransformerBridge, count: int) -> PromptPairs:
-    """Who is given a drink: the name that is not said twice (Wang et al. 2022)."""
-    rows = [
-        {
-            "clean": f"When {one} and {other} went to the store, {other} gave a drink to",
-            "corrupted": f"When {one} and {other} went to the store, {one} gave a drink to",
-            "answer": f" {one}",
-            "foil": f" {other}",
-        }
-        for one, other in zip(NAMES, NAMES[1:] + NAMES[:1], strict=True)
-    ]
-    return one_length(bridge, rows, count)
+    """Who is given something: the name that is not said twice (Wang et al. 2022), in one template and order."""
+    drawn = indirect_object_pairs(bridge.tokenizer, 40 * count)
+    rows = list(drawn.rows())
+    same = [row for row in rows if (row["order"], row["template"]) == ("ABBA", rows[0]["template"])]
+    return alike(bridge, same, count)
+
+
+def induction(bridge: TransformerBridge, count: int) -> PromptPairs:
+    """Words at random that are said again: what followed the last of them?"""
+    return alike(bridge, list(induction_pairs(bridge.tokenizer, 4 * count, length=6).rows()), count)
 
 
 def repeated(bridge: TransformerBridge, count: int) -> PromptPairs:
-    """Induction on words at random: ``a b c d a b c`` goes on with ``d``; the corrupted prompt had another there."""
+    """Tokens at random, and half of them again; in the corrupted prompt another stood where the last one stood before."""
     generator, rows = torch.Generator().manual_seed(0), []
     for _ in range(count):
-        ids = torch.randint(1000, min(bridge.cfg.d_vocab, 20_000), (7,), generator=generator).tolist()
-        others = [*ids[:5], ids[6]]  # the same words, another one last
-        rows.append(
-            {
-                "clean": [*ids[:6], *ids[:5]],
-                "corrupted": [*others, *ids[:5]],
-                "answer": ids[5],
-                "foil": ids[6],
-            }
-        )
+        *ids, other = (torch.randperm(bridge.cfg.d_vocab - 4, generator=generator)[: PERIOD + 1] + 4).tolist()
+        last = PERIOD // 2
+        changed = [*ids[:last], other, *ids[last + 1 :]]
+        again = ids[: last + 1]
+        rows.append({"clean": [*ids, *again], "corrupted": [*changed, *again], "answer": ids[last + 1], "foil": other})
     return PromptPairs.from_rows(rows)
 
 
-# -- prediction --------------------------------------------------------------------------------------------------------
+def alike(bridge: TransformerBridge, rows: Sequence[dict[str, Any]], count: int) -> PromptPairs:
+    """The first pairs among those of the commonest number of tokens."""
+    lengths = [[bridge.to_tokens(row[word]).shape[1] for word in ("clean", "corrupted")] for row in rows]
+    common = Counter(clean for clean, corrupted in lengths if clean == corrupted).most_common(1)[0][0]
+    found = [row for row, both in zip(rows, lengths, strict=True) if both == [common, common]][:count]
+    return PromptPairs.from_rows(
+        [{name: row[name] for name in ("clean", "corrupted", "answer", "foil")} for row in found]
+    )
 
 
-def predictions(bridge: TransformerBridge, pairs: PromptPairs, n_points: int) -> list[list[str]]:
-    """A line for each site: Pearson of each method with patching, over all cells."""
-    from pellucid.experiments.pairs import pair_batches
+# -- agreement ---------------------------------------------------------------------------------------------------------
 
+
+def agreement(
+    bridge: TransformerBridge, pairs: PromptPairs, n_points: int, layers: Sequence[int]
+) -> list[tuple[str, ...]]:
+    """A line for each site: Pearson of each method with patching; integrated gradients at some layers."""
     (batch,) = pair_batches(bridge, pairs, batch_size=len(pairs))
-    assert isinstance(batch.metric, LogitDifference)
+    differs = int((batch.clean.tokens != batch.corrupted.tokens).any(0).nonzero()[0])
+    options = SweepOptions(positions=list(range(differs, batch.clean.length)))
+    clock = time.perf_counter()
+    given: dict[str, Any] = {"by": SITES, "positions": options.positions, "check": 0, "resamples": 2}
+    given["batch_size"] = len(pairs)
+    found = attribution_patching(bridge, pairs, site=list(SITES), method=ONE_PASS, **given)
+    print(f"AtP, AtP*, RelP: {time.perf_counter() - clock:.0f} s", flush=True)
     lines = []
     for site, by in SITES.items():
-        measured = activation_patching(
-            bridge, batch.clean.tokens, batch.corrupted.tokens, batch.metric, site, by
-        ).values
-        start, line = time.perf_counter(), [site, str(measured.size)]
-        found = attribution_patching(
-            bridge, pairs, site=site, by=by, method=["atp", "atp*", "relp", "ig"], n_points=n_points, check=0
+        clock = time.perf_counter()
+        cells = find_site_cells(bridge, batch.corrupted, site, by, options)
+        n_cells = math.prod(cells.cells.shape)
+        chosen = np.sort(np.random.default_rng(0).permutation(n_cells)[:MOST])
+        change = patched(bridge, batch, cells, chosen.tolist())
+        attrs = found[site].attrs
+        measured = change / (attrs["clean_metric"] - attrs["corrupted_metric"])
+        estimates = {method: found[site].effect.sel(estimator=method).values.ravel()[chosen] for method in ONE_PASS}
+        print(f"{site}: {len(chosen)} cells patched, {time.perf_counter() - clock:.0f} s", flush=True)
+        integrated = attribution_patching(
+            bridge, pairs, site=site, method="ig", n_points=n_points, layers=list(layers), **(given | {"by": by})
         )
-        for method in ("atp", "atp*", "relp", "ig"):
-            estimate = found.effect.sel(estimator=method).values  # type: ignore[union-attr]
-            line.append(f"{np.corrcoef(estimate.ravel(), measured.ravel())[0, 1]:.3f}")
-        lines.append([*line, f"{np.abs(measured).max():.2f}"])
-        print(f"{site}: {line} ({time.perf_counter() - start:.0f} s)", flush=True)
+        n_each = n_cells // cells.cells.shape[0]
+        here = np.flatnonzero(np.isin(chosen // n_each, layers))
+        where = [list(layers).index(int(cell) // n_each) * n_each + int(cell) % n_each for cell in chosen[here]]
+        by_ig = integrated.effect.values.ravel()[where]  # type: ignore[union-attr]
+        delta = float(integrated.completeness_delta.max())  # type: ignore[union-attr]
+        lines.append(
+            (
+                site,
+                f"{len(chosen)} of {n_cells}",
+                *(f"{pearson(estimates[method], measured):.3f}" for method in ONE_PASS),
+                str(len(here)),
+                f"{pearson(estimates['relp'][here], measured[here]):.3f}",
+                f"{pearson(by_ig, measured[here]):.3f}",
+                f"{delta:.1e}",
+                f"{np.abs(measured).max():.2f}",
+            )
+        )
+        print(f"{lines[-1]} ({time.perf_counter() - clock:.0f} s)", flush=True)
     return lines
+
+
+def patched(bridge: TransformerBridge, batch: PairBatch, site: SiteCells, chosen: Sequence[int]) -> Any:
+    """``[cell]``: what patching each does to the metric, mean over pairs."""
+    source = FromRun(batch.clean.unedited(bridge).observe(site.hooks).activations)
+    edits = [site.cells.edits(site.cells.at(cell), lambda spec: source) for cell in chosen]
+    done = Sweep(bridge, batch.corrupted.unedited(bridge), batch.metric).run(edits, progress=False)
+    return (done.values["metric"] - done.base["metric"]).double().mean(-1).numpy()
+
+
+def pearson(one: Any, other: Any) -> float:
+    return float(np.corrcoef(one, other)[0, 1])
+
+
+def agreement_report(quick: bool) -> str:
+    """Each task's table."""
+    of_each, points, of_demo = (2, 2, 3) if quick else (12, 4, 20)
+    demo, smollm2 = load_demo_bridge(), load_smollm2()
+    every, some = list(range(demo.cfg.n_layers)), list(range(0, smollm2.cfg.n_layers, 6))
+    header = ("site", "cells patched", "AtP", "AtP*", "RelP", "cells of IG", "RelP there", "IG", "IG misses", "largest")
+    body = ["# Attribution patching: prediction against experiment", "", *machine_lines(), ""]
+    body += [
+        "Pearson with activation patching (denoising), over cells, of means over pairs. `IG misses`: the largest",
+        "completeness error of a layer and pair, `largest` the largest measured effect, both in units of the clean run's",
+        "metric less the corrupted run's. Positions before the first at which the prompts differ are left out.",
+    ]
+    for title, bridge, task, n_points, layers in (
+        ("Embedded BLOOM, a sentence said before", demo, said_before(demo, of_each), of_demo, every),
+        (f"Embedded BLOOM, {PERIOD} tokens at random said again", demo, repeated(demo, of_each), of_demo, every),
+        ("SmolLM2-135M, indirect object", smollm2, indirect_object(smollm2, of_each), points, some),
+        ("SmolLM2-135M, induction", smollm2, induction(smollm2, of_each), points, some),
+    ):
+        print(title, len(task), flush=True)
+        body += ["", f"## {title} ({len(task)} pairs)", ""]
+        body += [f"Integrated gradients: {n_points} points, layers {', '.join(map(str, layers))}.", ""]
+        body += [table(header, agreement(bridge, task, n_points, layers))]
+    return "\n".join(body) + "\n"
 
 
 # -- cost --------------------------------------------------------------------------------------------------------------
@@ -171,7 +234,7 @@ def plain_torch(model: Any, clean: Tensor, corrupted: Tensor, score: Callable[[T
     return run
 
 
-def costs(name: str, model: Any, d_vocab: int, rounds: int) -> list[str]:
+def costs(name: str, model: Any, d_vocab: int, rounds: int, clock: str) -> tuple[str, ...]:
     """A line: forwards that AtP and RelP together take for everything, and plain torch for AtP of the blocks alone."""
     bridge = TransformerBridge(model.requires_grad_(False))
     generator = torch.Generator().manual_seed(0)
@@ -187,80 +250,49 @@ def costs(name: str, model: Any, d_vocab: int, rounds: int) -> list[str]:
         with torch.no_grad():
             model(clean, use_cache=False)
 
-    programs: dict[str, Callable[[], Any]] = {
-        "forward": forward,
-        "plain torch": plain_torch(model, clean, corrupted, lambda logits: logits[:, -1, 7] - logits[:, -1, 9]),
-        "ours": lambda: ours.run(progress=False),
-    }
-    taken: dict[str, list[float]] = {label: [] for label in programs}
-    for number in range(rounds + 1):
-        for label, program in programs.items():
-            start = time.perf_counter()
-            program()
-            if number:  # the first round warms up
-                taken[label].append(time.perf_counter() - start)
-    ratios = {
-        label: statistics.median(one / of for one, of in zip(taken[label], taken["forward"], strict=True))
-        for label in ("plain torch", "ours")
-    }
-    n_cells = sum(ours.plan().cells.values())
-    line = [
-        name,
-        f"{min(taken['forward']) * 1e3:.0f}",
-        f"{ratios['plain torch']:.2f}",
-        f"{ratios['ours']:.2f}",
-        f"{n_cells:,}",
+    programs = [
+        Program("forward", forward),
+        Program(
+            "plain torch", plain_torch(model, clean, corrupted, lambda logits: logits[:, -1, 7] - logits[:, -1, 9])
+        ),
+        Program("ours", lambda: ours.run(progress=False)),
     ]
+    taken = measure(programs, rounds, 1, clock)
+    n_cells = sum(ours.plan().cells.values())
+    ratios = [f"{taken.ratio(label, 'forward'):.2f}" for label in ("plain torch", "ours")]
+    line = (name, f"{taken.minimum('forward') * 1e3:.0f}", *ratios, f"{n_cells:,}")
     print(line, flush=True)
     return line
 
 
-def rows_of(header: list[str], lines: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines])
+def cost_report(quick: bool, clock: str) -> str:
+    """Both models' line."""
+    rounds, shape = (3, TINY) if quick else (9, BLOOM_560M)
+    lines = [
+        costs(str(shape.name), make_model(shape), shape.d_vocab, rounds, clock),
+        costs("SmolLM2-135M", load_smollm2().hf_model, 40_000, rounds, clock),
+    ]
+    header = ("model", "forward, ms", "plain torch, AtP of blocks", "AtP and RelP of everything", "cells")
+    body = ["# Attribution patching: cost", "", *machine_lines(), f"- clock: {clock}; rounds: {rounds}", ""]
+    body += [f"{LENGTH} tokens, in forwards of bare Hugging Face (target: at most {TARGET}):", ""]
+    return "\n".join([*body, table(header, lines)]) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hardware", default="2core_cpu")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--write", action="store_true", help="with --quick: write the file all the same")
-    parser.add_argument("--parts", nargs="+", default=["prediction", "cost"])
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu does not count the time of others")
+    parser.add_argument("--parts", nargs="+", default=["agreement", "cost"], choices=["agreement", "cost"])
     arguments = parser.parse_args()
-    pairs, of_demo, points, rounds = (1, 6, 3, 3) if arguments.quick else (8, 12, 20, 9)
-    body = ["# Attribution patching: prediction against experiment, and cost", ""]
-    if arguments.quick:
-        body += [
-            f"A quick run on a machine that others used at the time: {of_demo} pairs on the embedded model, {pairs} a task "
-            f"on SmolLM2, {points} points of integrated gradients, {rounds} rounds. Correlations do not depend on the "
-            "machine; times do.",
-            "",
-        ]
-    body += [*machine_lines(), ""]
-    if "prediction" in arguments.parts:
-        demo, smollm2 = load_demo_bridge(), load_smollm2()
-        header = ["site", "cells", "AtP", "AtP*", "RelP", "IG", "largest measured"]
-        for title, bridge, task in (
-            ("Embedded BLOOM, a sentence said before", demo, said_before(demo, of_demo)),
-            ("SmolLM2-135M, indirect object", smollm2, indirect_object(smollm2, pairs)),
-            ("SmolLM2-135M, induction on random tokens", smollm2, repeated(smollm2, pairs)),
-        ):
-            print(title, len(task), flush=True)
-            body += [f"## {title} ({len(task)} pairs)", "", "Pearson with activation patching, over all cells:", ""]
-            body += [rows_of(header, predictions(bridge, task, points)), ""]
-    if "cost" in arguments.parts:
-        lines = []
-        shape = TINY if arguments.quick and not arguments.write else BLOOM_560M
-        lines.append(costs(str(shape.name), make_model(shape), shape.d_vocab, rounds))
-        lines.append(costs("SmolLM2-135M", load_smollm2().hf_model, 40_000, rounds))
-        header = ["model", "forward, ms", "plain torch, AtP of blocks", "AtP and RelP of everything", "cells"]
-        body += [f"## Cost, {LENGTH} tokens, in forwards of bare Hugging Face (target: at most {TARGET})", ""]
-        body += [rows_of(header, lines), ""]
-    text = "\n".join(body)
-    print(text)
-    if arguments.write or not arguments.quick:
-        month = time.strftime("%Y%m")
-        path = Path(__file__).parent / "results" / f"attribution_patching_{arguments.hardware}_{month}.md"
-        path.write_text(text, "utf-8")
+    for part in arguments.parts:
+        quick = arguments.quick
+        text = agreement_report(quick) if part == "agreement" else cost_report(quick, arguments.clock)
+        print(text)
+        if not quick:
+            name = "attribution_agreement" if part == "agreement" else "attribution_patching"
+            file = f"{name}_{arguments.hardware}_{time.strftime('%Y%m')}.md"
+            (Path(__file__).parent / "results" / file).write_text(text, "utf-8")
 
 
 if __name__ == "__main__":
