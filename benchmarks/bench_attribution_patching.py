@@ -23,6 +23,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -77,12 +78,24 @@ def said_before(bridge: TransformerBridge, count: int) -> PromptPairs:
     return alike(bridge, random.Random(0).sample(rows, len(rows)), count)
 
 
-def indirect_object(bridge: TransformerBridge, count: int) -> PromptPairs:
-    """Who is given something: the name that is not said twice (Wang et al. 2022), in one template and order."""
-    drawn = indirect_object_pairs(bridge.tokenizer, 40 * count)
-    rows = list(drawn.rows())
-    same = [row for row in rows if (row["order"], row["template"]) == ("ABBA", rows[0]["template"])]
-    return alike(bridge, same, count)
+def indirect_object(bridge: TransformerBridge, count: int, solved: bool = True) -> PromptPairs:
+    """Who is given something: the name that is not said twice (Wang et al. 2022), in one template and order.
+
+    Args:
+        bridge: the model.
+        count: of the pairs.
+        solved: the template that the model most often answers right, clean and corrupted; else the one it does least.
+    """
+    rows = [row for row in indirect_object_pairs(bridge.tokenizer, 20 * count).rows() if row["order"] == "ABBA"]
+    right: dict[Any, list[float]] = {}
+    for row in rows[: 5 * count]:
+        ids = [bridge.to_single_token(row[word]) for word in ("answer", "foil")]
+        logits = [bridge(row[word])[0, -1, ids] for word in ("clean", "corrupted")]
+        is_right = bool(logits[0][0] > logits[0][1] and logits[1][0] < logits[1][1])
+        right.setdefault(row["template"], []).append(is_right)
+    told = sorted((float(np.mean(each)), str(template)) for template, each in right.items())
+    print(told, flush=True)
+    return alike(bridge, [row for row in rows if str(row["template"]) == told[-1 if solved else 0][1]], count)
 
 
 def induction(bridge: TransformerBridge, count: int) -> PromptPairs:
@@ -174,7 +187,7 @@ def pearson(one: Any, other: Any) -> float:
     return float(np.corrcoef(one, other)[0, 1])
 
 
-def agreement_report(quick: bool) -> str:
+def agreement_report(quick: bool, only: Sequence[str]) -> str:
     """Each task's table."""
     of_each, points, of_demo = (2, 2, 3) if quick else (12, 4, 20)
     demo, smollm2 = load_demo_bridge(), load_smollm2()
@@ -186,12 +199,21 @@ def agreement_report(quick: bool) -> str:
         "completeness error of a layer and pair, `largest` the largest measured effect, both in units of the clean run's",
         "metric less the corrupted run's. Positions before the first at which the prompts differ are left out.",
     ]
-    for title, bridge, task, n_points, layers in (
-        ("Embedded BLOOM, a sentence said before", demo, said_before(demo, of_each), of_demo, every),
-        (f"Embedded BLOOM, {PERIOD} tokens at random said again", demo, repeated(demo, of_each), of_demo, every),
-        ("SmolLM2-135M, indirect object", smollm2, indirect_object(smollm2, of_each), points, some),
-        ("SmolLM2-135M, induction", smollm2, induction(smollm2, of_each), points, some),
-    ):
+    tasks: dict[str, tuple[str, TransformerBridge, Callable[..., PromptPairs]]] = {
+        "said": ("Embedded BLOOM, a sentence said before", demo, said_before),
+        "repeated": (f"Embedded BLOOM, {PERIOD} tokens at random said again", demo, repeated),
+        "induction": ("SmolLM2-135M, induction", smollm2, induction),
+        "object": ("SmolLM2-135M, indirect object", smollm2, indirect_object),
+        "unsolved": (
+            "SmolLM2-135M, indirect object in a template that it answers wrongly",
+            smollm2,
+            partial(indirect_object, solved=False),
+        ),
+    }
+    for name in only or tasks:
+        title, bridge, make = tasks[name]
+        task = make(bridge, of_each)
+        n_points, layers = (of_demo, every) if bridge is demo else (points, some)
         print(title, len(task), flush=True)
         body += ["", f"## {title} ({len(task)} pairs)", ""]
         body += [f"Integrated gradients: {n_points} points, layers {', '.join(map(str, layers))}.", ""]
@@ -284,10 +306,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu does not count the time of others")
     parser.add_argument("--parts", nargs="+", default=["agreement", "cost"], choices=["agreement", "cost"])
+    parser.add_argument(
+        "--tasks", nargs="+", default=[], help="of agreement: said, repeated, induction, object, unsolved"
+    )
     arguments = parser.parse_args()
     for part in arguments.parts:
         quick = arguments.quick
-        text = agreement_report(quick) if part == "agreement" else cost_report(quick, arguments.clock)
+        text = agreement_report(quick, arguments.tasks) if part == "agreement" else cost_report(quick, arguments.clock)
         print(text)
         if not quick:
             name = "attribution_agreement" if part == "agreement" else "attribution_patching"
