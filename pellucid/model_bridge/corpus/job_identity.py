@@ -236,9 +236,8 @@ def _settings(place: str, module: nn.Module) -> dict[str, Json]:
     kind = type(module)
     found: dict[str, Json] = {"class": f"{kind.__module__}.{kind.__qualname__}", "code": _class_code(kind)}
     for name, value in vars(module).items():
-        if isinstance(value, StandIn):
-            continue
-        if name in PRIVATE_SETTINGS or not (name.startswith("_") or name in NO_SETTING):
+        is_private = name.startswith("_") or name in NO_SETTING  # asked first: most names are
+        if (not is_private or name in PRIVATE_SETTINGS) and not isinstance(value, StandIn):
             found[name] = _plain(value)
     for name in ("forward", "_old_forward"):
         own = _own_forward(vars(module).get(name))
