@@ -70,24 +70,32 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, is_open: Callable[[], bool]) -> Tensor:
         ctx.is_open = is_open
-        return value.clone()
+        return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
         return (gradients[0] if ctx.is_open() else None), None
 
 
-class _Either(torch.autograd.Function):
-    """A tensor whose gradient goes to itself, or to another that equals it up to rounding."""
+class _Activated(torch.autograd.Function):
+    """A tensor whose gradient goes to itself, or by the rule to what it was made from, an equal share to each.
+
+    The constants of the rule are computed on the way back, so that a forward costs nothing more.
+    """
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, other: Tensor, switch: Switch) -> Tensor:
+    def forward(ctx: Any, value: Tensor, switch: Switch, *entered: Tensor) -> Tensor:
         ctx.switch = switch
-        return value.clone()
+        ctx.save_for_backward(value, *entered)
+        return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        return (None, gradients[0], None) if ctx.switch.rules else (gradients[0], None, None)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        value, *entered = ctx.saved_tensors
+        if not ctx.switch.rules:
+            return gradients[0], None, *(None for _ in entered)
+        share = value / len(entered)
+        return None, None, *(gradients[0] * _ratio(each, share) for each in entered)
 
 
 def refuse_rules(bridge: TransformerBridge) -> None:
@@ -117,10 +125,7 @@ def rule_hooks(bridge: TransformerBridge, switch: Switch) -> tuple[list[Hook], l
         entered[hook.name] = tensor
 
     def activated(names: tuple[str, ...], tensor: Tensor, hook: Any) -> Tensor:
-        share = tensor.detach() / len(names)
-        parts = [_proportional(entered.pop(name), share) for name in names]
-        linear = parts[0] if len(parts) == 1 else parts[0] + parts[1]
-        chosen: Tensor = _Either.apply(tensor, linear, switch)
+        chosen: Tensor = _Activated.apply(tensor, switch, *(entered.pop(name) for name in names))
         return chosen
 
     block: list[Hook] = []
@@ -142,11 +147,9 @@ def _no_rules(switch: Switch) -> bool:
     return not switch.rules
 
 
-def _proportional(entered: Tensor, given: Tensor) -> Tensor:
-    """``entered`` times the constant that makes it ``given``."""
-    at_zero = entered.detach() == 0
-    ratio = torch.where(at_zero, LIMIT, given / entered.detach().masked_fill(at_zero, 1))
-    return entered * ratio
+def _ratio(entered: Tensor, given: Tensor) -> Tensor:
+    """What ``entered`` times makes ``given``."""
+    return torch.where(entered == 0, LIMIT, given / entered)
 
 
 def layer_gates(bridge: TransformerBridge, switch: Switch) -> list[Hook]:
