@@ -14,9 +14,13 @@ from pellucid.attribution.cells import SiteCells
 from pellucid.attribution.checking import LOW_AGREEMENT, Chosen, Verdict, choose, judge
 from pellucid.attribution.choices import TITLES
 from pellucid.attribution.resampling import Numbers, Stability, mean_effects, stability_of
+from pellucid.errors import warn
 from pellucid.experiments.labelled import Attribute
 from pellucid.experiments.options import Method
 from pellucid.tables import BriefFields
+
+INCOMPLETE = 0.05
+"""Integrated gradients that miss more than this part of the gap between the runs are warned of."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -90,6 +94,7 @@ class SiteResult(BriefFields):
             worst = np.abs(self.delta).max(0) / scale
             along = ("layer",) if "layer" in dims else ()
             variables["completeness_delta"] = (along, worst if along else worst[0])
+            self._warn_of_missing(float(np.abs(self.delta).max()), about)
         attrs: dict[str, Attribute] = {"summary": "", **about}
         attrs |= self._told({"jaccard": [each.jaccard for each in stability]})
         attrs |= self._told({"spearman_of_halves": [each.spearman for each in stability]})
@@ -104,6 +109,16 @@ class SiteResult(BriefFields):
             }
         attrs["summary"] = "\n".join(self._words(about, chosen, verdict, stability))
         return xr.Dataset(variables, coords, attrs)
+
+    def _warn_of_missing(self, delta: float, about: Mapping[str, Attribute]) -> None:
+        """Integrated gradients that do not add up to what patching a layer does."""
+        gap = abs(float(about["clean_metric"]) - float(about["corrupted_metric"]))  # type: ignore[arg-type]
+        if delta > INCOMPLETE * gap:
+            warn(
+                f"Integrated gradients of {self.site.name} with n_points={about['n_points']} miss what patching a whole "
+                f"layer does by up to {delta:.3g}, where the clean and the corrupted run are {gap:.3g} apart (see "
+                "completeness_delta): take more n_points, and read patched, not effect, until then."
+            )
 
     def _told(self, numbers: Mapping[str, list[float]]) -> dict[str, Attribute]:
         """One number for one method, a list for several."""

@@ -23,7 +23,8 @@ from pellucid.attribution.estimates import Estimator, gauss_legendre
 from pellucid.attribution.resampling import draw_counts, mean_effects, mean_jaccard, spearman, stability_of
 from pellucid.attribution.streaming import PairStream
 from pellucid.corpora.pairs import PromptPairs
-from pellucid.errors import GradientError, InputError, OtherJobError, UnsupportedModelError
+from pellucid.demo import load_demo_bridge
+from pellucid.errors import GradientError, InputError, OtherJobError, PellucidWarning, UnsupportedModelError
 from pellucid.experiments.activation_patching import activation_patching
 from pellucid.experiments.pairs import pair_batches
 from pellucid.sweep import KLDivergence, LogitDifference, LogProbability, Normalized
@@ -372,6 +373,18 @@ def test_gauss_and_legendres_points() -> None:
         points = gauss_legendre(count)
         for power in range(2 * count):
             assert sum(weight * place**power for place, weight in points) == pytest.approx(1 / (power + 1))
+
+
+def test_integrated_gradients_that_do_not_add_up_are_told() -> None:
+    demo = load_demo_bridge()
+    *ids, other = (torch.randperm(2000, generator=torch.Generator().manual_seed(0))[:21] + 4).tolist()
+    clean, corrupted = [*ids, *ids[:11]], [*ids[:10], other, *ids[11:], *ids[:11]]
+    pairs = PromptPairs([clean], [corrupted], [ids[11]], [other])
+    with pytest.warns(PellucidWarning, match="n_points=1 miss what patching a whole layer does by up to"):
+        attribution_patching(demo, pairs, site="z", method="ig", n_points=1, layers=[0], check=0)
+    attribution_patching(
+        demo, pairs, site="z", method="ig", n_points=20, layers=[3], check=0
+    )  # pytest fails at a warning
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
