@@ -174,8 +174,8 @@ class AttributionPatching(BriefFields, AttributionChoices):
             ``standard_error`` ``[*by]``, by resampling pairs, NaN for one pair; ``patched`` ``[*by]``, the measured change,
             NaN where no patching was done; with ``rows="each"`` ``effect_of_pair`` ``[*by, pair]``; with ``"ig"``
             ``completeness_delta`` ``[layer]``, the largest over pairs, with a warning where it is over a twentieth of what
-            the runs differ by. With several methods the effects have a first axis ``estimator``. ``attrs["summary"]`` says in
-            words how far it agrees with the experiment.
+            the runs differ by. With several methods the effects have a first axis ``estimator``. ``attrs["summary"]`` says
+            in words how far it agrees with the experiment.
 
         Raises:
             InputError: prompts of different lengths, axes without ``layer``, a metric that gives one number for several
