@@ -205,7 +205,7 @@ def agreement_report(quick: bool, only: Sequence[str]) -> str:
         "induction": ("SmolLM2-135M, induction", smollm2, induction),
         "object": ("SmolLM2-135M, indirect object", smollm2, indirect_object),
         "unsolved": (
-            "SmolLM2-135M, indirect object in a template that it answers wrongly",
+            "SmolLM2-135M, indirect object, the template it answers worst",
             smollm2,
             partial(indirect_object, solved=False),
         ),
