@@ -80,7 +80,7 @@ INTERNAL = {
     "PackedAttention": "inside a sweep",
     "PackedModel": "inside a sweep",
     "PairPass": "inside an attribution",
-    "PairStream": "inside an attribution",
+    "PairStream": "inside an attribution, or scores of edges",
     "PartsOfFused": "abstract",
     "PatchedEdges": "inside a measurement of faithfulness",
     "PathEdits": "inside path patching",

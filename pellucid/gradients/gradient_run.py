@@ -151,8 +151,6 @@ def _refuse_integers(bridge: TransformerBridge) -> None:
     Raises:
         GradientError: there is one, with its name.
     """
-    if not any(kind.__module__.startswith(INTEGER_MODULES) for kind in {*map(type, bridge.hf_model.modules())}):
-        return
     for path, module in bridge.hf_model.named_modules():
         if type(module).__module__.startswith(INTEGER_MODULES):
             raise GradientError(
