@@ -123,7 +123,10 @@ class ActivationCache(DecompositionMethods, Mapping[str, Tensor]):
             self.index = model
         else:  # a dictionary of the user's own, whose names may be any of a point's
             self.model, self.index = model, model.hook_index
-            self.cache_dict = {self._canonical(name): tensor for name, tensor in cache_dict.items()}
+            known = frozenset(self.index)  # as all names of a run are
+            self.cache_dict = {
+                name if name in known else self._canonical(name): tensor for name, tensor in cache_dict.items()
+            }
         self.has_batch_dim = has_batch_dim
         self.tokens = tokens
         self.attention_mask = attention_mask

@@ -155,7 +155,7 @@ class HookIndex(Mapping[str, HookSpec]):
         self._canonical = {alias: spec.name for spec in specs for alias in spec.aliases}
         self.n_layers = n_layers
         self._unreachable = dict(unreachable)
-        self._globs: dict[str, list[tuple[HookSpec, str]]] = {}
+        self._selections: dict[tuple[object, ...], list[tuple[HookSpec, str]]] = {}
 
     def __getitem__(self, name: str) -> HookSpec:
         if not isinstance(name, str):
@@ -195,7 +195,7 @@ class HookIndex(Mapping[str, HookSpec]):
     def joined(self, more: Sequence[HookSpec]) -> HookIndex:
         """The index with further points, each after the one whose name its own begins with; the last of a name counts."""
         made = copy.copy(self)
-        made._specs, made._globs = {}, {}
+        made._specs, made._selections = {}, {}
         for spec in self._specs.values():
             made._specs[spec.name] = spec
             made._specs |= {inside.name: inside for inside in more if inside.name.rpartition(".")[0] == spec.name}
@@ -237,25 +237,28 @@ class HookIndex(Mapping[str, HookSpec]):
             HookNameError: a name, glob, list entry or predicate matches nothing.
             HookDisabledError: a named opt-in point is off.
         """
-        if names_filter is None:
-            return [(spec, spec.name) for spec in self._specs.values() if _is_on(spec, flags)]
-        if isinstance(names_filter, str):
+        if isinstance(names_filter, str) and names_filter in self:
             return self._select_name(names_filter, flags)
         if callable(names_filter):
             chosen = [pair for pair in self._matching(names_filter) if _is_on(pair[0], flags)]
             if not chosen:
                 raise HookNameError(f"The predicate given as {argument} matches none of the {len(self)} hook points.")
             return chosen
-        if not isinstance(names_filter, Iterable):
-            raise HookNameError(
-                f"{argument} is a name, a glob, a list of names or a function of names; found {names_filter!r}."
-            )
-        entries = list(names_filter)
-        if not entries:
-            raise HookNameError(f"The list given as {argument} is empty: name at least one hook point.")
-        wrong = [entry for entry in entries if not isinstance(entry, str)]
-        if wrong:
-            raise HookNameError(f"{argument} takes names; found {wrong[0]!r} of type {type(wrong[0]).__name__}.")
+        entries = _entries(names_filter, argument)
+        # Remembered: a glob is matched with a thousand names, and a cache may be asked for hundreds of them, run after run.
+        key = (entries, *(flag for flag, is_on in flags.items() if is_on))
+        known = self._selections.get(key)
+        if known is None:
+            known = self._select_all(flags) if entries is None else self._select_names(entries, flags)
+            if len(self._selections) >= 64:
+                self._selections.clear()
+            self._selections[key] = known
+        return list(known)
+
+    def _select_all(self, flags: Mapping[Flag, bool]) -> list[tuple[HookSpec, str]]:
+        return [(spec, spec.name) for spec in self._specs.values() if _is_on(spec, flags)]
+
+    def _select_names(self, entries: Sequence[str], flags: Mapping[Flag, bool]) -> list[tuple[HookSpec, str]]:
         seen: dict[str, tuple[HookSpec, str]] = {}
         for entry in entries:
             for spec, asked in self._select_name(entry, flags):
@@ -263,8 +266,9 @@ class HookIndex(Mapping[str, HookSpec]):
         return list(seen.values())
 
     def _select_name(self, name: str, flags: Mapping[Flag, bool]) -> list[tuple[HookSpec, str]]:
-        if any(mark in name for mark in "*?["):
-            matching = self._matching_glob(name)
+        if name not in self and any(mark in name for mark in "*?["):
+            pattern = re.compile(fnmatch.translate(name))
+            matching = self._matching(lambda known: pattern.match(known) is not None)
             chosen = [pair for pair in matching if _is_on(pair[0], flags)]
             if chosen:
                 return chosen
@@ -287,21 +291,32 @@ class HookIndex(Mapping[str, HookSpec]):
                 chosen.append((spec, asked))
         return chosen
 
-    def _matching_glob(self, glob: str) -> list[tuple[HookSpec, str]]:
-        # Remembered: a glob is matched with a thousand names, which takes longer than 24 hooked points do.
-        chosen = self._globs.get(glob)
-        if chosen is None:
-            pattern = re.compile(fnmatch.translate(glob))
-            if len(self._globs) >= 64:
-                self._globs.clear()
-            chosen = self._globs[glob] = self._matching(lambda name: pattern.match(name) is not None)
-        return chosen
-
 
 def table_of_points(what: str, specs: Iterable[HookSpec]) -> Table:
     """Hook points as a table with one line for all layers."""
     rows = [(spec.name, ", ".join(spec.axes), spec.flag or "") for spec in specs]
     return Table(f"{what}: {len(rows)} hook points", ("name", "layers", "axes", "opt-in"), merge_layers(rows))
+
+
+def _entries(names_filter: str | Sequence[str] | None, argument: str) -> tuple[str, ...] | None:
+    """The names and globs of a filter, ``None`` for every point.
+
+    Raises:
+        HookNameError: no strings, or none at all.
+    """
+    if names_filter is None or isinstance(names_filter, str):
+        return None if names_filter is None else (names_filter,)
+    if not isinstance(names_filter, Iterable):
+        raise HookNameError(
+            f"{argument} is a name, a glob, a list of names or a function of names; found {names_filter!r}."
+        )
+    entries = tuple(names_filter)
+    if not entries:
+        raise HookNameError(f"The list given as {argument} is empty: name at least one hook point.")
+    wrong = [entry for entry in entries if not isinstance(entry, str)]
+    if wrong:
+        raise HookNameError(f"{argument} takes names; found {wrong[0]!r} of type {type(wrong[0]).__name__}.")
+    return entries
 
 
 def _is_on(spec: HookSpec, flags: Mapping[Flag, bool]) -> bool:
