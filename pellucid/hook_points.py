@@ -308,13 +308,18 @@ class HookPoint(NoTorchHooks):
             for direction, attached in self._attached.items():
                 self._attached[direction] = [handle for handle in attached if not unwanted(handle)]
 
-    def drop_closed(self) -> None:
-        """Take off the functions whose scope has ended."""
-        for attached in self._attached.values():
+    def drop_closed(self) -> bool:
+        """Take off the functions whose scope has ended, and say whether any is left."""
+        left = False
+        for direction, attached in self._attached.items():
             for handle in attached:
                 if handle.scope.closed:
-                    self.drop(_is_closed)
-                    return
+                    with HOOKS_LOCK:
+                        attached = [each for each in self._attached[direction] if not each.scope.closed]
+                        self._attached[direction] = attached
+                    break
+            left = left or bool(attached)
+        return left
 
     def detach(self, handles: Sequence[LensHandle]) -> None:
         """Detach those of ``handles`` that are attached here."""
@@ -374,12 +379,19 @@ class HookPoint(NoTorchHooks):
 
     def is_live(self) -> bool:
         """Whether a function attached here acts in this thread or task now."""
-        return any(acts(handle.scope) for handle in (*self.fwd_hooks, *self.bwd_hooks))
+        for attached in self._attached.values():  # asked of most points of most runs: no generator, which takes longer
+            for handle in attached:
+                if acts(handle.scope):
+                    return True
+        return False
 
     def only_reads(self) -> bool:
         """Whether every function that acts here now is a forward one of ours that never writes."""
-        return not any(acts(handle.scope) for handle in self.bwd_hooks) and all(
-            handle.reads_only for handle in self.fwd_hooks if acts(handle.scope)
+        return all(
+            handle.reads_only and handle.direction == "fwd"
+            for attached in self._attached.values()
+            for handle in attached
+            if acts(handle.scope)
         )
 
     def fire(self, value: Tensor, *, copy_before_edit: bool = False) -> Tensor:
@@ -396,16 +408,20 @@ class HookPoint(NoTorchHooks):
         run = current_run()
         if run is not None:
             run.fired.add(self)
-        forward = [handle for handle in attached["fwd"] if acts(handle.scope)]
+        forward, writes = [], False
+        for handle in attached["fwd"]:
+            if acts(handle.scope):
+                forward.append(handle)
+                writes = writes or not handle.reads_only
         backward = [handle for handle in attached["bwd"] if acts(handle.scope)]
         shown = value
         if forward:
-            if not backward and self.hook_conversion is None and all(handle.reads_only for handle in forward):
+            if not (writes or backward) and self.hook_conversion is None:
                 for handle in forward:  # caches and statistics, at most points of most runs
                     handle.calls += 1
                     handle.user_hook(value, self)
                 return value
-            shown = self._run_forward(value, forward, copy_before_edit)
+            shown = self._run_forward(value, forward, writes and (copy_before_edit or is_delicate(value)))
         if backward:
             if copy_before_edit and shown is value:
                 # A copy for one branch: its gradient is that branch's alone, so it needs a place in the graph.
@@ -413,11 +429,9 @@ class HookPoint(NoTorchHooks):
             shown = self._register_backward(shown, backward)
         return shown
 
-    def _run_forward(self, value: Tensor, handles: Sequence[LensHandle], copy_before_edit: bool) -> Tensor:
+    def _run_forward(self, value: Tensor, handles: Sequence[LensHandle], copies: bool) -> Tensor:
         conversion = self.hook_conversion
-        shown = value
-        if not all(handle.reads_only for handle in handles) and (copy_before_edit or is_delicate(value)):
-            shown = value.clone()
+        shown = value.clone() if copies else value
         if conversion is not None:
             shown = conversion.convert(shown)
         for handle in handles:
@@ -462,10 +476,6 @@ def attach_for_good(handles: Sequence[LensHandle], owner: PointOwner | None, pre
         if owner is not None:
             owner.sync()
         raise
-
-
-def _is_closed(handle: LensHandle) -> bool:
-    return handle.scope.closed
 
 
 def _run_backward(point: HookPoint, handles: tuple[LensHandle, ...], gradient: Tensor) -> Tensor:

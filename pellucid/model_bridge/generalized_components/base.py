@@ -72,10 +72,6 @@ class Mounted(ABC):
         """The forward that was there before."""
 
     @abstractmethod
-    def is_in_place(self) -> bool:
-        """Whether the module's forward is the component's now."""
-
-    @abstractmethod
     def was_taken_off(self) -> bool:
         """Whether the forward that was there before is there again."""
 
@@ -84,8 +80,8 @@ class Mounted(ABC):
         """Make the component's forward the module's."""
 
     @abstractmethod
-    def take_off(self) -> None:
-        """Give the module back the forward that was there before."""
+    def take_off(self) -> bool:
+        """Give the module back the forward that was there before; false where somebody has put another one there."""
 
 
 class StopForward(Exception):  # noqa: N818 (not an error: how a run that has what it came for leaves the model)
@@ -362,7 +358,7 @@ class GeneralizedComponent(NoTorchHooks):
     def is_live(self, site: str) -> bool:
         """Whether a function acts at ``site`` in this thread now."""
         point = self._points.get(site)
-        return point is not None and bool(point.fwd_hooks or point.bwd_hooks) and point.is_live()
+        return point is not None and point.is_live()
 
     def only_reads(self, *sites: str) -> bool:
         """Whether nothing that acts at ``sites`` now can write or wants a gradient."""

@@ -78,7 +78,7 @@ class LinearBridge(GeneralizedComponent):
         """Fire with the last axis seen as ``[..., heads, d_head]``."""
         if heads is None or not self.is_live(site):
             return self.fire(site, value, copy_before_edit=copy_before_edit)
-        seen = value.unflatten(-1, (heads, -1))
+        seen = value.view(*value.shape[:-1], heads, -1)  # as unflatten, which takes three times as long
         edited = self.fire(site, seen, copy_before_edit=copy_before_edit)
         # With gradients on, what a function saw has to be on the way, or its backward hook is not.
         return value if edited is seen and not value.requires_grad else edited.flatten(-2)

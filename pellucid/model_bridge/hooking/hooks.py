@@ -122,7 +122,7 @@ class Hooks:
                     f"A hook is (name, function); found {function!r} as the function for {names_filter!r}."
                 )
             for spec, asked in self.select(names_filter, direction, "a hook's name", span):
-                handles.append(LensHandle(self._tree.point(spec.name), function, direction, asked))
+                handles.append(LensHandle(self._tree.point_of(spec), function, direction, asked))
         return handles
 
     def select(

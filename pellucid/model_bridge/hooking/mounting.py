@@ -114,6 +114,7 @@ class ComponentTree:
         """Take points out of this model's table, by their names with ``{i}`` for the layer: nobody can hook them."""
         self.adapter.leave_out(names)
         self.table = self.adapter.hook_index()
+        self.fired_by = {name: component for name, component in self.fired_by.items() if name in self.table}
         for component in self.components.values():
             fires = component._names or {}
             component._names = {site: name for site, name in fires.items() if name in self.table}
@@ -155,8 +156,11 @@ class ComponentTree:
         Raises:
             HookNameError: there is none.
         """
-        spec = self.index[name]
-        if spec.name in self.table:
+        return self.point_of(self.index[name])
+
+    def point_of(self, spec: HookSpec) -> HookPoint:
+        """The hook point of a line of :attr:`index`."""
+        if spec.name in self.fired_by:
             return self.components[spec.component].point(spec.site)
         inside = {name: point for each in self.hooked_functions() for name, point in each.points.items()}
         point: HookPoint = inside[spec.name]
@@ -209,14 +213,15 @@ class ComponentTree:
         span, n_layers = current_span(), self.cfg.n_layers
         start = (FROM_TOKENS if has_tokens else FROM_EMBEDDINGS) if span.start is None else span.start
         stop = n_layers + 1 if span.stop is None else span.stop
+        is_whole = start == FROM_TOKENS and stop > n_layers
         acting: list[LensHandle] = []
         elsewhere: Scope | None = None
         for handle in self.handles():
             if acts(handle.scope):
                 spec = self.spec_of(handle.point)
-                if spec is None or (spec.name not in self.table and not self._fires(handle.point)):
+                if spec is None or (spec.name not in self.fired_by and not self._fires(handle.point)):
                     continue
-                if spec.component not in AFTER_BACKBONE and runs_through(spec, start, stop, n_layers):
+                if spec.component not in AFTER_BACKBONE and (is_whole or runs_through(spec, start, stop, n_layers)):
                     acting.append(handle)
             elif handle.scope.is_block and not (handle.scope.closed or handle.scope.everywhere or open_scopes()):
                 elsewhere = handle.scope
@@ -270,8 +275,7 @@ class ComponentTree:
     def _needed(self) -> set[str]:
         needed = {name for scope in self._holders for name in scope.components}
         for point in list(self.in_use):
-            point.drop_closed()
-            if not (point.fwd_hooks or point.bwd_hooks):
+            if not point.drop_closed():
                 del self.in_use[point]
                 continue
             spec = self.spec_of(point)
@@ -319,11 +323,9 @@ class ComponentTree:
     def _unmount(self, component: GeneralizedComponent) -> None:
         mounted = component.mounted
         assert mounted is not None
-        replaced = not (mounted.is_in_place() or mounted.was_taken_off())
-        if mounted.is_in_place():
-            mounted.take_off()
+        was_there = mounted.take_off()
         _note(component, None)
-        if replaced:
+        if not was_there:
             warn(
                 f"The forward of {component.path} was replaced while Pellucid had hooks on it; it is left as found. Remove "
                 "hooks before wrapping a module, and wrap it before hooking.",
@@ -331,7 +333,14 @@ class ComponentTree:
 
     def has_torch_hooks(self) -> bool:
         """Whether the user has put torch hooks on the model, which may write to tensors."""
-        return any(map(is_hooked, self.root.modules()))
+        waiting: list[nn.Module | None] = [self.root]
+        while waiting:  # as root.modules(), which takes three times as long, in each run with a cache
+            module = waiting.pop()
+            if module is not None:
+                if is_hooked(module):
+                    return True
+                waiting += module._modules.values()
+        return False
 
     # -- copies --------------------------------------------------------------------------------------------------------
 

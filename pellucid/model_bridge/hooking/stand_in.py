@@ -37,11 +37,10 @@ class StandIn(Mounted):
     @property
     def original(self) -> Callable[..., Any]:
         """The forward that was there before."""
-        return self._native() if self.previous is None else self.previous
+        return self._native(self.module) if self.previous is None else self.previous
 
-    def _native(self, module: nn.Module | None = None) -> Callable[..., Any]:
+    def _native(self, module: nn.Module) -> Callable[..., Any]:
         """The class' own method, of the module or of a copy of it."""
-        module = self.module if module is None else module
         method: Callable[..., Any] = getattr(type(module), self.component.slot).__get__(module)
         return method
 
@@ -55,17 +54,9 @@ class StandIn(Mounted):
         return self._run(*args, **kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        if is_quiet() or not self.is_used():
+        if is_quiet() or self.component.mounted is not self:  # not mounted by it any more: it only passes on
             return self.original(*args, **kwargs)
         return self.component.forward(*args, **kwargs)
-
-    def is_used(self) -> bool:
-        """Whether its component is mounted by it; else it only passes on."""
-        return self.component.mounted is self
-
-    def is_in_place(self) -> bool:
-        """Whether it is the module's forward now."""
-        return vars(self.module).get(self.slot) is self
 
     def was_taken_off(self) -> bool:
         """Whether what was there before is there again (or still, if an interrupt came while mounting)."""
@@ -75,12 +66,16 @@ class StandIn(Mounted):
         """Become the module's forward."""
         vars(self.module)[self.slot] = self
 
-    def take_off(self) -> None:
-        """Put back what was there before."""
-        if self.previous is None:
-            del vars(self.module)[self.slot]
-        else:
-            vars(self.module)[self.slot] = self.previous
+    def take_off(self) -> bool:
+        """Put back what was there before; false, and nothing is changed, where somebody has put another forward there."""
+        own = vars(self.module)
+        there = own.get(self.slot)
+        if there is self:
+            if self.previous is None:
+                del own[self.slot]
+            else:
+                own[self.slot] = self.previous
+        return there is self or there is self.previous
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -109,6 +104,8 @@ tensor, and do nothing in a run that does not ask."""
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether somebody has put torch hooks on a module, which may write to tensors."""
+    if not (module._forward_hooks or module._forward_pre_hooks):
+        return False
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     return any(hook.__module__ != HUGGING_FACE_RECORDERS for hook in hooks)
 

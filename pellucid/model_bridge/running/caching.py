@@ -61,7 +61,7 @@ def caching_functions(
         CacheTooLargeError: it would take more than ``max_cache_bytes``.
     """
     specs, run = cached_specs(runner, hooks, prepared, asked.names_filter), runner.positions_of(prepared)
-    points = [runner.tree.point(spec.name) for spec in specs]
+    points = [runner.tree.point_of(spec) for spec in specs]
     if asked.max_cache_bytes is not None:
         size = runner.size(prepared)
         plan = cache_bytes(specs, runner.cfg, size, asked.pos_slice, asked.dtype, asked.incl_bwd)
