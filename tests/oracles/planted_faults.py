@@ -1179,8 +1179,8 @@ FAULTS = (
     Fault(
         "fast attention does not look whether the pattern is hooked",
         f"{COMPONENTS}/bloom_attention.py",
-        'or self.is_live("hook_pattern")',
-        "or False",
+        "self.is_live(*PATTERN_SITES)",
+        'self.is_live("hook_attn_scores")',
         "tests/model_bridge/test_fast_attention.py",
     ),
     Fault(
@@ -1482,7 +1482,7 @@ FAULTS = (
     Fault(
         "points of the projection are taken for idle",
         f"{COMPONENTS}/joint_qkv_attention.py",
-        "if any(self.is_live(site) for site in INPUT_SITES):",
+        "if self.is_live(*INPUT_SITES):",
         "if False:",
         "tests/oracles/test_hook_table.py",
     ),

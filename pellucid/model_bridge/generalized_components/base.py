@@ -355,10 +355,13 @@ class GeneralizedComponent(NoTorchHooks):
         if edited is not seen or shown is not value:
             value.copy_(edited.view_as(value))
 
-    def is_live(self, site: str) -> bool:
-        """Whether a function acts at ``site`` in this thread now."""
-        point = self._points.get(site)
-        return point is not None and point.is_live()
+    def is_live(self, *sites: str) -> bool:
+        """Whether a function acts at one of ``sites`` in this thread now."""
+        for site in sites:
+            point = self._points.get(site)
+            if point is not None and point.is_live():
+                return True
+        return False
 
     def only_reads(self, *sites: str) -> bool:
         """Whether nothing that acts at ``sites`` now can write or wants a gradient."""

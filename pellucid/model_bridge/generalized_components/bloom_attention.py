@@ -30,6 +30,7 @@ from pellucid.model_bridge.generalized_components.base import GeneralizedCompone
 from pellucid.model_bridge.generalized_components.bloom_mlp import sum_of_slices
 from pellucid.model_bridge.generalized_components.joint_qkv_attention import JointQKVAttentionBridge
 from pellucid.model_bridge.generalized_components.mixing import current_mixing
+from pellucid.names import PATTERN_SITES
 from pellucid.run_context import current_fast_attention
 
 
@@ -135,7 +136,7 @@ class BloomAttentionBridge(JointQKVAttentionBridge):
 
     def may_fuse(self) -> bool:
         """Whether the fused kernel would do what the exact steps do: nothing looks at scores or pattern."""
-        return not (self.is_live("hook_attn_scores") or self.is_live("hook_pattern")) and _only_mixes(self.module)
+        return not self.is_live(*PATTERN_SITES) and _only_mixes(self.module)
 
     def attend(
         self,

@@ -125,7 +125,7 @@ class HuggingFaceAttentionBridge(HeadWeights):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Hugging Face's arguments to Hugging Face's output."""
         original = self.original()
-        if not any(self.is_live(site) for site in PER_HEAD_SITES):
+        if not self.is_live(*PER_HEAD_SITES):
             return self._run(original, *args, **kwargs)
         cfg: Any = self.config
         heads: dict[Part, int] = {"q": cfg.n_heads, "k": cfg.n_key_value_heads, "v": cfg.n_key_value_heads}
@@ -136,7 +136,7 @@ class HuggingFaceAttentionBridge(HeadWeights):
             HEAD_INPUTS.reset(token)
 
     def _run(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        ours = any(self.is_live(site) for site in OWN_SITES) or self._is_float64() or current_mixing() is not None
+        ours = self.is_live(*OWN_SITES) or self._is_float64() or current_mixing() is not None
         if not ours:
             return original(*args, **kwargs)
         self._refuse_fused()
@@ -149,7 +149,7 @@ class HuggingFaceAttentionBridge(HeadWeights):
     def _refuse_fused(self) -> None:
         """A forward that has the softmax itself leaves it out where the model does not run eager."""
         name = getattr(getattr(self.module, "config", None), "_attn_implementation", "eager")
-        if self.softmax_in == "forward" and name != "eager" and any(self.is_live(site) for site in PATTERN_SITES):
+        if self.softmax_in == "forward" and name != "eager" and self.is_live(*PATTERN_SITES):
             raise UnsupportedModelError(self._in_another(name))
 
     def _in_another(self, name: str) -> str:
@@ -233,7 +233,7 @@ class HuggingFaceAttentionBridge(HeadWeights):
         **kwargs: Any,
     ) -> Any:
         """In the place of an attention function."""
-        looked_at = query.dtype is torch.float64 or any(self.is_live(site) for site in PATTERN_SITES)
+        looked_at = query.dtype is torch.float64 or self.is_live(*PATTERN_SITES)
         if looked_at and self.softmax_in != "function":
             raise UnsupportedModelError(self._in_another(name))
 

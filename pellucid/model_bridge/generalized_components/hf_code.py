@@ -141,7 +141,7 @@ def _widened(function: Callable[..., Any]) -> FunctionType:
 def in_float64(method: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
     """``method`` of a norm, in float64 throughout if its weights are float64; else itself."""
     plain = getattr(method, "__func__", None)
-    weight = next(module.parameters(), None)
+    weight = next(iter(module._parameters.values()), None)  # module.parameters() walks children, in each call of a norm
     if plain is None or weight is None or weight.dtype is not torch.float64:
         return method
     return partial(_widened(plain), module)

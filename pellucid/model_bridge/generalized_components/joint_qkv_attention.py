@@ -201,7 +201,7 @@ class JointQKVAttentionBridge(AttentionBridge):
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values ``[batch, pos, n_heads, d_head]``, after their hooks."""
         own, draws = self._own_split, None
-        if any(self.is_live(site) for site in INPUT_SITES):
+        if self.is_live(*INPUT_SITES):
             draws = Draws(self.module.query_key_value, hidden_states.device)
         if own is None:
             q, k, v = fused_qkv.split_activation(self.module.query_key_value(hidden_states), self.n_heads)

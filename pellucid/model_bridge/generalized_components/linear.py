@@ -274,7 +274,7 @@ class FusedHeadsProjectionBridge(FusedLinearBridge):
     def _fused(self, input: Tensor) -> Tensor:
         """The projection itself, and what edits of copies of its input make of its parts."""
         inputs = HEAD_INPUTS.get()
-        if inputs is None and not any(self.is_live(site) for site in INPUT_SITE.values()):
+        if inputs is None and not self.is_live(*INPUT_SITE.values()):
             return super()._fused(input)
         original, draws = self.original(), Draws(self.module, input.device)
         fused: Tensor = original(input)

@@ -72,7 +72,7 @@ class MultipliedBlockBridge(BlockBridge):
         """
         original = super().original()
         sites = ("hook_attn_out", "hook_mlp_out")
-        if not any(self.is_live(site) for site in sites):
+        if not self.is_live(*sites):
             return original
         module, plain = self.module, getattr(original, "__func__", None)
         if plain is None or plain is not type(module).forward or getattr(original, "__self__", None) is not module:

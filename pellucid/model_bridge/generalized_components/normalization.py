@@ -107,7 +107,7 @@ class NormalizationBridge(GeneralizedComponent):
             x = self.fire("hook_in", hidden_states, copy_before_edit=self.input_is == "copy")
         x = self.fire("hook_branch_in", x, copy_before_edit=True)
         output: Tensor = original(x)
-        if self.is_live("hook_scale") or self.is_live("hook_normalized"):
+        if self.is_live("hook_scale", "hook_normalized"):
             output = self._with_inside(x, output)
         return self.fire("hook_out", output)
 

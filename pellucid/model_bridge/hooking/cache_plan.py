@@ -161,7 +161,7 @@ class ActivationRecorder:
     """The caching function of one run: keeps what each point shows it, under the point's name.
 
     Args:
-        pos_axes: of the points it will be attached to, by name.
+        specs: of the points it will be attached to, by name.
         positions: which positions to keep.
         device: where to keep them, by default where they are.
         dtype: as what to keep floating-point ones, by default as they are.
@@ -179,7 +179,7 @@ class ActivationRecorder:
 
     def __init__(
         self,
-        pos_axes: Mapping[str, int],
+        specs: Mapping[str, HookSpec],
         positions: Tensor | slice,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
@@ -192,7 +192,7 @@ class ActivationRecorder:
         self.kept: dict[str, Tensor] = {}
         self.scope: Scope | None = None
         self._owned = owned
-        self._pos_axes = pos_axes
+        self._specs = specs
         self._positions = positions
         self._as_is = isinstance(positions, slice) and positions == slice(None) and device is None and dtype is None
         self._device, self._dtype, self._copies = device, dtype, copies
@@ -216,7 +216,7 @@ class ActivationRecorder:
             positions, shift = self._positions, self._shifts.get(name, 0)
             if shift and isinstance(positions, Tensor):
                 positions = positions - shift
-            kept = take_positions(kept, self._pos_axes[name], positions)
+            kept = take_positions(kept, self._specs[name].pos_axis, positions)
             kept = cast(kept, self._dtype, name + suffix, self._device)
         if self._copies:
             if kept.data_ptr() == tensor.data_ptr():

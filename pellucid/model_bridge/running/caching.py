@@ -76,7 +76,7 @@ def caching_functions(
         if reshaped:
             raise InputError(f"pos_slice cannot find the positions of {reshaped[0]}, which is shown in another shape.")
     recorder = ActivationRecorder(
-        {spec.name: spec.pos_axis for spec in specs},
+        {spec.name: spec for spec in specs},
         positions,
         asked.device,
         asked.dtype,
@@ -96,7 +96,7 @@ def caching_functions(
 
 def _others_may_write(tree: ComponentTree) -> bool:
     """Whether anything but our caching could change a tensor in place after it was kept."""
-    if tree.is_mounted() and any(not handle.reads_only for handle in tree.handles()):
+    if any(not handle.reads_only for handle in tree.handles()):
         return True
     return tree.has_torch_hooks()
 
