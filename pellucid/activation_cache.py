@@ -123,7 +123,7 @@ class ActivationCache(DecompositionMethods, Mapping[str, Tensor]):
             self.index = model
         else:  # a dictionary of the user's own, whose names may be any of a point's
             self.model, self.index = model, model.hook_index
-            known = frozenset(self.index)  # as all names of a run are
+            known = self.index.canonical_names()  # as all names of a run are
             self.cache_dict = {
                 name if name in known else self._canonical(name): tensor for name, tensor in cache_dict.items()
             }

@@ -54,6 +54,8 @@ HookFunction: TypeAlias = Callable[..., Any]
 Direction = Literal["fwd", "bwd"]
 Directions = Literal["fwd", "bwd", "both"]
 
+NOT_OPENED = Scope()  # of every function that no block, run or ``add_hook`` has yet: it acts nowhere
+
 HOOKS_LOCK = threading.RLock()
 """Held while the functions of points are attached or detached, and while components are mounted for them."""
 
@@ -96,7 +98,7 @@ class LensHandle:
     direction: Direction
     name: str | None
     is_permanent: bool = False
-    scope: Scope = field(default_factory=Scope)
+    scope: Scope = NOT_OPENED
     reads_only: bool = False
     must_change: bool = False
     level: int | None = None
@@ -233,7 +235,7 @@ class HookPoint(NoTorchHooks):
                 function = handle.user_hook
                 function = copy.deepcopy(function, memo) if isinstance(function, HookedFunction) else function
                 copied = LensHandle(clone, function, handle.direction, handle.name, handle.is_permanent)
-                copied.level = handle.level
+                copied.level, copied.scope = handle.level, Scope()
                 copied.scope.everywhere = True
                 clone.put(copied)
         clone.owner = copy.deepcopy(self.owner, memo)  # which knows the points in use, and is being copied itself
@@ -310,16 +312,11 @@ class HookPoint(NoTorchHooks):
 
     def drop_closed(self) -> bool:
         """Take off the functions whose scope has ended, and say whether any is left."""
-        left = False
         for direction, attached in self._attached.items():
-            for handle in attached:
-                if handle.scope.closed:
-                    with HOOKS_LOCK:
-                        attached = [each for each in self._attached[direction] if not each.scope.closed]
-                        self._attached[direction] = attached
-                    break
-            left = left or bool(attached)
-        return left
+            if [handle for handle in attached if handle.scope.closed]:
+                with HOOKS_LOCK:
+                    self._attached[direction] = [each for each in self._attached[direction] if not each.scope.closed]
+        return bool(self._attached["fwd"] or self._attached["bwd"])
 
     def detach(self, handles: Sequence[LensHandle]) -> None:
         """Detach those of ``handles`` that are attached here."""
@@ -379,11 +376,7 @@ class HookPoint(NoTorchHooks):
 
     def is_live(self) -> bool:
         """Whether a function attached here acts in this thread or task now."""
-        for attached in self._attached.values():  # asked of most points of most runs: no generator, which takes longer
-            for handle in attached:
-                if acts(handle.scope):
-                    return True
-        return False
+        return bool([handle for attached in self._attached.values() for handle in attached if acts(handle.scope)])
 
     def only_reads(self) -> bool:
         """Whether every function that acts here now is a forward one of ours that never writes."""
@@ -408,11 +401,8 @@ class HookPoint(NoTorchHooks):
         run = current_run()
         if run is not None:
             run.fired.add(self)
-        forward, writes = [], False
-        for handle in attached["fwd"]:
-            if acts(handle.scope):
-                forward.append(handle)
-                writes = writes or not handle.reads_only
+        forward = [handle for handle in attached["fwd"] if acts(handle.scope)]
+        writes = bool([handle for handle in forward if not handle.reads_only])
         backward = [handle for handle in attached["bwd"] if acts(handle.scope)]
         shown = value
         if forward:

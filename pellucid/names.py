@@ -13,7 +13,7 @@ import difflib
 import fnmatch
 import operator
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
@@ -186,6 +186,10 @@ class HookIndex(Mapping[str, HookSpec]):
 
     def _repr_html_(self) -> str:
         return table_of_points("HookIndex", self._specs.values()).html()
+
+    def canonical_names(self) -> KeysView[str]:
+        """The names that it iterates, to look one up in."""
+        return self._specs.keys()
 
     def all_names(self) -> Iterator[str]:
         """Canonical names and aliases."""

@@ -77,6 +77,9 @@ class ComponentTree:
         self._specs: dict[HookPoint, HookSpec] = {}
         self._holders: list[Scope] = []
         self.in_use: dict[HookPoint, None] = {}
+        self._mounted: dict[
+            str, None
+        ] = {}  # names of components; entered before one is mounted, as points are in in_use
         self._joined: tuple[list[HookedFunction], HookIndex] | None = None
         self.notes: dict[str, Any] = {}  # what others remember of this model, each under its own word; copied with it
         self._place_all()
@@ -265,11 +268,15 @@ class ComponentTree:
         with HOOKS_LOCK:
             self._holders = [scope for scope in self._holders if not scope.closed]
             needed = self._needed()
-            for name, component in self.components.items():
+            for name in list(self._mounted):
+                component = self.components[name]
                 mounted = component.mounted
                 if mounted is not None and (name not in needed or component.original_component is not mounted.module):
                     self._unmount(component)
+                if name not in needed:
+                    del self._mounted[name]
             for name in needed:
+                self._mounted[name] = None
                 self._mount(self.components[name])
 
     def _needed(self) -> set[str]:
@@ -294,7 +301,7 @@ class ComponentTree:
 
     def is_mounted(self) -> bool:
         """Whether anything of ours stands on the model."""
-        return any(component.mounted is not None for component in self.components.values())
+        return any(self.components[name].mounted is not None for name in self._mounted)
 
     def _mount(self, component: GeneralizedComponent) -> None:
         mounted = component.mounted
