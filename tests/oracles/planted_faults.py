@@ -86,7 +86,7 @@ FAULTS = (
     Fault(
         "functions inside an autoencoder that is gone are waited for",
         "pellucid/model_bridge/hooking/mounting.py",
-        "                if spec is None or (spec.name not in self.table and not self._fires(handle.point)):\n"
+        "                if spec is None or (spec.name not in self.fired_by and not self._fires(handle.point)):\n"
         "                    continue\n",
         "                if spec is None:\n                    continue\n",
         "tests/model_bridge/test_saes.py -k last_one",
@@ -584,8 +584,8 @@ FAULTS = (
     Fault(
         "what was there before mounting is not put back",
         "pellucid/model_bridge/hooking/stand_in.py",
-        "            vars(self.module)[self.slot] = self.previous",
-        "            del vars(self.module)[self.slot]",
+        "                own[self.slot] = self.previous",
+        "                del own[self.slot]",
         "tests/model_bridge/test_lifecycle.py",
     ),
     Fault(
