@@ -12,69 +12,15 @@ from collections.abc import Callable, Container
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from threading import Thread
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import ParamSpec
 
 from pellucid.errors import InputError
+from pellucid.generation_run import GenerationRun
 from pellucid.padding import counts, places, real_positions
-
-
-@dataclass(eq=False)
-class GenerationRun:
-    """One call of Hugging Face's ``generate``, and where its forwards are in the sequence.
-
-    The forwards of one call are not one a token: a long prompt may come in chunks, assisted decoding reads several tokens
-    at once, and guidance (``guidance_scale``) runs a second sequence beside the first. The sequence that is generated is
-    the one of the first forward, with the key/value cache that it was given.
-
-    Attributes:
-        root: the model whose ``generate`` it is; forwards of another model are no part of it.
-        n_prompts: rows that ``generate`` was given.
-        prompt_length: positions of the prompt that it was given, those of a continued cache among them.
-        continues: whether it was given a cache.
-        guided: whether guidance runs a second sequence.
-        prompt_mask: ``[prompt, pos]`` that it was given with the prompts, ``None`` without one. A prompt that is read in
-            chunks comes with the mask of what was read so far.
-    """
-
-    root: nn.Module
-    n_prompts: int
-    prompt_length: int
-    continues: bool
-    guided: bool
-    prompt_mask: Tensor | None = None
-    prompt_end: int | None = None
-    step: int = 0
-    _cache: Any = None
-    _was_own: bool = False
-
-    def prompt_end_of(self, cache: Any | None, past: int, length: int, embedded: bool) -> int:
-        """The column at which the prompt of this forward's sequence ends.
-
-        Args:
-            cache: its key/value cache.
-            past: positions in it.
-            length: new positions.
-            embedded: whether embeddings are given, not ids: the prompt as a whole, soft positions among it.
-        """
-        end = past + length
-        if self.prompt_end is None:
-            own, self._cache = True, cache
-            # What a cache holds that ``generate`` was not given was put before the prompt (PEFT's prefixes).
-            before = 0 if self.continues else past
-            self.prompt_end = end if embedded else self.prompt_length + before
-        elif self._cache is not None:
-            own = cache is self._cache
-        else:
-            own = cache is None and not (self.guided and self._was_own)
-        self._was_own = own
-        if not own:
-            return end - self.step  # guidance is at the step of the forward that it guides
-        self.step = max(0, end - self.prompt_end)
-        return self.prompt_end
 
 
 class RunContext:
@@ -87,7 +33,8 @@ class RunContext:
             prompt or a part of it is read, then 1 for the first new token. So a forward's last position decides new token
             number ``step``, counted from 0, with a cache and without. In assisted decoding, which reads several tokens at
             once, drafted tokens count too (:attr:`steps` has each position's); with guidance, the second sequence has the
-            step of the first. ``None`` outside ``generate``.
+            step of the first, and so has what a logits processor or a stopping criterion runs. ``None`` outside
+            ``generate``, and in what a torch hook of the model or a streamer runs beside it.
         fired: the hook points that this forward has passed so far.
     """
 
@@ -271,6 +218,29 @@ def _version(tensor: Tensor | None) -> int:
     return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
+class ModelForward:
+    """A forward of a whole model: the run of its blocks, and which of its positions go to the unembedding.
+
+    Args:
+        kept: Hugging Face's ``logits_to_keep``.
+    """
+
+    def __init__(self, kept: int | Tensor) -> None:
+        self.kept = kept
+        self.run: RunContext | None = None
+        self._inside, self._has_run = current_run(), False
+
+    def keep(self, run: RunContext) -> None:
+        """Remember that its blocks have ended; blocks that something else runs meanwhile are not its own."""
+        if current_run() is self._inside and not self._has_run:
+            self.run, self._has_run = run, True
+
+    def take(self) -> RunContext | None:
+        """The run of its blocks, once."""
+        run, self.run = self.run, None
+        return run
+
+
 class Scope:
     """Where and how long a group of hook functions acts. Compared by identity.
 
@@ -310,8 +280,7 @@ _SCOPES: ContextVar[tuple[Scope, ...]] = ContextVar("pellucid_scopes", default=(
 _QUIET: ContextVar[bool] = ContextVar("pellucid_quiet", default=False)
 _RUN: ContextVar[RunContext | None] = ContextVar("pellucid_run", default=None)
 _INSIDE: ContextVar[object | None] = ContextVar("pellucid_inside", default=None)
-_FINISHED: ContextVar[RunContext | None] = ContextVar("pellucid_finished", default=None)
-_KEPT: ContextVar[int | Tensor | None] = ContextVar("pellucid_kept", default=None)
+_FORWARD: ContextVar[ModelForward | None] = ContextVar("pellucid_forward", default=None)
 _SPAN: ContextVar[LayerSpan] = ContextVar("pellucid_span", default=WHOLE)
 _FAST: ContextVar[FastAttention | None] = ContextVar("pellucid_fast_attention", default=None)
 _RETURNED: ContextVar[ReturnedInputs | None] = ContextVar("pellucid_returned_inputs", default=None)
@@ -388,9 +357,9 @@ def set_generation(run: GenerationRun) -> None:
     _SPAN.set(LayerSpan(span.start, span.stop, run, span.residual))
 
 
-def set_kept(kept: int | Tensor) -> None:
-    """Say which positions of the forward of this context go to the unembedding: Hugging Face's ``logits_to_keep``."""
-    _KEPT.set(kept)
+def set_forward(forward: ModelForward) -> None:
+    """Say which forward of a whole model this context is."""
+    _FORWARD.set(forward)
 
 
 def set_fast_attention(root: nn.Module | None) -> None:
@@ -409,15 +378,11 @@ def set_run(run: RunContext | None) -> None:
         _INSIDE.set(run)
 
 
-def keep_finished(run: RunContext | None) -> None:
+def keep_finished(run: RunContext) -> None:
     """Remember a forward of the blocks that ended: the unembedding, which comes after, is part of it."""
-    if _KEPT.get() is not None:  # in the forward of the whole model, whose context ends with it; else it would stay
-        _FINISHED.set(run)
-
-
-def finished_run() -> RunContext | None:
-    """The run that has left the blocks in this forward of the whole model."""
-    return _FINISHED.get()
+    forward = _FORWARD.get()
+    if forward is not None:
+        forward.keep(run)
 
 
 def take_finished() -> RunContext | None:
@@ -426,10 +391,11 @@ def take_finished() -> RunContext | None:
     Raises:
         InputError: they are chosen by a mask ``[batch, pos]``, for which Hugging Face joins batch and positions.
     """
-    run, kept = _FINISHED.get(), _KEPT.get()
-    _FINISHED.set(None)
-    if run is None or kept is None:
-        return run
+    forward = _FORWARD.get()
+    run = None if forward is None else forward.take()
+    if forward is None or run is None:
+        return None
+    kept = forward.kept
     if isinstance(kept, Tensor) and kept.dim() == 2 and kept.dtype == torch.bool:
         raise InputError(
             "logits_to_keep is a mask of rows and positions: Hugging Face joins both axes, and hooks at hook_unembed see "
@@ -462,6 +428,7 @@ def beside_run(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T
 
 def _call_beside(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     _INSIDE.set(function)  # in no forward that anything was opened in
+    _FORWARD.set(None)
     return _call_outside(function, *args, **kwargs)
 
 

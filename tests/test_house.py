@@ -43,6 +43,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "arguments",
         "axes",
         "dtypes",
+        "generation_run",
         "hook_introspection",
         "names",
         "padding",

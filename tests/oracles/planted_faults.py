@@ -1242,9 +1242,9 @@ FAULTS = (
     Fault(
         "a pass that ends at the final norm has no position ids of a padded mask",
         "pellucid/model_bridge/running/runner.py",
-        "            output = called_with_pre_hooks_apart(",
+        "            output = called_with_hooks_apart(",
         "            if prepared.ends_at_norm:\n                arguments.pop('position_ids', None)\n"
-        "            output = called_with_pre_hooks_apart(",
+        "            output = called_with_hooks_apart(",
         "tests/model_bridge/test_collecting.py -k leaves_the_final_norm",
     ),
     Fault(
@@ -1558,10 +1558,59 @@ FAULTS = (
     ),
     Fault(
         "what a torch pre-hook of the model runs ends where the run ends",
-        "pellucid/model_bridge/running/torch_pre_hooks.py",
+        f"{COMPONENTS}/hooks_apart.py",
         "        return beside_run(self.hook, *args)",
         "        return self.hook(*args)",
         "tests/model_bridge/test_whose_run.py -k pre_hook",
+    ),
+    Fault(
+        "the first of two threads to end takes the torch hooks of both",
+        f"{COMPONENTS}/hooks_apart.py",
+        "                        if not hook.calls:\n",
+        "                        if True:\n",
+        "tests/model_bridge/test_run_beside.py -k two_threads",
+    ),
+    Fault(
+        "what a torch hook of the model runs in a generation is its first step",
+        f"{COMPONENTS}/causal_lm.py",
+        "        return called_with_hooks_apart(call, self.module)\n",
+        "        return call()\n",
+        "tests/model_bridge/test_run_beside.py -k beside_a_generation",
+    ),
+    Fault(
+        "what a streamer runs in a generation is its first step",
+        f"{COMPONENTS}/causal_lm.py",
+        '        if kwargs.get("streamer") is not None:\n',
+        "        if False:\n",
+        "tests/model_bridge/test_run_beside.py -k beside_a_generation",
+    ),
+    Fault(
+        "any forward without a cache is a step of a generation without one",
+        "pellucid/generation_run.py",
+        "cache is None and self._is_continued_by(tokens) and not",
+        "cache is None and not",
+        "tests/model_bridge/test_run_beside.py -k beside_a_generation",
+    ),
+    Fault(
+        "guidance is taken to follow any forward",
+        "pellucid/generation_run.py",
+        "        self._was_own = own and end > self._end",
+        "        self._was_own = own",
+        "tests/model_bridge/test_run_beside.py -k beside_guidance",
+    ),
+    Fault(
+        "the unembedding is part of whatever blocks ended last",
+        "pellucid/run_context.py",
+        "        if current_run() is self._inside and not self._has_run:",
+        "        if True:",
+        "tests/model_bridge/test_run_beside.py -k unembedding",
+    ),
+    Fault(
+        "a copy of the model has our objects in the place of its torch hooks",
+        f"{COMPONENTS}/hooks_apart.py",
+        "        return _as_given, (self.hook,)",
+        "        return _Apart, (self.hook,)",
+        "tests/model_bridge/test_run_beside.py -k copy_made",
     ),
     Fault(
         "a block that a hook calls by hand overwrites what Hugging Face collected",

@@ -74,7 +74,7 @@ class BackboneBridge(GeneralizedComponent):
         mask = arguments.get("attention_mask")
         if generation is None or generation.root is not self.root:
             return RunContext(given, past, tokens, mask, None)
-        end = generation.prompt_end_of(cache, past, given.shape[1], tokens is None)
+        end = generation.prompt_end_of(cache, past, given, tokens)
         return RunContext(given, past, tokens, mask, generation, end)
 
     def _run(self, run: RunContext, call: Callable[[], Any], returned: ReturnedInputs | None) -> Any:

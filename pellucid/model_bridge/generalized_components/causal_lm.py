@@ -13,17 +13,18 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from pellucid.generation_run import GenerationRun
 from pellucid.hook_points import LensHandle
 from pellucid.model_bridge.generalized_components.backbone import refuse_unfired
 from pellucid.model_bridge.generalized_components.base import GeneralizedComponent, Site
 from pellucid.model_bridge.generalized_components.hf_arguments import by_name, given_cache
+from pellucid.model_bridge.generalized_components.hooks_apart import StreamerApart, called_with_hooks_apart
 from pellucid.run_context import (
-    GenerationRun,
+    ModelForward,
     acts,
-    finished_run,
     in_own_context,
+    set_forward,
     set_generation,
-    set_kept,
     set_run,
     take_finished,
 )
@@ -36,22 +37,25 @@ class CausalLMBridge(GeneralizedComponent):
 
     Attributes:
         head_handles: the functions on the unembedding and on the logits; the bridge gives it.
+        backbone_path: of the backbone in the model; the bridge gives it.
     """
 
     hook_logits = Site("logits, capped or scaled, ``[batch, pos, d_vocab]``")
 
     head_handles: Callable[[], list[LensHandle]]
+    backbone_path: str
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Hugging Face's arguments to Hugging Face's output."""
         head = [handle for handle in self.head_handles() if acts(handle.scope)]
         kept = by_name(self.module, args, kwargs).get("logits_to_keep", 0)
-        return in_own_context(self._run, kept, head, partial(self.original(), *args, **kwargs))
+        call = partial(self.original(), *args, **kwargs)
+        return in_own_context(self._run, ModelForward(kept), head, call)
 
-    def _run(self, kept: int | Tensor, head: Sequence[LensHandle], call: Callable[[], Any]) -> Any:
-        set_kept(kept)
-        output = call()
-        run = finished_run()
+    def _run(self, forward: ModelForward, head: Sequence[LensHandle], call: Callable[[], Any]) -> Any:
+        set_forward(forward)
+        output = called_with_hooks_apart(call, self.module.get_submodule(self.backbone_path))
+        run = forward.run
         if self.is_live("hook_logits"):
             output = self._with_logits(output)
         if run is not None:
@@ -90,8 +94,10 @@ class GenerateBridge(GeneralizedComponent):
             guided=next((scale for scale in scales if scale is not None), 1) != 1,
             prompt_mask=mask if mask is not None and mask.dim() == 2 else None,
         )
+        if kwargs.get("streamer") is not None:
+            kwargs["streamer"] = StreamerApart(kwargs["streamer"])
         return in_own_context(self._run, run, partial(self.original(), inputs, *args, **kwargs))
 
     def _run(self, run: GenerationRun, call: Callable[[], Any]) -> Any:
         set_generation(run)
-        return call()
+        return called_with_hooks_apart(call, self.module)

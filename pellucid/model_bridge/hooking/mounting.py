@@ -67,7 +67,7 @@ class ComponentTree:
         self.backbone.expected_handles = self.expected_handles
         self.components["backbone"] = self.backbone
         model = CausalLMBridge("", cfg)
-        model.head_handles = self._head_handles
+        model.head_handles, model.backbone_path = self._head_handles, adapter.backbone_path
         self.components |= {"model": model, "generate": GenerateBridge("", cfg)}  # the root, twice
         for layer, block in enumerate(self.blocks):
             self.components[f"blocks.{layer}"] = block

@@ -19,6 +19,7 @@ from pellucid.errors import GradientError, InputError, UnsupportedModelError
 from pellucid.hook_points import LensHandle
 from pellucid.losses import next_token_loss
 from pellucid.model_bridge.generalized_components.base import StopForward
+from pellucid.model_bridge.generalized_components.hooks_apart import called_with_hooks_apart
 from pellucid.model_bridge.hooking.cache_plan import RunSize
 from pellucid.model_bridge.hooking.hook_session import HookSession
 from pellucid.model_bridge.hooking.mounting import ComponentTree
@@ -31,7 +32,6 @@ from pellucid.model_bridge.running.run_positions import (
     puts_prompts_before,
 )
 from pellucid.model_bridge.running.tokens import PaddingSide, TextOrTokens, TokenRules, check_mask, check_past
-from pellucid.model_bridge.running.torch_pre_hooks import called_with_pre_hooks_apart
 from pellucid.names import FROM_EMBEDDINGS, FROM_TOKENS
 from pellucid.padding import last_columns, position_ids
 from pellucid.run_context import set_fast_attention, set_span
@@ -178,7 +178,7 @@ class Runner:
         model: Any = self.tree.root if prepared.behind_wrapper else self.model
         model = self.tree.backbone.module if prepared.ends_at_norm else model
         try:
-            output = called_with_pre_hooks_apart(model, arguments, self.tree.root, self.tree.backbone.module)
+            output = called_with_hooks_apart(partial(model, **arguments), model, self.tree.root)
             is_own = model is self.tree.root or prepared.ends_at_norm
             made: Tensor = output[0] if is_own else logits_of(output, model, arguments, self.cfg)
         except BaseException as error:
