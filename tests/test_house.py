@@ -215,10 +215,13 @@ def violations(module: str, source: str, known: frozenset[str], is_package: bool
 KNOWN = frozenset(dotted(path) for path in MODULES)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=dotted)
-def test_a_module_imports_its_own_room_and_lower_floors(path: Path) -> None:
-    is_package = path.name == "__init__.py"
-    assert not list(violations(dotted(path), source_of(path), KNOWN, is_package))
+def test_a_module_imports_its_own_room_and_lower_floors() -> None:
+    found = [
+        violation
+        for path in MODULES
+        for violation in violations(dotted(path), source_of(path), KNOWN, path.name == "__init__.py")
+    ]
+    assert not found
 
 
 @pytest.mark.parametrize(
@@ -454,12 +457,12 @@ def families_asked_for(source: str, names: Collection[str]) -> list[int]:
     return lines
 
 
-@pytest.mark.parametrize("path", MODULES, ids=dotted)
-def test_nobody_asks_for_a_familys_name(path: Path) -> None:
+def test_nobody_asks_for_a_familys_name() -> None:
     from pellucid.model_bridge.supported_architectures import ARCHITECTURES
 
-    if path.parent != FAMILIES_ROOM:
-        assert not families_asked_for(source_of(path), ARCHITECTURES)
+    above = [path for path in MODULES if path.parent != FAMILIES_ROOM]
+    found = {dotted(path): lines for path in above if (lines := families_asked_for(source_of(path), ARCHITECTURES))}
+    assert not found
 
 
 def test_a_planted_question_for_a_familys_name_is_found() -> None:
@@ -480,14 +483,14 @@ def test_a_family_is_a_short_file() -> None:
     assert not long, long
 
 
-@pytest.mark.parametrize("path", MODULES, ids=dotted)
-def test_no_file_is_too_long(path: Path) -> None:
-    assert source_of(path).count("\n") <= LONGEST_FILE
+def test_no_file_is_too_long() -> None:
+    lengths = {dotted(path): source_of(path).count("\n") for path in MODULES}
+    assert not {module: lines for module, lines in lengths.items() if lines > LONGEST_FILE}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=dotted)
-def test_nothing_runs_code_from_data(path: Path) -> None:
-    assert not RUNS_CODE_FROM_DATA.findall(source_of(path))
+def test_nothing_runs_code_from_data() -> None:
+    found = {dotted(path): calls for path in MODULES if (calls := RUNS_CODE_FROM_DATA.findall(source_of(path)))}
+    assert not found
 
 
 def test_no_machine_paths() -> None:
