@@ -28,7 +28,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from common import Program, Report, Target, installed, machine_lines, measure, table
+from common import CLOCKS, Program, Report, Target, installed, machine_lines, measure, table
 from torch import Tensor
 
 HOOKS, LENS, OURS = "plain torch hooks", "TransformerLens", "Pellucid"
@@ -122,7 +122,7 @@ def all_cells(axes: tuple[str, ...], config: Any) -> list[tuple[int, ...]]:
     return list(product(*(range(sizes[axis]) for axis in axes)))
 
 
-def case(report: Report, bridge: Any, site: str, rounds: int, sample: int) -> None:
+def case(report: Report, bridge: Any, site: str, rounds: int, sample: int, clock: str) -> None:
     """One site: numbers first, then times."""
     from pellucid import patching
     from pellucid.sweep import LogitDifference
@@ -141,13 +141,13 @@ def case(report: Report, bridge: Any, site: str, rounds: int, sample: int) -> No
         found["scores"] = run(bridge, corrupted, cache, LogitDifference(ANSWER, FOIL), verbose=False).flatten()
 
     loop = Sample(functools.partial(hook_loop, model, corrupted, site, clean_inputs(model, clean, site)), cells, sample)
-    timings = measure([Program(OURS, ours), Program(HOOKS, loop, before=loop.choose)], rounds, warmup=1)
+    timings = measure([Program(OURS, ours), Program(HOOKS, loop, before=loop.choose)], rounds, warmup=1, clock=clock)
     timings.seconds[HOOKS] = [seconds * loop.scale for seconds in timings.seconds[HOOKS]]
     scores = dict(zip(cells, found["scores"].tolist(), strict=True))
     worst = max(abs(scores[cell] - value) for cell, value in loop.seen.items())
     report.check(f"{HOOKS} and {OURS}, {len(loop.seen)} random cells", worst, BOUND)
     report.say(f"- the numbers range over {float(found['scores'].max() - found['scores'].min()):.3g}")
-    peer = peer_ratio(site, rounds, sample, scores, report)
+    peer = peer_ratio(site, rounds, sample, clock, scores, report)
     rows = [(name, f"{timings.median(name):.2f}", f"{timings.ratio(name, OURS):.1f}") for name in (OURS, HOOKS)]
     if peer is not None:
         times = peer * timings.ratio(HOOKS, OURS)
@@ -160,12 +160,13 @@ def case(report: Report, bridge: Any, site: str, rounds: int, sample: int) -> No
 
 
 def peer_ratio(
-    site: str, rounds: int, sample: int, scores: dict[tuple[int, ...], float], report: Report
+    site: str, rounds: int, sample: int, clock: str, scores: dict[tuple[int, ...], float], report: Report
 ) -> float | None:
     """TransformerLens' time over the loop's; ``None`` where it is not installed."""
     if not installed("transformer_lens"):
         return None
     call = [sys.executable, __file__, "--peer", site, "--rounds", str(rounds), "--sample", str(sample)]
+    call += ["--clock", clock]
     done = subprocess.run(call, capture_output=True, text=True)
     if done.returncode:
         report.say(f"- TransformerLens did not run: {done.stderr.strip().splitlines()[-1:]}")
@@ -177,7 +178,7 @@ def peer_ratio(
     return ratio
 
 
-def run_peer(site: str, rounds: int, sample: int) -> None:
+def run_peer(site: str, rounds: int, sample: int, clock: str) -> None:
     """Print TransformerLens' ratio to the loop, and its numbers, as JSON."""
     import transformer_lens.patching  # type: ignore[import-not-found, unused-ignore]
     import transformers
@@ -214,7 +215,7 @@ def run_peer(site: str, rounds: int, sample: int) -> None:
     )
     theirs = Sample(lens_loop, cells, sample)
     programs = [Program(HOOKS, plain, before=plain.choose), Program(LENS, theirs, before=theirs.choose)]
-    timings = measure(programs, rounds, warmup=1)
+    timings = measure(programs, rounds, warmup=1, clock=clock)
     print(json.dumps({"ratio": timings.ratio(LENS, HOOKS), "seen": list(theirs.seen.items())}))
 
 
@@ -226,18 +227,20 @@ def main() -> None:
     parser.add_argument("--note", default="", help="written into the file")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sample", type=int, default=24, help="cells of a slow program in a round")
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu does not count the time of others")
     parser.add_argument("--peer", choices=list(SITES), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     torch.set_grad_enabled(False)
     if arguments.peer:
-        run_peer(arguments.peer, arguments.rounds, arguments.sample)
+        run_peer(arguments.peer, arguments.rounds, arguments.sample, arguments.clock)
         return
     from pellucid.demo.smollm2 import is_installed, load_smollm2
 
     report = Report("Sweeps on SmolLM2-135M")
-    for line in [*machine_lines(), *([f"- note: {arguments.note}"] if arguments.note else [])]:
+    notes = [f"- note: {arguments.note}"] if arguments.note else []
+    for line in [*machine_lines(), f"- clock: {arguments.clock}", *notes]:
         report.say(line)
     if not is_installed():
         report.say("SmolLM2 is not installed: nothing was run.")
@@ -246,7 +249,7 @@ def main() -> None:
     bridge.hf_model.requires_grad_(False)
     rounds, sample = (1, 4) if arguments.quick else (arguments.rounds, arguments.sample)
     for site in SITES:
-        case(report, bridge, site, rounds, sample)
+        case(report, bridge, site, rounds, sample, arguments.clock)
     if not arguments.quick:
         path = Path(__file__).parent / "results" / f"smollm2_sweeps_{arguments.hardware}_{time.strftime('%Y%m')}.md"
         report.write(path)
