@@ -39,6 +39,9 @@ SETTERS: Mapping[Flag, str] = {
 }
 """The call that switches an opt-in point on, by the configuration flag it sets."""
 
+EXCLUDE_EACH_OTHER: tuple[Flag, Flag] = ("use_attn_in", "use_split_qkv_input")
+"""Points that would feed the same projections."""
+
 
 @dataclass(frozen=True)
 class HookSpec:

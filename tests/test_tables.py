@@ -97,7 +97,6 @@ INTERNAL = {
     "StateFolder": "inside a collection",
     "StreamerApart": "inside generate",
     "Switch": "inside a run with gradients",
-    "SwitchedOn": "inside verify()",
     "TappedFunctional": "inside attention",
     "TokenMethods": "a part of the bridge's class",
     "TokenRules": "inside a bridge",

@@ -22,7 +22,6 @@ from pellucid.attribution.cells import SiteCells
 from pellucid.attribution.qk_fix import PatternChange, is_fixed, pattern_change, pattern_hooks, refuse_shared_norm
 from pellucid.dtypes import widened
 from pellucid.errors import UnsupportedModelError
-from pellucid.experiments.labelled import switched
 from pellucid.experiments.options import Method
 from pellucid.gradients import GradientRun, refuse_zero_gradient, run_with_gradients
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
@@ -117,7 +116,7 @@ class Estimator(BriefFields):
 
     def source(self, source: Unedited) -> KeptRun:
         """The run that is patched from."""
-        with switched(self.bridge, self.flags):
+        with self.bridge.points_on(self.flags):
             return source.observe(self.hooks)
 
     def estimate(self, base: Unedited, source: Unedited, metric: MetricLike, kept: KeptRun | None = None) -> Estimates:
@@ -135,7 +134,7 @@ class Estimator(BriefFields):
         """
         run_source = self.source(source) if kept is None else kept
         needed = [name for site in self.fixed for name in pattern_hooks(site)]
-        with switched(self.bridge, self.flags):
+        with self.bridge.points_on(self.flags):
             run = run_with_gradients(
                 base,
                 metric,

@@ -11,7 +11,6 @@ from pellucid.attribution.checking import Chosen
 from pellucid.attribution.estimates import Estimator
 from pellucid.attribution.streaming import PairStream
 from pellucid.errors import InputError
-from pellucid.experiments.labelled import switched
 from pellucid.experiments.options import SweepOptions
 from pellucid.experiments.pairs import PairBatch
 from pellucid.sweep import Sweep
@@ -74,7 +73,7 @@ class PairPass:
                 rows_at_once=self.options.rows_at_once,
             )
             for name, of_site in chosen.items():
-                with switched(bridge, of_site.site.cells.site.flags):
+                with bridge.points_on(of_site.site.cells.site.flags):
                     found = sweep.run(of_site.edits(kept.activations, sizes), progress=False)
                 change = (found.values["metric"] - found.base["metric"]).reshape(of_site.n_edits, -1)
                 self.state.put(f"patched {name}", self.n_pairs, batch.rows, change.T)

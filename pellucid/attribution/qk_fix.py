@@ -27,7 +27,6 @@ from torch import Tensor
 
 from pellucid.attribution.cells import SiteCells
 from pellucid.errors import UnsupportedModelError
-from pellucid.experiments.labelled import switched
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.sweep.unedited import Unedited
 from pellucid.tables import BriefFields
@@ -169,7 +168,7 @@ def pattern_change(
     for layer in site.specs:
         functions += [(site.specs[layer].name, patch), (f"blocks.{layer}.attn.hook_attn_scores", read)]
         functions.append((f"blocks.{layer}.attn.hook_pattern", put_back))
-    with torch.no_grad(), switched(bridge, cells.site.flags):
+    with torch.no_grad(), bridge.points_on(cells.site.flags):
         bridge.run_with_hooks(**base.input, fwd_hooks=functions, stop_at_layer=bridge.cfg.n_layers)
 
     def of(run: Mapping[str, Tensor], name: str) -> dict[int | None, Tensor]:

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from pellucid.circuits.ends import Ends
 from pellucid.conversion_utils.fused_qkv import PARTS
-from pellucid.experiments.labelled import switched
 from pellucid.names import Flag
 from pellucid.run_context import hooks_suppressed
 from pellucid.sweep.unedited import Unedited
@@ -55,7 +54,7 @@ class PatchedEdges:
     def final(self, patched: np.ndarray) -> Tensor:
         """``[row, pos, d_model]``: what leaves the last layer with these edges, ``[edge]`` bool, patched."""
         run = _Run(self, patched)
-        with torch.no_grad(), switched(self.bridge, self.flags), run.torch_hooks(self._no_copy):
+        with torch.no_grad(), self.bridge.points_on(self.flags), run.torch_hooks(self._no_copy):
             left: Tensor = self.bridge.run_with_hooks(
                 **self.unedited.input, fwd_hooks=run.hooks(not self._no_copy), stop_at_layer=self.wiring.n_layers
             )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,9 +19,10 @@ from pellucid.cli.mistakes import note
 from pellucid.cli.models import DTYPES, commit_of, open_bridge, read_hook_index
 from pellucid.cli.options import DEMO, Dtype, Format, ModelChoice
 from pellucid.cli.output import table, write_json
-from pellucid.cli.run import choose_hooks, switch_on
+from pellucid.cli.run import choose_hooks
 from pellucid.cli.terminal import results
 from pellucid.errors import InputError
+from pellucid.names import Flag
 from pellucid.scale.harvest import Harvester, HarvestReport, idle_threads
 from pellucid.scale.ray_engine import harvest_on_ray
 from pellucid.scale.saelens import export_to_saelens
@@ -80,8 +82,14 @@ def open_harvester(choice: ModelChoice, request: HarvestRequest) -> Harvester:
     """The job on its model, corpus and folder; also what a Ray worker calls."""
     bridge = open_bridge(choice)
     names, flags = choose_hooks(read_hook_index(choice), request.hooks)
-    for flag in flags:
-        switch_on(bridge, flag)
+    setters: dict[Flag, Callable[[bool], None]] = {
+        "use_attn_result": bridge.set_use_attn_result,
+        "use_split_qkv_input": bridge.set_use_split_qkv_input,
+        "use_attn_in": bridge.set_use_attn_in,
+        "use_hook_mlp_in": bridge.set_use_hook_mlp_in,
+    }
+    for flag in flags:  # for good: the job is run by whom it is given to
+        setters[flag](True)
     name = choice.name if choice.is_demo or not os.path.isdir(choice.name) else Path(choice.name).resolve().name
     return Harvester(
         bridge,

@@ -71,10 +71,9 @@ def run_text(choice: ModelChoice, request: RunRequest, format: Format) -> None:
     index = read_hook_index(choice)
     names, flags = choose_hooks(index, request.hooks)
     bridge = open_bridge(choice)
-    for flag in flags:
-        switch_on(bridge, flag)
     tokens = bridge.to_tokens(request.text, prepend_bos=request.prepend_bos)
-    kept, logits = _run(bridge, tokens, names, request.out)
+    with bridge.points_on(flags):
+        kept, logits = _run(bridge, tokens, names, request.out)
     lines = [_line(index, name, tensor) for name, tensor in kept.items()]
     about: dict[str, Json] = {
         **source_of(choice),
@@ -123,17 +122,6 @@ def choose_hooks(index: HookIndex, asked: Sequence[str]) -> tuple[list[str], lis
             "hook_attn_in and hook_q_input, hook_k_input, hook_v_input exclude each other: run them apart."
         )
     return list(chosen), flags
-
-
-def switch_on(bridge: TransformerBridge, flag: Flag) -> None:
-    """Switch opt-in points on."""
-    setters = {
-        "use_attn_result": bridge.set_use_attn_result,
-        "use_split_qkv_input": bridge.set_use_split_qkv_input,
-        "use_attn_in": bridge.set_use_attn_in,
-        "use_hook_mlp_in": bridge.set_use_hook_mlp_in,
-    }
-    setters[flag](True)
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from pellucid.arguments import check_choice, check_whole, check_wholes
 from pellucid.axes import ROWS_AT_ONCE, Index
 from pellucid.errors import CacheKeyError, InputError
 from pellucid.experiments.experiment import Experiment, Metrics, left_of
-from pellucid.experiments.labelled import LabelledSweep, Reference, about_metrics, switched
+from pellucid.experiments.labelled import LabelledSweep, Reference, about_metrics
 from pellucid.experiments.options import NeuronGroups, OnInterrupt, Rows, SweepOptions, documented, option
 from pellucid.experiments.places import (
     Prompts,
@@ -290,7 +290,7 @@ class _Data:
         return self._activations(self.rows)
 
     def _activations(self, rows: Prompts) -> Mapping[str, Tensor]:
-        with switched(self.bridge, self.site.flags):
+        with self.bridge.points_on(self.site.flags):
             return rows.unedited(self.bridge).observe(self.names).activations
 
     def _sums(self, by_position: bool) -> tuple[dict[str, Tensor], Tensor]:

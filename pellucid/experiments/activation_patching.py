@@ -31,7 +31,6 @@ from pellucid.experiments.labelled import (
     between,
     check_scores,
     in_float32,
-    switched,
 )
 from pellucid.experiments.options import (
     Direction,
@@ -83,7 +82,7 @@ class _Pair:
     def source_run(self) -> KeptRun:
         """The run that is patched from."""
         if self._source_run is None:
-            with switched(self.bridge, self.site.flags):
+            with self.bridge.points_on(self.site.flags):
                 self._source_run = self.source.observe([spec.name for spec in self.site.specs.values()])
             self._activations |= self._source_run.activations
         return self._source_run
@@ -91,7 +90,7 @@ class _Pair:
     def base_run(self) -> BaseRun:
         """The run that is edited."""
         self.source_run()
-        with torch.no_grad(), switched(self.bridge, self.site.flags):
+        with torch.no_grad(), self.bridge.points_on(self.site.flags):
             return self.base.base(self.base.resolve(self.grid.edits))
 
 

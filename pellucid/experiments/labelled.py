@@ -18,8 +18,7 @@ lists of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any, Literal, TypeAlias
@@ -33,7 +32,6 @@ from pellucid.arguments import check_kind, check_mapping
 from pellucid.dtypes import widened
 from pellucid.errors import InputError
 from pellucid.experiments.options import OnInterrupt, Rows
-from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.names import Flag
 from pellucid.storage.json_text import finite, with_nan
 from pellucid.sweep import (
@@ -110,7 +108,7 @@ class LabelledSweep(BriefFields):
 
     def plan(self) -> SweepPlan:
         """What :meth:`run` is going to do: edits, operations, memory. Only the base run is computed."""
-        with switched(self.sweep.bridge, self.flags):
+        with self.sweep.bridge.points_on(self.flags):
             return self.sweep.plan(self.grid.edits)
 
     def run(self, *, progress: bool | None = None, on_interrupt: OnInterrupt = "raise") -> xr.DataArray:
@@ -123,7 +121,7 @@ class LabelledSweep(BriefFields):
         Raises:
             InputError: a function of logits that gives neither one number nor one a row.
         """
-        with switched(self.sweep.bridge, self.flags):
+        with self.sweep.bridge.points_on(self.flags):
             if not all(isinstance(metric, Metric) for metric in self.sweep.metrics.values()):
                 check_scores(self.sweep.base_scores(self.grid.edits), self.sweep.tokens.shape[0], self.rows)
             found = self.sweep.run(self.grid.edits, progress=progress, on_interrupt=on_interrupt)
@@ -258,44 +256,6 @@ def _shown(score: Tensor) -> str:
 
 
 # -- opt-in hook points ------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def switched(bridge: TransformerBridge, flags: Sequence[Flag]) -> Iterator[None]:
-    """Opt-in hook points on for the length of a ``with`` block; afterwards all are as they were, also after an exception.
-
-    Args:
-        bridge: the model.
-        flags: the points. ``use_attn_in`` and ``use_split_qkv_input`` exclude each other: if the other one is on it is off
-            meanwhile.
-
-    Raises:
-        HookDisabledError: a function of the user's is on a point that has to be off meanwhile.
-    """
-    setters: dict[Flag, Callable[[bool], None]] = {
-        "use_attn_result": bridge.set_use_attn_result,
-        "use_split_qkv_input": bridge.set_use_split_qkv_input,
-        "use_attn_in": bridge.set_use_attn_in,
-        "use_hook_mlp_in": bridge.set_use_hook_mlp_in,
-    }
-    before = dict(bridge.cfg.flags)
-    wanted = before | dict.fromkeys(flags, True)
-    if "use_split_qkv_input" in flags:
-        wanted["use_attn_in"] = False
-    if "use_attn_in" in flags:
-        wanted["use_split_qkv_input"] = False
-
-    def change(to: Mapping[Flag, bool]) -> None:
-        for value in (False, True):  # off first: two of them exclude each other
-            for flag, setter in setters.items():
-                if to[flag] is value and bridge.cfg.flags[flag] is not value:
-                    setter(value)
-
-    try:
-        change(wanted)
-        yield
-    finally:
-        change(before)
 
 
 # -- saving ------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from pellucid.errors import InputError, UnsupportedModelError
-from pellucid.experiments.labelled import switched
 from pellucid.experiments.paths import PARTS, Receiver, Sender, Stream
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.names import Flag
@@ -116,7 +115,7 @@ class PathEdits:
                 )
             more += [f"blocks.{layer}.hook_mlp_out" for layer in range(self.n_layers)]
         opt_in: tuple[Flag, ...] = ("use_attn_result",) if any(s.kind == "head" for s in senders) else ()
-        with switched(bridge, opt_in):
+        with bridge.points_on(opt_in):
             self.original_run, self.new = original.observe([*names, *more]), new.observe(names)
         self.original = self.original_run.activations
         self._scale = FromRun({"ln_final.hook_scale": self.original["ln_final.hook_scale"]})

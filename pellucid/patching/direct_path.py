@@ -16,7 +16,6 @@ from torch import Tensor
 
 from pellucid.arguments import check_choice, check_count
 from pellucid.errors import InputError, UnsupportedModelError
-from pellucid.experiments.labelled import switched
 from pellucid.experiments.options import SweepOptions
 from pellucid.model_bridge.running.tokens import TextOrTokens
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
@@ -76,7 +75,7 @@ def get_act_patch_direct_path(
     _check(model, component)
     for word, given, size in (("src_layer", src_layer, model.cfg.n_layers), ("src_head", src_head, model.cfg.n_heads)):
         check_count(word, given, 0, size - 1)
-    with switched(model, SPLIT_INPUTS):
+    with model.points_on(SPLIT_INPUTS):
         writes = _write_differences(model, src_layer, clean_cache, corrupted_cache)
         return _from_sender(run, run.sweep(), writes[:, :, src_head], src_layer, component, run.progress)
 
@@ -120,7 +119,7 @@ def get_act_patch_direct_path_all_sources(
     n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
     found = torch.zeros(n_layers, n_heads, n_layers, n_heads, dtype=run.dtype, device=model.device)
     bar = progress_bar(total=n_layers * n_heads, desc="direct paths", unit="sender", show=run.progress)
-    with switched(model, SPLIT_INPUTS), bar:
+    with model.points_on(SPLIT_INPUTS), bar:
         sweep = run.sweep()
         for layer in range(n_layers):
             writes = _write_differences(model, layer, clean_cache, corrupted_cache)

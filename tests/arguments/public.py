@@ -117,7 +117,7 @@ NOT_TRIED: dict[str, str] = {
             "Origin.specs", "Origin.check_model", "Edit.points", "Edit.hooks", "Edit.to_json", "Edit.from_json", "Change.new",
             "Change.value", "place_of", "unit_shape", "refuse_no_effect", "refuse_zero_gradient", "as_neurons", "refuse_without_neurons", "Look.stands", "check_units", "read_prompts",
             "refuse_different_lengths", "find_site", "check_by", "make_grid", "about_run", "words_of", "about_metrics",
-            "in_float32", "check_scores", "between", "switched", "default_by", "keep", "left_of", "score_of", "differing",
+            "in_float32", "check_scores", "between", "default_by", "keep", "left_of", "score_of", "differing",
             "senders_of", "receivers_of", "chosen_names", "shards_of", "open_job", "read_document", "record_of_json",
             "JobFolder", "JobFolder.damage", "JobFolder.file", "JobFolder.is_done", "JobFolder.read_record",
             "JobFolder.record_file", "JobFolder.write_record", "settings_of", "refuse_writers", "to_json", "sha256_of_json",

@@ -18,7 +18,7 @@ from pellucid.errors import HookDisabledError, HookNameError, InputError
 from pellucid.experiments import labelled
 from pellucid.experiments.ablation import Ablation, ablation
 from pellucid.experiments.activation_patching import ActivationPatching, activation_patching
-from pellucid.experiments.labelled import from_document, switched, to_document
+from pellucid.experiments.labelled import from_document, to_document
 from pellucid.experiments.options import SweepOptions
 from pellucid.experiments.path_patching import PathPatching, path_patching
 from pellucid.experiments.places import SITES, find_site
@@ -509,16 +509,22 @@ def test_opt_in_points_are_left_as_they_were(bridge: TransformerBridge, clean: T
     assert bridge.cfg.flags == before
     bridge.set_use_attn_in(True)
     try:
-        with switched(bridge, ["use_split_qkv_input"]):
+        with bridge.points_on(["use_split_qkv_input"]):
             assert bridge.cfg.use_split_qkv_input
             assert not bridge.cfg.use_attn_in
         assert bridge.cfg.use_attn_in
         assert not bridge.cfg.use_split_qkv_input
         handle = bridge.add_hook("blocks.0.hook_attn_in", lambda tensor, hook: None)[0]
-        with pytest.raises(HookDisabledError), switched(bridge, ["use_split_qkv_input"]):
+        with pytest.raises(HookDisabledError), bridge.points_on(["use_split_qkv_input"]):
             pass
         assert bridge.cfg.use_attn_in
         handle.remove()
+        with bridge.points_on("use_attn_result"), pytest.raises(ZeroDivisionError), bridge.points_on("use_hook_mlp_in"):
+            assert bridge.cfg.flags == before | dict.fromkeys(
+                ("use_attn_in", "use_attn_result", "use_hook_mlp_in"), True
+            )
+            _ = 1 / 0
+        assert bridge.cfg.flags == before | {"use_attn_in": True}
     finally:
         bridge.set_use_attn_in(False)
 

@@ -1340,13 +1340,6 @@ FAULTS = (
         "tests/experiments/test_activation_patching.py",
     ),
     Fault(
-        "opt-in hook points stay on after an analysis",
-        "pellucid/experiments/labelled.py",
-        "    finally:\n        change(before)",
-        "    finally:\n        pass",
-        "tests/experiments/test_path_patching.py",
-    ),
-    Fault(
         "labels of the other run",
         "pellucid/experiments/activation_patching.py",
         "make_grid(bridge, base,",
@@ -2360,6 +2353,13 @@ FAULTS = (
         'if self.softmax_in == "forward" and name != "eager"',
         'if self.softmax_in == "forward" and False',
         "tests/model_bridge/test_families_sdpa.py -k under_eager_alone",
+    ),
+    Fault(
+        "opt-in points of a block stay on after it",
+        "pellucid/model_bridge/hooking/hooks.py",
+        "        finally:\n            self._set_flags(before)",
+        "        finally:\n            pass",
+        "tests/experiments/test_activation_patching.py -k opt_in",
     ),
     Fault(
         "an attention that cannot be switched is taken for switched",

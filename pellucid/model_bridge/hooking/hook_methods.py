@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import nn
 from typing_extensions import Self
 
-from pellucid.arguments import check_function, check_whole
+from pellucid.arguments import check_choice, check_function, check_list, check_whole
 from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import InputError
 from pellucid.hook_points import (
@@ -26,7 +26,7 @@ from pellucid.model_bridge.generalized_components.block import Blocks
 from pellucid.model_bridge.hooking.hook_session import HookSession
 from pellucid.model_bridge.hooking.hooks import HookDict, HookRequest, Hooks
 from pellucid.model_bridge.hooking.mounting import ComponentTree
-from pellucid.names import HookIndex, HookSpec, NamesFilter
+from pellucid.names import EXCLUDE_EACH_OTHER, SETTERS, Flag, HookIndex, HookSpec, NamesFilter
 from pellucid.run_context import acts
 
 
@@ -155,6 +155,31 @@ class HookMethods:
             UnsupportedModelError: the family has no such point: nothing is normed before its MLP alone.
         """
         self._hooks.set_flag("use_hook_mlp_in", use_hook_mlp_in)
+
+    def points_on(self, flags: Flag | Sequence[Flag]) -> AbstractContextManager[None]:
+        """Opt-in hook points on for the length of a ``with`` block; then all are as they were, also after an exception.
+
+        Args:
+            flags: the points, by the flag of ``bridge.cfg`` that says they are on, such as ``"use_attn_result"``; none is
+                allowed. ``use_attn_in`` and ``use_split_qkv_input`` exclude each other: if the other one is on, it is off
+                meanwhile.
+
+        Raises:
+            InputError: no such flag; two that exclude each other.
+            HookDisabledError: a function of the user's is on a point that has to be off, meanwhile or afterwards.
+            UnsupportedModelError: the family has no such points.
+        """
+        asked = [flags] if isinstance(flags, str) else check_list("flags", flags, "names of flags", empty=True)
+        for flag in asked:
+            check_choice("flags", flag, tuple(SETTERS))
+        if {*EXCLUDE_EACH_OTHER} <= {*asked}:
+            raise InputError(
+                f"{' and '.join(EXCLUDE_EACH_OTHER)} exclude each other; the two feed the same projections."
+            )
+        wanted: dict[Flag, bool] = dict.fromkeys(asked, True)
+        if any(flag in asked for flag in EXCLUDE_EACH_OTHER):
+            wanted |= {flag: flag in asked for flag in EXCLUDE_EACH_OTHER}
+        return self._hooks.flags_set(wanted)
 
     # -- hooks ---------------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ What tokens are and how a run is made is not known here.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 from pellucid.arguments import check_choice, check_list
@@ -97,6 +98,22 @@ class Hooks:
                         f"A hook is on {spec.name}; remove it (reset_hooks) before switching {flag} off."
                     )
         setattr(self.cfg, flag, bool(value))
+
+    @contextmanager
+    def flags_set(self, wanted: Mapping[Flag, bool]) -> Iterator[None]:
+        """Opt-in points on or off for the length of a block; then all are as they were."""
+        before = dict(self.cfg.flags)
+        try:
+            self._set_flags({**before, **wanted})
+            yield
+        finally:
+            self._set_flags(before)
+
+    def _set_flags(self, wanted: Mapping[Flag, bool]) -> None:
+        for value in (False, True):  # off first: two of them exclude each other
+            for flag, is_on in wanted.items():
+                if is_on is value and self.cfg.flags[flag] is not value:
+                    self.set_flag(flag, value)
 
     def requests(
         self, requests: Sequence[HookRequest], direction: Direction, span: tuple[int, int] | None = None

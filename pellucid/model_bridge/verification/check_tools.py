@@ -1,8 +1,8 @@
-"""What the checks of a bridge need: how they see it, switches that go back, and an edit to try on any hook point."""
+"""What the checks of a bridge need: how they see it, and an edit to try on any hook point."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -36,6 +36,10 @@ class CheckedBridge(Protocol):
         """The positions of its run."""
         ...
 
+    def points_on(self, flags: Flag | Sequence[Flag]) -> AbstractContextManager[None]:
+        """Opt-in points, on for the length of a block."""
+        ...
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run."""
         ...
@@ -64,22 +68,6 @@ class FastAttentionOn:
 
     def __exit__(self, *exception: object) -> None:
         self._runner.attn_implementation = "eager"
-
-
-class SwitchedOn:
-    """An opt-in flag, on for the length of a block."""
-
-    def __init__(self, cfg: Any, flag: Flag | None) -> None:
-        self._cfg, self._flag = cfg, flag
-
-    def __enter__(self) -> None:
-        if self._flag is not None:
-            self._before = self._cfg.flags[self._flag]
-            setattr(self._cfg, self._flag, True)
-
-    def __exit__(self, *exception: object) -> None:
-        if self._flag is not None:
-            setattr(self._cfg, self._flag, self._before)
 
 
 def random_edit(spec: HookSpec, d_vocab: int) -> Callable[[Tensor], Tensor]:

@@ -34,11 +34,10 @@ from pellucid.model_bridge.verification.check_report import MOVES, CheckReport, 
 from pellucid.model_bridge.verification.check_tools import (
     CheckedBridge,
     FastAttentionOn,
-    SwitchedOn,
     random_edit,
     written_in_place,
 )
-from pellucid.names import PATTERN_SITES, Flag, HookSpec
+from pellucid.names import PATTERN_SITES, HookSpec
 from pellucid.padding import position_ids
 from pellucid.progress import progress_bar
 
@@ -439,7 +438,7 @@ class Checker:
 
     def liveness(self, spec: HookSpec) -> Check:
         """Looking changes nothing; an edit, returned or in place, is the reference's edit and moves the logits."""
-        with self.switched_on(spec.flag):
+        with self.bridge.points_on([] if spec.flag is None else [spec.flag]):
             looked = self.edited(spec, lambda tensor, hook: None)
             yield self.of_hook(spec, "looking", looked.double() - self.bridge(self.tokens).double(), 0)
             edit = random_edit(spec, self.cfg.d_vocab)
@@ -457,7 +456,3 @@ class Checker:
     def edited(self, spec: HookSpec, function: Callable[[Tensor, HookPoint], Tensor | None]) -> Tensor:
         """Logits of a run with one function."""
         return self.bridge.run_with_hooks(self.tokens, fwd_hooks=[(spec.name, function)])  # type: ignore[no-any-return]
-
-    def switched_on(self, flag: Flag | None) -> SwitchedOn:
-        """An opt-in flag, on for the length of a block."""
-        return SwitchedOn(self.cfg, flag)
