@@ -122,17 +122,17 @@ def test_all_keys_of_a_head_are_patched_together_where_positions_are_no_axis(nam
         pytest.skip("its norm is over all heads")
     (base, source), (_, corrupted), hook = runs(bridge), pair(), "blocks.1.attn.hook_k"
     pattern = "blocks.1.attn.hook_pattern"
-    gradient = run_with_gradients(base, METRIC, [pattern]).gradients()
+    gradient, head = run_with_gradients(base, METRIC, [pattern]).gradients(), bridge.cfg.n_key_value_heads - 1
     where = cells(bridge, "k", ("layer", "head"), layers=[1], positions=[1, 3])
     base_run, source_run = (run.observe([hook, *pattern_hooks(where)]).activations for run in (base, source))
     found = where.summed(pattern_change(bridge, base, where, base_run, source_run).products(gradient))[:, 0]
 
     def put(tensor: Tensor) -> Tensor:
-        tensor[:, [1, 3], 1] = source_run[hook][:, [1, 3], 1]
+        tensor[:, [1, 3], head] = source_run[hook][:, [1, 3], head]
         return tensor
 
     after, before = (activations(bridge, corrupted, [pattern], patches)[pattern] for patches in ({hook: put}, {}))
-    close(found[:, 1], ((after - before) * gradient[pattern]).flatten(1).sum(1), exactness(bridge))
+    close(found[:, head], ((after - before) * gradient[pattern]).flatten(1).sum(1), exactness(bridge))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
