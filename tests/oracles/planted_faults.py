@@ -787,8 +787,8 @@ FAULTS = (
     Fault(
         "a gated product counts whole to each of its factors",
         f"{GRADIENTS}/rules.py",
-        "share = tensor.detach() / len(names)",
-        "share = tensor.detach()",
+        "share = value / len(entered)",
+        "share = value",
         "tests/gradients/test_families.py -k conserves",
     ),
     Fault(
