@@ -106,6 +106,25 @@ if ALL:
     CONFIGS = {**CONFIGS, **KIN}
 
 
+NO_FLOAT64 = ("gpt2-upcast",)
+"""Hugging Face's own code raises on a float64 model of these: its reordered attention takes float32 scores, and no others."""
+
+
+def has_experts(name: str) -> bool:
+    """Whether a family has a mixture of experts in the place of its MLP."""
+    return "num_experts_per_tok" in {**CONFIGS, **KIN}[name][1]
+
+
+def smooth(name: str) -> dict[str, Any]:
+    """Settings with which a family's forward is a smooth function, as a comparison of a derivative with steps needs it.
+
+    A choice among experts jumps where two of them are as good, so all are chosen; a clip of queries, keys and values has kinks.
+    """
+    if has_experts(name):
+        return {"num_experts_per_tok": _EXPERTS["num_experts"]}
+    return {"attn_config": None} if name == "mpt" else {}
+
+
 @cache
 def _built(name: str, settings: tuple[tuple[str, Any], ...], attention: str) -> Mould:
     kind, arguments = {**CONFIGS, **KIN}[name]
@@ -174,6 +193,11 @@ def native_arguments(model: Any, mask: Tensor | None, length: int) -> dict[str, 
     if "position_ids" in inspect.signature(type(model).forward).parameters:
         given["position_ids"] = position_ids(mask)[:, -length:]
     return given
+
+
+def in_float64(names: Iterable[str]) -> list[str]:
+    """Those of ``names`` that there is a float64 model of."""
+    return [name for name in names if name not in NO_FLOAT64]
 
 
 @contextmanager

@@ -11,6 +11,7 @@ activation          ``a(x)``                                          as through
 gated product       ``a(g) * u``                                      half to each: ``u * c/2u + g * c/2g``, ``c = a(g) u``
 attention           ``pattern @ values``                              through the values; the pattern is a constant
 cap of the logits   ``cap * tanh(x / cap)``                           as an activation
+clip (MPT's)        ``clamp(values)``                                 its gradient: nothing where a value is cut off
 anything linear     as it is                                          its gradient
 ==================  ================================================  =====================================================
 

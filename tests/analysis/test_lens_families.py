@@ -12,7 +12,7 @@ from pellucid import TransformerBridge
 from pellucid.analysis.lens import JacobianLens, LogitLens, TunedLens, point_of
 from pellucid.analysis.lens.jacobian import rows_of_prompt
 from pellucid.analysis.lens.readout import logits_of_residual
-from tests.families import make_family, of_each_layout
+from tests.families import in_float64, make_family, of_each_layout
 from tests.models import make_bloom, random_tokens
 
 TOKENS = random_tokens(2, 7)
@@ -55,7 +55,7 @@ def test_identities(name: str) -> None:
     assert found.equals(same.read(TOKENS[:1], positions=None, tokens=[3, 4], top_k=3))
 
 
-@pytest.mark.parametrize("name", sorted({"bloom", *of_each_layout()}))
+@pytest.mark.parametrize("name", sorted({"bloom", *in_float64(of_each_layout())}))
 def test_j_is_the_derivative(name: str) -> None:
     """Central differences of whole forwards from the layer on, in float64."""
     bridge = make(name, torch.float64)

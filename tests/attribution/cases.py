@@ -14,11 +14,11 @@ from pellucid.experiments.options import SweepOptions
 from pellucid.experiments.places import read_prompts
 from pellucid.sweep import LogitDifference
 from pellucid.sweep.unedited import Unedited
-from tests.families import CONFIGS, make_family, of_each_layout
+from tests.families import in_float64, make_family, of_each_layout, smooth
 from tests.models import make_bloom, random_tokens
 
 METRIC = LogitDifference(5, 9)
-LAYOUTS = ["bloom", *of_each_layout(CONFIGS)]
+LAYOUTS = ["bloom", *in_float64(of_each_layout())]
 LENGTH = 7
 
 
@@ -26,6 +26,13 @@ LENGTH = 7
 def bridge_of(name: str) -> TransformerBridge:
     """A float64 model of a family."""
     return TransformerBridge(make_bloom(torch.float64) if name == "bloom" else make_family(name, torch.float64))
+
+
+@cache
+def smooth_bridge_of(name: str) -> TransformerBridge:
+    """A float64 model of a family whose forward is smooth, for what is compared with steps: see ``tests.families.smooth``."""
+    settings = {} if name == "bloom" else smooth(name)
+    return TransformerBridge(make_family(name, torch.float64, **settings)) if settings else bridge_of(name)
 
 
 def exactness(bridge: TransformerBridge) -> float:

@@ -14,7 +14,18 @@ from pellucid.attribution.qk_fix import pattern_change, pattern_hooks
 from pellucid.experiments.options import Method
 from pellucid.gradients import run_with_gradients
 from pellucid.sweep.unedited import Unedited
-from tests.attribution.cases import LAYOUTS, METRIC, bridge_of, cells, close, exactness, pair, runs, score
+from tests.attribution.cases import (
+    LAYOUTS,
+    METRIC,
+    bridge_of,
+    cells,
+    close,
+    exactness,
+    pair,
+    runs,
+    score,
+    smooth_bridge_of,
+)
 
 
 def estimates(
@@ -44,7 +55,7 @@ def activations(
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_error_of_atp_falls_with_the_square_of_the_step(name: str) -> None:
-    bridge = bridge_of(name)
+    bridge = smooth_bridge_of(name)
     (base, _), hook = runs(bridge), "blocks.0.hook_mlp_out"
     run = run_with_gradients(base, METRIC, [hook])
     way = torch.randn(run.activations[hook].shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
@@ -163,7 +174,7 @@ POINTS = {"olmo2": 60, "gemma2": 40, "gemma3": 40}
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_integrated_gradients_are_complete(name: str) -> None:
     """Their sum is what patching the whole layer does; with another prompt's embedding as baseline only what differs counts."""
-    bridge = bridge_of(name)
+    bridge = smooth_bridge_of(name)
     found = estimates(bridge, "z", ("layer", "head"), "ig", points=POINTS.get(name, 20), layers=[1])
     assert float(found.deltas["z"].abs().max()) < exactness(bridge)
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from pellucid import TransformerBridge
 from pellucid.circuits.wiring import Wiring
 from pellucid.corpora.pairs import PromptPairs
-from tests.families import VOCAB, make_family, of_each_layout
+from tests.families import VOCAB, in_float64, make_family, of_each_layout
 from tests.models import make_pair
 
-LAYOUTS = [*of_each_layout(), "bloom", "granite", "falcon-new", "qwen2_moe"]
+LAYOUTS = sorted({*in_float64(of_each_layout()), "bloom", "granite", "falcon-new", "qwen2_moe"})
 ANSWER, FOIL, LENGTH = 5, 9, 7
 WORDS = {"final": "hook_resid_post", "mlp_in": "hook_mlp_in"}
 

@@ -778,6 +778,13 @@ FAULTS = (
         "tests/gradients/test_families.py -k differences",
     ),
     Fault(
+        "no gradient goes back through experts",
+        f"{COMPONENTS}/experts.py",
+        "output = original(hidden_states, *args, **kwargs)",
+        "output = original(hidden_states.detach(), *args, **kwargs)",
+        "tests/gradients/test_families.py -k choice_that_was_made",
+    ),
+    Fault(
         "RelP's norm passes the gradient of its scale",
         f"{GRADIENTS}/rules.py",
         'for glob in ("*.hook_scale", "*.hook_pattern"):',

@@ -16,7 +16,7 @@ from pellucid import TransformerBridge
 from pellucid.errors import InputError, UnsupportedModelError
 from pellucid.names import HookSpec
 from pellucid.sweep import Add, Edit, FromRun, LogitDifference, Scale, SetTo, Sweep, Zero
-from tests.families import VOCAB, make_family, mask_of, of_each_layout
+from tests.families import VOCAB, in_float64, make_family, mask_of, of_each_layout
 from tests.models import is_pristine, make_bloom
 from tests.sweep.reference import whole_logits
 
@@ -111,9 +111,7 @@ def test_an_edit_at_every_point_equals_a_whole_forward(name: str, side: str) -> 
     assert (result.plan.n_whole == 0) is packs, result.plan.why_whole
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in of_each_layout() if name != "gpt2-upcast"]
-)  # Hugging Face refuses its float64
+@pytest.mark.parametrize("name", in_float64(of_each_layout()))
 def test_a_float64_model(name: str) -> None:
     bridge, tokens = make_bridge(name, torch.float64), ids(3)
     if not bridge.adapter.family.float64:
