@@ -19,14 +19,10 @@ from pellucid.analysis.perplexity import perplexity_change
 from pellucid.analysis.relevance import NeuronRelevance, neuron_relevance
 from pellucid.errors import InputError, OtherJobError, UnsupportedModelError
 from pellucid.running_stats import CountPositive
-from tests.families import CONFIGS, VOCAB, make_family, of_each_layout
+from tests.families import CONFIGS, VOCAB, has_experts, make_family, of_each_layout
 
 LAST = ("down_proj", "c_proj", "dense_4h_to_h", "fc_out", "fc2")
 """What Hugging Face calls an MLP's last projection."""
-
-
-def has_experts(name: str) -> bool:
-    return "num_experts" in CONFIGS[name][1] or "num_local_experts" in CONFIGS[name][1]
 
 
 FAMILIES = [name for name in of_each_layout() if not has_experts(name)]

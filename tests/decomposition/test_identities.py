@@ -15,15 +15,12 @@ from torch import Tensor
 
 from pellucid import ActivationCache, TransformerBridge
 from pellucid.errors import InputError
-from tests.families import make_family, of_each_layout
+from tests.families import NO_FLOAT64, has_experts, make_family, of_each_layout
 from tests.models import make_bloom, random_tokens
 
-FAMILIES = sorted({"bloom", "granite", *of_each_layout()})
-EXPERTS = ("qwen2_moe",)
+FAMILIES = sorted({"bloom", "granite", "qwen2_moe", *of_each_layout()})
+EXPERTS = [family for family in FAMILIES if family != "bloom" and has_experts(family)]
 """Whose neurons cannot be seen: asking for them is refused."""
-
-SINGLE = ("gpt2-upcast",)
-"""What Hugging Face's own code cannot run in float64."""
 
 RIGHT, WRONG = torch.tensor([5, 11]), torch.tensor([7, 3])
 
@@ -31,7 +28,7 @@ RIGHT, WRONG = torch.tensor([5, 11]), torch.tensor([7, 3])
 @cache
 def ran(family: str) -> tuple[TransformerBridge, Tensor, ActivationCache]:
     """A float64 model, its logits and its cache; the same for all tests, which change none of them."""
-    dtype = torch.float32 if family in SINGLE else torch.float64
+    dtype = torch.float32 if family in NO_FLOAT64 else torch.float64
     bridge = TransformerBridge(make_bloom(dtype) if family == "bloom" else make_family(family, dtype))
     with torch.no_grad():
         logits, cached = bridge.run_with_cache(random_tokens())
