@@ -2243,6 +2243,13 @@ FAULTS = (
         f"{FAMILY_WEIGHTS} -k rounded_once",
     ),
     Fault(
+        "a linear map of a class of its own passes for torch's",
+        f"{WEIGHTS}/legality.py",
+        "        return found is kind or (found.__module__, found.__name__) == CONV1D",
+        "        return issubclass(found, kind) or (found.__module__, found.__name__) == CONV1D",
+        f"{FAMILY_WEIGHTS} -k as_it_comes",
+    ),
+    Fault(
         "a folded bias of the head is saved as it is",
         f"{WEIGHTS}/unembedding_table.py",
         "if bias_of(head) is None or tree.adapter.family.outside.head_has_bias:",
