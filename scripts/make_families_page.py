@@ -80,9 +80,7 @@ def _norms(family: Family) -> str:
 
 
 def _positions(family: Family) -> str:
-    if family.attention.rotary:
-        return "rotary"
-    return "learnt" if family.outside.pos_embed else "ALiBi"
+    return {"rotary": "rotary", "standard": "learnt", "alibi": "ALiBi"}[family.positions]
 
 
 def points_of(family: Family) -> set[str]:

@@ -290,6 +290,16 @@ class Family:
         """Path of the list of blocks in the model."""
         return f"{self.outside.backbone}.{self.outside.blocks}"
 
+    @property
+    def positions(self) -> Literal["rotary", "standard", "alibi"]:
+        """How a token's position enters: a rotation of queries and keys, a table of embeddings, or a bias of the scores.
+
+        A family that was read off a model and rotates nothing counts as having a table.
+        """
+        if self.attention.rotary:
+            return "rotary"
+        return "standard" if self.outside.pos_embed or not self.listed else "alibi"
+
     def inside(self, name: str) -> str:
         """Path in the model of a module of the backbone."""
         return f"{self.outside.backbone}.{name}"

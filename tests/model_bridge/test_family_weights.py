@@ -221,8 +221,10 @@ def test_positions_and_embedding() -> None:
     assert torch.equal(granite.W_E_eff, granite.W_E * granite.hf_model.config.embedding_multiplier)
     opt = TransformerBridge(make_family("opt"))
     assert torch.equal(opt.W_pos, opt.hf_model.model.decoder.embed_positions.weight[2:])
-    with pytest.raises(WeightError, match="no table of position embeddings, W_pos: its positions are rotary"):
-        _ = llama.W_pos
+    for bridge, how in ((llama, "rotary"), (TransformerBridge(make_family("mpt")), "alibi")):
+        assert bridge.cfg.positional_embedding_type == how
+        with pytest.raises(WeightError, match=f"no table of position embeddings, W_pos: its positions are {how}"):
+            _ = bridge.W_pos
     gemma = TransformerBridge(make_family("gemma", F64))
     factor = float(torch.tensor(48**0.5))  # Hugging Face keeps it in float32
     torch.testing.assert_close(gemma.W_E_eff, gemma.W_E * factor, rtol=1e-15, atol=0)

@@ -2411,6 +2411,13 @@ FAULTS = (
         "tests/model_bridge/test_family_weights.py -k positions_and_embedding",
     ),
     Fault(
+        "a family without a table of positions is said to have one",
+        "pellucid/model_bridge/family.py",
+        'return "standard" if self.outside.pos_embed or not self.listed else "alibi"',
+        'return "standard"',
+        f"{FAMILY_WEIGHTS} -k positions_and_embedding",
+    ),
+    Fault(
         "a subtitle's line break is no paragraph",
         "pellucid/plots/text.py",
         'subtitle.split("\\n")',

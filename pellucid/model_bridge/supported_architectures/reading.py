@@ -142,7 +142,7 @@ def read_settings(
         device=device,
         act_fn=str(more[where.activation] or "gelu"),  # where no attribute says it, Hugging Face's MLP has a GELU
         normalization_type="LN" if family.norm.centres else "RMS",
-        positional_embedding_type="rotary" if family.attention.rotary else "standard",
+        positional_embedding_type=family.positions,
         post_embedding_ln=bool(family.outside.embed_norm),
         final_rms=not family.norm.centres,
         gated_mlp=family.mlp.is_gated,
