@@ -27,7 +27,7 @@ from pellucid.attribution.cells import SiteCells, find_site_cells
 from pellucid.attribution.checking import SUBSETS
 from pellucid.attribution.choices import METHODS
 from pellucid.attribution.estimates import Estimator
-from pellucid.attribution.pair_pass import PairPass, effect_bytes, refuse_too_much
+from pellucid.attribution.pair_pass import PairPass, refuse_too_much
 from pellucid.attribution.results import SiteResult, flat
 from pellucid.attribution.streaming import PairStream, Resuming, metric_identity
 from pellucid.axes import ROWS_AT_ONCE, Index
@@ -156,7 +156,7 @@ class AttributionPatching(BriefFields, AttributionChoices):
                 min(count, (1 + len(self.methods)) * self.check) + (SUBSETS if self.check else 0)
                 for count in cells.values()
             ),
-            nbytes=effect_bytes(estimator, len(self.pairs)),
+            nbytes=estimator.effect_bytes(len(self.pairs)),
         )
 
     def run(

@@ -11,6 +11,7 @@ of the run following from it; what their cells sum to is then what patching the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -113,6 +114,11 @@ class Estimator(BriefFields):
         plain = bool({"atp", "atp*"} & set(self.methods))
         dropped = self.bridge.cfg.n_layers if "atp*" in self.methods else 0
         return int(plain) + int("relp" in self.methods) + dropped + ways * self.n_points
+
+    def effect_bytes(self, n_pairs: int) -> int:
+        """Bytes of the effects of so many pairs."""
+        cells = sum(math.prod(site.cells.shape) for site in self.sites) * len(self.methods)
+        return n_pairs * cells * max(4, self.bridge.dtype.itemsize)
 
     def source(self, source: Unedited) -> KeptRun:
         """The run that is patched from."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import psutil
@@ -91,16 +90,10 @@ def refuse_too_much(estimator: Estimator, n_pairs: int, memory_limit: int | None
     Raises:
         InputError: they take more memory than there is.
     """
-    needed = effect_bytes(estimator, n_pairs)
+    needed = estimator.effect_bytes(n_pairs)
     limit = memory_limit or int(psutil.virtual_memory().available) // 2
     if needed > limit:
         raise InputError(
             f"The effects of {n_pairs} pairs take {needed:,} bytes, more than memory_limit={limit:,}: leave an axis out of "
             "by, take some layers or positions, or fewer pairs."
         )
-
-
-def effect_bytes(estimator: Estimator, n_pairs: int) -> int:
-    """Bytes of all pairs' effects."""
-    cells = sum(math.prod(site.cells.shape) for site in estimator.sites) * len(estimator.methods)
-    return n_pairs * cells * max(4, estimator.bridge.dtype.itemsize)

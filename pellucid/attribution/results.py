@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ class SiteResult(BriefFields):
     spans: Numbers | None
     delta: Numbers | None
 
-    @property
+    @cached_property
     def means(self) -> list[Numbers]:
         """Of each method ``[cell]``."""
         return [mean_effects(effect, self.spans)[0] for effect in self.effects]
