@@ -5,6 +5,7 @@ What each does is in a module of its own, imported when it is chosen.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,7 @@ from pellucid.cli.files import (
     ATTRIBUTE_FILES,
     ATTRIBUTION_PATCHING_FILES,
     CIRCUIT_FILES,
+    kept_of_circuit,
     refuse_direction,
     refuse_folder,
     refuse_model,
@@ -343,7 +345,11 @@ def circuit(
     asked: Asked,
     top_k: Annotated[int, typer.Option(min=1, help="How many edges to list.")] = 15,
     out: Annotated[
-        Path | None, typer.Option(help="A folder for circuit.json, .graphml, .csv, and .safetensors, to load again.")
+        Path | None,
+        typer.Option(
+            help="A folder for circuit.json, .graphml, .csv, and .safetensors, to load again; an interrupted run goes on "
+            "there."
+        ),
     ] = None,
     picture: Annotated[
         Path | None, typer.Option(help="The circuit in this .html, .png or .svg file; needs the extra 'plots'.")
@@ -358,7 +364,7 @@ def circuit(
     debug: Debug = False,
 ) -> None:
     """Which edges between parts of MODEL carry a behaviour, how sure that is, and how much of it they keep."""
-    with report_errors(debug):
+    with report_errors(debug, partial(kept_of_circuit, out)):
         choice = ModelChoice(model, revision, device, dtype, allow_pickle, attn_implementation)
         refuse_model(choice)
         if out is not None:

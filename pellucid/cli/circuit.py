@@ -1,11 +1,13 @@
 """``pellucid circuit``: from pairs of prompts to the edges that carry a behaviour, their error and their faithfulness.
 
 The folder of ``--out`` gets ``circuit.json`` (the document that ``--format json`` prints), ``circuit.safetensors`` (the
-scores of every edge and pair, which :meth:`Circuit.load` reads), ``circuit.graphml`` and ``circuit.csv`` (its edges).
+scores of every edge and pair, which :meth:`Circuit.load` reads), ``circuit.graphml`` and ``circuit.csv`` (its edges). Until
+they are written it holds the state of the two passes, scores and curve: the same command goes on from there.
 """
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from pellucid.circuits.files import document_of
 from pellucid.circuits.options import CurveChoices, EdgeChoices
 from pellucid.circuits.scores import Stability
 from pellucid.circuits.wiring import ARROW
-from pellucid.cli.files import CIRCUIT_FILES
+from pellucid.cli.files import CIRCUIT_FILES, UNFINISHED_FOLDER
 from pellucid.cli.models import open_bridge, source_of
 from pellucid.cli.options import Format, ModelChoice
 from pellucid.cli.output import table, write_json
@@ -77,6 +79,7 @@ def find_circuit(choice: ModelChoice, request: CircuitRequest, format: Format) -
         GradientError: nothing flows back from the metric.
         UnsupportedModelError: the model's residual stream is not the sum of what its parts add.
         MissingExtraError: a picture is asked for and the extra ``plots`` is not installed.
+        OtherJobError: the folder holds the state of another command.
         PellucidError: the model cannot be opened.
     """
     refuse_both(request)
@@ -85,14 +88,15 @@ def find_circuit(choice: ModelChoice, request: CircuitRequest, format: Format) -
     total = len(wiring_of(bridge))
     if request.edges > total:
         raise InputError(f"--edges is at most {total:,}, all edges of the model; found {request.edges:,}.")
-    whole = EdgeAttribution(bridge, pairs, **vars(request.choices)).run()
+    unfinished = None if request.out is None else request.out / UNFINISHED_FOLDER
+    whole = EdgeAttribution(bridge, pairs, **vars(request.choices)).run(checkpoint=unfinished)
     top = whole.top(request.edges)
     stability = top.stability(seed=request.curve_choices.seed) if len(pairs) > 1 else None
     circuit = top.prune() if request.prune else top
     curve = None
     if request.curve:
         asked = vars(request.curve_choices) | {"direction": request.choices.direction}
-        curve = Faithfulness(bridge, whole, pairs, **asked).run()
+        curve = Faithfulness(bridge, whole, pairs, **asked).run(checkpoint=unfinished)
     document: dict[str, Json] = {**source_of(choice), **document_of(circuit.dataset(stability))}
     if stability is not None:
         document["stability"] = {
@@ -103,6 +107,8 @@ def find_circuit(choice: ModelChoice, request: CircuitRequest, format: Format) -
         document["faithfulness"] = _curve_document(curve)
     found = Found(circuit, stability, curve, document)
     written = _write(found, request)
+    if unfinished is not None:
+        shutil.rmtree(unfinished)
     if format is Format.json:
         write_json(document)
     else:

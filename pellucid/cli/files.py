@@ -156,6 +156,22 @@ def kept_of_study(out: Path | None) -> str:
     return f"What was counted is in {counted}: the same command goes on from there. No result was written."
 
 
+UNFINISHED_FOLDER = "unfinished"
+"""In the folder of ``pellucid circuit``: what was scored and measured so far, until there is a result."""
+
+
+def kept_of_circuit(out: Path | None) -> str:
+    """Of ``pellucid circuit``."""
+    if out is None:
+        return "Nothing was kept: with --out FOLDER the scores are, and the same command goes on from there."
+    unfinished = out / UNFINISHED_FOLDER
+    if not any(unfinished.glob("*.safetensors")):
+        return kept_of_nothing()
+    return (
+        f"What was scored and measured is in {unfinished}: the same command goes on from there. No result was written."
+    )
+
+
 def kept_of_store(out: Path) -> str:
     """Of ``pellucid harvest``."""
     done = sum(1 for record in out.glob("*.json") if record.stem.isdecimal())

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import json
+import os
+import signal
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import networkx as nx
 import pytest
 
 from pellucid import TransformerBridge
+from pellucid.attribution.streaming import PairStream
 from pellucid.circuits import Circuit, edge_attribution
 from pellucid.cli.files import CIRCUIT_FILES
 from pellucid.corpora.pairs import PromptPairs
@@ -39,13 +43,20 @@ def test_the_numbers_are_the_librarys(demo: TransformerBridge, tmp_path: Path) -
     assert "--force" in one_line(again.stderr)
 
 
+def table_of_pairs(folder: Path, sentences: Sequence[str] = (SENTENCE,)) -> Path:
+    """Three pairs of each sentence."""
+    words = [(" work", " freedom"), (" freedom", " work"), (" work", " religion")]
+    rows = [
+        {"clean": sentence.format(a), "corrupted": sentence.format(b), "answer": a, "foil": b}
+        for sentence in sentences
+        for a, b in words
+    ]
+    PromptPairs.from_rows(rows).to_csv(folder / "pairs.csv")
+    return folder / "pairs.csv"
+
+
 def test_a_table_of_pairs(tmp_path: Path) -> None:
-    rows = [(" work", " freedom"), (" freedom", " work"), (" work", " religion")]
-    with (tmp_path / "pairs.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["clean", "corrupted", "answer", "foil"])
-        writer.writerows([SENTENCE.format(a), SENTENCE.format(b), a, b] for a, b in rows)
-    given = ["--pairs", tmp_path / "pairs.csv", "--edges", "20", "--prune"]
+    given = ["--pairs", table_of_pairs(tmp_path), "--edges", "20", "--prune"]
     if HAS_PLOTS:
         given += ["--picture", tmp_path / "circuit.svg"]
     done = cli("circuit", *given, "--curve", "--method", "eap-ig", "--points", "2")
@@ -56,6 +67,39 @@ def test_a_table_of_pairs(tmp_path: Path) -> None:
     assert "1,519 100.0% 1.00 1.00 1.00 1.00" in shown
     assert "CPR" in shown
     assert (tmp_path / "circuit.svg").exists() == HAS_PLOTS
+
+
+def test_an_interrupted_command_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: Any) -> None:
+    """Pairs of two lengths make two batches of either pass: Ctrl-C after the first one's scores, then in the curve."""
+    pairs = table_of_pairs(tmp_path, (SENTENCE, SENTENCE.replace(" right", " right and freedom")))
+    given = ["--pairs", pairs, "--edges", "20", "--curve", "--randoms", "0"]
+    expected = cli("circuit", *given, "--out", tmp_path / "whole")
+    assert expected.exit_code == 0, expected.output
+    done, stop = [], [1]
+    plain = PairStream._after_batch
+
+    def after_batch(self: PairStream) -> None:
+        done.append(self.what)
+        if len(done) == stop[0]:
+            os.kill(os.getpid(), signal.SIGINT)
+        plain(self)
+
+    monkeypatch.setattr(PairStream, "_after_batch", after_batch)
+    out = tmp_path / "out"
+    for stop[0] in (1, 3):
+        broken = cli("circuit", *given, "--out", out)
+        assert broken.exit_code == 130
+        assert f"is in {out / 'unfinished'}: the same command goes on from there" in one_line(broken.stderr)
+        assert [path.name for path in out.iterdir()] == ["unfinished"]
+    other = cli("circuit", *given, "--method", "eap-ig", "--out", out)
+    assert other.exit_code == 2
+    assert 'method "eap" (asked for: "eap-ig")' in one_line(other.stderr)
+    finished = cli("circuit", *given, "--out", out)
+    assert done == ["edge attribution"] * 2 + ["faithfulness"] * 2, "no batch runs twice"
+    for name in CIRCUIT_FILES:
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert sorted(path.name for path in out.iterdir()) == sorted(CIRCUIT_FILES)
+    assert finished.stdout.replace(str(out), "") == expected.stdout.replace(str(tmp_path / "whole"), "")
 
 
 @pytest.mark.parametrize(

@@ -918,6 +918,13 @@ FAULTS = (
         "tests/circuits/test_resuming.py -k refused_by_name",
     ),
     Fault(
+        "a command whose curve was interrupted measures it anew",
+        "pellucid/cli/circuit.py",
+        "Faithfulness(bridge, whole, pairs, **asked).run(checkpoint=unfinished)",
+        "Faithfulness(bridge, whole, pairs, **asked).run()",
+        "tests/cli/test_circuit.py -k interrupted",
+    ),
+    Fault(
         "denoising expands edges at the clean run",
         f"{CIRCUITS}/edges.py",
         'base, source = prompts if self.direction == "noising" else prompts[::-1]',
