@@ -17,10 +17,11 @@ import numpy as np
 import xarray as xr
 
 from pellucid.arguments import check_count, check_kind, check_number
+from pellucid.attribution.resampling import RESAMPLES
 from pellucid.circuits import files
 from pellucid.circuits.circuit_tracer import graph_document
 from pellucid.circuits.ends import wiring_of
-from pellucid.circuits.scores import RESAMPLES, EdgeScores, Stability
+from pellucid.circuits.scores import EdgeScores, Stability
 from pellucid.circuits.wiring import ARROW, Edge, EdgeLike, Wiring
 from pellucid.errors import InputError
 from pellucid.model_bridge.transformer_bridge import TransformerBridge

@@ -25,13 +25,13 @@ import xarray as xr
 from torch import Tensor
 
 from pellucid.arguments import check_choice, check_count, check_kind, check_wholes
+from pellucid.attribution.resampling import RESAMPLES, draw_counts, interval
 from pellucid.attribution.streaming import PairStream, Resuming, metric_identity
 from pellucid.circuits.circuit import Circuit
 from pellucid.circuits.edges import batches_of
 from pellucid.circuits.ends import Ends, refuse_functions, wiring_of
 from pellucid.circuits.options import CurveChoices, Outside
 from pellucid.circuits.patched_edges import PatchedEdges
-from pellucid.circuits.scores import CONFIDENCE, RESAMPLES
 from pellucid.corpora.pairs import PromptPairs
 from pellucid.errors import InputError
 from pellucid.experiments.labelled import about_metrics, in_float32
@@ -239,12 +239,11 @@ class Faithfulness(CurveChoices, BriefFields):
             )
         curve = _shares_of_gap(every)
         count = found.shape[-1]
-        rng = np.random.default_rng(self.seed)
-        drawn = rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES) / count
+        drawn = draw_counts(count, RESAMPLES, self.seed) / count
         curves = _shares_of_gap(found[0] @ drawn.T, axis=0).T  # [resample, size]
         if count < 2:  # one pair has no interval
             curves = np.full_like(curves, np.nan)
-        ends = np.quantile(curves, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
+        ends = interval(curves, axis=0)
         base = "clean" if self.direction == "noising" else "corrupted"
         about = about_run(
             self.bridge,
@@ -259,8 +258,8 @@ class Faithfulness(CurveChoices, BriefFields):
             patched=float(every[0, 0]),
             cpr=cpr(shares, curve[0]),
             cmd=cmd(shares, curve[0]),
-            cpr_interval=_interval([cpr(shares, each) for each in curves]),
-            cmd_interval=_interval([cmd(shares, each) for each in curves]),
+            cpr_interval=interval([cpr(shares, each) for each in curves]).tolist(),
+            cmd_interval=interval([cmd(shares, each) for each in curves]).tolist(),
             random_cpr=[cpr(shares, each) for each in curve[1:]],
             seed=self.seed,
             **about_metrics(batch.metric, "metric"),
@@ -296,10 +295,6 @@ def cpr(shares: np.ndarray, curve: np.ndarray) -> float:
 def cmd(shares: np.ndarray, curve: np.ndarray) -> float:
     """Area between a faithfulness curve and 1."""
     return cpr(shares, np.abs(1 - curve))
-
-
-def _interval(values: Sequence[float]) -> list[float]:
-    return [float(end) for end in np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])]
 
 
 @documented(Faithfulness)

@@ -15,18 +15,20 @@ from typing import Any
 import numpy as np
 
 from pellucid.arguments import check_count
-from pellucid.attribution.resampling import pairwise_jaccard
+from pellucid.attribution.resampling import (
+    AT_ONCE,
+    RESAMPLES,
+    draw_counts,
+    interval,
+    pairwise_jaccard,
+    rowwise_jaccard,
+)
 from pellucid.circuits.wiring import Wiring
 from pellucid.errors import InputError
 from pellucid.tables import BriefFields
 
-RESAMPLES = 100
-
-AT_ONCE = 10
-"""Resamples whose means are in memory together."""
-
-CONFIDENCE = 0.95
-"""Of intervals: the share of what was drawn that lies in them."""
+ROUNDING = 1e-5
+"""Of a mean over at most some thousand pairs in float32, relative to its largest term."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -46,7 +48,7 @@ class Overlap(BriefFields):
     @classmethod
     def of(cls, measures: Sequence[float] | np.ndarray) -> Overlap:
         """Of the measures of many pairs of sets."""
-        low, high = np.quantile(measures, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+        low, high = interval(measures)
         return cls(float(np.mean(measures)), float(low), float(high))
 
 
@@ -133,14 +135,13 @@ class EdgeScores(BriefFields):
         check_count("seed", seed, 0)
         self._refuse_few("resampling")
         rng, count = np.random.default_rng(seed), len(self.values)
-        drawn = rng.multinomial(count, np.full(count, 1 / count), size=resamples)
-        tops = self._tops(drawn, n)
-        in_top = np.bincount(tops.ravel(), minlength=len(self.wiring)) / resamples
-        first = np.zeros((resamples, count), dtype=np.int64)
+        drawn = draw_counts(count, resamples, rng)
+        first = np.zeros((resamples, count))
         for row in first:
             row[rng.permutation(count)[: count // 2]] = 1
-        one, other = self._tops(first, n), self._tops(1 - first, n)
-        halves = [_jaccard(np.intersect1d(a, b).size, n) for a, b in zip(one, other, strict=True)]
+        tops, one, other = np.split(self._tops(np.concatenate([drawn, first, 1 - first]), n), 3)
+        in_top = np.bincount(tops.ravel(), minlength=len(self.wiring)) / resamples
+        halves = rowwise_jaccard(one, other)
         return Stability(n, in_top, Overlap.of(pairwise_jaccard(tops)), Overlap.of(halves), seed)
 
     def _refuse_few(self, what: str) -> None:
@@ -152,13 +153,21 @@ class EdgeScores(BriefFields):
 
     def _tops(self, drawn: np.ndarray, n: int) -> np.ndarray:
         """``[draw, n]``: the strongest edges of each draw ``[draw, block]`` of how often a block is in it."""
-        found = []
-        for some in np.split(drawn, range(AT_ONCE, len(drawn), AT_ONCE)):
-            weights = (some * self.sizes / (some * self.sizes).sum(1, keepdims=True)).astype(self.values.dtype)
-            size = np.abs(weights @ self.values)
-            found.append(np.argpartition(size, -n, axis=1)[:, -n:])
-        return np.concatenate(found)
+        weights = (drawn * self.sizes / (drawn * self.sizes).sum(1, keepdims=True)).astype(self.values.dtype)
+        edges = self._contenders(weights, n)
+        values, together = self.values[:, edges], max(1, AT_ONCE // len(edges))
+        found = [
+            np.argpartition(np.abs(some @ values), -n, axis=1)[:, -n:]
+            for some in np.split(weights, range(together, len(weights), together))
+        ]
+        return np.asarray(edges[np.concatenate(found)])
 
+    def _contenders(self, weights: np.ndarray, n: int) -> np.ndarray:
+        """The edges that can be among the ``n`` strongest of a draw ``[draw, block]`` of weights that sum to 1.
 
-def _jaccard(shared: int, n: int) -> float:
-    return shared / (2 * n - shared)
+        The ``n``-th strongest of a few edges is no stronger than that of all, and no edge is stronger in a draw than in its
+        strongest block, but for rounding.
+        """
+        few = self.strongest(2 * n, np.arange(len(self.wiring)))
+        floor = np.partition(np.abs(weights @ self.values[:, few]), -n, axis=1)[:, -n].min()
+        return np.flatnonzero(np.abs(self.values).max(0) >= floor * (1 - ROUNDING))

@@ -127,20 +127,34 @@ def test_pruning() -> None:
 # -- resampling --------------------------------------------------------------------------------------------------------
 
 
-def test_resampling_against_a_loop() -> None:
-    scores, n = made(noise=2), 20
+@pytest.mark.parametrize("count", [30, 3])
+def test_resampling_against_a_loop(count: int) -> None:
+    """Of three pairs of which one has small scores, draws are unlike each other."""
+    scores, n = made(n_pairs=count, noise=2), 20
+    scores.values[0] *= 0.05
     found = scores.stability(n, resamples=40, seed=3)
     rng = np.random.default_rng(3)
     sets = []
-    for drawn in rng.multinomial(30, np.full(30, 1 / 30), size=40):
-        rows = np.repeat(scores.values, drawn, axis=0)
-        sets.append(set(np.argsort(-np.abs(rows.mean(0)))[:n].tolist()))
+
+    def top(rows: np.ndarray) -> set[int]:
+        return set(np.argsort(-np.abs(rows.mean(0)))[:n].tolist())
+
+    for drawn in rng.multinomial(count, np.full(count, 1 / count), size=40):
+        sets.append(top(np.repeat(scores.values, drawn, axis=0)))
     for edge in range(len(WIRING)):
         assert found.in_top[edge] == pytest.approx(np.mean([edge in one for one in sets]))
     pairs_of_sets = [len(a & b) / len(a | b) for i, a in enumerate(sets) for b in sets[i + 1 :]]
     assert found.resamples.mean == pytest.approx(np.mean(pairs_of_sets))
     assert found.resamples.low == pytest.approx(np.quantile(pairs_of_sets, 0.025))
-    assert found.halves.low <= found.halves.mean <= found.halves.high < found.resamples.mean
+    halves = []
+    for _ in range(40):
+        order = rng.permutation(count)
+        one, other = top(scores.values[order[: count // 2]]), top(scores.values[order[count // 2 :]])
+        halves.append(len(one & other) / len(one | other))
+    assert found.halves.mean == pytest.approx(np.mean(halves))
+    assert found.halves.high == pytest.approx(np.quantile(halves, 0.975))
+    assert found.halves.low <= found.halves.mean <= found.halves.high
+    assert count == 3 or found.halves.high < found.resamples.mean
 
 
 def test_resampling_says_what_is_sure() -> None:

@@ -899,8 +899,22 @@ FAULTS = (
     Fault(
         "pairs of a circuit are resampled without replacement",
         f"{CIRCUITS}/scores.py",
-        "drawn = rng.multinomial(count, np.full(count, 1 / count), size=resamples)",
-        "drawn = np.ones((resamples, count), dtype=np.int64)",
+        "drawn = draw_counts(count, resamples, rng)",
+        "drawn = np.ones((resamples, count))",
+        "tests/circuits/test_circuit.py -k resampl",
+    ),
+    Fault(
+        "an edge that is strong in few draws is taken for one that is strong in none",
+        f"{CIRCUITS}/scores.py",
+        "-n, axis=1)[:, -n].min()",
+        "-n, axis=1)[:, -n].max()",
+        "tests/circuits/test_circuit.py -k resampl",
+    ),
+    Fault(
+        "a half of the pairs is compared with the other half of another halving",
+        f"{ATTRIBUTION}/resampling.py",
+        "jaccard((tables[0] * tables[1]).sum(1), one.shape[1])",
+        "jaccard((tables[0] * tables[1][::-1]).sum(1), one.shape[1])",
         "tests/circuits/test_circuit.py -k resampl",
     ),
     Fault(
