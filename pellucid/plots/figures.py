@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from plotly.graph_objects import Bar, Figure, Heatmap
+from plotly.graph_objects import Bar, Figure, Heatmap, Scatter
 
 from pellucid.errors import InputError
 from pellucid.plots.axis import Axis
@@ -96,9 +96,12 @@ def figure_of(picture: Picture) -> PictureFigure:
     figure = PictureFigure()
     figure._picture = picture
     for number, panel in enumerate(picture.panels):
-        figure.add_traces(
-            _heat_map(picture, panel, number) if panel.scale is not None else _bars(picture, panel, number)
-        )
+        if panel.nodes:
+            figure.add_traces(_drawing(picture, panel))
+        else:
+            figure.add_traces(
+                _heat_map(picture, panel, number) if panel.scale is not None else _bars(picture, panel, number)
+            )
     figure.update_layout(_settings(picture, layout))
     return figure
 
@@ -134,6 +137,27 @@ def _bars(picture: Picture, panel: Panel, number: int) -> list[Bar]:
             shown["error_y"] = {**beyond, "color": INKS["ink"], "thickness": THIN, "width": CAP}
         made.append(Bar(name=name, legendgroup=name, showlegend=keyed, **places, **shown, **axes))
     return made
+
+
+def _drawing(picture: Picture, panel: Panel) -> list[Scatter]:
+    """A trace for each link, then for each node; of the one panel of a picture."""
+    made, keyed = [], set[int]()
+    for link in panel.links:
+        across, down = link.points.T
+        name = escaped(visible(picture.series[link.series])) or None
+        shown = {"line": {"width": link.width, "color": SERIES[link.series]}, **_said(link.said)}
+        first = name is not None and link.series not in keyed
+        keyed.add(link.series)
+        made.append(Scatter(x=across, y=down, mode="lines", name=name, legendgroup=name, showlegend=first, **shown))
+    for node in panel.nodes:
+        sides = [node.left, node.right, node.right, node.left], [node.top, node.top, node.bottom, node.bottom]
+        filled = {"fill": "toself", "fillcolor": INKS["faint"], "line": {"width": 0}, **_said(node.said)}
+        made.append(Scatter(x=sides[0], y=sides[1], mode="lines", showlegend=False, **filled))
+    return made
+
+
+def _said(said: tuple[str, ...]) -> dict[str, str]:
+    return {"hovertext": lines(escaped(visible(line)) for line in said), "hoverinfo": "text"}
 
 
 def _hovers(picture: Picture, panel: Panel) -> list[list[str]]:
@@ -213,7 +237,9 @@ def _settings(picture: Picture, layout: Layout) -> dict[str, Any]:
         ends = {"cmin": scale.low, "cmax": scale.high, "colorscale": scale.stops}
         made[f"coloraxis{_key(number)}"] = {**ends, "showscale": len(picture.scales) == 1, "colorbar": bar}
     if not isinstance(y, Axis):
-        made |= {"barmode": "group", "bargap": 0.2, "showlegend": any(picture.series)}
+        made |= {"barmode": "group", "bargap": 0.2}
+    if not isinstance(y, Axis) or picture.is_drawing:
+        made["showlegend"] = any(picture.series)
         made["legend"] = {"x": 1, "xanchor": "left", "y": 1, "yanchor": "top"}
     return made
 

@@ -21,6 +21,7 @@ _NARROWEST, _GAP, _HEADING, _AXIS_TITLE, _BAR_ROOM = 480, 18, 24, 26, 120.0
 _CELL, _PRINTED_CELL, _SMALLEST_PANEL = 30.0, 46.0, 120.0
 _WIDEST, _HIGHEST, _NARROWEST_CELL = 1100.0, 1400.0, 14.0
 _BAR_PANEL, _MOST_BARS = (260.0, 150.0), 1000.0
+_DRAWN_COLUMN, _DRAWN_ROW = 60.0, 40.0
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,8 @@ def _sizes(picture: Picture) -> tuple[int, float, float]:
         wide, high = _BAR_PANEL
         bar = max(14.0, 14.0 * len(picture.series) + 8)
         return 1, max(wide, min(bar * len(x), _MOST_BARS)), 2 * high if panels == 1 else high
+    if picture.is_drawing:
+        return 1, min(_DRAWN_COLUMN * len(x), _WIDEST), min(_DRAWN_ROW * len(y), _HIGHEST)
     cell = _PRINTED_CELL if picture.printed else _CELL
     widest = picture.widest_text  # a text has to fit, however wide the picture becomes
     wide = max(_SMALLEST_PANEL, min(cell * len(x), _WIDEST), (widest + 8.0) * len(x) if widest else 0.0)

@@ -82,9 +82,32 @@ class Scale:
         return [(count * step, f"{count * step:.10g}") for count in counts]
 
 
+@dataclass(frozen=True)
+class Node:
+    """A box of a drawing, in places of the axes, 0 the middle of the first; and what it says under the pointer."""
+
+    left: float
+    right: float
+    top: float
+    bottom: float
+    said: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Link:
+    """A line of a drawing: through ``points`` ``[point, 2]`` (along, down) in places of the axes, ``width`` pixels wide, in
+    the colour of a series; and what it says under the pointer.
+    """
+
+    points: np.ndarray
+    width: float
+    series: int
+    said: tuple[str, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """One panel: its heading (empty for none), and numbers.
+    """One panel: its heading (empty for none), and numbers, or nodes and links between them.
 
     Attributes:
         heading: one line, cut where the panel ends.
@@ -93,6 +116,8 @@ class Panel:
         texts: what is written into cells instead of their numbers, ``[row][column]``, one line each.
         said: more lines under the pointer, ``[row][column]``.
         ends: of the first series' bars the lower and upper end of an interval, ``[2, column]``; NaN where there is none.
+        nodes: of a drawing, which has no numbers.
+        links: drawn before the nodes, in this order.
     """
 
     heading: str
@@ -101,11 +126,14 @@ class Panel:
     texts: tuple[tuple[str, ...], ...] = ()
     said: tuple[tuple[tuple[str, ...], ...], ...] = ()
     ends: np.ndarray | None = None
+    nodes: tuple[Node, ...] = ()
+    links: tuple[Link, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """Panels of one size that share their axes: of cells if ``y`` is an :class:`Axis`, of bars if it is a scale of heights.
+    """Panels of one size that share their axes: of cells or a drawing if ``y`` is an :class:`Axis`, of bars if it is a scale
+    of heights.
 
     Attributes:
         title: what is shown.
@@ -113,7 +141,7 @@ class Picture:
         x: the axis along.
         y: the axis down, or of the bars' heights.
         panels: in the order to show them. A colour bar is drawn if all have one scale.
-        series: names of bars that stand side by side; one empty name for none.
+        series: names of bars that stand side by side, or of the colours of links; one empty name for none.
         printed: whether numbers are written into the cells.
         square: whether a cell is as high as it is wide.
         counts: whether numbers are whole, and written so.
@@ -128,6 +156,11 @@ class Picture:
     printed: bool = False
     square: bool = False
     counts: bool = False
+
+    @property
+    def is_drawing(self) -> bool:
+        """Whether it has nodes and links."""
+        return any(panel.nodes for panel in self.panels)
 
     @property
     def widest_text(self) -> float:

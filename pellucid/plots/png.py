@@ -9,7 +9,7 @@ from pellucid.errors import InputError
 from pellucid.plots.extra import need
 from pellucid.plots.fonts import fonts_for
 from pellucid.plots.picture import Picture
-from pellucid.plots.sheet import INKS, Rect, Text, sheet_of
+from pellucid.plots.sheet import INKS, Line, Rect, Text, sheet_of
 
 _DPI = 100
 _MOST_PIXELS = 200_000_000
@@ -31,6 +31,7 @@ def draw_png(picture: Picture, path: Path, scale: float) -> None:
     need("matplotlib")
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
     from matplotlib.patches import Rectangle
     from matplotlib.style import context
 
@@ -52,6 +53,11 @@ def draw_png(picture: Picture, path: Path, scale: float) -> None:
                 colour, size = INKS.get(mark.colour, mark.colour), mark.size * 72 / _DPI
                 line = axes.text(mark.left, mark.foot, mark.text, size=size, color=colour, rotation=-mark.angle)
                 line.set(ha=_ANCHORS[mark.anchor], va="baseline", rotation_mode="anchor", zorder=order)
+                continue
+            if isinstance(mark, Line):
+                across, down = mark.points.T
+                stroke = Line2D(across, down, color=mark.colour, linewidth=mark.width * 72 / _DPI, zorder=order)
+                axes.add_line(stroke).set_solid_capstyle("butt")
                 continue
             box = mark.box
             if isinstance(mark, Rect):

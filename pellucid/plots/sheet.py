@@ -1,4 +1,4 @@
-"""A picture as marks on a sheet: rectangles, lines of text, grids of cells. Whoever paints these paints every picture."""
+"""A picture as marks on a sheet: rectangles, lines, text, grids of cells. Whoever paints these paints every picture."""
 
 from __future__ import annotations
 
@@ -59,7 +59,17 @@ class Cells:
     hovers: list[list[list[str]]]
 
 
-Mark = Rect | Text | Cells
+@dataclass(frozen=True, eq=False)
+class Line:
+    """A line through ``points`` ``[point, 2]`` (from the left, from the top), pixels wide, of a colour ``#rrggbb``."""
+
+    points: np.ndarray
+    width: float
+    colour: str
+    hover: tuple[str, ...]
+
+
+Mark = Rect | Text | Cells | Line
 
 THIN, CAP = 1.5, 4
 """Pixels of the line of an interval, and to each side of it at its ends."""
@@ -92,7 +102,10 @@ def sheet_of(picture: Picture) -> Sheet:
         if layout.headings[number]:
             across = box.left + box.width / 2
             marks.append(Text(across, box.top - 7, layout.headings[number], HEADING_SIZE, anchor="middle"))
-        marks += _cells(picture, panel, box) if panel.scale is not None else _bars(picture, panel, box)
+        if panel.nodes:
+            marks += _drawing(picture, panel, box)
+        else:
+            marks += _cells(picture, panel, box) if panel.scale is not None else _bars(picture, panel, box)
         marks += _axes(picture, layout, number)
     if len(picture.scales) == 1:
         marks += _colour_bar(picture.scales[0], layout)
@@ -145,6 +158,22 @@ def _bars(picture: Picture, panel: Panel, box: Box) -> list[Mark]:
             cap = min(0.5 * wide, 2 * CAP)
             marks += [Rect(Box(middle - cap / 2, at - THIN / 2, cap, THIN), "ink") for at in (top, foot)]
     return [*marks, Rect(Box(box.left, height(0.0) - 0.5, box.width, 1), "faint")]
+
+
+def _drawing(picture: Picture, panel: Panel, box: Box) -> list[Mark]:
+    assert isinstance(picture.y, Axis)
+    place = np.array([box.width / len(picture.x), box.height / len(picture.y)])
+    corner = np.array([box.left, box.top]) + 0.5 * place
+    marks: list[Mark] = [
+        Rect(Box(box.left, box.top + row * place[1] - 0.5, box.width, 1), "grid") for row in range(len(picture.y) + 1)
+    ]
+    for link in panel.links:
+        marks.append(Line(corner + place * link.points, link.width, SERIES[link.series], link.said))
+    for node in panel.nodes:
+        left, top = corner + place * (node.left, node.top)
+        wide, high = place * (node.right - node.left, node.bottom - node.top)
+        marks.append(Rect(Box(left, top, wide, high), "faint", node.said))
+    return marks
 
 
 def _most(box: Box) -> int:

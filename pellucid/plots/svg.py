@@ -14,7 +14,7 @@ from itertools import pairwise
 import numpy as np
 
 from pellucid.plots.picture import Picture
-from pellucid.plots.sheet import INKS, Cells, Rect, Text, sheet_of
+from pellucid.plots.sheet import INKS, Cells, Line, Rect, Text, sheet_of
 from pellucid.plots.text import FONTS, isolated
 
 _DARK = {"paper": "#14171b", "ink": "#e8eaed", "faint": "#9aa4ae", "grid": "#30363d"}
@@ -37,6 +37,8 @@ def svg_of(picture: Picture) -> str:
         elif isinstance(mark, Rect):
             box = mark.box
             parts.append(_rect(box.left, box.top, box.width, box.height, _fill(mark.colour), mark.hover))
+        elif isinstance(mark, Line):
+            parts.append(_line(mark))
         else:
             parts += _cells(mark)
     return "\n".join([*parts, "</svg>", ""])
@@ -92,10 +94,20 @@ def _cells(mark: Cells) -> list[str]:
 
 def _rect(left: float, top: float, width: float, height: float, fill: str, hover: Sequence[str]) -> str:
     sizes = (("x", left), ("y", top), ("width", width), ("height", height))
-    opened = " ".join(["<rect", *(f'{name}="{_number(size)}"' for name, size in sizes), fill])
+    return _hovering("rect", " ".join([*(f'{name}="{_number(size)}"' for name, size in sizes), fill]), hover)
+
+
+def _line(mark: Line) -> str:
+    points = "L".join(f"{_number(left)} {_number(top)}" for left, top in mark.points.tolist())
+    stroke = f'fill="none" stroke="{mark.colour}" stroke-width="{_number(mark.width)}" stroke-linejoin="round"'
+    return _hovering("path", f'd="M{points}" {stroke}', mark.hover)
+
+
+def _hovering(tag: str, attributes: str, hover: Sequence[str]) -> str:
+    """An element, and what it says under the pointer."""
     if not hover:
-        return f"{opened}/>"
-    return f"{opened}><title>{_escaped(chr(10).join(hover))}</title></rect>"
+        return f"<{tag} {attributes}/>"
+    return f"<{tag} {attributes}><title>{_escaped(chr(10).join(hover))}</title></{tag}>"
 
 
 def _fill(colour: str) -> str:
