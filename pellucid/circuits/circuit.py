@@ -187,7 +187,8 @@ class Circuit:
 
         Returns:
             Axis ``edge``; ``score`` and its standard ``error`` in the metric's unit, ``in_top`` with ``stability``;
-            coordinates ``sender``, ``receiver``, and of both layer and head, -1 where there is none.
+            coordinates ``sender``, ``receiver``, and of both layer and head, -1 where there is none. ``attrs`` have
+            what made the scores, and how many layers and heads the model has.
         """
         order = self._order()
         senders, receivers = ([ends[n] for n in end[order]] for ends, end in self._ends())
@@ -203,7 +204,7 @@ class Circuit:
         made = xr.Dataset(
             {name: ("edge", values) for name, values in columns.items()},
             {name: ("edge", values) for name, values in coords.items()},
-            dict(self.scores.about) | {"edges": len(self), "of_edges": len(self.wiring)},
+            dict(self.scores.about) | {"edges": len(self), "of_edges": len(self.wiring)} | self.wiring.sizes(),
         )
         for name in ("score", "error"):
             made[name].attrs["units"] = self.scores.about.get("units", "")

@@ -158,14 +158,17 @@ class Wiring:
     def _receiving(self, numbers: np.ndarray) -> list[Receiver]:
         return [self.receivers[number] for number in np.unique(numbers)]
 
-    def about(self) -> dict[str, Any]:
-        """Its fields, for a file."""
+    def sizes(self) -> dict[str, int]:
+        """How many layers and heads."""
         return {
             "n_layers": self.n_layers,
             "n_heads": self.n_heads,
             "n_key_value_heads": self.n_key_value_heads,
-            "parallel": self.parallel,
         }
+
+    def about(self) -> dict[str, Any]:
+        """Its fields, for a file."""
+        return {**self.sizes(), "parallel": self.parallel}
 
 
 def _ends_of(edge: EdgeLike) -> tuple[str, str]:

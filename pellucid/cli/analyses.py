@@ -352,7 +352,7 @@ def circuit(
         ),
     ] = None,
     picture: Annotated[
-        Path | None, typer.Option(help="The circuit in this .html, .png or .svg file; needs the extra 'plots'.")
+        Path | None, typer.Option(help="The circuit drawn in this .html, .png or .svg file; needs the extra 'plots'.")
     ] = None,
     revision: Revision = None,
     device: Device = None,

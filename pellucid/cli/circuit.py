@@ -182,9 +182,9 @@ def _write(found: Found, request: CircuitRequest) -> list[Path]:
             found.circuit.export(request.out / name, found.stability, overwrite=True)
         written += [request.out / name for name in CIRCUIT_FILES]
     if request.picture is not None:
-        from pellucid.plots import circuit_map, save_picture
+        from pellucid.plots import circuit_diagram, save_picture
 
-        save_picture(circuit_map(found.circuit.dataset()), request.picture, overwrite=request.force)
+        save_picture(circuit_diagram(found.circuit.dataset()), request.picture, overwrite=request.force)
         written.append(request.picture)
     return written
 

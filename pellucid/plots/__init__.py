@@ -12,6 +12,7 @@ from __future__ import annotations
 from pellucid.plots.agreement import agreement_map
 from pellucid.plots.attention import attention_pattern
 from pellucid.plots.bar_charts import bars
+from pellucid.plots.circuit_diagram import circuit_diagram
 from pellucid.plots.circuits import circuit_map, faithfulness_bars
 from pellucid.plots.examples import TokenExample, examples_page
 from pellucid.plots.heads import head_map
@@ -27,6 +28,7 @@ __all__ = [
     "attention_pattern",
     "bars",
     "check_picture_path",
+    "circuit_diagram",
     "circuit_map",
     "examples_page",
     "faithfulness_bars",

@@ -17,7 +17,16 @@ READING = Of(lambda bench: LogitLens(bench.bridge).read(bench.ids, tokens=[5], p
 SCORES = Of(lambda bench: head_scores(bench.bridge, bench.ids, prior=False))
 
 EDGES = xr.Dataset(
-    {"score": ("edge", [0.5, -1.0])}, {"sender": ("edge", ["embed", "L0H1"]), "receiver": ("edge", ["L0H1.v", "final"])}
+    {"score": ("edge", [0.5, -1.0])},
+    {
+        "sender": ("edge", ["embed", "L0H1"]),
+        "receiver": ("edge", ["L0H1.v", "final"]),
+        "sender_layer": ("edge", [-1, 0]),
+        "receiver_layer": ("edge", [0, -1]),
+        "sender_head": ("edge", [-1, 1]),
+        "receiver_head": ("edge", [1, -1]),
+    },
+    {"n_layers": 2, "n_heads": 4, "n_key_value_heads": 4, "units": "logits"},
 )
 CURVE = xr.Dataset(
     {
@@ -32,6 +41,7 @@ CALLS: dict[str, Call] = {
     "heat_map": made(plots.heat_map, result=RESULT, **TITLES),
     "heat_maps": made(plots.heat_maps, result=Of(lambda bench: {"a": bench.array}), **TITLES),
     "head_map": made(plots.head_map, scores=SCORES),
+    "circuit_diagram": made(plots.circuit_diagram, edges=EDGES),
     "circuit_map": made(plots.circuit_map, edges=EDGES),
     "faithfulness_bars": made(plots.faithfulness_bars, curve=CURVE),
     "lens_table": made(plots.lens_table, reading=READING),
@@ -77,11 +87,18 @@ REFUSED: list[Line] = [
     ("head_map", {"scores": xr.Dataset()}, "scores is what head_scores gives; found a data set of nothing"),
     *(
         (name, {argument: 3}, f"{argument} is a string")
-        for name in ("circuit_map", "faithfulness_bars")
+        for name in ("circuit_diagram", "circuit_map", "faithfulness_bars")
         for argument in ("title", "subtitle")
     ),
-    ("circuit_map", {"edges": 3}, "edges is what circuit.dataset"),
-    ("circuit_map", {"edges": xr.Dataset()}, "edges is what circuit.dataset.* found a data set of nothing"),
+    *(
+        line
+        for name in ("circuit_diagram", "circuit_map")
+        for line in (
+            (name, {"edges": 3}, "edges is what circuit.dataset"),
+            (name, {"edges": xr.Dataset()}, "edges is what circuit.dataset.* found a data set of nothing"),
+        )
+    ),
+    *whole("circuit_diagram", "most", 1),
     ("faithfulness_bars", {"curve": 3}, "curve is what faithfulness gives"),
     ("faithfulness_bars", {"curve": EDGES}, "curve is what faithfulness gives; found a data set of score"),
     ("lens_table", {"reading": 3}, "reading is what Lens.read gives"),

@@ -932,6 +932,27 @@ FAULTS = (
         "tests/circuits/test_resuming.py -k refused_by_name",
     ),
     Fault(
+        "the colours of a drawn circuit are exchanged",
+        "pellucid/plots/circuit_diagram.py",
+        "links.append(Link(points, width, int(score < 0), said))",
+        "links.append(Link(points, width, int(score > 0), said))",
+        "tests/plots/test_circuit_plots.py -k colour_the_sign",
+    ),
+    Fault(
+        "a drawn circuit leaves out its largest edges",
+        "pellucid/plots/circuit_diagram.py",
+        'np.argsort(-np.abs(scores), kind="stable")[:most]',
+        'np.argsort(np.abs(scores), kind="stable")[:most]',
+        "tests/plots/test_circuit_plots.py -k left_out",
+    ),
+    Fault(
+        "a PNG has the lines of a drawing half a place from its nodes",
+        "pellucid/plots/png.py",
+        "across, down = mark.points.T",
+        "across, down = mark.points.T + 9",
+        "tests/plots/test_circuit_plots.py -k every_way",
+    ),
+    Fault(
         "a command whose curve was interrupted measures it anew",
         "pellucid/cli/circuit.py",
         "Faithfulness(bridge, whole, pairs, **asked).run(checkpoint=unfinished)",

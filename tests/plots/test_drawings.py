@@ -19,13 +19,14 @@ from PIL import Image
 from pellucid import ActivationCache
 from pellucid.demo import load_demo_bridge
 from pellucid.errors import InputError
-from pellucid.plots import Picture, attention_pattern, bars, heat_map, heat_maps, save_picture
+from pellucid.plots import Picture, attention_pattern, bars, circuit_diagram, heat_map, heat_maps, save_picture
 from pellucid.plots.axis import Axis
 from pellucid.plots.layout import layout_of
 from pellucid.plots.picture import GAP, Panel, Scale, rgb
 from pellucid.plots.sheet import MOST_HOVERS
 from pellucid.plots.svg import svg_of
 from pellucid.plots.text import cut, visible
+from tests.arguments.plots import EDGES
 from tests.plots.test_plots import HOSTILE, patched
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -45,6 +46,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "facets": lambda: heat_map(RANDOM.normal(size=(3, 4, 5)), facet="panel", x="row"),
     "heat_maps": lambda: heat_maps({"silenced <b>": GRID, "random": GRID * 2}, title="t", unit="u"),
     "bars": lambda: bars({"a": GRID[0], "b": GRID[1]}, title="t", unit="u"),
+    "circuit_diagram": lambda: circuit_diagram(EDGES),
     "attention_pattern": lambda: attention_pattern(Cache({("pattern", 0): PATTERN}), 0),  # type: ignore[arg-type]
 }
 
