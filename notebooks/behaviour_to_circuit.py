@@ -89,16 +89,17 @@ bars(
 # ## A circuit
 #
 # Heads are nodes; what one part reads of another is an edge. All of them are scored in a few passes, and the strongest
-# are kept. A score is the estimated change of the metric when the edge is patched from the corrupted run.
+# are kept. A score is the estimated change of the metric when the edge is patched from the corrupted run. Drawn, a line is
+# as wide as its score is large, and orange where it carries the answer.
 
 # %%
 from pellucid.circuits import edge_attribution
-from pellucid.plots import circuit_map
+from pellucid.plots import circuit_diagram
 
 whole = edge_attribution(bridge, pairs, method="eap-ig", progress=False)
 circuit = whole.top(40)
 print(circuit.top(8))
-circuit_map(circuit.prune().dataset())
+circuit_diagram(circuit.prune().dataset())
 
 # %% [markdown]
 # ## Its error bar

@@ -13,7 +13,7 @@ from scripts.make_notebooks import FOLDER, cells_of
 from tests import forked
 
 SCRIPTS = sorted(FOLDER.glob("*.py"))
-NEEDS_SMOLLM2 = {"first_hour_smollm2"}
+NEEDS_SMOLLM2 = {"behaviour_to_circuit_smollm2", "first_hour_smollm2"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
