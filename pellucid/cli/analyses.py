@@ -278,14 +278,11 @@ def attribute(
             raise InputError("--agreement has no meaning with --check 0: nothing is patched.")
         if method is not AttributionMethod.direct:
             from pellucid.cli.attribution_patching import AttributionPatchingRequest, attribute_patching
+            from pellucid.cli.pairs import TypedPairs
 
             estimated = AttributionPatchingRequest(
                 method=method.value,
-                clean=clean,
-                corrupted=corrupted,
-                answer=answer,
-                foil=foil,
-                pairs=pairs,
+                pairs=TypedPairs(pairs, clean, corrupted, answer, foil),
                 site="z" if site is None else site,
                 axes=None if axes is None else tuple(axes.split(",")),
                 n_points=20 if n_points is None else n_points,
@@ -372,13 +369,10 @@ def circuit(
         if picture is not None:
             refuse_picture(picture, force)
         from pellucid.cli.circuit import CircuitRequest, find_circuit
+        from pellucid.cli.pairs import TypedPairs
 
         request = CircuitRequest(
-            pairs=pairs,
-            clean=clean,
-            corrupted=corrupted,
-            answer=answer,
-            foil=foil,
+            pairs=TypedPairs(pairs, clean, corrupted, answer, foil),
             edges=edges,
             prune=prune,
             curve=curve,

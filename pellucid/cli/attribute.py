@@ -6,12 +6,10 @@ The folder of ``--out`` gets two files. ``attribution.json`` is the whole docume
 
 from __future__ import annotations
 
-import csv
-import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pellucid.analysis.attribution import logit_attribution
+from pellucid.cli.cells import write_cells
 from pellucid.cli.files import ATTRIBUTE_FILES
 from pellucid.cli.models import open_bridge, source_of
 from pellucid.cli.options import Format, ModelChoice
@@ -32,7 +31,6 @@ from pellucid.demo.prompts import PATCHING_PAIR
 from pellucid.errors import InputError
 from pellucid.experiments.labelled import to_document
 from pellucid.storage.json_text import Json, write_json_file
-from pellucid.storage.whole_files import whole_file
 from pellucid.token_text import token_label, token_labels
 
 if TYPE_CHECKING:
@@ -175,8 +173,13 @@ def _write(found: Found, document: dict[str, Json], request: AttributeRequest) -
     if request.out is not None:
         request.out.mkdir(parents=True, exist_ok=True)
         write_json_file(request.out / JSON_FILE, document)
-        with whole_file(request.out / CSV_FILE) as draft, draft.open("w", encoding="utf-8", newline="") as file:
-            _write_csv(found, csv.writer(file))
+        result = found.result
+        write_cells(
+            request.out / CSV_FILE,
+            {str(dim): result.coords[dim].values.tolist() for dim in result.dims},
+            {dim: (name, result.coords[name].values.tolist()) for dim, name in TOKENS.items() if dim in result.dims},
+            {"attribution": result.values},
+        )
         written += [request.out / JSON_FILE, request.out / CSV_FILE]
     if request.picture is not None:
         from pellucid.plots import save_picture
@@ -184,20 +187,6 @@ def _write(found: Found, document: dict[str, Json], request: AttributeRequest) -
         save_picture(draw(found), request.picture, overwrite=request.force)
         written.append(request.picture)
     return written
-
-
-def _write_csv(found: Found, writer: Any) -> None:
-    """A line for each cell: its place on each axis, the token at a position, the attribution."""
-    result = found.result
-    dims = [str(dim) for dim in result.dims]
-    writer.writerow([*(name for dim in dims for name in (dim, TOKENS.get(dim)) if name is not None), "attribution"])
-    places = [range(result.sizes[dim]) for dim in result.dims]
-    for cell, value in zip(itertools.product(*places), result.values.ravel().tolist(), strict=True):
-        line: list[Any] = []
-        for dim, place in zip(dims, cell, strict=True):
-            line.append(result.coords[dim].values[place].item())
-            line += [str(result.coords[TOKENS[dim]].values[place])] if dim in TOKENS else []
-        writer.writerow([*line, repr(value)])
 
 
 def draw(found: Found) -> Figure:

@@ -7,13 +7,11 @@ for each cell.
 
 from __future__ import annotations
 
-import csv
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xarray as xr
@@ -23,20 +21,16 @@ from rich.text import Text
 from pellucid.analysis.labelled import data_set_to_document
 from pellucid.attribution import AttributionPatching
 from pellucid.attribution.choices import TITLES
+from pellucid.cli.cells import write_cells
 from pellucid.cli.files import ATTRIBUTION_PATCHING_FILES
 from pellucid.cli.models import open_bridge, source_of
 from pellucid.cli.options import Format, ModelChoice
 from pellucid.cli.output import table, write_json
-from pellucid.cli.prompt import as_typed
+from pellucid.cli.pairs import TypedPairs
 from pellucid.cli.terminal import results
-from pellucid.cli.tokens import expected, read_token
-from pellucid.corpora.pairs import PromptPairs
-from pellucid.demo.prompts import PATCHING_PAIR
 from pellucid.errors import InputError
 from pellucid.experiments.options import Method, SweepOptions
-from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.storage.json_text import Json, write_json_file
-from pellucid.storage.whole_files import whole_file
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -51,11 +45,7 @@ class AttributionPatchingRequest:
     """What to attribute, and where the result goes."""
 
     method: Method
-    clean: str | None
-    corrupted: str | None
-    answer: str | None
-    foil: str | None
-    pairs: Path | None
+    pairs: TypedPairs
     site: str
     axes: tuple[str, ...] | None
     n_points: int
@@ -76,11 +66,11 @@ def attribute_patching(choice: ModelChoice, request: AttributionPatchingRequest,
         MissingExtraError: a picture is asked for and the extra ``plots`` is not installed.
         PellucidError: the model cannot be opened; a site and a method that do not go together.
     """
-    typed = _typed(choice, request)
+    request.pairs.refuse(choice)
     bridge = open_bridge(choice)
     experiment = AttributionPatching(
         bridge,
-        typed if isinstance(typed, PromptPairs) else _pair(bridge, *typed),
+        request.pairs.read(bridge),
         site=request.site,
         by=request.axes,
         method=request.method,
@@ -109,44 +99,6 @@ def attribute_patching(choice: ModelChoice, request: AttributionPatchingRequest,
         _print(found, request, written, format)
 
 
-def _typed(
-    choice: ModelChoice, request: AttributionPatchingRequest
-) -> PromptPairs | tuple[str, str, str | None, str | None]:
-    """The pairs of a table; or two prompts and the tokens as they were typed. The embedded model has its own."""
-    given = (request.clean, request.corrupted, request.answer, request.foil)
-    if request.pairs is not None:
-        if any(each is not None for each in given):
-            raise InputError("--pairs has prompts and answers: leave --clean, --corrupted, --answer and --foil out.")
-        return PromptPairs.from_csv(request.pairs)
-    if all(each is None for each in given) and choice.is_demo:
-        return PATCHING_PAIR.clean, PATCHING_PAIR.corrupted, PATCHING_PAIR.answer, PATCHING_PAIR.foil
-    typed = []
-    for option, text in (("--clean", request.clean), ("--corrupted", request.corrupted)):
-        if text is None:
-            raise InputError(
-                f"{option} is missing: give two prompts of as many tokens, or a table of them, --pairs FILE.csv."
-            )
-        if not text:
-            raise InputError(f"{option} is empty: there is nothing to run.")
-        typed.append(as_typed(text, f"{option} is not UTF-8: set a UTF-8 locale."))
-    return typed[0], typed[1], request.answer, request.foil
-
-
-def _pair(bridge: TransformerBridge, clean: str, corrupted: str, answer: str | None, foil: str | None) -> PromptPairs:
-    logits = bridge(clean)[0, -1].detach()
-    if answer is None:
-        raise InputError(
-            f"--answer is missing: the token that is right after the clean prompt. {expected(bridge.tokenizer, logits)}"
-        )
-    ids = [read_token(bridge.tokenizer, answer, "--answer", logits)]
-    if foil is None:
-        return PromptPairs([clean], [corrupted], ids, name="prompts")
-    other = read_token(bridge.tokenizer, foil, "--foil", logits)
-    if [other] == ids:
-        raise InputError("--answer and --foil are the same token.")
-    return PromptPairs([clean], [corrupted], ids, [other], name="prompts")
-
-
 def strongest(found: xr.Dataset, count: int) -> list[dict[str, Json]]:
     """The cells of the largest effects, those first, with what patching measured where it was done."""
     effect = found.effect
@@ -173,8 +125,13 @@ def _write(found: xr.Dataset, document: dict[str, Json], request: AttributionPat
     if request.out is not None:
         request.out.mkdir(parents=True, exist_ok=True)
         write_json_file(request.out / JSON_FILE, document)
-        with whole_file(request.out / CSV_FILE) as draft, draft.open("w", encoding="utf-8", newline="") as file:
-            _write_csv(found, csv.writer(file))
+        dims = [str(dim) for dim in found.effect.dims]
+        write_cells(
+            request.out / CSV_FILE,
+            {dim: found.coords[dim].values.tolist() for dim in dims},
+            {dim: (name, found.coords[name].values.tolist()) for dim, name in TOKENS.items() if dim in dims},
+            {name: found[name].values for name in ("effect", "standard_error", "patched") if name in found},
+        )
         written += [request.out / JSON_FILE, request.out / CSV_FILE]
     if request.picture is not None:
         from pellucid.plots import save_picture
@@ -187,20 +144,6 @@ def _write(found: xr.Dataset, document: dict[str, Json], request: AttributionPat
         save_picture(agreement_map(found), request.agreement, overwrite=request.force)
         written.append(request.agreement)
     return written
-
-
-def _write_csv(found: xr.Dataset, writer: Any) -> None:
-    """A line for each cell: its place on each axis, the token at a position, and each number, empty where there is none."""
-    dims = [str(dim) for dim in found.effect.dims]
-    columns = [name for name in ("effect", "standard_error", "patched") if name in found]
-    writer.writerow([*(name for dim in dims for name in (dim, TOKENS.get(dim)) if name is not None), *columns])
-    numbers = zip(*(found[name].values.ravel().tolist() for name in columns), strict=True)
-    for cell, values in zip(itertools.product(*(range(found.sizes[dim]) for dim in dims)), numbers, strict=True):
-        line: list[Any] = []
-        for dim, place in zip(dims, cell, strict=True):
-            line.append(found.coords[dim].values[place].item())
-            line += [str(found.coords[TOKENS[dim]].values[place])] if dim in TOKENS else []
-        writer.writerow([*line, *("" if math.isnan(value) else repr(value) for value in values)])
 
 
 def draw(found: xr.Dataset) -> Figure:

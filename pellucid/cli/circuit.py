@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import xarray as xr
 from rich.text import Text
 
@@ -28,15 +27,10 @@ from pellucid.cli.files import CIRCUIT_FILES, UNFINISHED_FOLDER
 from pellucid.cli.models import open_bridge, source_of
 from pellucid.cli.options import Format, ModelChoice
 from pellucid.cli.output import table, write_json
-from pellucid.cli.prompt import as_typed
+from pellucid.cli.pairs import TypedPairs
 from pellucid.cli.terminal import results
-from pellucid.cli.tokens import read_token
-from pellucid.corpora.pairs import PromptPairs
-from pellucid.demo.prompts import PATCHING_PAIR
 from pellucid.errors import InputError
-from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.storage.json_text import Json, write_json_file
-from pellucid.token_text import token_label
 
 JSON_FILE, SCORES_FILE, GRAPH_FILE, CSV_FILE = CIRCUIT_FILES
 
@@ -45,11 +39,7 @@ JSON_FILE, SCORES_FILE, GRAPH_FILE, CSV_FILE = CIRCUIT_FILES
 class CircuitRequest:
     """What to look for, and where the result goes."""
 
-    pairs: Path | None
-    clean: str | None
-    corrupted: str | None
-    answer: str | None
-    foil: str | None
+    pairs: TypedPairs
     edges: int
     prune: bool
     curve: bool
@@ -82,9 +72,9 @@ def find_circuit(choice: ModelChoice, request: CircuitRequest, format: Format) -
         OtherJobError: the folder holds the state of another command.
         PellucidError: the model cannot be opened.
     """
-    refuse_both(request)
+    request.pairs.refuse(choice)
     bridge = open_bridge(choice)
-    pairs = _pairs(bridge, choice, request)
+    pairs = request.pairs.read(bridge)
     total = len(wiring_of(bridge))
     if request.edges > total:
         raise InputError(f"--edges is at most {total:,}, all edges of the model; found {request.edges:,}.")
@@ -113,56 +103,6 @@ def find_circuit(choice: ModelChoice, request: CircuitRequest, format: Format) -
         write_json(document)
     else:
         _print(found, request, written, format)
-
-
-def refuse_both(request: CircuitRequest) -> None:
-    """Refuse a table of pairs and one pair together, and one pair that is not whole.
-
-    Raises:
-        InputError: so it is.
-    """
-    one = {
-        "--clean": request.clean,
-        "--corrupted": request.corrupted,
-        "--answer": request.answer,
-        "--foil": request.foil,
-    }
-    given = [option for option, value in one.items() if value is not None]
-    empty = [option for option, value in one.items() if value == ""]
-    if empty:
-        raise InputError(f"{empty[0]} is empty: there is nothing to run.")
-    if request.pairs is not None and given:
-        raise InputError(f"{given[0]} is of one pair, and --pairs is a table of them: give one or the other.")
-    if given and len(given) < (3 if request.foil is None else 4):
-        missing = next(option for option, value in one.items() if value is None)
-        raise InputError(
-            f"{missing} is missing. One pair has --clean and --corrupted, prompts of as many tokens, --answer and, to "
-            "compare with, --foil, the next token of each."
-        )
-
-
-def _pairs(bridge: TransformerBridge, choice: ModelChoice, request: CircuitRequest) -> PromptPairs:
-    if request.pairs is not None:
-        return PromptPairs.from_csv(request.pairs)
-    if request.clean is None:
-        if not choice.is_demo:
-            raise InputError(
-                "Give --pairs FILE.csv, a table with the columns clean, corrupted, answer, foil; or one pair: --clean, "
-                "--corrupted, --answer, --foil."
-            )
-        pair = PATCHING_PAIR
-        return PromptPairs([pair.clean], [pair.corrupted], [pair.answer], [pair.foil], name="demo")
-    prompts = [
-        as_typed(str(text), f"{option} is not UTF-8: set a UTF-8 locale.")
-        for option, text in (("--clean", request.clean), ("--corrupted", request.corrupted))
-    ]
-    with torch.no_grad():
-        clean, corrupted = (bridge(text)[0, -1] for text in prompts)
-    answer = read_token(bridge.tokenizer, str(request.answer), "--answer", clean)
-    foil = None if request.foil is None else read_token(bridge.tokenizer, request.foil, "--foil", corrupted)
-    if answer == foil:
-        raise InputError(f"--answer and --foil are the same token, {token_label(bridge.tokenizer, answer)}.")
-    return PromptPairs(prompts[:1], prompts[1:], [answer], None if foil is None else [foil], name="one pair")
 
 
 def _curve_document(curve: xr.Dataset) -> dict[str, Any]:

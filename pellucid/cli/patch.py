@@ -6,8 +6,6 @@ is read back by ``pellucid.experiments.labelled.from_document``. ``patch.csv`` h
 
 from __future__ import annotations
 
-import csv
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from pellucid.cli.cells import write_cells
 from pellucid.cli.files import PATCH_FILES
 from pellucid.cli.models import open_bridge, source_of
 from pellucid.cli.options import Format, MetricName, ModelChoice
@@ -35,7 +34,6 @@ from pellucid.experiments.labelled import to_document
 from pellucid.experiments.options import PatchingChoices, SweepOptions
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.storage.json_text import Json, write_json_file
-from pellucid.storage.whole_files import whole_file
 from pellucid.sweep import KLDivergence, LogitDifference, LogProbability, Metric, Probability
 from pellucid.token_text import token_label
 
@@ -266,8 +264,14 @@ def _write(found: Found, document: dict[str, Json], request: PatchRequest) -> li
     if request.out is not None:
         request.out.mkdir(parents=True, exist_ok=True)
         write_json_file(request.out / JSON_FILE, document)
-        with whole_file(request.out / CSV_FILE) as draft, draft.open("w", encoding="utf-8", newline="") as file:
-            _write_csv(found, csv.writer(file))
+        result = found.result
+        places = {str(dim): result.coords[dim].values.tolist() for dim in result.dims}
+        tokens = {
+            dim: (name, [found.labels(place) for place in places[dim]])
+            for dim, name in (("pos", "token"), ("key_pos", "key_token"))
+            if dim in places
+        }
+        write_cells(request.out / CSV_FILE, places, tokens, {"value": result.values})
         written += [request.out / JSON_FILE, request.out / CSV_FILE]
     if request.picture is not None:
         from pellucid.plots import save_picture
@@ -276,20 +280,6 @@ def _write(found: Found, document: dict[str, Json], request: PatchRequest) -> li
             save_picture(draw(found), request.picture, overwrite=request.force)
             written.append(request.picture)
     return written
-
-
-def _write_csv(found: Found, writer: Any) -> None:
-    """A line for each cell: its place on each axis, the token at a position, the value (empty where there is none)."""
-    result = found.result
-    dims = [str(dim) for dim in result.dims]
-    tokens = {"pos": "token", "key_pos": "key_token"}
-    writer.writerow([*(name for dim in dims for name in (dim, tokens.get(dim)) if name is not None), "value"])
-    places = [result.coords[dim].values.tolist() for dim in dims]
-    for cell, value in zip(itertools.product(*places), result.values.ravel().tolist(), strict=True):
-        line: list[Any] = []
-        for dim, place in zip(dims, cell, strict=True):
-            line += [place, found.labels(place)] if dim in tokens else [place]
-        writer.writerow([*line, "" if math.isnan(value) else repr(value)])
 
 
 def draw(found: Found) -> Figure:
