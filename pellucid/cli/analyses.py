@@ -16,7 +16,8 @@ from pellucid.cli.files import (
     ATTRIBUTE_FILES,
     ATTRIBUTION_PATCHING_FILES,
     CIRCUIT_FILES,
-    kept_of_circuit,
+    kept_of_nothing,
+    kept_of_pairs,
     refuse_direction,
     refuse_folder,
     refuse_model,
@@ -230,7 +231,8 @@ def attribute(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="A folder for attribution.json (everything, to load again) and attribution.csv (the numbers)."
+            help="A folder for attribution.json (everything, to load again) and attribution.csv (the numbers); not with "
+            "direct, an interrupted run goes on there."
         ),
     ] = None,
     picture: Annotated[
@@ -249,10 +251,10 @@ def attribute(
     debug: Debug = False,
 ) -> None:
     """What each part of MODEL adds to a logit, or does to it as far as gradients tell (--method), and a measurement."""
-    with report_errors(debug):
+    is_direct = method is AttributionMethod.direct
+    with report_errors(debug, kept_of_nothing if is_direct else partial(kept_of_pairs, out)):
         choice = ModelChoice(model, revision, device, dtype, allow_pickle, attn_implementation)
         refuse_model(choice)
-        is_direct = method is AttributionMethod.direct
         of_patching = {
             "--clean": clean,
             "--corrupted": corrupted,
@@ -361,7 +363,7 @@ def circuit(
     debug: Debug = False,
 ) -> None:
     """Which edges between parts of MODEL carry a behaviour, how sure that is, and how much of it they keep."""
-    with report_errors(debug, partial(kept_of_circuit, out)):
+    with report_errors(debug, partial(kept_of_pairs, out)):
         choice = ModelChoice(model, revision, device, dtype, allow_pickle, attn_implementation)
         refuse_model(choice)
         if out is not None:

@@ -2,12 +2,13 @@
 
 The folder of ``--out`` gets two files. ``attribution_patching.json`` is the whole document that ``--format json`` prints;
 its ``result`` is read back by ``pellucid.analysis.labelled.data_set_from_document``. ``attribution_patching.csv`` has a line
-for each cell.
+for each cell. Until they are written it holds the state of the pass over pairs: the same command goes on from there.
 """
 
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from pellucid.analysis.labelled import data_set_to_document
 from pellucid.attribution import AttributionPatching
 from pellucid.attribution.choices import TITLES
 from pellucid.cli.cells import write_cells
-from pellucid.cli.files import ATTRIBUTION_PATCHING_FILES
+from pellucid.cli.files import ATTRIBUTION_PATCHING_FILES, UNFINISHED_FOLDER
 from pellucid.cli.models import open_bridge, source_of
 from pellucid.cli.options import Format, ModelChoice
 from pellucid.cli.output import table, write_json
@@ -78,7 +79,8 @@ def attribute_patching(choice: ModelChoice, request: AttributionPatchingRequest,
         check=request.check,
         options=SweepOptions(prepend_bos=request.prepend_bos),
     )
-    found = experiment.run()
+    unfinished = None if request.out is None else request.out / UNFINISHED_FOLDER
+    found = experiment.run(checkpoint=unfinished)
     assert isinstance(found, xr.Dataset)
     found = found.assign_attrs(model=choice.name)
     if request.picture is not None and found.effect.ndim > MOST_AXES:
@@ -93,6 +95,8 @@ def attribute_patching(choice: ModelChoice, request: AttributionPatchingRequest,
         "result": data_set_to_document(found),
     }
     written = _write(found, document, request)
+    if unfinished is not None:
+        shutil.rmtree(unfinished)
     if format is Format.json:
         write_json(document)
     else:

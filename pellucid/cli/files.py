@@ -157,19 +157,17 @@ def kept_of_study(out: Path | None) -> str:
 
 
 UNFINISHED_FOLDER = "unfinished"
-"""In the folder of ``pellucid circuit``: what was scored and measured so far, until there is a result."""
+"""In the folder of ``pellucid circuit`` or ``attribute --method``: what was computed so far, until there is a result."""
 
 
-def kept_of_circuit(out: Path | None) -> str:
-    """Of ``pellucid circuit``."""
+def kept_of_pairs(out: Path | None) -> str:
+    """Of ``pellucid circuit`` and ``attribute --method``, which go through pairs of prompts."""
     if out is None:
-        return "Nothing was kept: with --out FOLDER the scores are, and the same command goes on from there."
+        return "Nothing was kept: with --out FOLDER what was computed is, and the same command goes on from there."
     unfinished = out / UNFINISHED_FOLDER
     if not any(unfinished.glob("*.safetensors")):
         return kept_of_nothing()
-    return (
-        f"What was scored and measured is in {unfinished}: the same command goes on from there. No result was written."
-    )
+    return f"What was computed is in {unfinished}: the same command goes on from there. No result was written."
 
 
 def kept_of_store(out: Path) -> str:

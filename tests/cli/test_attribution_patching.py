@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 from pellucid import TransformerBridge
 from pellucid.analysis.labelled import data_set_from_document
 from pellucid.attribution import attribution_patching
+from pellucid.attribution.streaming import PairStream
 from pellucid.cli.attribution_patching import CSV_FILE, JSON_FILE
 from pellucid.corpora.pairs import PromptPairs
 from pellucid.demo.prompts import PATCHING_PAIR
@@ -55,6 +58,42 @@ def test_a_table_of_pairs_and_what_is_printed(tmp_path: Path) -> None:
     assert "AtP of mlp_out by layer, pos; pairs: 2." in shown
     assert "AtP against patching, 4 cells: Pearson" in shown
     assert "Jaccard of the top 20" in shown
+
+
+def test_an_interrupted_command_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pairs of two lengths make two batches: Ctrl-C after the first."""
+    table = tmp_path / "pairs.csv"
+    with table.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["clean", "corrupted", "answer", "foil"])
+        writer.writerow([PAIR.clean, PAIR.corrupted, PAIR.answer, PAIR.foil])
+        writer.writerow(["To be, " + PAIR.clean, "To be, " + PAIR.corrupted, PAIR.answer, PAIR.foil])
+    given = ["--method", "atp", "--pairs", table, "--check", "0"]
+    expected = cli("attribute", *given, "--out", tmp_path / "whole")
+    assert expected.exit_code == 0, expected.output
+    done, plain = [], PairStream._after_batch
+
+    def after_batch(self: PairStream) -> None:
+        done.append(self.what)
+        if len(done) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        plain(self)
+
+    monkeypatch.setattr(PairStream, "_after_batch", after_batch)
+    out = tmp_path / "out"
+    broken = cli("attribute", *given, "--out", out)
+    assert broken.exit_code == 130
+    assert f"is in {out / 'unfinished'}: the same command goes on from there" in one_line(broken.stderr)
+    assert [path.name for path in out.iterdir()] == ["unfinished"]
+    other = cli("attribute", *given, "--method", "relp", "--out", out)
+    assert other.exit_code == 2
+    assert "asked for" in one_line(other.stderr)
+    finished = cli("attribute", *given, "--out", out)
+    assert finished.exit_code == 0, finished.output
+    assert len(done) == 2, "no batch runs twice"
+    assert sorted(path.name for path in out.iterdir()) == sorted((CSV_FILE, JSON_FILE))
+    for name in (CSV_FILE, JSON_FILE):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
 @pytest.mark.skipif(not HAS_PLOTS, reason="needs the extra 'plots'")
