@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from pellucid import (
     ActivationCache,
@@ -165,6 +166,15 @@ RUNS: list[tuple[dict[str, Any], str]] = [
     ({"input": torch.tensor([[4000]])}, "Token id 4000 is outside the vocabulary"),
     ({"return_type": "logit"}, "Invalid return_type: 'logit'"),
     ({"return_type": "logits_and_cache", "stop_at_layer": 1}, "stop_at_layer has no logits"),
+    ({"use_cache": 1}, "use_cache is True, False or None; found 1"),
+    ({"use_cache": True}, "use_cache=True would have no effect: return_type='logits'.*'logits_and_cache'"),
+    ({"use_cache": True, "return_type": "both"}, "use_cache=True would have no effect: return_type='both'"),
+    (
+        {"use_cache": False, "return_type": "logits_and_cache"},
+        "use_cache=False.*return_type='logits_and_cache' has one",
+    ),
+    ({"use_cache": False, "past_key_values": DynamicCache()}, "use_cache=False.*with past_key_values has one"),
+    ({"use_cache": False, "past_kv_cache": DynamicCache()}, "use_cache=False.*with past_key_values has one"),
     ({"loss_per_token": True}, "loss_per_token=True would have no effect: return_type='logits'"),
     ({"loss_per_token": True, "return_type": None}, "loss_per_token=True would have no effect"),
     ({"prepend_bos": True}, "prepend_bos is for strings"),

@@ -179,6 +179,23 @@ def test_logits_and_cache_token_by_token(name: str) -> None:
         bridge(tokens, past_key_values=cache, past_kv_cache=cache)
 
 
+def test_use_cache_says_what_the_run_does(demo: TransformerBridge) -> None:
+    tokens = demo.to_tokens(PROMPTS[0])
+    native = demo.hf_model(tokens, use_cache=True)
+    logits, cache = demo(tokens, return_type="logits_and_cache", use_cache=True)
+    assert torch.equal(logits, native.logits)
+    step = random_tokens(1, 1)
+    wanted = demo.hf_model(step, past_key_values=native.past_key_values, use_cache=True).logits
+    assert torch.equal(demo(step, past_key_values=cache, use_cache=True), wanted)
+    plain = demo.hf_model(tokens, use_cache=False).logits
+    for found in (
+        demo(tokens, use_cache=False),
+        demo.run_with_hooks(tokens, use_cache=False),
+        demo.run_with_cache(tokens, use_cache=False)[0],
+    ):
+        assert torch.equal(found, plain)
+
+
 def test_the_residual_that_enters_the_first_block(demo: TransformerBridge) -> None:
     residual, tokens, none, mask = demo.input_to_embed(PROMPTS)
     assert none is None

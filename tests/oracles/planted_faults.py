@@ -1058,6 +1058,13 @@ FAULTS = (
         "tests/sweep/test_families.py -k gpt2",
     ),
     Fault(
+        "use_cache=True is accepted where nothing gives a cache",
+        "pellucid/model_bridge/running/outputs.py",
+        "if use_cache and given is None and not returns:",
+        "if False:",
+        "tests/test_accepted_and_ignored.py -k anything_runs[forward]",
+    ),
+    Fault(
         "a sweep scores logits before they are capped",
         "pellucid/model_bridge/running/outputs.py",
         "if cfg.output_logits_soft_cap:",

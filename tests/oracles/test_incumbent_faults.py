@@ -126,7 +126,7 @@ def test_nothing_is_truncated(demo: TransformerBridge) -> None:
 
 def test_misspelt_keywords_are_errors() -> None:
     bridge, _ = make_pair()
-    for wrong in ({"return_typ": "loss"}, {"past_kv_cach": None}, {"use_cache": True}):
+    for wrong in ({"return_typ": "loss"}, {"past_kv_cach": None}, {"use_cach": True}):
         with pytest.raises(TypeError, match=next(iter(wrong))):
             bridge(TOKENS, **wrong)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pellucid.arguments import check_kind
 from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import InputError, UnsupportedModelError
 from pellucid.hook_points import HookFunction
@@ -70,15 +71,34 @@ def of_one_row(function: HookFunction) -> HookFunction:
     return shown
 
 
-def one_cache(past_key_values: Any | None, past_kv_cache: Any | None) -> Any | None:
+def one_cache(
+    past_key_values: Any | None, past_kv_cache: Any | None, use_cache: bool | None, return_type: str | None
+) -> Any | None:
     """The key/value cache of a run, given under either name.
 
+    A run has one if it is given one or is to return one: ``use_cache`` can say so, and decides nothing.
+
     Raises:
-        InputError: under both.
+        InputError: under both; ``use_cache`` that says otherwise than the run does.
     """
     if past_key_values is not None and past_kv_cache is not None:
         raise InputError("past_kv_cache is another name of past_key_values: give one of them.")
-    return past_kv_cache if past_key_values is None else past_key_values
+    given = past_kv_cache if past_key_values is None else past_key_values
+    if use_cache is None:
+        return given
+    check_kind("use_cache", use_cache, bool, "True, False or None")
+    returns = return_type == "logits_and_cache"
+    if use_cache and given is None and not returns:
+        raise InputError(
+            f"use_cache=True would have no effect: return_type={return_type!r} gives no key/value cache. Ask for "
+            "return_type='logits_and_cache', or give a cache to extend, past_key_values=DynamicCache()."
+        )
+    if not use_cache and (returns or given is not None):
+        asked = f"return_type={return_type!r}" if returns else "a run with past_key_values"
+        raise InputError(
+            f"use_cache=False is what a run without a key/value cache does, and {asked} has one. Leave one of them out."
+        )
+    return given
 
 
 def new_cache(model: nn.Module) -> Any:

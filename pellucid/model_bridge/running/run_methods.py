@@ -88,6 +88,7 @@ class RunMethods(HookMethods):
         stop_at_layer: int | None = None,
         inputs_embeds: Tensor | None = None,
         past_kv_cache: Any | None = None,
+        use_cache: bool | None = None,
     ) -> Any:
         """Run the model.
 
@@ -108,6 +109,8 @@ class RunMethods(HookMethods):
             inputs_embeds: ``[batch, pos, d_model]`` of the model's dtype, in the place of ``input``: what the token
                 embedding would give. A run of embeddings has no tokens, so no loss.
             past_kv_cache: another name of ``past_key_values``.
+            use_cache: what the run does anyway: ``True`` with ``return_type="logits_and_cache"`` or ``past_key_values``,
+                ``False`` without. Anything else is refused.
 
         Returns:
             Logits ``[batch, pos, d_vocab]``, loss, both, ``None``, or the residual with ``stop_at_layer``. ``pos`` are the
@@ -121,7 +124,7 @@ class RunMethods(HookMethods):
             prepend_bos,
             padding_side,
             attention_mask,
-            one_cache(past_key_values, past_kv_cache),
+            one_cache(past_key_values, past_kv_cache, use_cache, return_type),
             start_at_layer,
             stop_at_layer,
             inputs_embeds,
@@ -149,6 +152,7 @@ class RunMethods(HookMethods):
         assert_effect: bool = False,
         inputs_embeds: Tensor | None = None,
         past_kv_cache: Any | None = None,
+        use_cache: bool | None = None,
     ) -> Any:
         """Run the model with functions attached for this run.
 
@@ -158,7 +162,7 @@ class RunMethods(HookMethods):
             bwd_hooks: the same for gradients; they fire in ``backward()``, also after this call.
             reset_hooks_end: ``False`` leaves the functions on.
             clear_contexts: empty every point's ``ctx`` afterwards.
-            return_type: see :meth:`forward`, as for the arguments below, ``inputs_embeds`` and ``past_kv_cache``.
+            return_type: see :meth:`forward`, as for the arguments below that have no line here.
             remove_batch_dim: show functions the tensors of a single row without their batch axis; what they return is given
                 it again. The output has it, as in TransformerLens.
             assert_effect: raise if a forward function never ran or left its tensor unchanged to the bit.
@@ -173,7 +177,7 @@ class RunMethods(HookMethods):
             prepend_bos,
             padding_side,
             attention_mask,
-            one_cache(past_key_values, past_kv_cache),
+            one_cache(past_key_values, past_kv_cache, use_cache, return_type),
             start_at_layer,
             stop_at_layer,
             inputs_embeds,
@@ -224,6 +228,7 @@ class RunMethods(HookMethods):
         past_key_values: Any | None = None,
         inputs_embeds: Tensor | None = None,
         past_kv_cache: Any | None = None,
+        use_cache: bool | None = None,
     ) -> tuple[Any, Any]:
         """Run the model and keep activations.
 
@@ -243,7 +248,7 @@ class RunMethods(HookMethods):
             device: where to keep tensors.
             dtype: as what to keep floating-point ones.
             max_cache_bytes: refuse before running if the cache would take more.
-            return_type: see :meth:`forward`, as for the arguments below, ``inputs_embeds`` and ``past_kv_cache``.
+            return_type: see :meth:`forward`, as for the arguments below that have no line here.
 
         Returns:
             ``(output, cache)``. Tensors of the cache do not change afterwards, with one sharing to know of: the entry
@@ -266,7 +271,7 @@ class RunMethods(HookMethods):
             prepend_bos,
             padding_side,
             attention_mask,
-            one_cache(past_key_values, past_kv_cache),
+            one_cache(past_key_values, past_kv_cache, use_cache, return_type),
             start_at_layer,
             stop_at_layer,
             inputs_embeds,
