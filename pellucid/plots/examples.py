@@ -16,15 +16,15 @@ import numpy as np
 from pellucid.arguments import check_kind, check_list, check_mapping
 from pellucid.errors import InputError
 from pellucid.plots.axis import check_words
-from pellucid.plots.sheet import INKS
+from pellucid.plots.sheet import INKS, LIGHT_PAGE
 from pellucid.plots.text import FONTS, visible
 from pellucid.tables import BriefFields
 
 _INK, _FAINT = INKS["ink"], INKS["faint"]
 _ABOVE, _BELOW = (196, 101, 72), (11, 102, 189)
 _STYLE = f"""
-body {{ margin: 1.5rem auto; max-width: 60rem; padding: 0 1rem; background: #fff; color: {_INK};
-  font: 15px/1.9 {FONTS}; }}
+{LIGHT_PAGE}
+body {{ margin: 1.5rem auto; max-width: 60rem; padding: 0 1rem; font: 15px/1.9 {FONTS}; }}
 h1 {{ font-size: 1.3rem; line-height: 1.3; }} h2 {{ font-size: 1.05rem; margin: 1.6rem 0 .3rem; }}
 p {{ margin: .2rem 0; color: {_FAINT}; }}
 ol {{ padding-left: 2.2rem; }} li {{ margin: .3rem 0; }}

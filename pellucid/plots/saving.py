@@ -16,6 +16,7 @@ from pellucid.errors import InputError
 from pellucid.plots.extra import need
 from pellucid.plots.picture import Picture
 from pellucid.plots.png import draw_png
+from pellucid.plots.sheet import LIGHT_PAGE
 from pellucid.plots.svg import svg_of
 from pellucid.plots.text import plain
 from pellucid.storage.whole_files import whole_file
@@ -132,6 +133,6 @@ def page_of(figure: Figure) -> str:
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{html.escape(title)}</title>\n'
-        f"<style>body {{ margin: 0; background: #fff; }}</style>\n<script>{get_plotlyjs()}</script>\n</head>\n"
+        f"<style>{LIGHT_PAGE} body {{ margin: 0; }}</style>\n<script>{get_plotlyjs()}</script>\n</head>\n"
         f"<body>\n{body}\n</body>\n</html>\n"
     )

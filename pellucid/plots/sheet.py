@@ -27,6 +27,11 @@ from pellucid.plots.text import visible, width
 INKS = {"paper": "#ffffff", "ink": "#1b1f24", "faint": "#57606a", "grid": "#e3e6ea"}
 """Colours that have a name, which a dark page may change. Others are written ``#rrggbb``."""
 
+LIGHT_PAGE = f":root {{ color-scheme: only light; background: {INKS['paper']}; color: {INKS['ink']}; }}"
+"""The ground of every HTML page. Pictures are made for a light one; a dark browser would give text of no colour, scrollbars
+and focus rings its own, light on white, and one that darkens pages would turn the scale's colours round.
+"""
+
 
 @dataclass(frozen=True)
 class Rect:

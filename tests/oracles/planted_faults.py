@@ -358,6 +358,13 @@ FAULTS = (
         "tests/analysis/test_heads.py -k detection",
     ),
     Fault(
+        "a page leaves its ink to a dark browser",
+        "pellucid/plots/sheet.py",
+        "color-scheme: only light; ",
+        "",
+        "tests/plots/test_plots.py -k its_ground",
+    ),
+    Fault(
         "a lens table shows numbers for tokens",
         "pellucid/plots/picture.py",
         "        if panel.texts:",

@@ -386,6 +386,18 @@ def test_a_page_asks_nothing_of_any_place(tmp_path: Path) -> None:
     assert text.count("</script>") == text.count("<script"), "no token closes the script"
 
 
+def test_a_page_says_its_ground_and_its_ink() -> None:
+    """Else a dark browser gives what has no colour of its own light ink, on our white."""
+    figure = heat_map(small(2, 3), title="t", unit="u")
+    examples = examples_page({"h": [TokenExample(["a", "b"], [1.0, 0.0])]}, title="t", unit="u")
+    for page in (page_of(figure), examples):
+        style = re.search(r"<style>(.*?)</style>", page, flags=re.S)
+        assert style
+        (root,) = re.findall(r":root {(.*?)}", style.group(1))
+        said = dict(each.split(": ") for each in root.strip(" ;").split("; "))
+        assert said == {"color-scheme": "only light", "background": "#ffffff", "color": "#1b1f24"}
+
+
 def test_a_planted_request_is_found() -> None:
     assert Page('<script src="https://cdn.plot.ly/plotly.js"></script>').asked
     figure = heat_map(small(2, 3), title="t", unit="u")
