@@ -32,6 +32,7 @@ from pellucid.running_stats import CountPositive, MeanVariance
 from pellucid.scale.collect_shards import collect_shards
 from pellucid.scale.workers import Worker
 from pellucid.sweep import Edit, LogitDifference, Sweep, Zero
+from tests.autoencoders import Sae
 from tests.models import make_bloom, random_tokens
 from tests.scale.jobs import BATCH, CONTEXT, NEURONS, contents, documents, run
 
@@ -402,6 +403,43 @@ def test_circles_end_and_the_model_in_a_hook_is_known(tmp_path: Path) -> None:
     handles += bridge.add_hook("blocks.0.hook_resid_pre", lambda tensor, hook: None if held else tensor)
     before = job_identity(bridge)["hooks"]
     assert before == job_identity(bridge)["hooks"]
+
+
+def test_an_attached_autoencoder_is_told_apart_by_its_weights_its_settings_and_its_place(tmp_path: Path) -> None:
+    bridge = make_bridge()
+
+    def sae(move: float = 0.0, at: int = 0, writes: str | None = None, threshold: float = 0.0) -> Sae:
+        made = Sae(f"blocks.{at}.hook_resid_post", bridge.cfg.d_model, writes)
+        made.cfg.threshold = threshold
+        with torch.no_grad():
+            made.W_enc[0, 0] += move
+        return made
+
+    def identity(attached: Sae, error_term: bool = False) -> str:
+        with bridge.saes([attached], use_error_term=error_term):
+            bridge(random_tokens(1, 3))  # what a run leaves in it is no part of it
+            return json.dumps(job_identity(bridge)["hooks"])
+
+    kinds: list[tuple[Sae, bool]] = [(sae(), False), (sae(1e-3), False), (sae(at=1), False), (sae(), True)]
+    kinds += [(sae(threshold=0.5), False), (sae(writes="blocks.1.hook_resid_post"), False)]
+    found = [identity(*kind) for kind in kinds]
+    assert len({*found, json.dumps([])}) == len(kinds) + 1
+    assert identity(sae()) == found[0]
+    with bridge.saes([sae()]):
+        whole = a_collection(tmp_path / "x", lambda: None, bridge)
+    with bridge.saes([sae()]):
+        assert a_collection(tmp_path / "y", lambda: None, bridge) == whole
+    with bridge.saes([sae(1e-3)]), pytest.raises(OtherJobError, match=r"hooks .*SaeHook"):
+        bridge.collect(padded(), STATISTICS, BATCH, checkpoint=tmp_path / "x", progress=False)
+
+
+def test_what_an_object_says_of_itself_and_cannot_be_compared_is_refused() -> None:
+    class Said:
+        def job_identity(self) -> Any:
+            return {"lock": threading.Lock()}
+
+    with pytest.raises(InputError, match=r"_thread\.lock"):
+        function_hash(closure(Said()), {})
 
 
 @pytest.mark.parametrize("place", ["same body", "other body", "other closure"])

@@ -42,6 +42,13 @@ IDENTITIES = "tests/decomposition/test_identities.py"
 
 FAULTS = (
     Fault(
+        "an attached autoencoder is known to a job by its place, not by its weights",
+        SAES,
+        'return {"autoencoder": self.sae, **places',
+        "return {**places",
+        "tests/test_job_identity.py -k autoencoder",
+    ),
+    Fault(
         "the error term is of the features after their edit, so that no edit of them acts",
         SAES,
         "clean = recons if all(each.only_reads() for each in inside) else self._run(given)",

@@ -4,8 +4,8 @@ Two functions of one name are told apart by their bytecode, defaults, closure an
 do not count, so code may move. What cannot be described to the last bit (an open file, a lock) is refused by its name: a job
 that is gone on with could not tell whether it is still the same.
 
-An object that is called as a function may say itself what it depends on, with a method ``job_identity()`` that returns JSON:
-for one that counts its calls, say.
+An object may say itself what its numbers depend on, with a method ``job_identity()``: one that counts its calls, say, or an
+attached autoencoder, which keeps what a run has given it. What the method returns is compared as any other value.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from pellucid.model_bridge.weights.hashing import tensor_hash
 
 LIBRARIES = frozenset(
     {"torch", "numpy", "transformers", "accelerate", "peft", "xarray", "einops", "safetensors", "tqdm", "pellucid"}
-)
-"""Their code, as Python's own, is known by its name."""
+) | {"sae_lens", "transformer_lens"}
+"""Their code, as Python's own, is known by its name; an attached autoencoder says its library's version beside."""
 
 DEEPEST = 60
 """How far values are followed into one another."""
@@ -132,7 +132,7 @@ class _Description:
         return InputError(
             f"it holds a {type(value).__module__}.{type(value).__qualname__} ({where}), which cannot be compared with that "
             "of a later call. Keep such a thing out of the function, or make the function an object with a method "
-            "job_identity() that returns, as JSON, all that its numbers depend on."
+            "job_identity() that returns all that its numbers depend on, as numbers, text, tensors and lists of them."
         )
 
     def _all(self, values: Any, way: list[str]) -> list[Any]:
@@ -226,7 +226,7 @@ class _Description:
             return [kind.__qualname__, value.name]
         described = getattr(value, "job_identity", None)
         if callable(described):
-            return [self.of(kind, way), json.loads(json.dumps(described(), sort_keys=True))]
+            return [self.of(kind, way), self.of(described(), [*way, kind.__qualname__])]
         slots = [name for base in kind.__mro__ for name in _slots(base) if hasattr(value, name)]
         if not hasattr(value, "__dict__") and not slots:
             return None

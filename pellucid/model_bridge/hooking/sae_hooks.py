@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -93,6 +94,16 @@ class SaeHook(HookedFunction):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _taken=WeakKeyDictionary())
+
+    def job_identity(self) -> dict[str, Any]:
+        """All that its numbers depend on (see `function_hash`): the autoencoder (weights, settings, code) and its place."""
+        places = {"reads": self.reads.name, "writes": self.writes.name}
+        library = type(self.sae).__module__.partition(".")[0]
+        try:
+            release = version(library)
+        except (PackageNotFoundError, ValueError):  # the user's own module, whose code is compared
+            release = ""
+        return {"autoencoder": self.sae, **places, "use_error_term": self.use_error_term, "library": [library, release]}
 
     def handles(self) -> list[LensHandle]:
         """The functions to attach, in the order in which they run."""
