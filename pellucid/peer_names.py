@@ -1,6 +1,7 @@
 """TransformerLens' names that are not here, and what to use instead: one line each, said by one ``AttributeError``.
 
-A place is ``"pellucid"``, ``"pellucid.utilities"``, ``"TransformerBridge"`` or ``"ActivationCache"``.
+A place is ``"pellucid"``, ``"pellucid.utilities"``, ``"pellucid.tools.analysis"``, ``"TransformerBridge"`` or
+``"ActivationCache"``.
 ``docs/from_transformer_lens.md`` lists all names of TransformerLens 4.3.0, those that are here among them, and
 ``tests/peer/test_names_peer.py`` holds the list and this table against the installed package.
 """
@@ -13,10 +14,17 @@ PACKAGE = "pellucid"
 UTILITIES = "pellucid.utilities"
 BRIDGE = "TransformerBridge"
 CACHE = "ActivationCache"
+ANALYSIS = "pellucid.tools.analysis"
 
 _DECODERS = "Pellucid bridges decoders of text only"
 _NO_STATE_SPACE = "none of the families that are bridged has state-space layers"
 _ACCELERATE = "placement is accelerate's: boot_transformers(device_map=, max_memory=), or bridge.hf_model.hf_device_map"
+_SUBSPACES = (
+    "subspaces are not exchanged here: a hook can write the part of a source's cache, x + (source - x) @ Q @ Q.T"
+)
+_KERNELS = "torch.linalg.qr(bridge.W_O[layer, head].T) gives a basis, and the overlap of two is (Q1.T @ Q2).norm() ** 2"
+_PROBES = "probes are scikit-learn's, on activations that run_with_cache keeps"
+_LENSES = "pellucid.analysis.lens.JacobianLens has the lens, not the decomposition in its space"
 _GONE = "TransformerLens 4 has it no more; "
 
 NOT_HERE: Mapping[str, Mapping[str, str]] = {
@@ -92,6 +100,42 @@ NOT_HERE: Mapping[str, Mapping[str, str]] = {
         "compute_ssm_effective_attention": _NO_STATE_SPACE,
         "compute_ssm_state": _NO_STATE_SPACE,
         "ssm_layers": _NO_STATE_SPACE,
+    },
+    ANALYSIS: {
+        "EdgeAttributionConfig": "pellucid.circuits.edge_attribution takes its settings as arguments",
+        "FaithfulnessConfig": "pellucid.circuits.faithfulness takes its settings as arguments",
+        "JSpaceDecomposition": _LENSES,
+        "JacobianLens": "pellucid.analysis.lens.JacobianLens",
+        "LearnedSubspace": _SUBSPACES,
+        "Node": "pellucid.circuits.Wiring has the edges of a model and the names of their ends",
+        "NormMatchedPlacebo": _SUBSPACES,
+        "SparseProbeConvergenceError": _PROBES,
+        "SubspaceBasis": _KERNELS,
+        "SubspaceInterchange": _SUBSPACES,
+        "arbitrary_targets": _SUBSPACES,
+        "attention_head_subspace_affinity": _KERNELS,
+        "attribution_patch": "pellucid.attribution.attribution_patching, and pellucid.circuits.edge_attribution for edges",
+        "collect_activations": "bridge.run_with_cache(tokens, names_filter=name), or bridge.collect on a corpus",
+        "direct_logit_attribution": "pellucid.analysis.attribution.logit_attribution, or cache.logit_attrs",
+        "faithfulness": "pellucid.circuits.faithfulness",
+        "fit_das": _SUBSPACES,
+        "fit_sparse_probe": _PROBES,
+        "get_sparse_decomposition": _LENSES,
+        "intervened_logits": "bridge.run_with_hooks(tokens, fwd_hooks=[(name, function)])",
+        "logit_lens": "cache.logit_lens(), or pellucid.analysis.lens.LogitLens",
+        "mean_difference_basis": _SUBSPACES,
+        "neuron_basis": _SUBSPACES,
+        "orthonormal_subspace": _KERNELS,
+        "probe_basis": _SUBSPACES,
+        "projection_kernel": _KERNELS,
+        "random_basis": _SUBSPACES,
+        "random_init_bridge": "boot_transformers(name, load_weights=False)",
+        "random_neuron_basis": _SUBSPACES,
+        "random_projection_kernel_moments": _KERNELS,
+        "reinitialized": "boot_transformers(name, load_weights=False)",
+        "run_with_intervention": "bridge.run_with_hooks(tokens, fwd_hooks=[(name, function)])",
+        "solve_coordinate_patch": _LENSES,
+        "sweep_sparse_probe": _PROBES,
     },
 }
 """What to use instead, by place and name."""

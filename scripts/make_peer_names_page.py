@@ -16,7 +16,8 @@ sys.path.insert(0, str(ROOT))
 
 import pellucid  # noqa: E402
 from pellucid import ActivationCache, TransformerBridge, utilities  # noqa: E402
-from pellucid.peer_names import BRIDGE, CACHE, NOT_HERE, PACKAGE, UTILITIES  # noqa: E402
+from pellucid.peer_names import ANALYSIS, BRIDGE, CACHE, NOT_HERE, PACKAGE, UTILITIES  # noqa: E402
+from pellucid.tools import analysis  # noqa: E402
 
 PAGE = ROOT / "docs" / "from_transformer_lens.md"
 BEGIN = "<!-- begin: scripts/make_peer_names_page.py -->"
@@ -67,6 +68,7 @@ DIFFERENT: Mapping[str, Mapping[str, str]] = {
     PACKAGE: {
         "tools": "`tools.analysis` has `logit_readout` and `get_act_patch_direct_path`; the rest is in `pellucid.analysis`"
     },
+    ANALYSIS: {},
 }
 """What a user has to know, by place and name; all other names that are here mean the same."""
 
@@ -74,6 +76,7 @@ DIFFERENT: Mapping[str, Mapping[str, str]] = {
 def peers() -> dict[str, list[str]]:
     """The public names of TransformerLens, by place."""
     import transformer_lens
+    import transformer_lens.tools.analysis
     from torch import nn
     from transformer_lens.ActivationCache import ActivationCache as Cache
     from transformer_lens.model_bridge import TransformerBridge as Bridge
@@ -88,6 +91,7 @@ def peers() -> dict[str, list[str]]:
         CACHE: public({*dir(Cache), "cache_dict", "has_batch_dim", "model"}),
         UTILITIES: public(set(dir(transformer_lens.utilities)) - {"slice"}),
         PACKAGE: public({*dir(transformer_lens), *transformer_lens._REMOVED_IN_4_0}),
+        ANALYSIS: public(transformer_lens.tools.analysis.__all__),
     }
 
 
@@ -96,7 +100,7 @@ def is_here(place: str, name: str) -> bool:
     if place in (BRIDGE, CACHE):
         owner: Any = TransformerBridge if place == BRIDGE else ActivationCache
         return hasattr(owner, name) or name in ("cache_dict", "has_batch_dim", "model", "original_model")
-    package = pellucid if place == PACKAGE else utilities
+    package = {PACKAGE: pellucid, UTILITIES: utilities, ANALYSIS: analysis}[place]
     try:
         return hasattr(package, name) or bool(__import__(f"{package.__name__}.{name}"))
     except ImportError:
@@ -123,6 +127,7 @@ TITLES = {
     CACHE: "ActivationCache",
     UTILITIES: "utilities",
     PACKAGE: "The package",
+    ANALYSIS: "tools.analysis",
 }
 
 

@@ -1,13 +1,13 @@
-"""TransformerLens' ``tools.analysis``: the function that its notebooks take; analyses are in :mod:`pellucid.analysis`.
+"""TransformerLens' ``tools.analysis``: the functions that its notebooks take; analyses are in :mod:`pellucid.analysis`.
 
-``direct_logit_attribution`` there is a cache's ``logit_attrs`` here, or what :mod:`pellucid.analysis.attribution` has;
-``logit_lens`` is a cache's, and :mod:`pellucid.analysis.lens` has the Jacobian one.
+A name of TransformerLens' module that is not here answers with what to use.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -15,10 +15,11 @@ from pellucid.arguments import check_kind
 from pellucid.decomposition import readout
 from pellucid.decomposition.readout import Quantity
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
-from pellucid.patching import get_act_patch_direct_path
+from pellucid.patching import get_act_patch_direct_path, get_act_patch_direct_path_all_sources
+from pellucid.peer_names import ANALYSIS, absent
 from pellucid.tables import BriefFields
 
-__all__ = ["LogitReadout", "get_act_patch_direct_path", "logit_readout"]
+__all__ = ["LogitReadout", "get_act_patch_direct_path", "get_act_patch_direct_path_all_sources", "logit_readout"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -80,3 +81,7 @@ def logit_readout(
         model, vectors, apply_ln, vocab, targets, return_type, top_k, chunk_size, enable_grad
     )
     return LogitReadout(values, return_type, entropy, ids, ranks)
+
+
+def __getattr__(name: str) -> Any:
+    raise AttributeError(absent(ANALYSIS, name) or f"module {__name__!r} has no attribute {name!r}")

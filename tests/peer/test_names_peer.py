@@ -9,7 +9,8 @@ import pytest
 
 import pellucid
 from pellucid import TransformerBridge, utilities
-from pellucid.peer_names import BRIDGE, CACHE, NOT_HERE, PACKAGE, UTILITIES
+from pellucid.peer_names import ANALYSIS, BRIDGE, CACHE, NOT_HERE, PACKAGE, UTILITIES
+from pellucid.tools import analysis
 from tests.models import make_bloom
 
 pytest.importorskip("transformer_lens", reason="TransformerLens is not installed (extra 'peer')")
@@ -18,7 +19,7 @@ from scripts import make_peer_names_page as page
 
 TEXT = page.PAGE.read_text("utf-8").partition(page.BEGIN)[2].partition(page.END)[0]
 PARTS = dict(zip(page.TITLES, re.split(r"^### .*$", TEXT, flags=re.M)[1:], strict=False))
-PLACES = [BRIDGE, CACHE, UTILITIES, PACKAGE]
+PLACES = [BRIDGE, CACHE, UTILITIES, PACKAGE, ANALYSIS]
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +39,10 @@ def test_every_name_is_listed_where_it_belongs(place: str, names: dict[str, list
     assert set(NOT_HERE[place]) <= set(names[place]) | {"component_mapping", "hook_aliases", "processor"}
 
 
-@pytest.mark.parametrize("place", [BRIDGE, UTILITIES, PACKAGE])
+@pytest.mark.parametrize("place", [BRIDGE, UTILITIES, PACKAGE, ANALYSIS])
 def test_a_name_that_is_not_here_says_so(place: str) -> None:
-    owner: Any = {BRIDGE: TransformerBridge(make_bloom()), UTILITIES: utilities, PACKAGE: pellucid}[place]
+    rooms = {UTILITIES: utilities, PACKAGE: pellucid, ANALYSIS: analysis}
+    owner: Any = TransformerBridge(make_bloom()) if place == BRIDGE else rooms[place]
     for name in NOT_HERE[place]:
         with pytest.raises(AttributeError, match=f"has no {name}, a name of TransformerLens'"):
             getattr(owner, name)
