@@ -340,6 +340,6 @@ def composition_scores(left: FactoredMatrix, right: FactoredMatrix, broadcast_di
     # One left at a time: all products at once would be [*left, *right, rank, rank].
     products = [(each @ other).norm(dim=(-2, -1)) for each in mine.reshape(-1, *mine.shape[-2:])]
     leading = left.shape[:-2]
-    together = torch.stack(products).reshape(*leading, *right.shape[:-2])
-    every: Tensor = together / norms_left.reshape(*leading, *[1] * (right.ndim - 2)) / norms_right
+    together = torch.stack(products).reshape((*leading, *right.shape[:-2]))
+    every: Tensor = together / norms_left.reshape((*leading, *[1] * (right.ndim - 2))) / norms_right
     return every

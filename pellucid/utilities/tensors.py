@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pellucid.arguments import check_count, check_text
+from pellucid.arguments import check_count, check_text, check_whole
 from pellucid.errors import InputError
 from pellucid.padding import position_ids
 
@@ -93,7 +93,13 @@ def get_offset_position_ids(past_kv_pos_offset: int, attention_mask: Tensor) -> 
 
 
 def get_cumsum_along_dim(tensor: Tensor, dim: int, reverse: bool = False) -> Tensor:
-    """Cumulative sums along an axis, from its end if ``reverse``."""
+    """Cumulative sums along an axis, from its end if ``reverse``.
+
+    Raises:
+        InputError: no such axis.
+    """
+    if not -tensor.dim() <= check_whole("dim", dim) < tensor.dim():
+        raise InputError(f"dim={dim} is no axis of a tensor {list(tensor.shape)}.")
     return tensor.flip(dim).cumsum(dim).flip(dim) if reverse else tensor.cumsum(dim)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pellucid.arguments import check_choice
+from pellucid.arguments import check_choice, check_count, check_text
 from pellucid.errors import InputError
 from pellucid.padding import after_last_real, before_first_real
 from pellucid.utilities.hf_utils import keep_single_column
@@ -47,6 +47,10 @@ def tokenize_and_concatenate(
     Raises:
         InputError: the tokenizer has no end-of-sequence token, or no beginning-of-sequence token and one is asked for.
     """
+    check_count("max_length", max_length, 2 if add_bos_token else 1)
+    check_text("column_name", column_name)
+    if num_proc is not None:
+        check_count("num_proc", num_proc)
     end, begin = tokenizer.eos_token_id, tokenizer.bos_token_id
     if end is None or (add_bos_token and begin is None):
         word = "end-of-sequence" if end is None else "beginning-of-sequence"
@@ -133,7 +137,12 @@ def get_attention_mask(tokenizer: Any, tokens: Tensor, prepend_bos: bool, paddin
         tokens: ``[batch, pos]``.
         prepend_bos: each row begins with the beginning-of-sequence token, which is real though it be the padding token.
         padding_side: where padding is; by default the tokenizer's.
+
+    Raises:
+        InputError: a side that is none.
     """
+    if padding_side is not None:  # said also where there is no padding token
+        check_choice("padding_side", padding_side, ("left", "right"))
     mask = torch.ones_like(tokens)
     if tokenizer is None or tokenizer.pad_token_id is None:
         return mask

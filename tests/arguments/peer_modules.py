@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pellucid import HookedRootModule, HookPoint, SVDInterpreter, evals, utilities
+from pellucid import FactoredMatrix, HookedRootModule, HookPoint, SVDInterpreter, evals, utilities
 from pellucid.tools.analysis import logit_readout
 from tests.arguments.bench import (
     BRIDGE,
@@ -28,6 +28,7 @@ from tests.arguments.bench import (
 )
 
 LOGITS = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 0.0]])
+FACTORS = FactoredMatrix(torch.ones(3, 2), torch.ones(2, 3))
 EXAMPLES = torch.tensor([1.0, 2.0, 4.0])
 
 
@@ -86,6 +87,15 @@ CALLS: dict[str, Call] = {
     "utilities.lm_cross_entropy_loss": made(utilities.lm_cross_entropy_loss, logits=torch.zeros(1, 2, 9), tokens=IDS),
     "utilities.test_prompt": made(utilities.test_prompt, prompt=TEXT, answer=" and", model=BRIDGE),
     "utilities.get_corner": made(utilities.get_corner, tensor=LOGITS),
+    "utilities.get_matrix_corner": made(utilities.get_matrix_corner, matrix=FACTORS),
+    "utilities.composition_scores": made(utilities.composition_scores, left=FACTORS, right=FACTORS),
+    "utilities.get_cumsum_along_dim": made(utilities.get_cumsum_along_dim, tensor=LOGITS, dim=-1),
+    "utilities.get_attention_mask": made(
+        utilities.get_attention_mask, tokenizer=TOKENIZER, tokens=IDS, prepend_bos=False
+    ),
+    "utilities.tokenize_and_concatenate": not_run(
+        made(utilities.tokenize_and_concatenate, dataset=None, tokenizer=TOKENIZER)
+    ),
     "utilities.get_offset_position_ids": made(
         utilities.get_offset_position_ids, past_kv_pos_offset=0, attention_mask=torch.ones(1, 3)
     ),
@@ -210,6 +220,18 @@ REFUSED: list[Line] = [
     ("utilities.test_prompt", {"answer": []}, "answer is a list"),
     *whole("utilities.test_prompt", "top_k", 0),
     *whole("utilities.get_corner", "n", 0),
+    *whole("utilities.get_matrix_corner", "n", 0),
+    ("utilities.get_matrix_corner", {"matrix": LOGITS}, "matrix is a FactoredMatrix"),
+    ("utilities.composition_scores", {"left": LOGITS}, "left is a FactoredMatrix"),
+    ("utilities.composition_scores", {"right": LOGITS}, "right is a FactoredMatrix"),
+    *whole("utilities.get_cumsum_along_dim", "dim"),
+    ("utilities.get_cumsum_along_dim", {"dim": 2}, "dim=2 is no axis"),
+    *choice("utilities.get_attention_mask", "padding_side"),
+    *choice("utilities.get_attention_mask", "padding_side", tokenizer=None),
+    *whole("utilities.tokenize_and_concatenate", "max_length", 2),
+    *whole("utilities.tokenize_and_concatenate", "max_length", 1, add_bos_token=False),
+    *whole("utilities.tokenize_and_concatenate", "num_proc", 1),
+    *a_text("utilities.tokenize_and_concatenate", "column_name"),
     *whole("utilities.get_offset_position_ids", "past_kv_pos_offset", 0),
     *whole("utilities.repeat_along_head_dimension", "n_heads", 1),
     *a_text("utilities.filter_dict_by_prefix", "prefix"),

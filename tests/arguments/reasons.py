@@ -100,6 +100,17 @@ EXPLAINED: dict[tuple[str, str], str] = {
     ("to_tokens", "prepend_bos"): TRUTH,
     ("to_tokens", "truncate"): TRUTH,
     ("loss_fn", "per_token"): TRUTH,
+    ("utilities.get_cumsum_along_dim", "tensor"): "torch's own",
+    ("utilities.get_cumsum_along_dim", "reverse"): TRUTH,
+    ("utilities.get_attention_mask", "tokenizer"): "any object with a tokenizer's attributes, or None",
+    ("utilities.get_attention_mask", "tokens"): "torch's own",
+    ("utilities.get_attention_mask", "prepend_bos"): TRUTH,
+    ("utilities.tokenize_and_concatenate", "dataset"): "an object of the library datasets",
+    ("utilities.tokenize_and_concatenate", "streaming"): TRUTH,
+    ("utilities.tokenize_and_concatenate", "add_bos_token"): TRUTH,
+    ("utilities.tokenize_and_concatenate", "set_format"): TRUTH,
+    ("utilities.tokenize_and_concatenate", "tokenizer"): "tests/test_utilities.py",
+    ("utilities.composition_scores", "broadcast_dims"): TRUTH,
     ("utilities.logits_to_df", "tokenizer"): "Hugging Face's, or any that decodes alike",
     **{
         (f"utilities.{call}", argument): "a tensor or a mapping, of any shape that torch takes"
