@@ -178,6 +178,16 @@ def test_a_gradient_is_a_central_difference(family: str) -> None:
             assert bound <= (1e-4 if exact else 0.5) * abs(expected), f"{spec.name}: {bound} says little of {expected}"
 
 
+def test_the_oracle_reads_one_token_of_one_group() -> None:
+    """Falcon's key of one token is a view of the tensor that the oracle writes it back to."""
+    bridge, model, tokens = TransformerBridge(make_family("falcon")), make_family("falcon"), random_tokens(1, 1)
+    spec = bridge.hook_spec("blocks.1.attn.k.hook_in")
+    with opted_in(bridge), torch.no_grad():
+        ours = bridge.run_with_hooks(tokens, fwd_hooks=[(spec.name, lambda tensor, hook: tensor + 0.5)])
+        with reference_edit(model, spec, lambda tensor: tensor + 0.5, bridge.adapter):
+            assert torch.equal(ours, model(tokens, use_cache=False).logits)
+
+
 def test_what_a_function_keeps_is_not_written_to_afterwards() -> None:
     """Falcon's block adds attention's output into the MLP's own tensor."""
     bridge = TransformerBridge(make_family("falcon"))

@@ -289,7 +289,7 @@ class DecoderEdits:
         group = cfg.n_heads // cfg.n_key_value_heads
         view = fused.reshape(batch, length, cfg.n_key_value_heads, group + 2, cfg.d_head).clone()
         chosen = {"q": slice(0, group), "k": slice(group, group + 1), "v": slice(group + 1, group + 2)}[part]
-        heads = view[:, :, :, chosen].flatten(2, 3)
+        heads = view[:, :, :, chosen].clone().flatten(2, 3)  # of one group, a view of what is written to
         view[:, :, :, chosen] = edit(heads).view(batch, length, cfg.n_key_value_heads, -1, cfg.d_head)
         return view.view_as(fused)
 
