@@ -118,7 +118,8 @@ class SiteResult(BriefFields):
             warn(
                 f"Integrated gradients of {self.site.name} with n_points={about['n_points']} miss what patching a whole "
                 f"layer does by up to {delta:.3g}, where the clean and the corrupted run are {gap:.3g} apart (see "
-                "completeness_delta): take more n_points, and read patched, not effect, until then."
+                "completeness_delta): take more n_points, and read patched, not effect, until then. More points do not help "
+                "where a mixture of experts chooses others on the way: the metric jumps there."
             )
 
     def _told(self, numbers: Mapping[str, list[float]]) -> dict[str, Attribute]:
