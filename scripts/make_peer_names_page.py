@@ -59,7 +59,7 @@ DIFFERENT: Mapping[str, Mapping[str, str]] = {
         "to": "takes a dtype too; integers stay",
     },
     UTILITIES: {
-        "download_file_from_hf": "torch files are read as weights alone, never as pickles",
+        "download_file_from_hf": "torch files are read as weights alone, never as pickles; an unknown keyword is an error",
         "get_device": "never `mps`: ask for it by name",
         "get_tokenizer_with_bos": "the tokenizer's own class opens it",
         "lm_cross_entropy_loss": "in float32 at least",

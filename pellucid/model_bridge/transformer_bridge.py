@@ -37,7 +37,7 @@ from pellucid.model_bridge.running.loading import (
     refuse_beside_model,
     tokenizer_of,
 )
-from pellucid.model_bridge.running.loading_arguments import check_save_folder
+from pellucid.model_bridge.running.loading_arguments import check_save_folder, check_save_keywords
 from pellucid.model_bridge.running.runner import (
     ATTN_IMPLEMENTATIONS,
     Runner,
@@ -251,9 +251,10 @@ class TransformerBridge(PeerWords, CachingMethods, CircuitMethods, TokenMethods,
             args: as Hugging Face's, like the keywords.
 
         Raises:
-            InputError: the folder is a file.
+            InputError: the folder is a file; a keyword that Hugging Face's would swallow unread.
         """
         check_save_folder(save_directory)
+        check_save_keywords(self.original_model.save_pretrained, kwargs)  # type: ignore[arg-type]
         state = kwargs.get("state_dict")
         if state is None and (portable := portable_state(self._tree)) is not None:
             kwargs["state_dict"] = portable

@@ -50,7 +50,8 @@ def download_file_from_hf(
 ) -> Any:
     """A file of the hub: JSON and torch files read, of any other its path.
 
-    A torch file is read as weights alone (``weights_only=True``): a pickle can run code.
+    A torch file is read as weights alone (``weights_only=True``): a pickle can run code. Keywords are those of
+    ``hf_hub_download``, such as ``revision``; one that it does not have is an error.
     """
     from huggingface_hub import hf_hub_download
 
@@ -59,7 +60,7 @@ def download_file_from_hf(
         filename=file_name,
         subfolder=subfolder,
         cache_dir=cache_dir,
-        **select_compatible_kwargs(kwargs, hf_hub_download),
+        **kwargs,
     )
     if force_is_torch or path.endswith(".pth"):
         return torch.load(path, map_location="cpu", weights_only=True)

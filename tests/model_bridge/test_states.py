@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +82,48 @@ def test_a_file_in_the_way_of_a_folder(tmp_path: Path) -> None:
         with pytest.raises(PellucidError, match=f"save_directory .*{said}"):
             bridge.save_pretrained(wrong)  # type: ignore[arg-type]
     assert (tmp_path / "there").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"max_shard_sise": "1GB"}, r"does not read max_shard_sise=\. Did you mean max_shard_size=\?"),
+        ({"safe_serialization": True}, "save_pretrained of transformers does not read safe_serialization="),
+        ({"commit_message": "first"}, "commit_message= would have no effect: it is of the upload, push_to_hub=True"),
+        ({"private": True, "push_to_hub": False}, "private= would have no effect"),
+    ],
+)
+def test_a_keyword_that_hugging_face_would_swallow(tmp_path: Path, given: dict[str, Any], said: str) -> None:
+    bridge = TransformerBridge(make_bloom())
+    bridge.hf_model.save_pretrained(tmp_path / "native", **given)  # type: ignore[operator]
+    with pytest.raises(InputError, match=said):
+        bridge.save_pretrained(tmp_path / "ours", **given)
+    assert not (tmp_path / "ours").exists()
+
+
+def test_peft_reads_keywords_of_its_own(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    bridge = TransformerBridge(peft.get_peft_model(make_bloom(), peft.LoraConfig(target_modules=["query_key_value"])))
+    bridge.save_pretrained(tmp_path / "kept", save_embedding_layers=False, state_dict=None)
+    assert (tmp_path / "kept" / "adapter_model.safetensors").exists()
+    with pytest.raises(InputError, match="save_pretrained of peft does not read push_to_hub="):
+        bridge.save_pretrained(tmp_path / "lost", push_to_hub=True)
+
+
+def test_words_of_an_upload_are_hugging_faces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything that may be given reaches the hub's own functions, none of which is reached here."""
+    asked: dict[str, Any] = {}
+
+    def create_repo(self: Any, repo_id: str, **given: Any) -> Any:
+        asked.update(given, repo_id=repo_id)
+        raise ConnectionError
+
+    from huggingface_hub import HfApi
+
+    create_repo.__signature__ = inspect.signature(HfApi.create_repo)  # type: ignore[attr-defined]
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    with pytest.raises(ConnectionError):
+        TransformerBridge(make_bloom()).save_pretrained(
+            tmp_path / "out", push_to_hub=True, repo_id="a/b", commit_message="c", private=True
+        )
+    assert asked == {"repo_id": "a/b", "exist_ok": True, "private": True}

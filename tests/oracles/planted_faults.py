@@ -2432,6 +2432,20 @@ FAULTS = (
         "tests/model_bridge/test_families_sdpa.py -k under_eager_alone",
     ),
     Fault(
+        "a keyword of the upload is taken where nothing is uploaded",
+        "pellucid/model_bridge/running/loading_arguments.py",
+        'if name in of_push and not keywords.get("push_to_hub"):',
+        "if False:",
+        "tests/model_bridge/test_states.py",
+    ),
+    Fault(
+        "a keyword that save_pretrained does not read is given to it",
+        "pellucid/model_bridge/running/loading_arguments.py",
+        "if name not in (*known, *of_push):",
+        "if False:",
+        "tests/model_bridge/test_states.py",
+    ),
+    Fault(
         "opt-in points of a block stay on after it",
         "pellucid/model_bridge/hooking/hooks.py",
         "        finally:\n            self._set_flags(before)",

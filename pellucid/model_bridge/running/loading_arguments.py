@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -103,3 +105,38 @@ def check_save_folder(save_directory: Any) -> None:
     place = check_path("save_directory", save_directory).expanduser()
     if os.path.lexists(place) and not place.is_dir():
         raise InputError(f"save_directory is a folder; {os.fspath(save_directory)} is a file. Give another path.")
+
+
+PUSHES = ("repo_id", "commit_message", "create_pr")
+"""Read of the ``**kwargs`` of Hugging Face's ``save_pretrained`` when it uploads; the rest of them makes the repository."""
+
+
+def check_save_keywords(save: Callable[..., Any], keywords: Mapping[str, Any]) -> None:
+    """Refuse what a ``save_pretrained`` would take among its ``**kwargs`` and never read.
+
+    Args:
+        save: the method of the model, transformers' or PEFT's; of any other, Python knows what it takes.
+        keywords: what it is given.
+
+    Raises:
+        InputError: a keyword that is not read, or only with ``push_to_hub``.
+    """
+    library = save.__module__.partition(".")[0]
+    if library not in ("transformers", "peft"):
+        return
+    known = [name for name, each in inspect.signature(save).parameters.items() if each.kind is not each.VAR_KEYWORD]
+    of_push: list[str] = []
+    if library == "peft":
+        known.append("state_dict")  # read of its **kwargs
+    else:
+        from huggingface_hub import HfApi
+
+        of_repository = inspect.signature(HfApi.create_repo).parameters
+        of_push = [*PUSHES, *(name for name in of_repository if name not in ("self", "exist_ok", *PUSHES, *known))]
+    for name in keywords:
+        if name in of_push and not keywords.get("push_to_hub"):
+            raise InputError(f"{name}= would have no effect: it is of the upload, push_to_hub=True.")
+        if name not in (*known, *of_push):
+            near = difflib.get_close_matches(name, [*known, *of_push], 1)
+            hint = f" Did you mean {near[0]}=?" if near else f" It takes {', '.join(known)}."
+            raise InputError(f"save_pretrained of {library} does not read {name}=.{hint}")
