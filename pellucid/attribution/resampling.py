@@ -125,8 +125,11 @@ def _members(chosen: NDArray[np.int64]) -> Numbers:
     """``[draw, member]`` of ``[draw, n]``: 1 where it is chosen, 0 elsewhere, for each member that any row has."""
     seen = np.zeros(int(chosen.max()) + 1, dtype=bool)
     seen[chosen] = True
-    table = np.zeros((len(chosen), int(seen.sum())), dtype=np.float32)
-    np.put_along_axis(table, (np.cumsum(seen) - 1)[chosen], 1, axis=1)
+    members = np.flatnonzero(seen)
+    column = np.zeros(len(seen), dtype=np.int64)
+    column[members] = np.arange(len(members))
+    table = np.zeros((len(chosen), len(members)), dtype=np.float32)
+    np.put_along_axis(table, column[chosen], 1, axis=1)
     return table
 
 

@@ -95,7 +95,7 @@ INTERRUPTED_IN = {
     "check": (("check", "demo"), "pellucid.cli.check.check_model", "Nothing was written"),
     "run": (("run", "demo", "text"), "pellucid.cli.run.run_text", "Nothing was written"),
     "attribute": (("attribute",), "pellucid.cli.attribute.attribute_logit", "Nothing was written"),
-    "circuit": (("circuit",), "pellucid.cli.circuit.find_circuit", "Nothing was written"),
+    "circuit": (("circuit",), "pellucid.cli.circuit.find_circuit", "with --out FOLDER what was computed is"),
     "lens": (("lens", "demo", "text"), "pellucid.cli.lens.read_text", "Nothing was written"),
     "heads": (("heads", "demo"), "pellucid.cli.heads.score_heads", "Nothing was written"),
     "steer": (("steer", "demo", "text"), "pellucid.cli.steer.steer_model", "Nothing was written"),
