@@ -195,13 +195,16 @@ def stack_heads(
 def sources_written(run: CachedRun, layer: int, pos: Slice, onto: Onto) -> Tensor:
     """``[..., n_heads, source, n]``: what each head of a layer moved to a position from each source position, projected.
 
-    A head's values at a source, times its pattern's entry there; over all sources that is :func:`heads_written`.
+    A head's values at a source, as it takes them (MPT clips them), times its pattern's entry there; over all sources that
+    is :func:`heads_written`.
     """
     stream = model_of(run).stream
     norm = stream.norm_after(layer, "attn")
     after = None if norm is None else _over(_over(frozen(run, norm, pos), -2), -2)
     pattern = pos.apply(run[f"blocks.{layer}.attn.hook_pattern"].movedim(-2, -3), -3)  # [..., pos, head, source]
-    values = run[f"blocks.{layer}.attn.hook_v"]
+    values, clip = run[f"blocks.{layer}.attn.hook_v"], stream.clip(layer)
+    if clip:  # as Hugging Face asks: 0 cuts nothing off
+        values = values.clamp(-clip, clip)
     group = pattern.shape[-2] // values.shape[-2]
     values = values.repeat_interleave(group, -2) if group > 1 else values
     weight, scales = _pulled(stream.weight(layer, "attn") * stream.factor(layer), onto.over(-2).over(-2), after, values)

@@ -58,6 +58,9 @@ class Stream(Protocol):
     def factor(self, layer: int) -> float:
         """What the output of a block's branches is multiplied with before it is added."""
 
+    def clip(self, layer: int) -> float | None:
+        """The size at which values are cut off between ``attn.hook_v`` and the heads, ``None`` for not."""
+
     def norm_after(self, layer: int, branch: BranchName) -> Norm | None:
         """The norm that the output of a branch goes through before it is added, ``None`` for none."""
 

@@ -127,6 +127,8 @@ class Attention:
             name) gives, or what the softmax gives where there is no dropout.
         wide_scores: the scores are float32 in half precision too.
         heads_first: the method that has the softmax gives ``z`` with heads before positions (GPT-J, CodeGen).
+        clip: the attribute of Hugging Face's attention with the size at which queries, keys and values are cut off behind
+            their points, ``""`` where there is none; it may hold ``None``.
     """
 
     name: str = "self_attn"
@@ -144,6 +146,7 @@ class Attention:
     pattern_at: str = "dropout"
     wide_scores: bool = False
     heads_first: bool = False
+    clip: str = ""
 
     @property
     def projections(self) -> tuple[str, ...]:

@@ -17,7 +17,9 @@ MPT = Family(
     "MPT",
     outside=Outside("transformer", "blocks", "wte", final_norm="norm_f"),
     block=Block("norm_1", "norm_2", gives_tuple=True),
-    attention=Attention("attn", qkv="Wqkv", o="out_proj", rotary=False, softmax_in="forward", wide_scores=True),
+    attention=Attention(
+        "attn", qkv="Wqkv", o="out_proj", rotary=False, softmax_in="forward", wide_scores=True, clip="clip_qkv"
+    ),
     mlp=MLP("ffn", up="up_proj", gate="", adds_residual=True),
     norm=LAYER_NORM,
     settings=Settings(

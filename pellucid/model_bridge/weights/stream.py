@@ -63,6 +63,11 @@ class ResidualStream:
         """See :meth:`pellucid.decomposition.stream.Stream.factor`."""
         return cast(BlockBridge, self._tree.components[f"blocks.{layer}"]).factor
 
+    def clip(self, layer: int) -> float | None:
+        """See :meth:`pellucid.decomposition.stream.Stream.clip`."""
+        name = self._tree.adapter.family.attention.clip
+        return vars(self._tree.components[f"blocks.{layer}.attn"].module)[name] if name else None
+
     def weight(self, layer: int, branch: BranchName) -> Tensor:
         """See :meth:`pellucid.decomposition.stream.Stream.weight`."""
         component, cfg = self._map(layer, branch), self._tree.cfg
