@@ -442,6 +442,13 @@ FAULTS = (
         "tests/model_bridge/test_peer_words.py -k generation_with_its_cache",
     ),
     Fault(
+        "a step is given no cache",
+        "pellucid/model_bridge/running/runner.py",
+        "            return output, prepared.past_key_values",
+        "            return output, new_cache(self.tree.root)",
+        "tests/model_bridge/test_peer_words.py -k token_by_token",
+    ),
+    Fault(
         "composition with an earlier head counts",
         "pellucid/model_bridge/weights/circuit_methods.py",
         "scores.masked_fill(~later, 0.0)",
@@ -797,6 +804,20 @@ FAULTS = (
         'return [*[spec.name for spec in before if spec.component != "pos_embed"][:1], *of_positions[:1]]',
         "return [spec.name for spec in before]",
         "tests/gradients/test_families.py -k differences",
+    ),
+    Fault(
+        "a mixture's router passes for the weight of its neurons",
+        f"{COMPONENTS}/experts.py",
+        '        self._refuse(f"W_{part}")',
+        '        return self._child("router").module.weight',
+        "tests/model_bridge/test_peer_words.py -k parameters_by_name",
+    ),
+    Fault(
+        "the gain that a decomposition multiplies with is rounded as Gemma's own",
+        f"{COMPONENTS}/rms_normalization.py",
+        "return 1.0 + weight.double() if self.adds_one else weight",
+        "return 1.0 + weight.float() if self.adds_one else weight",
+        "tests/circuits/test_edge_attribution.py -k real_split",
     ),
     Fault(
         "no gradient goes back through experts",

@@ -51,6 +51,9 @@ class CircuitMethods(WeightMethods):
         Views of the model's parameters, except where there is none: a bias that a family has not is zeros, and ``unembed.*``
         is computed under ``keep_tied``. ``W_K``, ``W_V`` and their biases have ``n_key_value_heads`` heads, as the weight
         accessors have (TransformerLens repeats them for each head of queries).
+
+        Raises:
+            WeightError: one of them is no weight of this model: of experts, or of heads that lie in groups (Falcon).
         """
         components = self._tree.components
         found: dict[str, Tensor] = {"embed.W_E": self.W_E}
