@@ -820,6 +820,13 @@ FAULTS = (
         "tests/circuits/test_edge_attribution.py -k real_split",
     ),
     Fault(
+        "a look at a head's input rounds an edit after it otherwise",
+        f"{COMPONENTS}/split_inputs.py",
+        "side if native is plain else _both(native, plain, side)",
+        "side if native is plain else native + (side - plain)",
+        "tests/oracles/test_family_edits.py -k looked_at_before",
+    ),
+    Fault(
         "no gradient goes back through experts",
         f"{COMPONENTS}/experts.py",
         "output = original(hidden_states, *args, **kwargs)",

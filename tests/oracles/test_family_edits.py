@@ -248,3 +248,15 @@ def test_an_opt_in_point_that_a_family_has_not_is_refused(family: str) -> None:
     assert ("use_attn_in" in there) is (bridge.cfg.n_key_value_heads == bridge.cfg.n_heads)
     assert ("use_hook_mlp_in" in there) is (family != "olmo2")
     assert not any(bridge.cfg.flags.values())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
+def test_an_input_whose_heads_are_looked_at_before(family: str) -> None:
+    """With gradients on, the heads' copies are on the way; an edit of what feeds all values keeps its bits."""
+    bridge, model, tokens = TransformerBridge(make_family(family)), make_family(family), random_tokens(1, 5)
+    spec = bridge.hook_index["blocks.1.attn.v.hook_in"]
+    with opted_in(bridge, "use_split_qkv_input"):
+        hooks = [("blocks.1.hook_v_input", lambda t, hook: None), (spec.name, lambda t, hook: t + 0.3)]
+        found = bridge.run_with_hooks(tokens, fwd_hooks=hooks)
+    with reference_edit(model, spec, lambda t: t + 0.3, bridge.adapter):
+        assert torch.equal(found, model(tokens).logits)

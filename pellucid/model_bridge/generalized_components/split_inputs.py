@@ -105,8 +105,13 @@ def with_own_input(
     changed = bits_differ(edited, hidden_states).any(-1)[..., None, None]
     if changed.any() or edited.requires_grad:
         side = part.project(edited)
-        native = splice(native, side if native is plain else native + (side - plain), changed)
+        native = splice(native, side if native is plain else _both(native, plain, side), changed)
     return native
+
+
+def _both(native: Tensor, plain: Tensor, side: Tensor) -> Tensor:
+    """``native`` and what ``side`` adds to ``plain``: the bits of ``side`` where a head's copy was only looked at."""
+    return torch.where(bits_differ(native, plain), native + (side - plain), side + (native - plain))
 
 
 def _project_per_head(part: PartAgain, residual_bqnm: Tensor) -> Tensor:
