@@ -354,3 +354,21 @@ def test_a_file_without_a_checksum_is_refused(tmp_path: Path) -> None:
     save_file({"x|n": torch.tensor(3)}, tmp_path / "old", metadata={"pellucid": text})
     with pytest.raises(InputError, match="no checksum: it was written by an older version"):
         load_statistics(tmp_path / "old")
+
+
+def test_a_subclass_of_a_statistic_leaves_its_parents_files_readable(tmp_path: Path) -> None:
+    """A class is found by a word of its own: one without it would come back as another."""
+    save_statistics(tmp_path / "parent", {"x": MeanVariance()}, {})
+
+    class Named(MeanVariance):
+        kind = "named_in_a_test"
+
+    class Nameless(MeanVariance):
+        pass
+
+    save_statistics(tmp_path / "named", {"x": Named()}, {})
+    assert type(load_statistics(tmp_path / "parent")[0]["x"]) is MeanVariance
+    assert type(load_statistics(tmp_path / "named")[0]["x"]) is Named
+    with pytest.raises(InputError, match="a Nameless of the kind 'mean_variance'"):
+        save_statistics(tmp_path / "nameless", {"x": Nameless()}, {})
+    assert not (tmp_path / "nameless").exists()

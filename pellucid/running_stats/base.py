@@ -238,13 +238,12 @@ def real_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _kinds() -> dict[str, type[Statistic]]:
-    """Every kind by its word: what a file may name."""
-    return {kind.kind: kind for kind in _leaves(Statistic)}  # type: ignore[type-abstract]
+    """Every class that has a word of its own, by it: what a file may name."""
+    return {kind.kind: kind for kind in _below(Statistic) if "kind" in vars(kind)}  # type: ignore[type-abstract]
 
 
-def _leaves(kind: type[Statistic]) -> list[type[Statistic]]:
-    below = kind.__subclasses__()
-    return [leaf for each in below for leaf in _leaves(each)] if below else [kind]
+def _below(kind: type[Statistic]) -> list[type[Statistic]]:
+    return [each for below in kind.__subclasses__() for each in (below, *_below(below))]
 
 
 def _checksum(held: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
@@ -264,12 +263,18 @@ def save_statistics(path: Path, statistics: Mapping[str, Statistic], extra: Mapp
 
 
     Raises:
-        InputError: no such names or statistics.
+        InputError: no such names or statistics; one whose class has no word of its own, by which it would be found again.
         StorageFullError: no space is left.
     """
     path = check_path("path", path)
+    kinds = _kinds()
     for key, statistic in check_mapping("statistics", statistics, "names to statistics").items():
         check_kind(f"statistics[{key!r}]", statistic, Statistic, "a statistic")
+        if kinds.get(statistic.kind) is not type(statistic):
+            raise InputError(
+                f"statistics[{key!r}] is a {type(statistic).__name__} of the kind {statistic.kind!r}, another class': it "
+                "would be read back as that. Give the class a `kind` of its own."
+            )
     check_mapping("extra", extra, "names to what JSON can hold")
     tensors, described = {}, {}
     for key, statistic in statistics.items():
