@@ -27,9 +27,6 @@ from pellucid.circuits.wiring import Wiring
 from pellucid.errors import InputError
 from pellucid.tables import BriefFields
 
-ROUNDING = 1e-5
-"""Of a mean over at most some thousand pairs in float32, relative to its largest term."""
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Overlap(BriefFields):
@@ -166,8 +163,10 @@ class EdgeScores(BriefFields):
         """The edges that can be among the ``n`` strongest of a draw ``[draw, block]`` of weights that sum to 1.
 
         The ``n``-th strongest of a few edges is no stronger than that of all, and no edge is stronger in a draw than in its
-        strongest block, but for rounding.
+        strongest block, but for rounding: a weighted mean is off by half an epsilon of its largest term for each block, and
+        for the weights, here and in the draw.
         """
         few = self.strongest(2 * n, np.arange(len(self.wiring)))
         floor = np.partition(np.abs(weights @ self.values[:, few]), -n, axis=1)[:, -n].min()
-        return np.flatnonzero(np.abs(self.values).max(0) >= floor * (1 - ROUNDING))
+        rounding = (len(self.values) + 1) * float(np.finfo(self.values.dtype).eps)
+        return np.flatnonzero(np.abs(self.values).max(0) * (1 + rounding) >= floor)

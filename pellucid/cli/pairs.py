@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from pellucid.cli.options import ModelChoice
 from pellucid.cli.prompt import as_typed
@@ -74,14 +75,22 @@ class TypedPairs:
             as_typed(text, f"{option} is not UTF-8: set a UTF-8 locale.")
             for option, text in (("--clean", self.clean), ("--corrupted", self.corrupted))
         ]
-        with torch.no_grad():
-            clean, corrupted = (bridge(text)[0, -1] for text in prompts)
+        clean = _next_logits(bridge, prompts[0])
         if self.answer is None:
             said = expected(bridge.tokenizer, clean)
             raise InputError(f"--answer is missing: the token that is right after the clean prompt. {said}")
         answer = read_token(bridge.tokenizer, self.answer, "--answer", clean)
-        foil = None if self.foil is None else read_token(bridge.tokenizer, self.foil, "--foil", corrupted)
+        foil = None
+        if self.foil is not None:
+            foil = read_token(bridge.tokenizer, self.foil, "--foil", _next_logits(bridge, prompts[1]))
         if answer == foil:
             raise InputError(f"--answer and --foil are the same token, {token_label(bridge.tokenizer, answer)}.")
         foils = None if foil is None else [foil]
         return PromptPairs(prompts[:1], prompts[1:], [answer], foils, name="one pair")
+
+
+@torch.no_grad()
+def _next_logits(bridge: TransformerBridge, prompt: str) -> Tensor:
+    """``[d_vocab]`` after a prompt: the tokens that a message names."""
+    logits: Tensor = bridge(prompt)[0, -1]
+    return logits

@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
-import os
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +13,10 @@ import pytest
 from pellucid import TransformerBridge
 from pellucid.analysis.labelled import data_set_from_document
 from pellucid.attribution import attribution_patching
-from pellucid.attribution.streaming import PairStream
 from pellucid.cli.attribution_patching import CSV_FILE, JSON_FILE
 from pellucid.corpora.pairs import PromptPairs
 from pellucid.demo.prompts import PATCHING_PAIR
+from tests.cli.interrupted import ctrl_c_after, interrupted
 from tests.cli.test_cli import cli, one_line
 
 HAS_PLOTS = importlib.util.find_spec("plotly") is not None and importlib.util.find_spec("matplotlib") is not None
@@ -71,20 +69,8 @@ def test_an_interrupted_command_goes_on_to_the_same_bytes(tmp_path: Path, monkey
     given = ["--method", "atp", "--pairs", table, "--check", "0"]
     expected = cli("attribute", *given, "--out", tmp_path / "whole")
     assert expected.exit_code == 0, expected.output
-    done, plain = [], PairStream._after_batch
-
-    def after_batch(self: PairStream) -> None:
-        done.append(self.what)
-        if len(done) == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-        plain(self)
-
-    monkeypatch.setattr(PairStream, "_after_batch", after_batch)
-    out = tmp_path / "out"
-    broken = cli("attribute", *given, "--out", out)
-    assert broken.exit_code == 130
-    assert f"is in {out / 'unfinished'}: the same command goes on from there" in one_line(broken.stderr)
-    assert [path.name for path in out.iterdir()] == ["unfinished"]
+    done, out = ctrl_c_after(1, monkeypatch=monkeypatch), tmp_path / "out"
+    interrupted("attribute", *given, out=out)
     other = cli("attribute", *given, "--method", "relp", "--out", out)
     assert other.exit_code == 2
     assert "asked for" in one_line(other.stderr)

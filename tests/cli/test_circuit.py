@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,11 @@ import networkx as nx
 import pytest
 
 from pellucid import TransformerBridge
-from pellucid.attribution.streaming import PairStream
 from pellucid.circuits import Circuit, edge_attribution
 from pellucid.cli.files import CIRCUIT_FILES
 from pellucid.corpora.pairs import PromptPairs
 from pellucid.demo.prompts import PATCHING_PAIR
+from tests.cli.interrupted import ctrl_c_after, interrupted
 from tests.cli.test_cli import cli, one_line
 
 HAS_PLOTS = importlib.util.find_spec("plotly") is not None
@@ -75,22 +73,9 @@ def test_an_interrupted_command_goes_on_to_the_same_bytes(tmp_path: Path, monkey
     given = ["--pairs", pairs, "--edges", "20", "--curve", "--randoms", "0"]
     expected = cli("circuit", *given, "--out", tmp_path / "whole")
     assert expected.exit_code == 0, expected.output
-    done, stop = [], [1]
-    plain = PairStream._after_batch
-
-    def after_batch(self: PairStream) -> None:
-        done.append(self.what)
-        if len(done) == stop[0]:
-            os.kill(os.getpid(), signal.SIGINT)
-        plain(self)
-
-    monkeypatch.setattr(PairStream, "_after_batch", after_batch)
-    out = tmp_path / "out"
-    for stop[0] in (1, 3):
-        broken = cli("circuit", *given, "--out", out)
-        assert broken.exit_code == 130
-        assert f"is in {out / 'unfinished'}: the same command goes on from there" in one_line(broken.stderr)
-        assert [path.name for path in out.iterdir()] == ["unfinished"]
+    done, out = ctrl_c_after(1, 3, monkeypatch=monkeypatch), tmp_path / "out"
+    for _ in range(2):
+        interrupted("circuit", *given, out=out)
     other = cli("circuit", *given, "--method", "eap-ig", "--out", out)
     assert other.exit_code == 2
     assert 'method "eap" (asked for: "eap-ig")' in one_line(other.stderr)

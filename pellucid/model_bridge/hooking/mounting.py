@@ -77,9 +77,7 @@ class ComponentTree:
         self._specs: dict[HookPoint, HookSpec] = {}
         self._holders: list[Scope] = []
         self.in_use: dict[HookPoint, None] = {}
-        self._mounted: dict[
-            str, None
-        ] = {}  # names of components; entered before one is mounted, as points are in in_use
+        self._mounted: dict[str, None] = {}  # of components, entered before one is mounted, as points are in in_use
         self._joined: tuple[list[HookedFunction], HookIndex] | None = None
         self.notes: dict[str, Any] = {}  # what others remember of this model, each under its own word; copied with it
         self._place_all()
