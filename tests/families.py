@@ -176,6 +176,11 @@ CORE = ("llama", "gpt2", "gemma2", "gpt_neox")
 LAYOUTS = ("llama-biased", "qwen3", "gemma3", "olmo2", "phi3", "stablelm-parallel", "gptj", "opt")
 """With the core, one configuration of each layout: what is tested of every layout, where not of every family."""
 
+N_TURNS = 4
+TURN = os.environ.get("PELLUCID_TURN")
+if TURN is not None and not ALL:  # scripts/check takes the turn of the day; pytest alone has all layouts
+    LAYOUTS = LAYOUTS[int(TURN) % N_TURNS :: N_TURNS]
+
 
 def in_full(name: str) -> bool:
     """Whether a family is tested in full here."""
