@@ -74,8 +74,9 @@ class Hooks:
 
     @property
     def cfg(self) -> TransformerBridgeConfig:
-        """Sizes and switches."""
-        return self._tree.cfg
+        """Sizes and switches; the vocabulary is not looked up (:attr:`ComponentTree.cfg`): no point depends on it."""
+        cfg: TransformerBridgeConfig = self._tree.adapter.cfg
+        return cfg
 
     def set_flag(self, flag: Flag, value: bool) -> None:
         """Switch opt-in points on or off.

@@ -123,7 +123,10 @@ class ComponentTree:
 
     @property
     def cfg(self) -> TransformerBridgeConfig:
-        """Sizes and switches; the vocabulary as it is now (``resize_token_embeddings``)."""
+        """Sizes and switches; the vocabulary as it is now (``resize_token_embeddings``).
+
+        The embedding is looked at for it. ``adapter.cfg`` is the same object, for who asks for anything else in each run.
+        """
         cfg: TransformerBridgeConfig = self.adapter.cfg
         table = adapted(self.embedding())._parameters.get("weight")
         if table is not None and table.shape[0] != cfg.d_vocab:
@@ -211,7 +214,7 @@ class ComponentTree:
         Args:
             has_tokens: whether the forward is given token ids, so that the embedding runs.
         """
-        span, n_layers = current_span(), self.cfg.n_layers
+        span, n_layers = current_span(), self.adapter.cfg.n_layers
         start = (FROM_TOKENS if has_tokens else FROM_EMBEDDINGS) if span.start is None else span.start
         stop = n_layers + 1 if span.stop is None else span.stop
         is_whole = start == FROM_TOKENS and stop > n_layers
@@ -398,7 +401,7 @@ class ComponentTree:
 
     def is_float64(self) -> bool:
         """Whether the model runs in float64, where the attention is always ours."""
-        return self.cfg.dtype == torch.float64
+        return bool(self.adapter.cfg.dtype == torch.float64)
 
 
 def _note(component: GeneralizedComponent, mounted: StandIn | None) -> None:

@@ -109,12 +109,13 @@ class Runner:
         Raises:
             UnsupportedModelError: it has other blocks.
         """
+        cfg = self.cfg
         parameter = next(parameter for parameter in self.model.parameters() if parameter.is_floating_point())
-        self.cfg.dtype = parameter.dtype
+        cfg.dtype = parameter.dtype
         self.refuse_other_blocks()
-        self.rules.d_vocab = self.cfg.d_vocab
+        self.rules.d_vocab = cfg.d_vocab
         if not parameter.is_meta:
-            self.cfg.device = str(parameter.device)
+            cfg.device = str(parameter.device)
 
     def refuse_training(self) -> None:
         """Refuse a model with dropout on, of which every run is another.
