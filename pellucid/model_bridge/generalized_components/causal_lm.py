@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -54,7 +55,7 @@ class CausalLMBridge(GeneralizedComponent):
 
     def _run(self, forward: ModelForward, head: Sequence[LensHandle], call: Callable[[], Any]) -> Any:
         set_forward(forward)
-        output = called_with_hooks_apart(call, self.module.get_submodule(self.backbone_path))
+        output = called_with_hooks_apart(call, attrgetter(self.backbone_path)(self.module))
         run = forward.run
         if self.is_live("hook_logits"):
             output = self._with_logits(output)

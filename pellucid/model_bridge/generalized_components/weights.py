@@ -42,6 +42,18 @@ def adapted(module: nn.Module) -> nn.Module:
     return module if base is None else base
 
 
+def first_floating(module: nn.Module) -> Tensor | None:
+    """The first floating-point parameter, as ``module.parameters()`` would find it, which makes four generators."""
+    for parameter in module._parameters.values():
+        if parameter is not None and parameter.is_floating_point():
+            return parameter
+    for child in module._modules.values():
+        found = None if child is None else first_floating(child)
+        if found is not None:
+            return found
+    return None
+
+
 def why_not_plain(module: nn.Module, name: str) -> str | None:
     """What a module's weight is, if it cannot be read and written as a tensor; ``None`` if it can.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from operator import attrgetter
 from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
@@ -20,6 +21,7 @@ from pellucid.hook_points import LensHandle
 from pellucid.losses import next_token_loss
 from pellucid.model_bridge.generalized_components.base import StopForward
 from pellucid.model_bridge.generalized_components.hooks_apart import called_with_hooks_apart
+from pellucid.model_bridge.generalized_components.weights import first_floating
 from pellucid.model_bridge.hooking.cache_plan import RunSize
 from pellucid.model_bridge.hooking.hook_session import HookSession
 from pellucid.model_bridge.hooking.mounting import ComponentTree
@@ -110,7 +112,8 @@ class Runner:
             UnsupportedModelError: it has other blocks.
         """
         cfg = self.cfg
-        parameter = next(parameter for parameter in self.model.parameters() if parameter.is_floating_point())
+        parameter = first_floating(self.model)
+        assert parameter is not None
         cfg.dtype = parameter.dtype
         self.refuse_other_blocks()
         self.rules.d_vocab = cfg.d_vocab
@@ -132,10 +135,12 @@ class Runner:
         Raises:
             UnsupportedModelError: with both numbers.
         """
-        found, known = len(self.tree.root.get_submodule(self.tree.adapter.blocks_path)._modules), self.cfg.n_layers
+        adapter = self.tree.adapter
+        # Not get_submodule, which asks for each part twice: every run comes here.
+        found, known = len(attrgetter(adapter.blocks_path)(self.tree.root)._modules), adapter.cfg.n_layers
         if found != known:
             raise UnsupportedModelError(
-                f"{self.tree.adapter.blocks_path} has {found} blocks, and had {known} when the model was wrapped. Put them "
+                f"{adapter.blocks_path} has {found} blocks, and had {known} when the model was wrapped. Put them "
                 "back, or set the configuration's number of layers, delete its bridges and make a new one."
             )
 
@@ -277,7 +282,7 @@ class Runner:
         """Ids without a mask: see :meth:`TokenRules.warn_of_padding`. Hugging Face's ``generate`` guesses from every id."""
         root: Any = self.tree.root
         sources = [self.rules.tokenizer, root.config] + ([root.generation_config] if generates else [])
-        self.rules.warn_of_padding(tokens, [getattr(source, "pad_token_id", None) for source in sources], generates)
+        self.rules.warn_of_padding(tokens, (getattr(source, "pad_token_id", None) for source in sources), generates)
 
     def _layer(self, argument: str, layer: int | None) -> int | None:
         if layer is None:
