@@ -313,7 +313,7 @@ class HookPoint(NoTorchHooks):
     def drop_closed(self) -> bool:
         """Take off the functions whose scope has ended, and say whether any is left."""
         for direction, attached in self._attached.items():
-            if [handle for handle in attached if handle.scope.closed]:
+            if attached and [handle for handle in attached if handle.scope.closed]:
                 with HOOKS_LOCK:
                     self._attached[direction] = [each for each in self._attached[direction] if not each.scope.closed]
         return bool(self._attached["fwd"] or self._attached["bwd"])

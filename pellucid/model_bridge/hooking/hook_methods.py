@@ -240,6 +240,7 @@ class HookMethods:
             HookDisabledError: an opt-in point that is off.
         """
         check_function("hook_fn", hook_fn, "a function of a tensor and its hook point")
+        check_choice("dir", dir, ("fwd", "bwd"))
         chosen = self._hooks.select(name, dir, "name")
         depth = None if level is None else check_whole("level", level)
         handles = [

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
-from pellucid.arguments import check_choice, check_list
+from pellucid.arguments import check_list
 from pellucid.config import TransformerBridgeConfig
 from pellucid.errors import GradientError, HookDisabledError, HookUnreachableError, InputError, UnsupportedModelError
 from pellucid.hook_points import Direction, Directions, HookFunction, HookPoint, LensHandle
@@ -151,7 +151,6 @@ class Hooks:
         Raises:
             GradientError: the gradient of token ids is asked for by name.
         """
-        check_choice("dir", direction, ("fwd", "bwd"))
         everything: Any = names_filter
         if everything is True:
             names_filter = None

@@ -138,7 +138,7 @@ class ComponentTree:
     @property
     def index(self) -> HookIndex:
         """The hook table: the model's points, and those of the hooked functions that act in this thread or task."""
-        acting = self.hooked_functions()
+        acting = self.hooked_functions() if self.in_use else []
         if not acting:
             self._joined = None
             return self.table
