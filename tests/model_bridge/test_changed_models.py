@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from pellucid import TransformerBridge
 from pellucid.errors import InputError, UnsupportedModelError
+from pellucid.model_bridge.generalized_components.weights import first_floating
 from pellucid.sweep import Edit, LogitDifference, Sweep, Zero
 from tests.families import make_family
 from tests.models import make_bloom, random_tokens
@@ -158,6 +163,91 @@ def test_sizes_follow_a_resized_vocabulary(size: int) -> None:
         result.values["difference"].flatten().float(), (logits[size - 1] - logits[3])[None], atol=1e-5
     )
     assert bridge.verify(layers=[1]).ok
+
+
+def _nothing(*arguments: Any) -> None:
+    """A torch hook."""
+
+
+def _hook_a_leaf(model: Any) -> None:
+    model.transformer.h[1].mlp.gelu_impl.register_forward_hook(_nothing)
+
+
+def _hook_the_root_before_it_runs(model: Any) -> None:
+    model.register_forward_pre_hook(_nothing)
+
+
+def _hook_beside_a_child_that_is_none(model: Any) -> None:
+    block = model.transformer.h[0]
+    block.register_module("none", None)
+    block.add_module("extra", nn.Identity())
+    block.extra.register_forward_hook(_nothing)
+
+
+def _hook_a_sequence_of_nothing(model: Any) -> None:
+    model.transformer.h[0].add_module("extra", nn.Sequential())  # false, as everything of length 0
+    model.transformer.h[0].extra.register_forward_hook(_nothing)
+
+
+def _put_in_a_hooked_module(model: Any) -> None:
+    mlp = copy.deepcopy(model.transformer.h[1].mlp)
+    mlp.register_forward_hook(_nothing)
+    model.transformer.h[1].mlp = copy.deepcopy(mlp)  # its hook was registered with another module
+
+
+def _give_a_module_another_dictionary(model: Any) -> None:
+    model.transformer.h[1].mlp._forward_hooks = OrderedDict({0: _nothing})
+
+
+def _give_a_list_other_blocks(model: Any) -> None:
+    blocks = model.transformer.h
+    del blocks[1]  # torch gives the list another dictionary
+    blocks.append(copy.deepcopy(blocks[0]))
+    blocks[-1].register_forward_hook(_nothing)
+
+
+def _hook_a_parametrization(model: Any) -> None:
+    dense = model.transformer.h[0].self_attention.dense
+    parametrize.register_parametrization(dense, "weight", nn.Identity())
+    dense.parametrizations.weight[0].register_forward_hook(_nothing)
+
+
+@pytest.mark.parametrize(
+    "put",
+    [
+        _hook_a_leaf,
+        _hook_the_root_before_it_runs,
+        _hook_beside_a_child_that_is_none,
+        _hook_a_sequence_of_nothing,
+        _put_in_a_hooked_module,
+        _give_a_module_another_dictionary,
+        _give_a_list_other_blocks,
+        _hook_a_parametrization,
+    ],
+)
+def test_torch_hooks_are_seen_wherever_they_are_put(put: Callable[[Any], None]) -> None:
+    bridge = TransformerBridge(make_bloom())
+    bridge.run_with_cache(random_tokens())  # what is found may not be remembered
+    assert not bridge.has_torch_hooks()
+    put(bridge.hf_model)
+    assert bridge.has_torch_hooks()
+    assert copy.deepcopy(bridge).has_torch_hooks()
+
+
+@pytest.mark.parametrize("family", [None, "llama", "mpt"])
+def test_the_first_floating_point_parameter_is_torchs(family: str | None) -> None:
+    model: Any = make_bloom() if family is None else make_family(family)
+
+    def of_torch() -> Tensor | None:
+        return next((parameter for parameter in model.parameters() if parameter.is_floating_point()), None)
+
+    assert first_floating(model) is of_torch() is not None
+    embedding = model.get_input_embeddings()
+    embedding.register_parameter("none", None)
+    model._modules = {"none": None, **model._modules}
+    embedding._parameters["weight"] = nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False)  # quantised
+    assert first_floating(model) is of_torch() is not embedding.weight
+    assert first_floating(nn.Identity()) is None
 
 
 class Doubled(nn.Module):

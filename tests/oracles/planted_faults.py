@@ -2739,6 +2739,48 @@ FAULTS = (
         "        if True or not [name for name, _ in module.named_parameters() if not",
         "tests/oracles/test_unlisted.py -k nobody_knows",
     ),
+    Fault(
+        "torch hooks are looked for on the model itself only",
+        "pellucid/model_bridge/hooking/mounting.py",
+        "            if module._modules:\n",
+        "            if False:\n",
+        "tests/oracles/test_hook_table.py",
+    ),
+    Fault(
+        "torch hooks are not looked for on modules of length 0",
+        "pellucid/model_bridge/hooking/mounting.py",
+        "for child in module._modules.values() if child is not None]",
+        "for child in module._modules.values() if child]",
+        "tests/model_bridge/test_changed_models.py -k wherever",
+    ),
+    Fault(
+        "torch hooks before a forward are not looked for",
+        "pellucid/model_bridge/hooking/mounting.py",
+        "if (module._forward_hooks or module._forward_pre_hooks) and",
+        "if module._forward_hooks and",
+        "tests/oracles/test_hook_table.py",
+    ),
+    Fault(
+        "points of hooked functions are in no table",
+        "pellucid/model_bridge/hooking/mounting.py",
+        "self.hooked_functions() if self.in_use else []",
+        "[]",
+        "tests/model_bridge/test_saes.py",
+    ),
+    Fault(
+        "the dtype of a quantised model is its integers'",
+        f"{COMPONENTS}/weights.py",
+        "if parameter is not None and parameter.is_floating_point():\n            return",
+        "if parameter is not None:\n            return",
+        "tests/model_bridge/test_changed_models.py -k first_floating",
+    ),
+    Fault(
+        "the direction of a hook is not checked",
+        "pellucid/model_bridge/hooking/hook_methods.py",
+        """        check_choice("dir", dir, ("fwd", "bwd"))\n""",
+        "",
+        "tests/model_bridge/test_bad_input.py",
+    ),
 )
 
 
