@@ -341,8 +341,9 @@ class ComponentTree:
 
     def has_torch_hooks(self) -> bool:
         """Whether the user has put torch hooks on the model, which may write to tensors."""
+        # All modules in each run with a cache: their dictionaries may be replaced, by torch too, so nothing is remembered.
         found = [self.root]
-        for module in found:  # as root.modules(), which takes three times as long, in each run with a cache
+        for module in found:  # as root.modules(), which takes three times as long
             if (module._forward_hooks or module._forward_pre_hooks) and is_hooked(module):
                 return True
             if module._modules:
