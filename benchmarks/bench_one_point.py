@@ -137,6 +137,11 @@ def spread(values: list[float]) -> tuple[str, str, str]:
     return f"{median:.1f}", f"{low:.1f} to {high:.1f}", f"{first:.1f}, {third:.1f}"
 
 
+def target(what: str, values: list[float], bound: float) -> Target:
+    """A target with the interval of its median beside it: one that holds the bound says neither."""
+    return Target(what, statistics.median(values), bound, " us", note=f"95 % interval {spread(values)[1]}")
+
+
 def case(report: Report, title: str, model: Any, before: Callable[[], Any] | None, rounds: int, clock: str) -> None:
     """One model: the numbers first, then the times."""
     report.section(f"{title}; {sum(1 for _ in model.modules())} modules, 1 token, {rounds} rounds")
@@ -175,11 +180,10 @@ def case(report: Report, title: str, model: Any, before: Callable[[], Any] | Non
     head = ("over a plain torch hook (nothing hooked: over Hugging Face), us", "median", "95 % interval", "quartiles")
     report.say(table(head, rows) + "\n")
     for name in (HOOKS, CACHE):
-        cost, each = statistics.median(runs_found[name]), statistics.median(points_found[name])
         short = title.partition(":")[0]
         report.target(
-            Target(f"{short}, {name}, a run", cost, RUN_BOUND, " us"),
-            Target(f"{short}, {name}, each further point", each, POINT_BOUND, " us"),
+            target(f"{short}, {name}, a run", runs_found[name], RUN_BOUND),
+            target(f"{short}, {name}, each further point", points_found[name], POINT_BOUND),
         )
 
 
