@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from pellucid.activation_cache import check_storage
-from pellucid.arguments import check_count, check_mapping, check_texts, check_whole
+from pellucid.arguments import check_count, check_kind, check_mapping, check_texts, check_whole
 from pellucid.errors import InputError
+from pellucid.model_bridge.transformer_bridge import TransformerBridge
 
 SANE = (
     "Many important transition points in the history of science have been moments when science 'zoomed in.' At these "
@@ -30,7 +31,18 @@ SAMPLES = 1000
 
 @torch.no_grad()
 def sanity_check(model: Any) -> Tensor:
-    """The loss, in nats, on a paragraph of English: below 5 for a language model, above 7 for a broken one."""
+    """The loss, in nats, on a paragraph of English: below 5 for a language model, above 7 for a broken one.
+
+    Args:
+        model: a bridge.
+
+    Returns:
+        ``[]``, a scalar.
+
+    Raises:
+        InputError: ``model`` is something else.
+    """
+    check_kind("model", model, TransformerBridge, "a bridge")
     loss: Tensor = model(SANE, return_type="loss")
     return loss
 
@@ -50,6 +62,7 @@ def evaluate_on_dataset(
         truncate: how many batches at most.
         device: where to put tokens; by default where the model is.
     """
+    check_kind("model", model, TransformerBridge, "a bridge")
     check_count("truncate", truncate)
     check_storage(device, None)
     if not isinstance(data_loader, Iterable):
@@ -83,6 +96,7 @@ def induction_loss(
         prepend_bos: put the beginning-of-sequence token in the place of the first one; ``None`` where there is one.
         device: where to put tokens; by default where the model is.
     """
+    check_kind("model", model, TransformerBridge, "a bridge")
     check_count("batch_size", batch_size)
     check_storage(device, None)
     half = torch.randint(0, model.cfg.d_vocab, (batch_size, check_count("subseq_len", subseq_len, 2)))
@@ -205,6 +219,8 @@ def ioi_eval(
     Raises:
         InputError: two names with the same tokens; arguments of a data set beside one; an empty one.
     """
+    if not callable(model):  # anything that gives logits of tokens will do, as in TransformerLens
+        raise InputError(f"model is a bridge; found {type(model).__name__}.")
     check_count("batch_size", batch_size)
     if dataset is not None and (symmetric or tokenizer is not None or num_samples != SAMPLES):
         raise InputError(

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pellucid.arguments import check_count, check_kind, check_whole
 from pellucid.errors import InputError
 
 SliceInput: TypeAlias = "int | slice | tuple[int | None, ...] | Sequence[int] | np.ndarray | Tensor | None"
@@ -72,9 +73,10 @@ class Slice:
         """``tensor`` at these entries of axis ``dim``, which an integer drops.
 
         Raises:
-            InputError: no such axis; an entry outside it.
+            InputError: not a tensor; no such axis; an entry outside it.
         """
-        if not -tensor.dim() <= dim < tensor.dim():
+        check_kind("tensor", tensor, Tensor, "a tensor")
+        if not -tensor.dim() <= check_whole("dim", dim) < tensor.dim():
             raise InputError(f"dim={dim} is no axis of a tensor {list(tensor.shape)}.")
         axis = dim % tensor.dim()
         if self.mode == "identity":
@@ -88,12 +90,13 @@ class Slice:
         """``[entries]`` int64: what it takes of an axis of ``max_ctx`` entries.
 
         Raises:
-            InputError: ``max_ctx`` is needed and not given; an entry outside it.
+            InputError: ``max_ctx`` is needed and not given, or no length; an entry outside it.
         """
         if max_ctx is None:
             if isinstance(self.slice, int):
                 return np.array([self.slice], dtype=np.int64)
             raise InputError("max_ctx, the length of the axis, is needed unless the slice is one integer.")
+        check_count("max_ctx", max_ctx, 0)
         if isinstance(self.slice, slice):
             return np.arange(max_ctx, dtype=np.int64)[self.slice]
         return self._inside(max_ctx, "the axis")
@@ -106,8 +109,9 @@ class Slice:
             argument: its name in errors.
 
         Raises:
-            InputError: a position outside the run; none at all.
+            InputError: ``length`` is none; a position outside the run; none at all.
         """
+        check_count("length", length, 0)
         if isinstance(self.slice, slice):
             if not len(range(*self.slice.indices(length))):
                 raise InputError(
@@ -165,14 +169,22 @@ def _entries(given: Any) -> np.ndarray:
     """Integers or booleans in one dimension."""
     if not isinstance(given, list | range | np.ndarray | Tensor):
         raise InputError(
-            f"A slice is an integer, a range (start, stop), a list or mask of entries, or a Slice; found {given!r}."
+            f"A slice is an integer, a range (start, stop), or a list or mask of entries; found {given!r}."
         )
     try:
         array = given.detach().cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, NotImplementedError):  # the last of a tensor without data
         raise InputError(f"A slice's entries are integers or booleans; found {given!r}.") from None
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iub"):
         raise InputError(
             f"A slice's entries are integers or booleans in one list; found {array.dtype} {list(array.shape)}."
         )
+    if (
+        isinstance(given, list)
+        and array.dtype != np.bool_
+        and any(isinstance(entry, bool | np.bool_) for entry in given)
+    ):
+        raise InputError(f"A slice's entries are all integers or all booleans (a mask); found {given!r}.")
+    if array.size and array.dtype.kind == "u" and array.max() > np.iinfo(np.int64).max:
+        raise InputError(f"A slice's entries fit into int64; found {array.max()}.")  # it would wrap to a negative one
     return array if array.dtype == np.bool_ else array.astype(np.int64)

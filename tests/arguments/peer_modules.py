@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pellucid import FactoredMatrix, HookedRootModule, HookPoint, SVDInterpreter, evals, utilities
+from pellucid.slices import Slice
 from pellucid.tools.analysis import logit_readout
 from tests.arguments.bench import (
     BRIDGE,
     IDS,
+    NAN,
     TEXT,
     TOKENIZER,
     Call,
@@ -30,6 +33,28 @@ from tests.arguments.bench import (
 LOGITS = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 0.0]])
 FACTORS = FactoredMatrix(torch.ones(3, 2), torch.ones(2, 3))
 EXAMPLES = torch.tensor([1.0, 2.0, 4.0])
+
+
+NO_SLICES: list[tuple[Any, str]] = [
+    *((value, "A slice is an integer") for value in (True, 1.5, NAN, "1", {1, 2}, object())),
+    *((value, "A tuple is a range") for value in ((), (1, 2, 3, 4), (1, True), (1, 1.5))),
+    *((value, "A range steps forward") for value in ((1, 2, 0), (1, 2, -1), slice(2, 1, -1))),
+    *(
+        (value, "A slice's entries are integers or booleans")
+        for value in (
+            [1.5],
+            ["a"],
+            [None],
+            [[1]],
+            [[1], [2, 3]],
+            torch.tensor(True),
+            torch.ones(2, device="meta").long(),
+        )
+    ),
+    *((value, "all integers or all booleans") for value in ([True, 1], [0, False, 2])),
+    (np.array([2**64 - 1], dtype=np.uint64), "A slice's entries fit into int64"),
+]
+"""What takes no entries, and what is said of it."""
 
 
 class Hooked(HookedRootModule):
@@ -65,6 +90,7 @@ CALLS: dict[str, Call] = {
         layer_index=1,
         head_index=0,
     ),
+    "sanity_check": made(evals.sanity_check, model=BRIDGE),
     "evaluate_on_dataset": made(evals.evaluate_on_dataset, model=BRIDGE, data_loader=[{"tokens": IDS}]),
     "induction_loss": made(evals.induction_loss, model=BRIDGE, batch_size=1, subseq_len=4),
     "IOIDataset": made(evals.IOIDataset, tokenizer=TOKENIZER, num_samples=2, prepend_bos=False),
@@ -81,6 +107,13 @@ CALLS: dict[str, Call] = {
     "Hooked.add_caching_hooks": hooked("add_caching_hooks"),
     "Hooked.reset_hooks": hooked("reset_hooks"),
     "Hooked.remove_all_hook_fns": hooked("remove_all_hook_fns"),
+    "Slice": made(Slice, input_slice=(0, 2)),
+    "Slice.unwrap": made(Slice.unwrap, slice_input=1),
+    "Slice.of": made(Slice.of, slice_input=1),
+    "Slice.apply": bound(lambda _: Slice([0, 1]), Slice.apply, tensor=LOGITS),
+    "Slice.indices": bound(lambda _: Slice([0, 1]), Slice.indices, max_ctx=3),
+    "Slice.positions": bound(lambda _: Slice([0, 1]), Slice.positions, length=3),
+    "Slice.positions of a range": bound(lambda _: Slice((1, None)), Slice.positions, length=3),
     "utilities.logits_to_df": made(utilities.logits_to_df, logits=LOGITS[0]),
     "utilities.sample_logits": made(utilities.sample_logits, final_logits=LOGITS),
     "utilities.lm_accuracy": made(utilities.lm_accuracy, logits=torch.zeros(1, 2, 9), tokens=IDS),
@@ -118,6 +151,11 @@ REFUSED: list[Line] = [
     ("get_singular_vectors", {"head_index": None}, "head_index is needed for 'OV'"),
     ("get_singular_vectors", {"head_index": 400}, "head_index must be at most"),
     ("get_singular_vectors", {"vector_type": "w_in"}, "head_index=0 would have no effect"),
+    *(
+        (name, {"model": model}, "model is a bridge; found")
+        for name in ("sanity_check", "evaluate_on_dataset", "induction_loss", "ioi_eval")
+        for model in (3, None, "gpt2")
+    ),
     *whole("evaluate_on_dataset", "truncate", 1),
     ("evaluate_on_dataset", {"device": "nowhere"}, "device='nowhere' is none"),
     ("evaluate_on_dataset", {"data_loader": 3}, "data_loader gives"),
@@ -197,6 +235,25 @@ REFUSED: list[Line] = [
         (name, {"direction": "up"}, "Invalid dir: 'up'")
         for name in ("Hooked.reset_hooks", "Hooked.remove_all_hook_fns")
     ),
+    *(
+        (name, {argument: value}, words)
+        for name, argument in (("Slice", "input_slice"), ("Slice.unwrap", "slice_input"), ("Slice.of", "slice_input"))
+        for value, words in NO_SLICES
+    ),
+    ("Slice.apply", {"tensor": 3}, "tensor is a tensor; found"),
+    ("Slice.apply", {"tensor": LOGITS.numpy()}, "tensor is a tensor; found"),
+    ("Slice.apply", {"tensor": LOGITS[:1]}, "slice asks for .*; axis 0 has 1"),
+    *whole("Slice.apply", "dim"),
+    ("Slice.apply", {"dim": 2}, "dim=2 is no axis"),
+    ("Slice.apply", {"dim": -3}, "dim=-3 is no axis"),
+    *whole("Slice.indices", "max_ctx", 0),
+    ("Slice.indices", {"max_ctx": None}, "max_ctx, the length of the axis, is needed"),
+    ("Slice.indices", {"max_ctx": 1}, "slice asks for .*; the axis has 1"),
+    *whole("Slice.positions", "length", 0),
+    ("Slice.positions", {"length": 1}, "pos_slice asks for .*; the run has 1"),
+    ("Slice.positions", {"length": 1, "argument": "rows"}, "rows asks for .*; the run has 1"),
+    *whole("Slice.positions of a range", "length", 0),
+    ("Slice.positions of a range", {"length": 1}, "pos_slice=.* keeps none of the run's 1 positions"),
     ("utilities.logits_to_df", {"logits": LOGITS}, "the logits of one position"),
     *whole("utilities.logits_to_df", "top_k", 1),
     *whole("utilities.sample_logits", "top_k", 1),

@@ -1,7 +1,7 @@
 """Every public callable, found by walking the modules, and of those that no table tries, why not.
 
-Public is what a module lists in ``__all__``; of the analyses and of ``pellucid.scale``, which have no such list, every name
-that does not begin with an underscore. Of a public class: itself, and the methods that Pellucid defines.
+Public is what a module lists in ``__all__``; of the analyses, of ``pellucid.scale``, ``evals`` and ``slices``, which have no
+such list, every name that does not begin with an underscore. Of a public class: itself, and the methods that Pellucid defines.
 """
 
 from __future__ import annotations
@@ -29,10 +29,14 @@ LISTED = (
     "pellucid.plots",
     "pellucid.steering",
 )
-WALKED = tuple(
-    f"{package.__name__}.{module.name}"
-    for package in (pellucid.analysis, pellucid.scale)
-    for module in pkgutil.iter_modules(package.__path__)
+WALKED = (
+    *(
+        f"{package.__name__}.{module.name}"
+        for package in (pellucid.analysis, pellucid.scale)
+        for module in pkgutil.iter_modules(package.__path__)
+    ),
+    "pellucid.evals",
+    "pellucid.slices",
 )
 
 
@@ -161,6 +165,7 @@ NOT_TRIED: dict[str, str] = {
         ),
         INSIDE,
     ),
+    "IOIDataset.get_sample": TRUTH,
     "TransformerBridge.set_use_attn_in": TRUTH,
     "TransformerBridge.set_use_hook_mlp_in": TRUTH,
     "TransformerBridge.set_use_split_qkv_input": TRUTH,
