@@ -193,6 +193,24 @@ def test_every_statistic_at_once_is_what_the_plain_values_give() -> None:
     np.testing.assert_allclose(result("covariance").covariance, np.cov(wide.T, bias=True), rtol=1e-9, atol=1e-14)
 
 
+@pytest.mark.parametrize("statistic", every_statistic(), ids=lambda each: each.name)
+def test_every_result_is_an_array_or_refused(statistic: Any) -> None:
+    bridge, _ = make_pair()
+    name = "blocks.1.attn.hook_q"
+    collected = bridge.collect(documents_corpus(), {name: [statistic]}, progress=False)
+    found = collected.get(name, statistic.name, "en").result()
+    not_by_feature = {"covariance", "average_precision"}
+    for field in found._fields if isinstance(found, tuple) else [None]:
+        if (field or statistic.name) in not_by_feature:
+            with pytest.raises(InputError, match=rf"{statistic.name} is no array by feature: it has the shape \(\d"):
+                collected.array(name, statistic.name, field)
+        else:
+            values = found if field is None else getattr(found, field)
+            array = collected.array(name, statistic.name, field).sel(label="en")
+            assert array.dims == ("head", "d_head", *statistic.trailing)
+            assert np.array_equal(array.values, values.numpy())
+
+
 def test_labels_and_rows_are_divided_and_merged_without_a_trace() -> None:
     bridge = TransformerBridge(make_bloom(torch.float64))
     corpus = packed_corpus()

@@ -202,11 +202,6 @@ class Collected:
 
     def _values(self, statistic: Statistic, field: str | None) -> np.ndarray[Any, Any]:
         found = statistic.result()
-        if isinstance(statistic, AveragePrecision) or field == "covariance":
-            raise InputError(
-                f"{statistic.name} is no array by feature: take .get(hook, statistic, label).result(), or "
-                ".average_precision(hook, label)."
-            )
         if isinstance(found, tuple):
             fields = found._asdict()  # type: ignore[attr-defined]
             if field is None:
@@ -215,6 +210,13 @@ class Collected:
             found = fields[field]
         elif field is not None:
             raise InputError(f"{statistic.name} has one result; leave field={field!r} out.")
+        expected = (*(statistic.features or ()), *(len(values) for values in statistic.trailing.values()))
+        if tuple(found.shape) != expected:
+            otherwise = ", or .average_precision(hook, label)" if isinstance(statistic, AveragePrecision) else ""
+            raise InputError(
+                f"{field or statistic.name} is no array by feature: it has the shape {tuple(found.shape)}, of features "
+                f"{statistic.features}. Take .get(hook, statistic, label).result(){otherwise}."
+            )
         return self._as_numpy(found)
 
     @staticmethod
