@@ -15,10 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pellucid import running_stats
 from pellucid.errors import InputError
 from pellucid.running_stats import (
     AveragePrecision,
     CountPositive,
+    CountTogether,
     Covariance,
     Histogram,
     MeanVariance,
@@ -35,6 +37,8 @@ from pellucid.running_stats import (
 EXACT: list[Callable[[], Statistic]] = [
     CountPositive,
     lambda: CountPositive(0.3),
+    CountTogether,
+    lambda: CountTogether(0.3),
     MinMax,
     lambda: Quantiles((0.0, 0.25, 1.0)),
     lambda: Histogram((-1.0, 0.0, 0.25, 3.0)),
@@ -61,6 +65,12 @@ def a_batch(
 def same_state(first: Statistic, second: Statistic) -> bool:
     a, b = first.state_dict(), second.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_every_statistic_is_in_a_list() -> None:
+    public = {getattr(running_stats, name) for name in running_stats.__all__}
+    concrete = {each for each in public if isinstance(each, type) and issubclass(each, Statistic)} - {Statistic}
+    assert {type(make()) for make in ALL} == concrete
 
 
 @pytest.mark.parametrize("make", ALL)
@@ -165,6 +175,23 @@ def test_counts_above_and_of_nan() -> None:
         other = CountPositive()
         other.update(torch.ones(1, 5000, 1, dtype=dtype))  # over what a half-precision sum could hold
         assert other.result().tolist() == [5000]
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_pairs_are_counted_as_a_plain_loop_counts_them(threshold: float, dtype: torch.dtype) -> None:
+    values, mask, _ = a_batch(0, dtype=dtype)
+    values[0, 0, 0, 0], values[1, 1], values[2, 2] = torch.nan, torch.tensor(0.1, dtype=dtype), torch.inf
+    mask[[0, 1, 2], [0, 1, 2]] = True
+    one = CountTogether(threshold)
+    one.update(values, mask)
+    rows = values[mask].flatten(1).double().tolist()
+    expected = [[sum(row[i] > threshold < row[j] for row in rows) for j in range(6)] for i in range(6)]
+    assert one.result().tolist() == expected
+    assert one.result().dtype == torch.int64
+    alone = CountPositive(threshold)
+    alone.update(values, mask)
+    assert torch.equal(one.result().diagonal(), alone.result().flatten())
 
 
 def test_mean_and_variance_survive_a_large_mean() -> None:
@@ -299,6 +326,7 @@ def test_average_precision_of_labels() -> None:
         (lambda: Quantiles((1.5,)), "an entry of quantiles must be at most 1"),
         (lambda: Quantiles(relative_error=0.0), "relative_error"),
         (lambda: seen(Covariance(most_features=2)), "most_features"),
+        (lambda: seen(CountTogether(most_features=2)), "most_features"),
         (lambda: average_precision(torch.zeros(3, 2), torch.zeros(3, dtype=torch.bool)), "no positive"),
         (lambda: average_precision(torch.zeros(3, 2), torch.ones(3, dtype=torch.bool)), "no negative"),
         (lambda: average_precision(torch.zeros(3, 2), torch.tensor([1, 0, 1])), "bool"),

@@ -7,7 +7,7 @@ merging rounds, so equal bits need equal updates and merges in an equal order.
 """
 
 from pellucid.running_stats.base import Places, Statistic, Workspace, load_statistics, save_statistics
-from pellucid.running_stats.counts import CountPositive, Histogram, Quantiles
+from pellucid.running_stats.counts import CountPositive, CountTogether, Histogram, Quantiles
 from pellucid.running_stats.documents import AveragePrecision, average_precision
 from pellucid.running_stats.moments import Covariance, MeanVariance, MinMax
 from pellucid.running_stats.top import TopK
@@ -15,6 +15,7 @@ from pellucid.running_stats.top import TopK
 __all__ = [
     "AveragePrecision",
     "CountPositive",
+    "CountTogether",
     "Covariance",
     "Histogram",
     "MeanVariance",

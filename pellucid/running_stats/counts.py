@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from pellucid.arguments import check_list, check_number
+from pellucid.arguments import check_count, check_list, check_number
 from pellucid.errors import InputError
 from pellucid.running_stats.base import Places, Statistic, real_tokens
 
@@ -70,6 +70,63 @@ class CountPositive(Statistic):
                 torch.gt(values[begin:end], threshold, out=ones)
                 found.addmv_(ones.T, weights[begin:end])
             self._counts += found.long()
+
+    def _merge(self, other: Self) -> None:
+        self._counts += other._counts.to(self._counts.device)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {"counts": self._counts}
+
+    def _restore(self, tensors: Mapping[str, Tensor]) -> None:
+        self._counts = tensors["counts"]
+
+
+class CountTogether(Statistic):
+    """How many real tokens have both values of a pair of features above ``threshold``; a NaN is not above anything.
+
+    ``result()`` is ``[feature, feature]`` int64, feature axes flattened. The diagonal is what :class:`CountPositive` counts.
+
+    Args:
+        threshold: values equal to it do not count.
+        most_features: refuse more: the state is their square in int64.
+    """
+
+    kind: ClassVar[str] = "count_together"
+
+    def __init__(self, threshold: float = 0.0, most_features: int = 8192) -> None:
+        super().__init__()
+        self.threshold = check_number("threshold", threshold)
+        self.most_features = check_count("most_features", most_features)
+
+    @property
+    def name(self) -> str:
+        """``count_together``, or ``count_together_above_{threshold}``."""
+        return self.kind if self.threshold == 0 else f"{self.kind}_above_{self.threshold:g}"
+
+    def settings(self) -> dict[str, Any]:
+        """See :class:`Statistic`."""
+        return {"threshold": self.threshold, "most_features": self.most_features}
+
+    def result(self) -> Tensor:
+        """``[feature, feature]`` int64."""
+        self._seen()
+        return self._counts
+
+    def _begin(self, device: torch.device) -> None:
+        width = self._width
+        if width > self.most_features:
+            self.features = None
+            raise InputError(
+                f"Counts of the pairs of {width} features take {8 * width**2 / 2**30:.1f} GiB; most_features="
+                f"{self.most_features} forbids it."
+            )
+        self._counts = torch.zeros(width, width, dtype=torch.int64, device=device)
+
+    def _add(self, values: Tensor, mask: Tensor | None, places: Places | None) -> None:
+        above = real_tokens(values, mask) > not_above(self.threshold, values.dtype)
+        for part in above.split(EXACT_IN_FLOAT32):
+            ones = part.float()
+            self._counts += (ones.T @ ones).long()
 
     def _merge(self, other: Self) -> None:
         self._counts += other._counts.to(self._counts.device)

@@ -24,6 +24,7 @@ from pellucid.model_bridge.corpus.corpus_pass import PassBatch
 from pellucid.running_stats import (
     AveragePrecision,
     CountPositive,
+    CountTogether,
     Covariance,
     Histogram,
     MeanVariance,
@@ -142,6 +143,7 @@ def every_statistic() -> list[Any]:
     return [
         CountPositive(),
         CountPositive(0.1),
+        CountTogether(0.1),
         MeanVariance(),
         MinMax(),
         Quantiles((0.1, 0.5)),
@@ -174,6 +176,8 @@ def test_every_statistic_at_once_is_what_the_plain_values_give() -> None:
         return collected.get(name, statistic, "en").result()
 
     assert torch.equal(result("count_above_0.1"), (values > 0.1).sum(0))
+    together = result("count_together_above_0.1")
+    assert torch.equal(together, ((values > 0.1).double().T @ (values > 0.1).double()).long())
     mean, variance = result("mean_variance")
     np.testing.assert_allclose(mean, wide.mean(0), rtol=1e-12, atol=1e-15)
     np.testing.assert_allclose(variance, wide.var(0), rtol=1e-12)
@@ -199,7 +203,7 @@ def test_every_result_is_an_array_or_refused(statistic: Any) -> None:
     name = "blocks.1.attn.hook_q"
     collected = bridge.collect(documents_corpus(), {name: [statistic]}, progress=False)
     found = collected.get(name, statistic.name, "en").result()
-    not_by_feature = {"covariance", "average_precision"}
+    not_by_feature = {"count_together_above_0.1", "covariance", "average_precision"}
     for field in found._fields if isinstance(found, tuple) else [None]:
         if (field or statistic.name) in not_by_feature:
             with pytest.raises(InputError, match=rf"{statistic.name} is no array by feature: it has the shape \(\d"):
