@@ -1,7 +1,13 @@
 """Every public callable, found by walking the modules, and of those that no table tries, why not.
 
-Public is what a module lists in ``__all__``; of the analyses, of ``pellucid.scale``, ``evals`` and ``slices``, which have no
-such list, every name that does not begin with an underscore. Of a public class: itself, and the methods that Pellucid defines.
+WALKED = (
+    *(
+        f"{package.__name__}.{module.name}"
+        for package in (pellucid.analysis, pellucid.experiments, pellucid.scale)
+        for module in pkgutil.iter_modules(package.__path__)
+    ),
+    "pellucid.evals",
+    "pellucid.slices",
 """
 
 from __future__ import annotations
@@ -14,6 +20,7 @@ from importlib import import_module
 from typing import Any
 
 import pellucid.analysis
+import pellucid.experiments
 import pellucid.scale
 
 LISTED = (
@@ -32,7 +39,7 @@ LISTED = (
 WALKED = (
     *(
         f"{package.__name__}.{module.name}"
-        for package in (pellucid.analysis, pellucid.scale)
+        for package in (pellucid.analysis, pellucid.experiments, pellucid.scale)
         for module in pkgutil.iter_modules(package.__path__)
     ),
     "pellucid.evals",
@@ -93,6 +100,7 @@ def arguments_of(function: Callable[..., Any]) -> list[str]:
     return [each.name for each in parameters if each.name not in ("self", "cls") and each.kind not in unnamed]
 
 
+FIELDS = "its fields are the arguments of the function of the same name, or of several functions; the tables try those"
 GIVEN = "made by Pellucid and given to the caller, who does not call it"
 INSIDE = "called by Pellucid on what it has checked"
 HOOKED = "called by a sweep, with the activation"
@@ -101,6 +109,11 @@ TRUTH = "any truth value"
 STATE = "Pellucid's own state, saved and loaded with a checksum"
 
 NOT_TRIED: dict[str, str] = {
+    **dict.fromkeys(
+        ("ActivationPatching", "Ablation", "PathPatching", "SweepOptions", "PatchingChoices", "AttributionChoices"), FIELDS
+    ),
+    "Experiment": "abstract",
+    "ActivationPatching.with_metric": "the metric is refused when it is run, as that of activation_patching is",
     **dict.fromkeys(("linears_of", "find_linear", "unit_places"), "what read_expertise is made of"),
     **dict.fromkeys(
         (
@@ -114,7 +127,10 @@ NOT_TRIED: dict[str, str] = {
     ),
     **dict.fromkeys(
         (
-            "Collected.empty", "Collected.saw", "Picture.hovers", "Sweep.base_scores", "Sweep.scores", "Picture.printed_in", "TransformerBridgeConfig.sizes", "HookPoint.detach", "HookPoint.drop", "HookPoint.fire", "HookPoint.forward",
+            "Cells", "Cells.at", "Cells.edits", "InputEdit", "PairBatch", "PathEdits", "PathEdits.edits", "Prompts.differing",
+            "Prompts.unedited", "Site.own_word", "Stream", "Stream.after_attention", "Stream.before_mlp", "Stream.entering",
+            "Stream.hook", "Stream.mlp_at", "check_pairs", "find_cells", "option", "options_of", "pair_batches", "refuse_mid",
+            "refuse_parts", "Collected.empty", "Collected.saw", "Picture.hovers", "Sweep.base_scores", "Sweep.scores", "Picture.printed_in", "TransformerBridgeConfig.sizes", "HookPoint.detach", "HookPoint.drop", "HookPoint.fire", "HookPoint.forward",
             "HookPoint.put", "HookPoint.enable_reshape", "TransformerBridge.positions_of", "Statistic.to", "Workspace.take",
             "EdgeScores.strongest", "EdgeScores.stability", "Wiring.about", "Wiring.edges_of", "Wiring.graph", "Wiring.inside",
             "Wiring.names", "Wiring.number", "Wiring.numbers", "Wiring.receiver_number", "cmd", "cpr", "NeuronEdit.job_identity", "NeuronChange.check", "NeuronChange.edits", "Text.batches", "Receiver.comes_after",

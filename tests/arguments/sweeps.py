@@ -10,6 +10,8 @@ import xarray as xr
 
 from pellucid import sweep
 from pellucid.analysis import ablation, attribution, labelled, patching, path_patching
+from pellucid.experiments import experiment
+from pellucid.experiments.ablation import Ablation
 from tests.arguments.bench import (
     BRIDGE,
     CACHE,
@@ -66,6 +68,11 @@ def swept(bench: Bench) -> sweep.Sweep:
     return sweep.Sweep(bench.bridge, bench.ids, bench.metric)
 
 
+def prepared(bench: Bench) -> experiment.Experiment:
+    """One that nothing was asked of yet."""
+    return Ablation(bench.bridge, bench.ids, bench.metric, how="zero")
+
+
 EDITS = Of(lambda bench: [bench.edit])
 PAIR: dict[str, Any] = {"bridge": BRIDGE, "clean": TEXT, "corrupted": THE_IDS, "metric": METRIC}
 ABLATED: dict[str, Any] = {"bridge": BRIDGE, "input": THE_IDS, "metric": METRIC, "how": "zero"}
@@ -96,6 +103,8 @@ CALLS: dict[str, Call] = {
     "Normalized": of_metric(sweep.Normalized, metric=sweep.LogProbability(1), zero=0.0, one=1.0),
     "activation_patching": not_run(made(patching.activation_patching, **PAIR)),
     "ablation": not_run(made(ablation.ablation, **ABLATED)),
+    "Experiment.run": bound(prepared, experiment.Experiment.run),
+    "Experiment.labelled": bound(prepared, experiment.Experiment.labelled),
     "path_patching": not_run(made(path_patching.path_patching, **PATHS)),
     "by_head": not_run(made(path_patching.by_head, result=Of(lambda bench: bench.array))),
     "data_set_to_document": made(labelled.data_set_to_document, result=DATA_SET),
@@ -235,6 +244,7 @@ REFUSED: list[Line] = [
     ("ablation", {"padding_side": "left"}, "padding_side='left' is for strings"),
     ("ablation", {"logit_positions": [-1]}, "logit_positions would have no effect"),
     ("ablation", {"rows_at_once": 0}, "rows_at_once must be at least 1"),
+    ("Experiment.run", {"on_interrupt": "stop"}, "Invalid on_interrupt: 'stop'"),
     ("ablation", {"on_interrupt": "stop"}, "Invalid on_interrupt: 'stop'"),
     *(
         (name, {"edits": wrong}, words)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import itertools
 import json
+import pkgutil
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,14 +17,15 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+import pellucid.experiments
 from pellucid import TransformerBridge
 from pellucid.errors import HookDisabledError, HookNameError, InputError
 from pellucid.experiments import labelled
-from pellucid.experiments.ablation import Ablation, ablation
 from pellucid.experiments.activation_patching import ActivationPatching, activation_patching
+from pellucid.experiments.experiment import Experiment
 from pellucid.experiments.labelled import from_document, to_document
 from pellucid.experiments.options import SweepOptions
-from pellucid.experiments.path_patching import PathPatching, path_patching
+from pellucid.experiments.path_patching import PathPatching
 from pellucid.experiments.places import SITES, find_site
 from pellucid.sweep import KLDivergence, LogitDifference, LogProbability, Normalized
 from pellucid.sweep.packing import PackedModel
@@ -445,25 +450,35 @@ def test_options_that_say_nothing_here_are_refused(bridge: TransformerBridge, cl
         ActivationPatching(bridge, clean, corrupted, METRIC, options=SweepOptions(rows="all"))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("function", "experiment"),
-    [(activation_patching, ActivationPatching), (ablation, Ablation), (path_patching, PathPatching)],
-)
-def test_a_function_takes_the_fields_of_its_experiment(function: Any, experiment: type) -> None:
+def experiments() -> Iterator[tuple[str, Any]]:
+    """The name of its function, and the experiment: of every one that there is."""
+    for found in pkgutil.iter_modules(pellucid.experiments.__path__, "pellucid.experiments."):
+        for name, kind in vars(importlib.import_module(found.name)).items():
+            own = inspect.isclass(kind) and issubclass(kind, Experiment) and kind.__module__ == found.name
+            if own and kind is not Experiment:
+                yield re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower(), kind
+
+
+WITHOUT = {PathPatching: ("layers", "heads", "neurons")}
+"""Options that an experiment refuses, and its function does not take."""
+
+
+@pytest.mark.parametrize(("function", "experiment"), experiments())
+def test_a_function_takes_the_fields_of_its_experiment(function: str, experiment: Any) -> None:
     """Names, defaults and meanings are written once: a function that differs from its experiment is a mistake."""
-    arguments = dict(inspect.signature(function).parameters)
+    called = getattr(importlib.import_module(experiment.__module__), function)
+    arguments = dict(inspect.signature(called).parameters)
     for name in ("progress", "on_interrupt"):
         del arguments[name]
     fields = dict(inspect.signature(experiment).parameters) | dict(inspect.signature(SweepOptions).parameters)
     del fields["options"]
-    if experiment is PathPatching:
-        for name in ("layers", "heads", "neurons"):
-            del fields[name]
+    for name in WITHOUT.get(experiment, ()):
+        del fields[name]
     assert arguments.keys() == fields.keys()
     for name, argument in arguments.items():
         if experiment is not ActivationPatching or name != "metric":
             assert argument.default == fields[name].default, name
-        assert f"{name}: " in (function.__doc__ or "") + (experiment.__doc__ or ""), name
+        assert f"{name}: " in (called.__doc__ or "") + (experiment.__doc__ or ""), name
 
 
 # -- the sweep ---------------------------------------------------------------------------------------------------------
