@@ -11,6 +11,7 @@ several tokens share (``U+FFFD``). One of SentencePiece's kind (Llama 2's, Gemma
 ``⟨U+200D⟩``          a whole character that cannot be seen, or one that labels use for something else
 ``⟦<s>⟧``             a special token; the same letters in a text have no such brackets
 ``⟦250700⟧``          an id that the tokenizer has no token for (some vocabularies are padded)
+``⟦…⟧``               no token: a position at which several prompts have different ones
 ``◌́``                 a combining mark with no letter before it in its token, on a dotted circle
 ====================  ================================================================================================
 
@@ -66,6 +67,9 @@ _SIGNS: Mapping[str, str] = {" ": "·", "\n": "⏎", "\t": "⇥"}
 _DOTTED_CIRCLE = "◌"
 _RESERVED = frozenset((*_SIGNS.values(), *"⟨⟩⟦⟧", _DOTTED_CIRCLE, "\ufffd"))
 """Characters that mean something in a label, so that a text's own are written as code points."""
+
+SEVERAL = "⟦…⟧"
+"""The label of a position where several prompts have different tokens."""
 
 
 def token_label(tokenizer: Tokenizer, token_id: int) -> str:

@@ -265,6 +265,8 @@ class AttributionPatching(BriefFields, AttributionChoices):
                     for row, text in zip(batch.rows, _texts(batch, name), strict=True)
                 }
                 texts[name] = [of[row] for row in sorted(of)]
+        lengths = {batch.clean.length for batch in prepared.batches}
+        differing = sorted({column for batch in prepared.batches for column in batch.clean.differing(batch.corrupted)})
         metric = about_metrics(prepared.batches[0].metric, "normalized" if self.normalize else "change")
         return about_run(
             self.bridge,
@@ -274,6 +276,7 @@ class AttributionPatching(BriefFields, AttributionChoices):
             hooks=site.hooks,
             direction=self.direction,
             base_run=base,
+            **({"differs": differing} if len(lengths) == 1 else {}),
             effect=f"({source} - {base}) . gradient",
             expanded_at=base if "ig" not in self.methods else f"{base}; ig: on the way from {base} to {source}",
             pairs=len(self.pairs),

@@ -109,7 +109,12 @@ class SiteResult(BriefFields):
                 "false_negative_bound": verdict.bound,
             }
         attrs["summary"] = "\n".join(self._words(about, chosen, verdict, stability))
-        return xr.Dataset(variables, coords, attrs)
+        found = xr.Dataset(variables, coords, attrs)
+        # A variable alone, as pictures are drawn of it, has none of the data set's attrs.
+        whose = {name: attrs[name] for name in ("base_run", "differs") if name in attrs}
+        for name in {"effect", "patched"} & set(variables):
+            found[name].attrs |= whose
+        return found
 
     def _warn_of_missing(self, delta: float, about: Mapping[str, Attribute]) -> None:
         """Integrated gradients that do not add up to what patching a layer does."""

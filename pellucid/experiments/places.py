@@ -32,7 +32,7 @@ from pellucid.sweep import Edit, Value
 from pellucid.sweep.edits import indices
 from pellucid.sweep.unedited import Unedited
 from pellucid.tables import BriefFields
-from pellucid.token_text import token_labels
+from pellucid.token_text import SEVERAL, token_labels
 
 SITES = (
     *("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"),
@@ -41,9 +41,6 @@ SITES = (
 """Sites as people ask for them; any other hook of a block is one too."""
 
 DEFAULTS = SweepOptions()
-
-SEVERAL = "⟦…⟧"
-"""The label of a position where rows have different tokens."""
 
 WORD_OF_AXIS: Mapping[str, str] = {
     "pos": "pos",

@@ -14,7 +14,16 @@ from pellucid.errors import InputError
 from pellucid.plots.axis import Axis, Labels, check_labels, check_words
 from pellucid.plots.extra import need
 from pellucid.plots.picture import Panel, Picture, Scale
-from pellucid.plots.results import Numbers, check_panels, facets, finite_of, labelled_all, shared_axes, words
+from pellucid.plots.results import (
+    Numbers,
+    check_panels,
+    facets,
+    finite_of,
+    label_notes,
+    labelled_all,
+    shared_axes,
+    words,
+)
 from pellucid.plots.text import paragraphs
 
 if TYPE_CHECKING:
@@ -104,7 +113,7 @@ def heat_map(
     finite = finite_of(grids)
     scale = _scale(finite, unit, centre, limits, clip)
     panels = tuple(Panel(heading, grid, scale) for heading, grid in zip(results, grids, strict=True))
-    notes = paragraphs(subtitle)
+    notes = [*paragraphs(subtitle), *label_notes(first, (y_axis, x_axis), labels)]
     if scale.below or scale.above:
         notes.append(_beyond(scale, panels, y_axis, x_axis))
     if finite.size < cells:

@@ -10,6 +10,7 @@ import xarray
 
 from pellucid.errors import InputError
 from pellucid.plots.axis import Axis, Labels, axis_of
+from pellucid.token_text import SEVERAL
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +21,7 @@ DIMS = ("panel", "row", "column")
 """Names of the axes of a tensor or a numpy array, the last ones first given."""
 
 MOST_PANELS = 128
+_MOST_NAMED = 8
 
 
 def labelled_all(result: Numbers | Mapping[str, Numbers]) -> tuple[dict[str, xarray.DataArray], xarray.DataArray]:
@@ -90,6 +92,30 @@ def shared_axes(results: Mapping[str, xarray.DataArray], dims: Sequence[str], la
         if [axis_of(other, dim, labels) for dim in dims] != axes:
             raise InputError(f"Results share their labels: those of {name!r} are not those of the first one.")
     return axes
+
+
+def label_notes(first: xarray.DataArray, axes: Sequence[Axis], labels: Labels | None) -> list[str]:
+    """What the labels of positions leave open: whose tokens they are where two runs differ, and which have none.
+
+    Args:
+        first: the result; its ``attrs`` may name the run whose tokens they are (``base_run``), and the positions at which
+            the prompts differ (``differs``).
+        axes: of the picture.
+        labels: as they were given; whose tokens those are is not known here.
+    """
+    notes, texts = list[str](), {label for axis in axes for _, label in axis.whole}
+    differs, base = first.attrs.get("differs"), first.attrs.get("base_run")
+    shown = (
+        bool(differs) and "pos" in first.coords and "token" in first.coords and any(axis.name == "pos" for axis in axes)
+    )
+    if shown and base and "pos" not in (labels or {}):
+        here = sorted(set(np.asarray(differs).ravel().tolist()) & set(first.coords["pos"].values.ravel().tolist()))
+        if here:
+            at = ", ".join(map(str, here)) if len(here) <= _MOST_NAMED else f"{len(here)} positions"
+            notes.append(f"Tokens are those of the {base} run; the other run has others at pos {at}.")
+    if SEVERAL in texts:
+        notes.append(f"{SEVERAL}: several prompts, not all with the same token there.")
+    return notes
 
 
 def finite_of(grids: Sequence[np.ndarray]) -> np.ndarray:

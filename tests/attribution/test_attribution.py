@@ -81,6 +81,7 @@ def test_the_cells_are_those_of_patching(
         assert found.coords[coord].equals(expected.coords[coord])
     assert found.attrs["units"] == expected.attrs["units"]
     assert found.attrs["base_run"] == expected.attrs["base_run"]
+    assert found["effect"].attrs == {name: expected.attrs[name] for name in ("base_run", "differs")}
     unedited = 0.0 if direction == "denoising" else 1.0
     assert np.abs(found.patched.values - (expected.values - unedited)).max() < 1e-9
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import xarray
 
-from pellucid.plots import head_map, lens_table, save_picture
+from pellucid.plots import head_map, heat_map, lens_table, save_picture
 from pellucid.plots.layout import CELL_SIZE
 from pellucid.plots.svg import svg_of
 from tests.plots.test_plots import HOSTILE
@@ -106,3 +106,23 @@ def test_a_head_map_has_a_panel_for_each_pattern_and_prior() -> None:
 @pytest.mark.parametrize("show", ["top_probability", "entropy"])
 def test_one_layer_and_one_position(show: Any) -> None:
     assert lens_table(reading().isel(layer=[0], pos=[3]), show).data[0].z.shape == (1, 1)
+
+
+def test_whose_tokens_label_positions_is_said() -> None:
+    """Two prompts that differ; one label of several tokens; nothing is said where there is nothing to say."""
+    tokens = ["a", "⟦…⟧", "c"]
+    result = xarray.DataArray(
+        np.ones((2, 3)),
+        dims=("layer", "pos"),
+        coords={"pos": [4, 5, 6], "token": ("pos", tokens)},
+        attrs={"base_run": "corrupted", "differs": [1, 5]},
+    )
+    whose = "Tokens are those of the corrupted run; the other run has others at pos 5."
+    several = "⟦…⟧: several prompts, not all with the same token there."
+    assert heat_map(result).picture.notes == (whose, several)
+    assert heat_map(result, subtitle="Said").picture.notes == ("Said", whose, several)
+    assert heat_map(result.isel(pos=[0, 2])).picture.notes == ()
+    assert heat_map(result, labels={"pos": ["x", "y", "z"]}).picture.notes == ()
+    assert heat_map(result.assign_attrs(differs=[])).picture.notes == (several,)
+    both = xarray.concat([result, result], "run").assign_coords(run=["one", "two"])
+    assert heat_map(both, facet="run").picture.notes == (whose, several)
