@@ -187,6 +187,13 @@ def in_full(name: str) -> bool:
     return ALL or name in CORE
 
 
+def of_the_turn(names: Iterable[str]) -> list[str]:
+    """The core, and those of the others whose turn it is; all of them where there are no turns."""
+    others = [name for name in names if name not in CORE]
+    turn = others if TURN is None or ALL else others[int(TURN) % N_TURNS :: N_TURNS]
+    return [name for name in names if name in CORE or name in turn]
+
+
 def of_each_layout(names: Iterable[str] = CONFIGS) -> list[str]:
     """Those of ``names`` that stand for a layout; all of them where ``PELLUCID_FAMILIES=all``."""
     return [name for name in names if ALL or name in (*CORE, *LAYOUTS)]

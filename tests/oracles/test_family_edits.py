@@ -20,7 +20,17 @@ from pellucid.errors import UnsupportedModelError
 from pellucid.hook_points import HookPoint
 from pellucid.model_bridge.reference_edits import REBUILT, reference_edit
 from pellucid.names import HookSpec
-from tests.families import CONFIGS, NO_FLOAT64, has_experts, in_float64, in_full, make_family, opted_in, smooth
+from tests.families import (
+    CONFIGS,
+    NO_FLOAT64,
+    has_experts,
+    in_float64,
+    in_full,
+    make_family,
+    of_the_turn,
+    opted_in,
+    smooth,
+)
 from tests.models import is_pristine, random_tokens
 
 
@@ -91,7 +101,7 @@ def test_an_edit_in_half_precision_is_the_oracles(family: str) -> None:
         check_edits(family, lambda bridge: points(bridge, 1), torch.bfloat16)
 
 
-@pytest.mark.parametrize("family", [family for family in CONFIGS if not in_full(family)])
+@pytest.mark.parametrize("family", [family for family in of_the_turn(CONFIGS) if not in_full(family)])
 def test_edits_of_the_others_in_turn(family: str) -> None:
     """A point without gradients, the next with them."""
     with torch.no_grad():

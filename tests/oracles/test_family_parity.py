@@ -15,7 +15,7 @@ from transformers import DynamicCache, StaticCache
 from pellucid import TransformerBridge
 from pellucid.errors import UnsupportedModelError
 from pellucid.hook_points import HookPoint
-from tests.families import CONFIGS, in_full, make_family, mask_of, native_arguments, opted_in
+from tests.families import CONFIGS, in_full, make_family, mask_of, native_arguments, of_the_turn, opted_in
 from tests.models import is_pristine, random_tokens
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -27,7 +27,7 @@ def look(tensor: Tensor, hook: HookPoint) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", of_the_turn(CONFIGS))
 def test_bits(family: str, dtype: torch.dtype) -> None:
     """Nothing hooked, every point cached, patterns and hidden states, with no, left and right padding."""
     native = make_family(family, dtype)
@@ -52,7 +52,7 @@ def test_bits(family: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("kind", [DynamicCache, StaticCache], ids=("dynamic", "static"))
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", of_the_turn(CONFIGS))
 def test_bits_in_chunks(family: str, kind: Any) -> None:
     """With a key/value cache, in chunks of 4, 4 and 1, the second time padded on the left."""
     native = make_family(family)
@@ -76,7 +76,7 @@ def test_bits_in_chunks(family: str, kind: Any) -> None:
             assert torch.equal(logits, wanted), start
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", of_the_turn(CONFIGS))
 def test_points_fire_once_in_the_order_of_the_index(family: str) -> None:
     bridge = TransformerBridge(make_family(family))
     fired: list[str] = []
@@ -88,7 +88,7 @@ def test_points_fire_once_in_the_order_of_the_index(family: str) -> None:
     assert fired == names
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", of_the_turn(CONFIGS))
 def test_shapes_are_those_of_the_axes(family: str) -> None:
     """Every point has the sizes that its axes say, and the dtype of its kind."""
     bridge = TransformerBridge(make_family(family, torch.bfloat16))
@@ -103,7 +103,7 @@ def test_shapes_are_those_of_the_axes(family: str) -> None:
             assert cache[name].dtype is wide[spec.kind], name
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", of_the_turn(CONFIGS))
 def test_a_run_from_a_layer_or_up_to_one(family: str) -> None:
     """A run that is given the residual of a block makes the full run's logits; one that stops gives that residual."""
     bridge = TransformerBridge(make_family(family))
@@ -122,7 +122,7 @@ def test_a_run_from_a_layer_or_up_to_one(family: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", of_the_turn(CONFIGS))
 def test_bits_of_a_fused_kernel(family: str, dtype: torch.dtype) -> None:
     """A model that runs sdpa has sdpa's bits while nobody looks at scores or pattern, eager's where all of them are."""
     native = make_family(family, dtype)

@@ -18,7 +18,7 @@ from pellucid.hook_points import HookPoint
 from pellucid.model_bridge.running.loading import read_adapter, read_config
 from pellucid.running_stats import MeanVariance
 from pellucid.sweep import Edit, LogitDifference, Scale, Sweep
-from tests.families import VOCAB, make_family
+from tests.families import VOCAB, make_family, of_the_turn
 from tests.models import is_pristine, random_tokens
 from tests.sweep.reference import whole_logits
 from tests.tiny_tokenizers import byte_level
@@ -53,7 +53,10 @@ def opened(model: Any) -> tuple[TransformerBridge, str]:
     return bridge, "\n".join(str(warning.message) for warning in said)
 
 
-@pytest.mark.parametrize("family", ["llama", "olmo2", "gemma2", "gptj", "qwen2_moe", "phi3", "gpt2", "gpt_neox"])
+UNDER_ANOTHER_NAME = ("llama", "olmo2", "gemma2", "gptj", "qwen2_moe", "phi3", "gpt2", "gpt_neox")
+
+
+@pytest.mark.parametrize("family", of_the_turn(UNDER_ANOTHER_NAME))
 def test_what_is_read_off_a_model_is_what_its_family_says(family: str) -> None:
     """A model of a known family under another name: the same points, with the same axes and aliases."""
     wanted = TransformerBridge(make_family(family))
