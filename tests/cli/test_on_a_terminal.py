@@ -22,10 +22,16 @@ termios = pytest.importorskip("termios")
 ROOT = Path(__file__).parents[2]
 
 
+def new_terminal() -> tuple[int, int]:
+    """Both sides of one of 80 columns: a new one has none, and no bar is drawn there."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    return ours, theirs
+
+
 def on_a_terminal(*arguments: str, until: str | None = None) -> str:
     """What a command writes to standard error, where that is a terminal; up to ``until``, after which it is ended."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))  # a new one has no columns
+    ours, theirs = new_terminal()
     environment = {**os.environ, "COLUMNS": "80", "TERM": "xterm"}
     with open(os.devnull, "r+") as nothing:
         streams = nothing.fileno(), nothing.fileno(), theirs
@@ -71,7 +77,7 @@ def test_a_bar_shows_on_the_embedded_model(command: str) -> None:
 
 
 def test_the_hubs_switch_turns_the_bars_off() -> None:
-    ours, theirs = pty.openpty()
+    ours, theirs = new_terminal()
     with subprocess.Popen(  # a real one: the switch is read when the hub's library is imported
         [sys.executable, "-m", "pellucid", "check", "demo", "--layers", "0"],
         stdout=subprocess.DEVNULL,
