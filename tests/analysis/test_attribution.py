@@ -13,11 +13,11 @@ from pellucid import TransformerBridge
 from pellucid.analysis.attribution import logit_attribution
 from pellucid.errors import InputError
 from pellucid.experiments.labelled import from_document, to_document
-from tests.families import CONFIGS, in_float64, make_family, of_each_layout
+from tests.families import CONFIGS, in_float64, make_family, of_each_layout, of_the_turn
 from tests.models import make_bloom, random_tokens
 
 BY = ("component", "head", "neuron", "source")
-FAMILIES = ("bloom", *in_float64(CONFIGS))
+FAMILIES = ("bloom", *of_the_turn(in_float64(CONFIGS)))
 
 
 def opened(family: str) -> TransformerBridge:

@@ -18,7 +18,7 @@ from pellucid.errors import InputError, PellucidWarning, UnsupportedModelError, 
 from pellucid.model_bridge.running import loading
 from pellucid.model_bridge.supported_architectures import architecture_of
 from pellucid.model_bridge.supported_architectures.gpt2 import GPT2
-from tests.families import CONFIGS, make_family
+from tests.families import CONFIGS, make_family, of_the_turn
 from tests.models import random_tokens
 from tests.published import CHECKPOINTS, small
 from tests.tiny_tokenizers import byte_level
@@ -56,7 +56,7 @@ def test_a_key_that_nobody_reads_is_named_once(name: str, tmp_path: Path) -> Non
     assert "dropout_everywhere" in lines[0]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", of_the_turn(CONFIGS))
 def test_no_key_that_transformers_reads_is_called_unread(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every attribute that running and generating asks the configuration for may be set without a warning."""
     model = make_family(name)
