@@ -17,7 +17,7 @@ from pellucid.analysis.criteria import compare_criteria, effects_of_criteria
 from pellucid.analysis.language_neurons import lape
 from pellucid.analysis.perplexity import perplexity_change
 from pellucid.analysis.relevance import NeuronRelevance, neuron_relevance
-from pellucid.errors import InputError, OtherJobError, UnsupportedModelError
+from pellucid.errors import InputError, OtherJobError, PellucidWarning, UnsupportedModelError
 from pellucid.running_stats import CountPositive
 from tests.families import CONFIGS, NO_FLOAT64, VOCAB, has_experts, make_family, of_each_layout
 
@@ -230,6 +230,16 @@ def test_interrupted_it_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: py
     with pytest.raises(OtherJobError, match="statistics"):
         neuron_relevance(bridge, corpus, batch_size=2, checkpoint=tmp_path, methods=["relp"])
     assert not bridge.live_hooks()
+
+
+def test_rows_of_a_corpus_may_end_with_the_padding_token() -> None:
+    """Texts are packed with the token that ends one between them, which pads too in many models: nothing is guessed."""
+    bridge = TransformerBridge(make_family("llama"))
+    pad = bridge.hf_model.config.pad_token_id
+    rows = Corpus.from_tokens({"x": [[5, 6, 7, 8, 9, pad], [8, 7, 6, 5, 4, pad]]}, context=6, packing="documents")
+    with pytest.warns(PellucidWarning, match="ends with the padding token"):  # where nobody knows what they are
+        bridge(torch.tensor([[5, 6, pad], [8, 7, pad]]))
+    neuron_relevance(bridge, rows, progress=False)  # a warning of ours is an error in these tests
 
 
 def test_moments_are_of_tokens() -> None:

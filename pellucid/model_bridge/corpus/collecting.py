@@ -31,6 +31,7 @@ from pellucid.model_bridge.corpus.corpus_pass import (
 )
 from pellucid.model_bridge.corpus.job_identity import job_identity
 from pellucid.model_bridge.running.runner import RunnableModel
+from pellucid.model_bridge.running.tokens import ids_as_given
 from pellucid.names import HookSpec, NamesFilter
 from pellucid.progress import progress_bar
 from pellucid.running_stats import Statistic
@@ -136,6 +137,7 @@ def collected_by(
     with (
         progress_bar(total=plan.n_tokens(counts), desc=title, unit=" tokens", show=progress) as bar,
         nullcontext() if saved is None else saved.interrupt_put_off(),
+        ids_as_given(),
     ):
         bar.update(sum(state.n_tokens.values()))
         for batch in corpus_pass(bridge, batches, shown, stop=stop, bar=bar, saved=saved):
