@@ -15,9 +15,10 @@ LONG = "Everyone has the right to life, liberty and security of person.\n" * 500
 # The process runs this before anything else. The signal is sent by the process itself, where it next puts a finished file in
 # its place after those that are waited for are there: a test that waits for them from outside is late on a slow machine (the
 # command was over before the signal came), and at any event at all (an import's open) somebody else's bare except may take
-# the interrupt.
+# the interrupt. Who runs the tests in the background of a script has SIGINT ignored, and every process of theirs begins so.
 SENT_WHEN_THERE = """
 import glob, os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 waiting = [True]
 def hook(event, arguments):
     if event in ("os.rename", "os.link") and waiting and len(glob.glob({files!r})) >= {count}:
@@ -50,7 +51,7 @@ def test_harvest_keeps_its_shards(tmp_path: Path) -> None:
         return sum(record.stem.isdecimal() for record in store.glob("*.json"))
 
     code, said = interrupted(command, tmp_path, "store/[0-9]*.json", count=2)
-    assert code == 130
+    assert code == 130, said
     assert said.splitlines()[-1] == (
         f"interrupted: {shards()} finished shards are kept in store: the same command goes on from there."
     )
@@ -67,7 +68,7 @@ def test_neurons_keeps_its_counts(kept: bool, tmp_path: Path) -> None:
     command += ["--measured-tokens", "0", "--examples", "0", "--out", "study"]
     counting = tmp_path / "study" / "counting"
     code, said = interrupted(command, tmp_path, "study/counting/*/*.safetensors" if kept else "study")
-    assert code == 130
+    assert code == 130, said
     state = any(counting.glob("*/*.safetensors"))
     assert state or not kept
     assert said.splitlines()[-1] == (
