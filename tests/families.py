@@ -173,18 +173,9 @@ def mask_of(tokens: Tensor, side: str | None) -> Tensor | None:
 CORE = ("llama", "gpt2", "gemma2", "gpt_neox")
 """Families that are always tested in full; the others in full where ``PELLUCID_FAMILIES=all`` (``scripts/check families``)."""
 
-LAYOUTS = ("llama-biased", "qwen3", "gemma3", "olmo2", "phi3", "stablelm-parallel", "gptj", "opt")
-"""With the core, one configuration of each layout: what is tested of every layout, where not of every family."""
-
 N_TURNS = 4
 TURN = os.environ.get("PELLUCID_TURN")
-if TURN is not None and not ALL:  # scripts/check takes the turn of the day; pytest alone has all layouts
-    LAYOUTS = LAYOUTS[int(TURN) % N_TURNS :: N_TURNS]
-
-
-def in_full(name: str) -> bool:
-    """Whether a family is tested in full here."""
-    return ALL or name in CORE
+"""``scripts/check`` takes the turn of the day; pytest alone has no turns."""
 
 
 def of_the_turn(names: Iterable[str]) -> list[str]:
@@ -192,6 +183,15 @@ def of_the_turn(names: Iterable[str]) -> list[str]:
     others = [name for name in names if name not in CORE]
     turn = others if TURN is None or ALL else others[int(TURN) % N_TURNS :: N_TURNS]
     return [name for name in names if name in CORE or name in turn]
+
+
+LAYOUTS = of_the_turn(("llama-biased", "qwen3", "gemma3", "olmo2", "phi3", "stablelm-parallel", "gptj", "opt"))
+"""With the core, one configuration of each layout: what is tested of every layout, where not of every family."""
+
+
+def in_full(name: str) -> bool:
+    """Whether a family is tested in full here."""
+    return ALL or name in CORE
 
 
 def of_each_layout(names: Iterable[str] = CONFIGS) -> list[str]:

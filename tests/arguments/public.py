@@ -1,13 +1,7 @@
 """Every public callable, found by walking the modules, and of those that no table tries, why not.
 
-WALKED = (
-    *(
-        f"{package.__name__}.{module.name}"
-        for package in (pellucid.analysis, pellucid.experiments, pellucid.scale)
-        for module in pkgutil.iter_modules(package.__path__)
-    ),
-    "pellucid.evals",
-    "pellucid.slices",
+Public is what a module lists in ``__all__``; of the modules in ``WALKED``, which have no such list, every name
+that does not begin with an underscore. Of a public class: itself, and the methods that Pellucid defines.
 """
 
 from __future__ import annotations
