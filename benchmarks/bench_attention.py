@@ -3,6 +3,7 @@
     python benchmarks/bench_attention.py              every case, writes results/attention_<hardware>_<yyyymm>.md
     python benchmarks/bench_attention.py --quick      fewer sizes
     python benchmarks/bench_attention.py --tiny       a tiny model, to try the program itself
+    python benchmarks/bench_attention.py --parts time --dtypes float32   one part alone; prints, and writes nothing
 
 The model is 560M-shaped but for its vocabulary, whose logits (2 GB at 2,048 tokens) would cover what attention takes.
 
@@ -48,6 +49,7 @@ from pellucid import TransformerBridge
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LENGTHS = (128, 512, 1024, 2048)
+PARTS = ("memory", "time")
 ROUTES = ("hugging face", "eager", "sdpa", "sdpa, one pattern kept")
 """Hugging Face's model; our exact path in every layer (a function that only looks at each ``hook_pattern``); the fused
 kernel in every layer; the fused kernel in all layers but one."""
@@ -138,7 +140,7 @@ def memory_of(route: str, dtype: str, batch: int, length: int, shape: Shape) -> 
     return Memory(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def report_memory(report: Report, shape: Shape, tiny: bool, quick: bool) -> None:
+def report_memory(report: Report, shape: Shape, dtypes: list[str], tiny: bool, quick: bool) -> None:
     """Growth by route, and by length."""
     report.section("Memory of one forward")
     sizes = [(1, 64), (2, 64)] if tiny else [(1, 512), (1, 1024), (1, 2048), (4, 1024)]
@@ -146,7 +148,7 @@ def report_memory(report: Report, shape: Shape, tiny: bool, quick: bool) -> None
         sizes = sizes[-2:-1]
     growth: dict[tuple[str, str, int, int], float] = {}
     rows = []
-    for dtype in DTYPES:
+    for dtype in dtypes:
         for batch, length in sizes:
             for route in ROUTES:
                 found = memory_of(route, dtype, batch, length, shape)
@@ -161,7 +163,7 @@ def report_memory(report: Report, shape: Shape, tiny: bool, quick: bool) -> None
         "holds scores and pattern at once, in each layer anew."
     )
     if not tiny:
-        for dtype in DTYPES:
+        for dtype in dtypes:
             ratio = growth[dtype, "sdpa", 1, 2048] / growth[dtype, "hugging face", 1, 2048]
             report.target(Target(f"peak memory at 1 x 2048, {dtype}: sdpa / Hugging Face", ratio, 0.5))
 
@@ -169,9 +171,11 @@ def report_memory(report: Report, shape: Shape, tiny: bool, quick: bool) -> None
 # -- time --------------------------------------------------------------------------------------------------------------
 
 
-def report_time(report: Report, shape: Shape, tiny: bool, quick: bool, rounds: int, clock: str) -> None:
+def report_time(
+    report: Report, shape: Shape, dtypes: list[str], tiny: bool, quick: bool, rounds: int, clock: str
+) -> None:
     """Time by length, every route on one model object."""
-    for dtype in DTYPES:
+    for dtype in dtypes:
         bridge = make_bridge(shape, dtype)
         for length in (16, 64) if tiny else LENGTHS[:-1] if quick else LENGTHS:
             report.section(f"Time of one forward, {dtype}, 1 x {length}")
@@ -195,6 +199,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a tiny model; writes nothing")
     parser.add_argument("--quick", action="store_true", help="memory at 1 x 2048 and time up to 1,024 tokens only")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--layers", type=int, help="fewer layers than 24, to be quicker; the file says how many")
     parser.add_argument("--rounds", type=int, default=48, help="at 128 tokens; fewer at more")
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu does not count the time of others")
@@ -213,9 +219,12 @@ def main() -> None:
     if arguments.note:
         report.say(f"- note: {arguments.note}")
     report.section(str(shape).replace(", float32", ""))
-    report_memory(report, shape, arguments.tiny, arguments.quick)
-    report_time(report, shape, arguments.tiny, arguments.quick, arguments.rounds, arguments.clock)
-    if not arguments.tiny:
+    dtypes, tiny, quick = arguments.dtypes, arguments.tiny, arguments.quick
+    if "memory" in arguments.parts:
+        report_memory(report, shape, dtypes, tiny, quick)
+    if "time" in arguments.parts:
+        report_time(report, shape, dtypes, tiny, quick, arguments.rounds, arguments.clock)
+    if not tiny and len(arguments.parts) == len(PARTS) and len(dtypes) == len(DTYPES):
         name = f"attention_{arguments.hardware}_{time.strftime('%Y%m')}.md"
         report.write(Path(__file__).parent / "results" / name)
 
