@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import signal
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from pellucid.demo.story import Story
 
 torch.set_num_threads(1)
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # tests send it; a run in the background of a script begins ignoring it
 gc.disable()  # while modules are imported: nearly all that they make stays
 
 

@@ -355,6 +355,23 @@ def test_an_interrupted_job_goes_on_with_equal_bits(stop_at: int, tmp_path: Path
         assert_same(everything(found)[key], state)
 
 
+def test_ctrl_c_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
+    bridge, _ = make_pair()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def press(tensor: Tensor, hook: Any) -> None:
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        os.kill(os.getpid(), signal.SIGINT)
+
+    handle = bridge.add_hook("blocks.0.mlp.hook_pre", press)[0]
+    try:
+        bridge.collect(documents_corpus(), {POST: [CountPositive()]}, checkpoint=tmp_path)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        handle.remove()
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_job_that_broke_down_goes_on_after_its_last_state(tmp_path: Path) -> None:
     bridge, _ = make_pair()
     corpus = documents_corpus()

@@ -304,11 +304,14 @@ class StateFolder(Generic[S]):
 
     @contextmanager
     def interrupt_put_off(self) -> Iterator[None]:
-        """Note the first Ctrl-C instead of raising, so that a batch is counted whole; the second one raises at once."""
-        if threading.current_thread() is not threading.main_thread():
+        """Note the first Ctrl-C instead of raising, so that a batch is counted whole; the second one raises at once.
+
+        Where Ctrl-C is ignored (a command in the background of a script) it stays so.
+        """
+        previous = signal.getsignal(signal.SIGINT)  # None: a handler that Python has not set, and cannot put back
+        if threading.current_thread() is not threading.main_thread() or previous in (signal.SIG_IGN, None):
             yield
             return
-        previous = signal.getsignal(signal.SIGINT)
 
         def note(number: int, frame: Any) -> None:
             if self._interrupted:
