@@ -11,6 +11,7 @@ that code which catches ``KeyError`` or ``ValueError`` goes on working::
     ├── HookNotFiredError      (RuntimeError)  a hook point that a forward passed without firing it
     ├── HookValueError         (ValueError)    a hook returned a wrong type, shape, dtype or device
     ├── NoEffectError          (RuntimeError)  ``assert_effect=True`` and an edit changed nothing
+    ├── NoReferenceError       (NotImplementedError) a hook point of the table that the oracle of edits does not know
     ├── GradientError          (RuntimeError)  a backward hook that cannot be honoured
     ├── InputError             (ValueError)    tokens, masks, keywords, sizes
     ├── UnsupportedModelError  (ValueError)    no decoder that we know, or one configured in a way we do not handle
@@ -66,6 +67,10 @@ class HookValueError(PellucidError, ValueError):
 
 class NoEffectError(PellucidError, RuntimeError):
     """``assert_effect=True`` was asked for and a hook left its tensor unchanged to the bit, or never ran."""
+
+
+class NoReferenceError(PellucidError, NotImplementedError):
+    """A hook point of a family's table for which ``reference_edits`` does not say what an edit there means."""
 
 
 class GradientError(PellucidError, RuntimeError):

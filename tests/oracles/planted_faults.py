@@ -2537,6 +2537,27 @@ FAULTS = (
         "tests/oracles/test_family_edits.py -k one_group",
     ),
     Fault(
+        "the oracle takes a point of attention that it does not know for the pattern",
+        "pellucid/model_bridge/reference_edits/decoder.py",
+        'if site != "hook_pattern":',
+        "if False:",
+        "tests/oracles/test_family_edits.py -k does_not_know",
+    ),
+    Fault(
+        "the oracle takes a point of an MLP that it does not know for the gate or what it is multiplied with",
+        "pellucid/model_bridge/reference_edits/decoder.py",
+        'if tail not in ("mlp.hook_pre", "mlp.hook_pre_linear"):',
+        "if False:",
+        "tests/oracles/test_family_edits.py -k does_not_know",
+    ),
+    Fault(
+        "a point whose reference was forgotten is left out of an unlisted model, silently",
+        "pellucid/model_bridge/verification/unlisted.py",
+        "                raise  # that says",
+        "                held = False  # that says",
+        "tests/oracles/test_family_edits.py -k forgotten",
+    ),
+    Fault(
         "a family without a table of positions is said to have one",
         "pellucid/model_bridge/family.py",
         'return "standard" if self.outside.pos_embed or not self.listed else "alibi"',

@@ -6,8 +6,10 @@ hooks and function modes. That of a gradient is the difference of two forwards.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -16,9 +18,11 @@ import torch
 from torch import Tensor
 
 from pellucid import TransformerBridge
-from pellucid.errors import UnsupportedModelError
+from pellucid.errors import NoReferenceError, UnsupportedModelError
 from pellucid.hook_points import HookPoint
 from pellucid.model_bridge.reference_edits import REBUILT, reference_edit
+from pellucid.model_bridge.running.loading import make_adapter
+from pellucid.model_bridge.supported_architectures import decoder
 from pellucid.names import HookSpec
 from tests.families import (
     CONFIGS,
@@ -31,7 +35,7 @@ from tests.families import (
     opted_in,
     smooth,
 )
-from tests.models import is_pristine, random_tokens
+from tests.models import is_pristine, make_bloom, random_tokens
 
 
 def points(bridge: TransformerBridge, *layers: int) -> list[HookSpec]:
@@ -186,6 +190,58 @@ def test_a_gradient_is_a_central_difference(family: str) -> None:
             bound = abs(whole - half) + 4 * noise_of_sum / step
             assert abs(found - expected) <= bound, f"{spec.name}: {found} is not {expected} within {bound}"
             assert bound <= (1e-4 if exact else 0.5) * abs(expected), f"{spec.name}: {bound} says little of {expected}"
+
+
+FORGOTTEN = [
+    ("llama", "hook_new", r"decoder.py \(DecoderEdits._outside"),
+    ("llama", "attn_ln.hook_scale", r"decoder.py \(DecoderEdits._norm"),
+    ("llama", "blocks.{i}.attn.q_norm.hook_scale", r"decoder.py \(DecoderEdits._norm"),
+    ("llama", "blocks.{i}.ln3.hook_out", r"decoder.py \(DecoderEdits._in_block"),
+    ("llama", "blocks.{i}.attn.hook_new", r"decoder.py \(DecoderEdits._attention"),
+    ("llama", "blocks.{i}.mlp.hook_new", r"decoder.py \(DecoderEdits._in_block or ._mlp"),
+    ("phi3", "blocks.{i}.mlp.hook_new", r"decoder.py \(DecoderEdits._in_block or ._mlp"),
+    ("opt", "blocks.{i}.mlp.hook_new", r"decoder.py \(DecoderEdits._in_block or ._mlp"),
+    ("qwen2_moe", "blocks.{i}.mlp.hook_new", r"decoder.py \(DecoderEdits._in_block or ._mlp"),
+    ("bloom", "hook_new", r"bloom.py \(install_bloom"),
+    ("bloom", "ln_new.hook_scale", r"bloom.py \(install_bloom"),
+    ("bloom", "ln_final.hook_new", r"bloom.py \(install_bloom"),
+    ("bloom", "blocks.{i}.mlp.hook_scale", r"bloom.py \(_install_in_block"),
+    ("bloom", "blocks.{i}.mlp.hook_new", r"bloom.py \(_install_in_block"),
+    ("bloom", "blocks.{i}.attn.hook_values", r"bloom.py \(_install_in_block"),
+]
+"""Points that no table has, each where the oracle chooses by a name."""
+
+
+@pytest.mark.parametrize(("family", "name", "where"), FORGOTTEN)
+def test_a_point_that_the_oracle_does_not_know_is_refused_by_name(family: str, name: str, where: str) -> None:
+    model: Any = make_bloom() if family == "bloom" else make_family(family)
+    component, _, site = name.rpartition(".")
+    spec = HookSpec(name, component, site, ("batch", "pos", "d_model"), "new")
+    spec = spec.at_layer(1) if "{i}" in name else spec
+    with (
+        pytest.raises(NoReferenceError, match=rf"^The hook table has {re.escape(name)}, .* Write it in \S+/{where}"),
+        reference_edit(model, spec, lambda tensor: tensor, make_adapter(model)),
+    ):
+        raise AssertionError("the oracle took it for another")
+    assert is_pristine(model)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "nobodys"])
+def test_a_point_whose_reference_was_forgotten_is_named(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A point that works, under a name that the oracle does not know; a model of no known family tries it when it opens."""
+    written = decoder.hook_table
+
+    def with_another(*arguments: Any) -> Any:
+        table = written(*arguments)
+        names = {"blocks.{i}.mlp.hook_pre": "blocks.{i}.mlp.hook_before"}
+        return replace(table, block=tuple(replace(each, name=names.get(each.name, each.name)) for each in table.block))
+
+    monkeypatch.setattr(decoder, "hook_table", with_another)
+    model = make_family("llama")
+    model.config.model_type = model_type
+    with pytest.raises(NoReferenceError, match=r"^The hook table has blocks\.\{i\}\.mlp\.hook_before, .*_mlp"):
+        TransformerBridge(model).verify(layers=[1], progress=False)
+    assert is_pristine(model)
 
 
 def test_the_oracle_reads_one_token_of_one_group() -> None:

@@ -34,6 +34,9 @@ def reference_edit(model: nn.Module, spec: HookSpec, edit: Edit, adapter: Archit
         spec: the hook point whose tensor is edited.
         edit: the edit.
         adapter: what says which family the model is of, and its sizes.
+
+    Raises:
+        NoReferenceError: nobody has written what an edit there is.
     """
     if adapter.family.block.adds_residual:
         handles = install_bloom(model, spec, edit)

@@ -15,11 +15,14 @@ from pellucid.model_bridge.reference_edits.tools import (
     Intercept,
     Remover,
     by_head,
+    no_reference,
     on_input,
     on_output,
     recompute,
 )
 from pellucid.names import HookSpec
+
+_NORM_SITES = ("hook_scale", "hook_normalized")
 
 
 def _norm_inside(norm: nn.Module, edit: Edit, of_scale: bool) -> Any:
@@ -39,6 +42,7 @@ def _norm_inside(norm: nn.Module, edit: Edit, of_scale: bool) -> Any:
 
 
 _PART = {"q": 0, "k": 1, "v": 2}
+_COPIES = {"hook_attn_in": "qkv", "hook_q_input": "q", "hook_k_input": "k", "hook_v_input": "v"}
 
 
 def _replace_parts(fused: Tensor, n_heads: int, parts: dict[int, Tensor]) -> Tensor:
@@ -69,7 +73,10 @@ def install_bloom(model: Any, spec: HookSpec, edit: Edit) -> list[Any]:
         return [outer[spec.name]()]
     norms = {"embed_ln": backbone.word_embeddings_layernorm, "ln_final": backbone.ln_f}
     if spec.layer is None:
-        return [_norm_inside(norms[spec.component], edit, spec.site == "hook_scale")]
+        component, _, site = spec.name.rpartition(".")
+        if component not in norms or site not in _NORM_SITES:
+            raise no_reference(spec.name, "bloom.py (install_bloom)")
+        return [_norm_inside(norms[component], edit, site == "hook_scale")]
     return _install_in_block(backbone.h[spec.layer], spec, edit)
 
 
@@ -77,9 +84,10 @@ def _install_in_block(block: Any, spec: HookSpec, edit: Edit) -> list[Any]:
     layer = cast(int, spec.layer)
     attention, mlp, n_heads = block.self_attention, block.mlp, block.self_attention.num_heads
     tail = spec.name.removeprefix(f"blocks.{layer}.")
-    if tail.endswith((".hook_scale", ".hook_normalized")):
-        norm = block.input_layernorm if tail.startswith("ln1") else block.post_attention_layernorm
-        return [_norm_inside(norm, edit, tail.endswith("hook_scale"))]
+    norms = {"ln1": block.input_layernorm, "ln2": block.post_attention_layernorm}
+    component, _, site = tail.rpartition(".")
+    if component in norms and site in _NORM_SITES:
+        return [_norm_inside(norms[component], edit, site == "hook_scale")]
     on_heads = by_head(edit, n_heads)
     simple: dict[str, Callable[[], Any]] = {
         "hook_resid_pre": lambda: on_input(block, edit),
@@ -141,21 +149,22 @@ def _install_on_fused(block: Any, tail: str, edit: Edit) -> list[Any]:
     """Edits of queries, keys and values and of the inputs that feed them."""
     attention = block.self_attention
     fused, n_heads = attention.query_key_value, attention.num_heads
-    site = tail.removeprefix("attn.")
-    if site in ("hook_q", "hook_k", "hook_v"):
-        index = _PART[site[-1]]
+    if tail in ("attn.hook_q", "attn.hook_k", "attn.hook_v"):
+        index = _PART[tail[-1]]
         return [
             on_output(fused, lambda out: _replace_parts(out, n_heads, {index: edit(_take_part(out, n_heads, index))}))
         ]
-    if site in ("q.hook_in", "k.hook_in", "v.hook_in"):
-        index = _PART[site[0]]
+    if tail in ("attn.q.hook_in", "attn.k.hook_in", "attn.v.hook_in"):
+        index = _PART[tail.removeprefix("attn.")[0]]
         return [
             recompute(
                 fused,
                 lambda x, out: _replace_parts(out, n_heads, {index: _take_part(fused(edit(x)), n_heads, index)}),
             )
         ]
-    parts = _PART.values() if site == "hook_attn_in" else [_PART[site.removeprefix("hook_")[0]]]
+    if tail not in _COPIES:
+        raise no_reference(f"blocks.{{i}}.{tail}", "bloom.py (_install_in_block)")
+    parts = [_PART[part] for part in _COPIES[tail]]
     residuals: list[Tensor] = []
 
     def remember(residual: Tensor) -> Tensor:

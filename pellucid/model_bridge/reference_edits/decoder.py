@@ -22,6 +22,7 @@ from pellucid.model_bridge.reference_edits.tools import (
     Intercept,
     Remover,
     by_head,
+    no_reference,
     on_input,
     on_output,
     recompute,
@@ -46,20 +47,27 @@ class DecoderEdits:
         self.backbone: Any = model.get_submodule(family.outside.backbone)
 
     def install(self, spec: HookSpec, edit: Edit) -> list[Any]:
-        """Handles (with ``remove``) or function modes that make one edit."""
+        """Handles (with ``remove``) or function modes that make one edit.
+
+        Raises:
+            NoReferenceError: nobody has written what an edit there is.
+        """
         if not self.family.mlp.name and spec.component.endswith((".ln2", ".mlp")):
             sizes: list[tuple[int, int]] = []
-            block = self.backbone.get_submodule(f"{self.family.outside.blocks}.{spec.layer}")
-            note = block.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[:2]))
             # There the block has rows and positions as one axis.
-            return [note, *self._install(spec, lambda flat: edit(flat.unflatten(0, sizes[-1])).flatten(0, 1))]
+            made = self._install(spec, lambda flat: edit(flat.unflatten(0, sizes[-1])).flatten(0, 1))
+            block = self.backbone.get_submodule(f"{self.family.outside.blocks}.{spec.layer}")
+            return [block.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[:2])), *made]
         return self._install(spec, edit)
 
     def _install(self, spec: HookSpec, edit: Edit) -> list[Any]:
         if spec.name.endswith((".hook_scale", ".hook_normalized")):
             return [self._norm_inside(self._norm(spec), edit, spec.name.endswith("hook_scale"))]
         if spec.layer is None:
-            return [self._outside(edit)[spec.name]()]
+            outside = self._outside(edit)
+            if spec.name not in outside:
+                raise no_reference(spec.name, "decoder.py (DecoderEdits._outside)")
+            return [outside[spec.name]()]
         tail = spec.name.removeprefix(f"blocks.{spec.layer}.")
         block = self.backbone.get_submodule(f"{self.family.outside.blocks}.{spec.layer}")
         return self._in_block(block, tail, edit)
@@ -95,14 +103,20 @@ class DecoderEdits:
 
     def _norm(self, spec: HookSpec) -> nn.Module:
         block, outside = self.family.block, self.family.outside
-        name = spec.component.rpartition(".")[2]
-        if spec.layer is None:
-            return cast(
-                nn.Module,
-                self.backbone.get_submodule({"ln_final": outside.final_norm, "embed_ln": outside.embed_norm}[name]),
-            )
-        inside = {"ln1": block.ln1, "ln2": block.ln2, "ln1_post": block.ln1_post, "ln2_post": block.ln2_post}[name]
-        return cast(nn.Module, self.backbone.get_submodule(f"{outside.blocks}.{spec.layer}.{inside}"))
+        inside = f"{outside.blocks}.{spec.layer}"
+        paths = {
+            "ln_final": outside.final_norm,
+            "embed_ln": outside.embed_norm,
+            f"blocks.{spec.layer}.ln1": f"{inside}.{block.ln1}",
+            f"blocks.{spec.layer}.ln2": f"{inside}.{block.ln2}",
+            f"blocks.{spec.layer}.ln1_post": f"{inside}.{block.ln1_post}",
+            f"blocks.{spec.layer}.ln2_post": f"{inside}.{block.ln2_post}",
+        }
+        component = spec.name.rpartition(".")[0]
+        if component not in paths:
+            name = spec.name.replace(f"blocks.{spec.layer}.", "blocks.{i}.")
+            raise no_reference(name, "decoder.py (DecoderEdits._norm)")
+        return cast(nn.Module, self.backbone.get_submodule(paths[component]))
 
     def _norm_inside(self, norm: nn.Module, edit: Edit, of_scale: bool) -> Any:
         kind = self.family.norm
@@ -172,10 +186,12 @@ class DecoderEdits:
         if tail.startswith("mlp."):
             width = cfg.sizes()["d_mlp"]
             return [self._mlp(mlp, tail, edit, width)]
-        site = tail.removeprefix("attn.")
-        if site in ("hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input"):
-            parts = "qkv" if site == "hook_attn_in" else site[5]
+        if tail in ("hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input"):
+            parts = "qkv" if tail == "hook_attn_in" else tail[5]
             return self._copies(block, attention, parts, edit)
+        if not tail.startswith("attn."):
+            raise no_reference(f"blocks.{{i}}.{tail}", "decoder.py (DecoderEdits._in_block)")
+        site = tail.removeprefix("attn.")
         if self.family.attention.qkv and site in ("q.hook_in", "k.hook_in", "v.hook_in"):
             fused = attention.get_submodule(self.family.attention.qkv)
             return [recompute(fused, lambda x, out: self._with_part(out, site[0], self._part(fused(edit(x)), site[0])))]
@@ -234,6 +250,8 @@ class DecoderEdits:
 
     def _mlp(self, mlp: Any, tail: str, edit: Edit, width: int) -> Any:
         names = self.family.mlp
+        if tail not in ("mlp.hook_pre", "mlp.hook_pre_linear"):
+            raise no_reference(f"blocks.{{i}}.{tail}", "decoder.py (DecoderEdits._in_block or ._mlp)")
         if names.gate_up:
             first = slice(0, width) if tail == "mlp.hook_pre" else slice(width, 2 * width)
             return on_output(mlp.get_submodule(names.gate_up), lambda out: _replaced(out, first, edit))
@@ -273,6 +291,8 @@ class DecoderEdits:
             return _Inside(attention, Intercept(torch.matmul, 0, _heads_first(edit), on_input=True))
         if site == "hook_attn_scores":
             return _Inside(attention, Intercept(F.softmax, 0, edit, on_input=True))
+        if site != "hook_pattern":
+            raise no_reference(f"blocks.{{i}}.attn.{site}", "decoder.py (DecoderEdits._attention)")
         if names.pattern_at not in ("dropout", "softmax"):
             return on_output(attention.get_submodule(names.pattern_at), edit)
         function = F.dropout if names.pattern_at == "dropout" else F.softmax

@@ -8,8 +8,25 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pellucid.errors import NoReferenceError
+
 Edit = Callable[[Tensor], Tensor]
 """The tensor at a hook point to what goes on in its place. Must not write in place."""
+
+
+def no_reference(name: str, where: str) -> NoReferenceError:
+    """The error for a point that the oracle does not know.
+
+    Args:
+        name: the point as the table has it, ``{i}`` for the layer.
+        where: the function that would have to make the edit, with the name of its file.
+    """
+    return NoReferenceError(
+        f"The hook table has {name}, and the oracle of edits does not say what an edit there is in Hugging Face's modules, "
+        f"so that nothing can be held against it. Write it in pellucid/model_bridge/reference_edits/{where}; if Hugging "
+        "Face does not compute the tensor, its site is in REBUILT of __init__.py too. CONTRIBUTING.md, Adding a hook point, "
+        "says how."
+    )
 
 
 class Intercept(TorchFunctionMode):

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from pellucid.errors import PellucidError, UnsupportedModelError, warn
+from pellucid.errors import NoReferenceError, PellucidError, UnsupportedModelError, warn
 from pellucid.model_bridge.hooking.mounting import ComponentTree
 from pellucid.model_bridge.verification.check_tools import CheckedBridge
 from pellucid.model_bridge.verification.self_check import Checker
@@ -68,6 +68,8 @@ def _not_alive(checker: Checker) -> Iterator[str]:
         if spec.layer is None or spec.layer in checker.layers:
             try:
                 held = all(result.held for result in checker.liveness(spec))
+            except NoReferenceError:
+                raise  # that says something of the oracle, nothing of the model
             except (PellucidError, RuntimeError, AttributeError, TypeError, IndexError):
                 held = False  # of whatever kind: the point cannot be used
             if not held:
