@@ -29,10 +29,11 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 from torch import Tensor
 
-from pellucid.arguments import check_choice, check_function, check_whole
+from pellucid.arguments import check_choice, check_function, check_texts, check_whole
 from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
 from pellucid.hook_introspection import HookIntrospectionMixin as HookIntrospectionMixin
 from pellucid.hook_values import (
+    AsItWas,
     HookedFunction,
     add_note,
     bits_differ,
@@ -91,6 +92,7 @@ class LensHandle:
         reads_only: a caching function of ours, which never writes.
         must_change: ``assert_effect``: note whether the tensor was changed.
         level: the context level that ``add_hook`` was given, if any.
+        aliases: names under which it is called, once each, in the place of ``name``.
     """
 
     point: HookPoint
@@ -102,6 +104,7 @@ class LensHandle:
     reads_only: bool = False
     must_change: bool = False
     level: int | None = None
+    aliases: tuple[str, ...] = ()
     calls: int = field(default=0, init=False)
     changed: bool = field(default=False, init=False)
 
@@ -213,11 +216,8 @@ class HookPoint(NoTorchHooks):
 
     def torch_hooks_go_to(self) -> str | None:
         """See :class:`NoTorchHooks`."""
-        return (
-            None
-            if self.owner is None
-            else f"Attach the function to the point: bridge.add_hook({self.name!r}, function)."
-        )
+        instead = f"Attach the function to the point: bridge.add_hook({self.name!r}, function)."
+        return None if self.owner is None else instead
 
     def __repr__(self) -> str:
         parts = [] if self.name is None else [repr(self.name)]
@@ -235,7 +235,7 @@ class HookPoint(NoTorchHooks):
                 function = handle.user_hook
                 function = copy.deepcopy(function, memo) if isinstance(function, HookedFunction) else function
                 copied = LensHandle(clone, function, handle.direction, handle.name, handle.is_permanent)
-                copied.level, copied.scope = handle.level, Scope()
+                copied.level, copied.aliases, copied.scope = handle.level, handle.aliases, Scope()
                 copied.scope.everywhere = True
                 clone.put(copied)
         clone.owner = copy.deepcopy(self.owner, memo)  # which knows the points in use, and is being copied itself
@@ -246,10 +246,8 @@ class HookPoint(NoTorchHooks):
         def lasting(handles: list[LensHandle]) -> list[LensHandle]:
             return [handle for handle in handles if handle.scope.everywhere and not handle.scope.closed]
 
-        return {
-            **vars(self),
-            "_attached": {direction: lasting(handles) for direction, handles in self._attached.items()},
-        }
+        attached = {direction: lasting(handles) for direction, handles in self._attached.items()}
+        return {**vars(self), "_attached": attached}
 
     @property
     def fwd_hooks(self) -> list[LensHandle]:
@@ -270,6 +268,7 @@ class HookPoint(NoTorchHooks):
         is_permanent: bool = False,
         level: int | None = None,
         prepend: bool = False,
+        alias_names: Sequence[str] | None = None,
     ) -> LensHandle:
         """Attach ``hook``, called as ``hook(tensor, hook=point)``.
 
@@ -279,17 +278,19 @@ class HookPoint(NoTorchHooks):
             is_permanent: keep it when hooks are reset.
             level: a context level of the caller's own, by which ``remove_hooks`` and ``has_hooks`` find it.
             prepend: run it before the functions already attached.
+            alias_names: call it once for each of these names (``hook.name`` then), on what the call before left.
 
         Returns:
             A handle whose ``remove()`` detaches it.
 
         Raises:
-            InputError: another direction.
+            InputError: another direction; names that are none.
         """
         check_function("hook", hook, "a function of a tensor and its hook point")
         check_choice("dir", dir, ("fwd", "bwd"))
         own_level = None if level is None else check_whole("level", level)
-        handle = LensHandle(self, hook, dir, self.name, is_permanent, level=own_level)
+        aliases = () if alias_names is None else tuple(check_texts("alias_names", alias_names))
+        handle = LensHandle(self, hook, dir, self.name, is_permanent, level=own_level, aliases=aliases)
         return attach_for_good((handle,), self.owner, prepend)[0]
 
     def add_perma_hook(self, hook: HookFunction, dir: Direction = "fwd") -> LensHandle:
@@ -416,25 +417,15 @@ class HookPoint(NoTorchHooks):
             if copy_before_edit and shown is value:
                 # A copy for one branch: its gradient is that branch's alone, so it needs a place in the graph.
                 shown = value.view_as(value)
-            shown = self._register_backward(shown, backward)
+            shown = with_a_gradient(shown, str(backward[0].name))
+            shown.register_hook(partial(_run_backward, self, tuple(backward)))
         return shown
 
     def _run_forward(self, value: Tensor, handles: Sequence[LensHandle], copies: bool) -> Tensor:
-        conversion = self.hook_conversion
-        shown = value.clone() if copies else value
-        if conversion is not None:
-            shown = conversion.convert(shown)
-        for handle in handles:
-            shown = _call(handle, shown)
-        if conversion is not None:
-            shown = conversion.revert(shown)
+        shown = _through(self.hook_conversion, value.clone() if copies else value, handles)
+        if self.hook_conversion is not None:
             check_returned(shown, value, handles[-1].who, "the conversion rule's revert gave")
         return laid_out_as(value, shown)
-
-    def _register_backward(self, value: Tensor, handles: Sequence[LensHandle]) -> Tensor:
-        value = with_a_gradient(value, str(handles[0].name))
-        value.register_hook(partial(_run_backward, self, tuple(handles)))
-        return value
 
 
 def attach_for_good(handles: Sequence[LensHandle], owner: PointOwner | None, prepend: bool = False) -> HookHandles:
@@ -469,32 +460,41 @@ def attach_for_good(handles: Sequence[LensHandle], owner: PointOwner | None, pre
 
 
 def _run_backward(point: HookPoint, handles: tuple[LensHandle, ...], gradient: Tensor) -> Tensor:
-    conversion = point.hook_conversion
     shown = gradient if all(handle.reads_only for handle in handles) else gradient.clone()
-    if conversion is not None:
-        shown = conversion.convert(shown)
+    return _through(point.hook_conversion, shown, handles)
+
+
+def _through(conversion: BaseTensorConversion | None, value: Tensor, handles: Sequence[LensHandle]) -> Tensor:
+    """What functions leave of ``value``, shown by ``conversion``; ``value`` itself where they only looked."""
+    shown = value if conversion is None else conversion.convert(value)
+    before = None if conversion is None else AsItWas(shown)
+    gave = False
     for handle in handles:
-        shown = _call(handle, shown)
-    return shown if conversion is None else conversion.revert(shown)
+        given = _call(handle, shown)
+        shown, gave = (shown, gave) if given is None else (given, True)
+    if conversion is None or before is None:
+        return shown
+    return value if not gave and before.is_still(shown) else conversion.revert(shown)
 
 
-def _call(handle: LensHandle, shown: Tensor) -> Tensor:
-    point = handle.point
-    view = point if handle.name is None or handle.name == point.name else NamedHook(point, handle.name)
+def _call(handle: LensHandle, shown: Tensor) -> Tensor | None:
+    """What the function gave to go on, ``None`` if it gave nothing."""
+    point, gave = handle.point, None
     before = shown.detach().clone() if handle.must_change else None
-    shape = shown.shape
-    try:
-        result = outside_run(handle.user_hook, shown, hook=view)
-    except BaseException as error:
-        add_note(error, f"raised by the hook {describe_function(handle.user_hook)} on {handle.name}")
-        raise
-    if handle.direction == "bwd" and isinstance(result, tuple) and len(result) == 1:
-        result = result[0]  # torch's own backward hooks return one-tuples
-    if result is None and shown.shape == shape:
-        result = shown  # the name of a function takes longer to find than this
-    elif result is not shown:
-        result = what_goes_on(result, shown, shape, handle.who)
-    handle.calls += 1
-    if before is not None:
-        handle.changed = handle.changed or bool(bits_differ(before, result).any())
-    return result
+    for name in handle.aliases or (handle.name,):
+        view = point if name is None or name == point.name else NamedHook(point, name)
+        shape = shown.shape
+        try:
+            result = outside_run(handle.user_hook, shown, hook=view)
+        except BaseException as error:
+            add_note(error, f"raised by the hook {describe_function(handle.user_hook)} on {name}")
+            raise
+        if handle.direction == "bwd" and isinstance(result, tuple) and len(result) == 1:
+            result = result[0]  # torch's own backward hooks return one-tuples
+        if result is shown:  # the name of a function takes longer to find than this
+            gave = shown
+        elif result is not None or shown.shape != shape:
+            shown = gave = what_goes_on(result, shown, shape, handle.who)
+        handle.calls += 1
+    handle.changed |= before is not None and bool(bits_differ(before, shown).any())
+    return gave

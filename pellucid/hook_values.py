@@ -147,6 +147,22 @@ def _overlaps(tensor: Tensor) -> bool:
     return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
+class AsItWas:
+    """A tensor before functions are shown it, to tell those that only look from those that write to it.
+
+    Args:
+        tensor: the very tensor that they are shown.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._bits, self._made_by = tensor.detach().clone(), tensor.grad_fn
+
+    def is_still(self, tensor: Tensor) -> bool:
+        """Whether nobody wrote to it, cut it off, or waits for its gradient, which it gets only if it goes on."""
+        waits = tensor.retains_grad or bool(tensor._backward_hooks)
+        return not waits and tensor.grad_fn is self._made_by and not bool(bits_differ(self._bits, tensor).any())
+
+
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

@@ -429,6 +429,13 @@ REFUSED: list[Line] = [
             ("HookPoint.add_perma_hook", "hook"),
         )
     ),
+    (
+        "HookPoint.add_hook",
+        {"alias_names": "hook_z"},
+        r"alias_names is a list of strings; found the string .*\['hook_z'\]",
+    ),
+    ("HookPoint.add_hook", {"alias_names": []}, "alias_names is a list of strings; found an empty one"),
+    ("HookPoint.add_hook", {"alias_names": [""]}, "an entry of alias_names is a string"),
     *(
         (name, {"dir": "forward"}, "Invalid dir: 'forward'")
         for name in (

@@ -197,7 +197,8 @@ def hooks_on(model: RunnableModel) -> list[Json]:
             ) from None
         name = describe_function(handle.user_hook).partition(" ")[0]
         at = str(handle.point.name)
-        found.append({"name": f"{at}: {name}", "direction": handle.direction, "sha256": sha256})
+        called: dict[str, Json] = {"aliases": list(handle.aliases)} if handle.aliases else {}
+        found.append({"name": f"{at}: {name}", "direction": handle.direction, "sha256": sha256, **called})
     return found
 
 

@@ -1,0 +1,148 @@
+"""Calls that code written for TransformerLens makes: a hook called by several names, or under a conversion."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pellucid import HookPoint, TransformerBridge
+from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
+from pellucid.model_bridge.corpus.job_identity import hooks_on
+from tests.models import make_pair, random_tokens
+
+POINT = "blocks.1.attn.hook_z"
+
+
+@pytest.fixture(scope="module")
+def bridge() -> TransformerBridge:
+    return make_pair()[0]
+
+
+class OutOfTrue(BaseTensorConversion):
+    """Doubles, and on the way back adds: what comes back unchanged shows that nothing went through it."""
+
+    def handle_conversion(self, input_value: Any, *full_context: Any) -> Any:
+        return input_value * 2
+
+    def revert(self, input_value: Any, *full_context: Any) -> Any:
+        return input_value + 100
+
+
+class Transposed(BaseTensorConversion):
+    """A view, so that a function can write through it."""
+
+    def handle_conversion(self, input_value: Any, *full_context: Any) -> Any:
+        return input_value.transpose(0, 1)
+
+    def revert(self, input_value: Any, *full_context: Any) -> Any:
+        return input_value.transpose(0, 1)
+
+
+def by_name(seen: list[tuple[str, float]]) -> Any:
+    """A function that adds 10 under one name, and under others only looks."""
+
+    def function(tensor: Tensor, hook: Any) -> Tensor | None:
+        seen.append((hook.name, tensor.flatten()[0].item()))
+        return tensor + 10 if hook.name == "adds" else None
+
+    return function
+
+
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+def test_a_function_with_several_names_is_called_once_for_each(direction: Any) -> None:
+    point, seen = HookPoint(), list[tuple[str, float]]()
+    handle = point.add_hook(by_name(seen), dir=direction, alias_names=("looks", "adds", "looks after"))
+    x = torch.tensor([2.0], requires_grad=True)
+    out = point(x)
+    (3 * out).backward()
+    start = 2.0 if direction == "fwd" else 3.0
+    assert seen == [("looks", start), ("adds", start), ("looks after", start + 10)]
+    assert (out.item(), x.grad.item()) == ((12.0, 3.0) if direction == "fwd" else (2.0, 13.0))  # type: ignore[union-attr]
+    assert (point.handles(), handle.calls) == ([handle], 3)
+    clone = copy.deepcopy(point)
+    clone(torch.tensor([0.0], requires_grad=True)).backward()
+    assert [name for name, _ in seen[3:]] == ["looks", "adds", "looks after"]
+    handle.remove()
+    assert point(x) is x
+    assert not point.has_hooks()
+
+
+def test_names_of_a_function_on_a_bridge(bridge: TransformerBridge) -> None:
+    tokens, seen = random_tokens(), list[tuple[str, float]]()
+    function = by_name(seen)
+    once = bridge.run_with_hooks(tokens, fwd_hooks=[(POINT, lambda tensor, hook: tensor + 10)])
+    handle = bridge.hook_dict[POINT].add_hook(function, alias_names=["adds", "blocks.1.attn.hook_z"])
+    assert torch.equal(bridge(tokens), once)
+    assert [name for name, _ in seen] == ["adds", "blocks.1.attn.hook_z"]
+    named = hooks_on(bridge)
+    handle.remove()
+    with bridge.hooks(fwd_hooks=[(POINT, function)]):
+        assert hooks_on(bridge) != named  # what a job computes depends on the names
+
+
+def gives_nothing(tensor: Tensor, hook: Any) -> None:
+    pass
+
+
+def writes(tensor: Tensor, hook: Any) -> None:
+    tensor.add_(1)
+
+
+def gives_it_back(tensor: Tensor, hook: Any) -> Tensor:
+    return tensor
+
+
+def test_a_look_through_a_conversion_changes_no_bit() -> None:
+    x, point = torch.tensor([1.0, 2.0]), HookPoint()
+    point.enable_reshape(OutOfTrue())
+    wanted = {gives_nothing: x, writes: 2 * x + 101, gives_it_back: 2 * x + 100}
+    for function, expected in wanted.items():
+        handle = point.add_hook(function)
+        assert torch.equal(point(x), expected), function
+        handle.remove()
+    point.add_hook(by_name([]), alias_names=["looks", "adds", "looks after"])
+    assert torch.equal(point(x), 2 * x + 110)
+
+
+def test_a_gradient_that_is_looked_at_through_a_conversion() -> None:
+    for function, expected in ((gives_nothing, 3.0), (writes, 107.0), (gives_it_back, 106.0)):
+        x, point = torch.ones(2, requires_grad=True), HookPoint()
+        point.enable_reshape(OutOfTrue())
+        point.add_hook(function, dir="bwd")
+        (3 * point(x)).sum().backward()
+        assert torch.equal(x.grad, torch.full((2,), expected)), function  # type: ignore[arg-type]
+
+
+def test_a_function_that_writes_waits_or_cuts_through_a_conversion_is_no_look() -> None:
+    kept: list[Tensor] = []
+
+    def waits(tensor: Tensor, hook: Any) -> None:
+        tensor.retain_grad()
+        kept.append(tensor)
+
+    def listens(tensor: Tensor, hook: Any) -> None:
+        tensor.register_hook(kept.append)
+
+    for function in (waits, listens):
+        x, point = torch.randn(3, 2, requires_grad=True), HookPoint()
+        point.enable_reshape(Transposed())
+        point.add_hook(function)
+        point(x).square().sum().backward()
+        found = kept[-1].grad if function is waits else kept[-1]
+        assert torch.equal(found, 2 * x.detach().T)  # type: ignore[arg-type]
+
+    def cuts(tensor: Tensor, hook: Any) -> None:
+        tensor.detach_()
+
+    x, point = torch.randn(3, 2, requires_grad=True), HookPoint()
+    point.enable_reshape(OutOfTrue())
+    point.add_hook(cuts)
+    assert not point(x).requires_grad
+    x, point = torch.randn(3, 2), HookPoint()
+    point.enable_reshape(Transposed())
+    point.add_hook(writes)
+    assert torch.equal(point(x.clone()), x + 1)
