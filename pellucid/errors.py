@@ -12,7 +12,7 @@ that code which catches ``KeyError`` or ``ValueError`` goes on working::
     ├── HookValueError         (ValueError)    a hook returned a wrong type, shape, dtype or device
     ├── NoEffectError          (RuntimeError)  ``assert_effect=True`` and an edit changed nothing
     ├── NoReferenceError       (NotImplementedError) a hook point of the table that the oracle of edits does not know
-    ├── GradientError          (RuntimeError)  a backward hook that cannot be honoured
+    ├── GradientError          (RuntimeError, ValueError)  a backward hook that cannot be honoured
     ├── InputError             (ValueError)    tokens, masks, keywords, sizes
     ├── UnsupportedModelError  (ValueError)    no decoder that we know, or one configured in a way we do not handle
     ├── WeightError            (ValueError)    weights with a wrong name, shape or dtype, not finite or not readable
@@ -73,8 +73,8 @@ class NoReferenceError(PellucidError, NotImplementedError):
     """A hook point of a family's table for which ``reference_edits`` does not say what an edit there means."""
 
 
-class GradientError(PellucidError, RuntimeError):
-    """A backward hook, or a backward pass, that cannot be honoured."""
+class GradientError(PellucidError, RuntimeError, ValueError):
+    """A backward hook, or a backward pass, that cannot be honoured: what autograd would raise, said beforehand."""
 
 
 class InputError(PellucidError, ValueError):

@@ -1,4 +1,4 @@
-"""Calls that code written for TransformerLens makes: a hook called by several names, or under a conversion."""
+"""Calls that code written for TransformerLens makes: a hook called by several names, or under a conversion; what it catches."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from pellucid import HookPoint, TransformerBridge
 from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
+from pellucid.errors import GradientError
 from pellucid.model_bridge.corpus.job_identity import hooks_on
-from tests.models import make_pair, random_tokens
+from tests.models import is_pristine, make_pair, random_tokens
 
 POINT = "blocks.1.attn.hook_z"
 
@@ -146,3 +147,15 @@ def test_a_function_that_writes_waits_or_cuts_through_a_conversion_is_no_look() 
     point.enable_reshape(Transposed())
     point.add_hook(writes)
     assert torch.equal(point(x.clone()), x + 1)
+
+
+def test_gradients_with_the_cache_are_of_the_loss_that_is_asked_for(bridge: TransformerBridge) -> None:
+    tokens = random_tokens()
+    for kind in ("both", "logits_and_cache", None):
+        with pytest.raises(ValueError, match="a scalar output: ask for it, return_type='loss'; found return_type="):
+            bridge.run_with_cache(tokens, incl_bwd=True, return_type=kind)  # type: ignore[arg-type]
+    for kind in (ValueError, RuntimeError, GradientError):  # TransformerLens' class, autograd's, ours
+        with torch.no_grad(), pytest.raises(kind, match="gradient tracking is off"):  # type: ignore[arg-type]
+            bridge.run_with_cache(tokens, incl_bwd=True, return_type="loss")
+    assert is_pristine(bridge.hf_model)
+    assert all(parameter.grad is None for parameter in bridge.parameters())

@@ -241,7 +241,8 @@ class RunMethods(HookMethods):
             start_at_layer: see :meth:`forward`.
             pos_slice: which positions of the run to keep: one, a range ``(start, stop[, step])``, a list or a mask; other
                 positions are never stored. Virtual positions of a wrapper (prompt tuning) are counted.
-            incl_bwd: run ``backward()`` on the loss and keep gradients too, under ``name + "_grad"``.
+            incl_bwd: run ``backward()`` on the loss and keep gradients too, under ``name + "_grad"``; the output
+                is the loss (``return_type`` is left, or ``"loss"``).
             reset_hooks_end: ``False`` leaves the caching functions on: the cache then holds what the last run showed them.
                 Not with ``remove_batch_dim``.
             clear_contexts: empty every point's ``ctx`` afterwards.
@@ -257,14 +258,19 @@ class RunMethods(HookMethods):
         Raises:
             CacheTooLargeError: see ``max_cache_bytes``.
             GradientError: ``incl_bwd`` while gradients are off.
+            InputError: see :meth:`forward`; ``incl_bwd`` of what is no single number.
         """
         if incl_bwd:
-            if return_type not in ("loss", "logits"):
-                raise InputError(f"incl_bwd runs backward() on the loss; found return_type={return_type!r}.")
+            if return_type not in ("loss", "logits") or loss_per_token:
+                found = "loss_per_token=True" if loss_per_token else f"return_type={return_type!r}"
+                raise InputError(
+                    "incl_bwd runs backward() on the mean loss, a scalar output: ask for it, return_type='loss'; found "
+                    f"{found}. For another number use the functions of get_caching_hooks(incl_bwd=True)."
+                )
             if not torch.is_grad_enabled():
-                raise GradientError("incl_bwd needs gradients, and they are off (torch.no_grad or inference_mode).")
-            if loss_per_token:
-                raise InputError("incl_bwd runs backward() on the mean loss; loss_per_token=True has no single number.")
+                raise GradientError(
+                    "incl_bwd needs gradients, and gradient tracking is off (torch.no_grad or inference_mode)."
+                )
             return_type = "loss"
         prepared = self.runner.prepare_run(
             input,
