@@ -39,7 +39,7 @@ DIFFERENT: Mapping[str, Mapping[str, str]] = {
         "generate_stream": "the tokens of one `generate`; between two items nothing runs",
         "get_caching_hooks": "entries under the canonical name, which is the older one (`hook_resid_pre`, not `hook_in`)",
         "get_hook_point": "a wrong name is an error; there `None`",
-        "get_params": "the same as `tl_parameters`",
+        "get_params": "the same as `tl_parameters`; no zeros for a position table that the model has not",
         "hook_dict": "each point once, looked up by any name; a mapping, no `dict`",
         "hook_points": "a list",
         "mod_dict": "components and points; the Hugging Face modules are in `hf_model`",

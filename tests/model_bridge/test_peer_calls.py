@@ -159,3 +159,17 @@ def test_gradients_with_the_cache_are_of_the_loss_that_is_asked_for(bridge: Tran
             bridge.run_with_cache(tokens, incl_bwd=True, return_type="loss")
     assert is_pristine(bridge.hf_model)
     assert all(parameter.grad is None for parameter in bridge.parameters())
+
+
+def test_a_changed_configuration_is_no_other_model() -> None:
+    bridge, _ = make_pair()
+    wanted = bridge.get_params()
+    for wrong in (2, 5):
+        bridge.cfg.n_layers = wrong
+        for call in (bridge.get_params, bridge.tl_parameters, lambda: bridge.W_Q):
+            with pytest.raises(
+                ValueError, match=f"Configuration mismatch: cfg.n_layers is {wrong}, and 3 blocks found"
+            ):
+                call()
+    bridge.cfg.n_layers = 3
+    assert bridge.get_params().keys() == wanted.keys()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pellucid.arguments import check_path
 from pellucid.config import TransformerBridgeConfig
-from pellucid.errors import PellucidWarning, WeightError, warn
+from pellucid.errors import InputError, PellucidWarning, WeightError, warn
 from pellucid.factored_matrix import FactoredMatrix
 from pellucid.model_bridge.hooking.mounting import ComponentTree
 from pellucid.model_bridge.running.tokens import TokenRules, as_ids
@@ -187,7 +187,13 @@ class WeightMethods:
         return ResidualStream(self._tree, self._folds_on_access())
 
     def _blocks(self) -> list[Any]:
-        return list(self._tree.blocks)
+        blocks, said = list(self._tree.blocks), self._tree.adapter.cfg.n_layers
+        if len(blocks) != said:
+            raise InputError(
+                f"Configuration mismatch: cfg.n_layers is {said}, and {len(blocks)} blocks found. cfg says what the "
+                f"model is and does not change it: set cfg.n_layers = {len(blocks)} again."
+            )
+        return blocks
 
     # -- weights -------------------------------------------------------------------------------------------------------
 
