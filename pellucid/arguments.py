@@ -190,4 +190,4 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
         words = [choice for choice in choices if isinstance(choice, str)]
         near = difflib.get_close_matches(value, words, 1, 0.0) if isinstance(value, str) else []
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise InputError(f"Invalid {name}: {value!r}. It is one of {', '.join(map(repr, choices))}.{hint}")
+        raise InputError(f"Invalid {name}: {value!r}. {name} must be one of {', '.join(map(repr, choices))}.{hint}")

@@ -81,6 +81,18 @@ class InputError(PellucidError, ValueError):
     """Tokens, masks, keywords or sizes that cannot be run."""
 
 
+class CombinationError(InputError, NotImplementedError):
+    """Arguments that mean something each, and nothing that is made together."""
+
+
+class IndexingError(InputError, IndexError):
+    """An index that a factored matrix cannot take: too long, two ellipses, a mask across its axes."""
+
+
+class TokenNotFoundError(InputError, AssertionError):
+    """A token whose place in a prompt was asked for, and that is not in it."""
+
+
 class ShapeError(InputError, AssertionError, RuntimeError):
     """Factors of a matrix, or a tensor beside them, whose shapes do not fit."""
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pellucid.arguments import check_kind
 from pellucid.dtypes import widened
-from pellucid.errors import InputError, ShapeError
+from pellucid.errors import IndexingError, InputError, ShapeError
 
 
 class FactoredMatrix:
@@ -217,7 +217,7 @@ class FactoredMatrix:
         tensors and arrays of integers, and new axes, work as torch's; a mask may not reach from leading axes into rows.
 
         Raises:
-            InputError: more indices than axes, more than one ellipsis, or a mask of leading axes and rows together.
+            IndexingError: more indices than axes, more than one ellipsis, or a mask of leading axes and rows together.
         """
         items = self._without_ellipsis([_plain(item) for item in (index if isinstance(index, tuple) else (index,))])
         leading: list[Any] = []
@@ -228,7 +228,7 @@ class FactoredMatrix:
             width = _axes_of(item)
             inside = consumed >= self.ndim - 2
             if not inside and consumed + width > self.ndim - 2:
-                raise InputError(
+                raise IndexingError(
                     f"{item!r} reaches into the rows and columns of a factored matrix {tuple(self.shape)}."
                 )
             if inside and item is None:
@@ -237,7 +237,7 @@ class FactoredMatrix:
                 (matrix if inside else leading).append(item)
             consumed += width
         if consumed > self.ndim:
-            raise InputError(f"{index!r} is too long an index for a factored matrix {tuple(self.shape)}.")
+            raise IndexingError(f"{index!r} is too long an index for a factored matrix {tuple(self.shape)}.")
         rows, columns = (*(_kept(item) for item in matrix), slice(None), slice(None))[:2]
         chosen = tuple(leading)
         found = FactoredMatrix(self.A[chosen][..., rows, :], self.B[chosen][..., :, columns])
@@ -264,7 +264,7 @@ class FactoredMatrix:
     def _without_ellipsis(self, items: list[Any]) -> list[Any]:
         places = [place for place, item in enumerate(items) if item is Ellipsis]
         if len(places) > 1:
-            raise InputError("An index can hold one ellipsis.")
+            raise IndexingError("An index can hold one ellipsis.")
         if not places:
             return items
         place = places[0]

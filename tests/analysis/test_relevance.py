@@ -265,7 +265,7 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
     bridge, corpus = TransformerBridge(make_family("gpt2")), texts()
     one = neuron_relevance(bridge, corpus, labels="x", methods=["relp"])
     for call, said in (
-        (lambda: one.scores("gradient"), "Invalid method: 'gradient'. It is one of 'relp'"),
+        (lambda: one.scores("gradient"), "Invalid method: 'gradient'. method must be one of 'relp'"),
         (lambda: one.scores("relp", "others"), "compares languages; there is one"),
         (lambda: one.top({"y": 1}), "sizes has the language 'y'; relevance is of x"),
         (lambda: one.top(10_000), "sizes must be at most"),

@@ -182,7 +182,8 @@ def number(call: str, argument: str, *outside: float, **more: Any) -> list[Line]
 def choice(call: str, argument: str, **more: Any) -> list[Line]:
     """An argument that is one of several words."""
     return [
-        (call, {argument: value, **more}, rf"Invalid {argument}: .*It is one of") for value in ("nonsense", "", 3, [])
+        (call, {argument: value, **more}, rf"Invalid {argument}: .*{argument} must be one of")
+        for value in ("nonsense", "", 3, [])
     ]
 
 

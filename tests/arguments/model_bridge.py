@@ -252,7 +252,11 @@ REFUSED: list[Line] = [
     ("to_single_token", {"string": "two words"}, "not a single token"),
     ("to_single_token", {"string": 7}, "its text, a string; found 7"),
     ("to_single_str_token", {"int_token": -1}, "Token id -1 is outside the vocabulary"),
-    ("get_token_position", {"single_token": 4000}, "single_token must be at most 2047"),
+    (
+        "get_token_position",
+        {"single_token": 4000},
+        "The token 4000 does not occur.*ids of the vocabulary go from 0 to 2047",
+    ),
     ("get_token_position", {"single_token": [5]}, "single_token is a whole number"),
     ("get_token_position", {"input": IDS.expand(2, 2)}, "one prompt; found 2"),
     ("get_token_position", {"mode": "middle"}, "Invalid mode"),
@@ -424,6 +428,13 @@ REFUSED: list[Line] = [
         )
     ),
     *((name, {"level": 1.5}, "level is a whole number") for name in ("add_hook", "HookPoint.add_hook")),
+    (
+        "HookPoint.add_hook",
+        {"alias_names": "hook_z"},
+        r"alias_names is a list of strings; found the string .*\['hook_z'\]",
+    ),
+    ("HookPoint.add_hook", {"alias_names": []}, "alias_names is a list of strings; found an empty one"),
+    ("HookPoint.add_hook", {"alias_names": [""]}, "an entry of alias_names is a string"),
     *(
         (name, {argument: 3}, f"{argument} is a function of a tensor")
         for name, argument in (
@@ -433,13 +444,6 @@ REFUSED: list[Line] = [
             ("HookPoint.add_perma_hook", "hook"),
         )
     ),
-    (
-        "HookPoint.add_hook",
-        {"alias_names": "hook_z"},
-        r"alias_names is a list of strings; found the string .*\['hook_z'\]",
-    ),
-    ("HookPoint.add_hook", {"alias_names": []}, "alias_names is a list of strings; found an empty one"),
-    ("HookPoint.add_hook", {"alias_names": [""]}, "an entry of alias_names is a string"),
     *(
         (name, {"dir": "forward"}, "Invalid dir: 'forward'")
         for name in (

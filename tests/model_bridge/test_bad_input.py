@@ -247,7 +247,7 @@ def test_keywords_and_choices(bridge: TransformerBridge) -> None:
 
 def test_residuals(bridge: TransformerBridge) -> None:
     for residual, message in (
-        (random_tokens(), "takes the residual"),
+        (random_tokens(), "takes the residual-stream tensor"),
         (torch.zeros(2, 3, 47), r"found shape \(2, 3, 47\)"),
         (torch.zeros(3, 48), r"found shape \(3, 48\)"),
         (torch.zeros(0, 3, 48), r"found shape \(0, 3, 48\)"),

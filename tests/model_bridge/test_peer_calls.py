@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pellucid import HookPoint, TransformerBridge
+from pellucid import FactoredMatrix, HookPoint, TransformerBridge
 from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
-from pellucid.errors import GradientError
+from pellucid.errors import GradientError, InputError
 from pellucid.model_bridge.corpus.job_identity import hooks_on
 from tests.models import is_pristine, make_pair, random_tokens
 
@@ -173,3 +173,25 @@ def test_a_changed_configuration_is_no_other_model() -> None:
                 call()
     bridge.cfg.n_layers = 3
     assert bridge.get_params().keys() == wanted.keys()
+
+
+def test_refusals_in_the_words_and_classes_that_are_caught_there(bridge: TransformerBridge) -> None:
+    embeddings = torch.randn(1, 4, bridge.cfg.d_model)
+    for given in ({"input": embeddings}, {"inputs_embeds": embeddings}):
+        with pytest.raises(NotImplementedError, match="inputs_embeds") as caught:
+            bridge.generate(**given, max_new_tokens=2, return_cache=True)  # type: ignore[arg-type]
+        assert isinstance(caught.value, InputError)
+    with pytest.raises(ValueError, match="start_at_layer takes the residual-stream tensor"):
+        bridge(random_tokens(), start_at_layer=1)
+    beyond = bridge.cfg.d_vocab
+    for absent, words in ((7, r"prompt\."), (beyond, f"prompt: ids of the vocabulary go from 0 to {beyond - 1}")):
+        with pytest.raises(AssertionError, match=f"{absent} does not occur in the {words}"):
+            bridge.get_token_position(absent, torch.tensor([1, 2, 3]))
+    matrix = FactoredMatrix(torch.ones(4, 2, 3), torch.ones(4, 3, 2))
+    mask = torch.ones(4, 2, dtype=torch.bool)
+    for index, words in (((..., ...), "one ellipsis"), ((0, 0, 0, 0), "too long an index"), (mask, "reaches into")):
+        with pytest.raises(IndexError, match=words) as refused:
+            matrix[index]
+        assert isinstance(refused.value, InputError)
+    with pytest.raises(ValueError, match="mode must be one of 'Q', 'K', 'V'"):
+        bridge.all_composition_scores("X")

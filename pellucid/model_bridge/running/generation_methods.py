@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pellucid.arguments import check_count
-from pellucid.errors import InputError
+from pellucid.errors import CombinationError, InputError
 from pellucid.model_bridge.running.generation import (
     GenerationSettings,
     as_asked,
@@ -101,6 +101,7 @@ class GenerationMethods(RunMethods):
 
         Raises:
             InputError: see :meth:`forward`; an argument out of range, or one that would have no effect beside the others.
+            CombinationError: ``return_cache`` of embeddings.
         """
         settings = GenerationSettings(
             max_new_tokens=max_new_tokens,
@@ -126,8 +127,10 @@ class GenerationMethods(RunMethods):
             raise InputError(
                 "names_filter and device are for the activations: they have no effect without return_cache=True."
             )
-        if return_cache and inputs_embeds is not None:
-            raise InputError("return_cache: a run of inputs_embeds has no tokens to run again.")
+        if return_cache and (inputs_embeds is not None or (isinstance(input, Tensor) and input.is_floating_point())):
+            raise CombinationError(
+                "return_cache: a run of inputs_embeds has no tokens to run again. Give text or token ids, not embeddings."
+            )
         prepared = prepare_generation(
             self.runner,
             input,

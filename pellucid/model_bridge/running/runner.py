@@ -245,7 +245,7 @@ class Runner:
         elif input is None:
             raise InputError("There is nothing to run: give input (text or token ids), or inputs_embeds=.")
         elif start is not None:
-            residual = self._check_residual(input, "start_at_layer", "residual")
+            residual = self._check_residual(input, "start_at_layer", "residual-stream tensor")
             if past_key_values is not None:
                 raise InputError("start_at_layer with past_key_values: earlier layers would be missing from the cache.")
         elif isinstance(input, Tensor):

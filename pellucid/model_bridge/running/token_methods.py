@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pellucid.arguments import check_choice, check_count, check_list
+from pellucid.arguments import check_choice, check_list, check_whole
 from pellucid.config import TransformerBridgeConfig
-from pellucid.errors import InputError
+from pellucid.errors import InputError, TokenNotFoundError
 from pellucid.model_bridge.running.tokens import PaddingSide, TextOrTokens, TokenRules
 
 
@@ -174,19 +174,22 @@ class TokenMethods:
             padding_side: accepted for TransformerLens' callers: one prompt is not padded.
 
         Raises:
-            InputError: it does not occur, several rows were given, or the mode is another.
+            InputError: no id or text of a token, several rows were given, or the mode is another.
+            TokenNotFoundError: it does not occur.
         """
         check_choice("mode", mode, ("first", "last"))
         self._check_text_arguments(input, prepend_bos, padding_side)
         if isinstance(single_token, str):
             token = self.to_single_token(single_token)
         else:
-            token = check_count("single_token", single_token, 0, self._rules.d_vocab - 1)
+            token = check_whole("single_token", single_token)
         tokens = input if isinstance(input, Tensor) else self._rules.encode(input, prepend_bos, padding_side)[0]
         row = self._rules.check(tokens)
         if row.shape[0] != 1:
             raise InputError(f"get_token_position looks at one prompt; found {row.shape[0]}.")
         places = (row[0] == token).nonzero()[:, 0].tolist()
         if not places:
-            raise InputError(f"The token {single_token!r} does not occur in the prompt.")
+            last = self._rules.d_vocab - 1
+            why = "" if 0 <= token <= last else f": ids of the vocabulary go from 0 to {last}"
+            raise TokenNotFoundError(f"The token {single_token!r} does not occur in the prompt{why}.")
         return int(places[0] if mode == "first" else places[-1])
