@@ -68,6 +68,8 @@ def check_edit(bridge: TransformerBridge, native: Any, spec: HookSpec, dtype: to
     looked = bridge.run_with_hooks(tokens, fwd_hooks=[(spec.name, lambda tensor, hook: None)])
     returned = bridge.run_with_hooks(tokens, fwd_hooks=[(spec.name, lambda tensor, hook: edit(tensor))])
     in_place = bridge.run_with_hooks(tokens, fwd_hooks=[(spec.name, write)])
+    if torch.is_grad_enabled():
+        in_place.sum().backward()  # fails if something was written where autograd had saved it
     with torch.no_grad(), reference_edit(native, spec, edit, bridge.adapter):
         wanted = native(tokens, use_cache=False).logits
     assert torch.equal(looked, plain), f"{spec.name}: looking moves the logits"
@@ -111,6 +113,21 @@ def test_edits_of_the_others_in_turn(family: str) -> None:
     with torch.no_grad():
         check_edits(family, lambda bridge: points(bridge, 1)[::2], torch.float32)
     check_edits(family, lambda bridge: points(bridge, 1)[1::2], torch.float32)
+
+
+@pytest.mark.parametrize("family", ["gptj", "gpt2-upcast"])
+def test_a_pattern_given_by_a_module_may_be_written_to(family: str) -> None:
+    """Their dropout module gives the tensor that the softmax gave, which autograd has saved."""
+    bridge = TransformerBridge(make_family(family))
+    spec = bridge.hook_index["blocks.1.attn.hook_pattern"]
+    edit = edit_at(spec, bridge.cfg.d_vocab)
+    gradients = []
+    for function in (lambda t, hook: edit(t), lambda t, hook: (t.copy_(edit(t)), None)[1]):
+        bridge.run_with_hooks(random_tokens(), fwd_hooks=[(spec.name, function)]).sum().backward()
+        gradients.append([each.grad.clone() for each in bridge.hf_model.parameters() if each.grad is not None])
+        bridge.hf_model.zero_grad()
+    assert all(map(torch.equal, *gradients))
+    assert any(each.any() for each in gradients[0])
 
 
 def gradient_at(bridge: TransformerBridge, spec: HookSpec, weights: Tensor) -> tuple[Tensor, Tensor]:

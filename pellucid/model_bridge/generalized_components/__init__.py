@@ -11,7 +11,7 @@ from pellucid.model_bridge.generalized_components.bloom_mlp import BloomMLPBridg
 from pellucid.model_bridge.generalized_components.causal_lm import CausalLMBridge, GenerateBridge
 from pellucid.model_bridge.generalized_components.embedding import EmbeddingBridge
 from pellucid.model_bridge.generalized_components.experts import ExpertsBridge, RouterBridge
-from pellucid.model_bridge.generalized_components.hf_attention import HuggingFaceAttentionBridge
+from pellucid.model_bridge.generalized_components.hf_attention import HuggingFaceAttentionBridge, PatternDropoutBridge
 from pellucid.model_bridge.generalized_components.hf_mlp import HuggingFaceMLPBridge
 from pellucid.model_bridge.generalized_components.joint_qkv_attention import JointQKVAttentionBridge
 from pellucid.model_bridge.generalized_components.linear import (
@@ -57,6 +57,7 @@ __all__ = [
     "MultipliedBlockBridge",
     "NormalizationBridge",
     "OutputProjectionBridge",
+    "PatternDropoutBridge",
     "PosEmbedBridge",
     "RMSNormalizationBridge",
     "RouterBridge",

@@ -51,6 +51,16 @@ OTHER_FUNCTIONS = ("sdpa",)
 OWN_SITES = ("hook_rot_q", "hook_rot_k", *PATTERN_SITES)
 
 
+class PatternDropoutBridge(GeneralizedComponent):
+    """Stands for the dropout module that gives the pattern, where an attention has one (GPT-J, GPT-2 that upcasts)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The pattern before and after dropout, ``[batch, n_heads, pos, key_pos]``."""
+        pattern: Tensor = self.original()(input)
+        # In evaluation mode it is the very tensor that the softmax gave, which autograd has saved.
+        return self.fire("hook_out", pattern, copy_before_edit=pattern.requires_grad)
+
+
 class KeyTap(Standing):
     """What an attention is given as its key/value cache: shows new keys, then hands on to the cache, if there is one.
 

@@ -30,6 +30,7 @@ from pellucid.model_bridge.generalized_components import (
     MultipliedBlockBridge,
     NormalizationBridge,
     OutputProjectionBridge,
+    PatternDropoutBridge,
     PosEmbedBridge,
     RMSNormalizationBridge,
     RouterBridge,
@@ -198,7 +199,7 @@ class DecoderAdapter(ArchitectureAdapter):
                     name, cfg, heads=heads, heads_first=attention.head_norm == "heads first"
                 )
         if attention.pattern_at not in ("dropout", "softmax"):
-            parts[attention.pattern_at] = GeneralizedComponent(attention.pattern_at, cfg)
+            parts[attention.pattern_at] = PatternDropoutBridge(attention.pattern_at, cfg)
         parts["o"] = OutputProjectionBridge(attention.o, cfg, n_heads=cfg.n_heads)
         return HuggingFaceAttentionBridge(
             attention.name, cfg, parts, attention.softmax_in, attention.pattern_at, attention.heads_first
