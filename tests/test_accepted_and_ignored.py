@@ -31,6 +31,7 @@ from tests.arguments import (
     scale,
     steering,
     sweeps,
+    utilities,
 )
 from tests.arguments.bench import Bench, Call, Line, make_bench
 from tests.arguments.public import NOT_TRIED, arguments_of, bare, public
@@ -39,7 +40,7 @@ from tests.models import is_pristine
 
 ROOMS = (
     *(model_bridge, sweeps, patching, attribution, circuits, corpora, heads, lenses, neurons, scale, plots, steering),
-    peer_modules,
+    *(peer_modules, utilities),
 )
 CALLS: dict[str, Call] = {name: call for room in ROOMS for name, call in room.CALLS.items()}
 REFUSED: list[Line] = [line for room in ROOMS for line in room.REFUSED]
