@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from pellucid.activation_cache import check_storage
-from pellucid.arguments import check_function, check_list, check_mapping, check_text
+from pellucid.arguments import check_function, check_kind, check_list, check_mapping, check_text
 from pellucid.errors import HookNameError, InputError, warn
-from pellucid.hook_introspection import HookIntrospectionMixin, accepts
+from pellucid.hook_introspection import HookIntrospectionMixin, chosen
 from pellucid.hook_points import Direction, Directions, HookFunction, HookPoint
 from pellucid.names import NamesFilter, nearest
 from pellucid.slices import Slice, SliceInput
@@ -79,7 +79,22 @@ class HookedRootModule(HookIntrospectionMixin, nn.Module):
         level: int | None = None,
         prepend: bool = False,
     ) -> None:
-        """Attach a function to one point, if :meth:`check_hooks_to_add` lets it."""
+        """Attach a function to one point, if :meth:`check_hooks_to_add` lets it.
+
+        Args:
+            hook_point: one of the module's.
+            hook_point_name: its name.
+            hook: see :meth:`HookPoint.add_hook`, as the rest.
+
+        Raises:
+            HookNameError: no such point.
+            InputError: another point has that name.
+        """
+        check_kind("hook_point", hook_point, HookPoint, "a HookPoint")
+        check_text("hook_point_name", hook_point_name)
+        if self.hook_dict.get(hook_point_name) is not hook_point:
+            self._named(hook_point_name)
+            raise InputError(f"hook_point is not the point {hook_point_name!r} of this module: found {hook_point!r}.")
         self.check_hooks_to_add(hook_point, hook_point_name, hook, dir, is_permanent, prepend)
         hook_point.add_hook(hook, dir=dir, is_permanent=is_permanent, level=level, prepend=prepend)
 
@@ -220,6 +235,10 @@ class HookedRootModule(HookIntrospectionMixin, nn.Module):
         check_mapping("cache", kept, "names to tensors")
         check_storage(device, None)
         positions = Slice.unwrap(pos_slice)
+        names = chosen("names_filter", names_filter, list(self.hook_dict))
+        if not names:
+            raise HookNameError("This module has no hook points: call setup() when they are made.")
+        self.is_caching = True
 
         def keep(tensor: Tensor, hook: Any, suffix: str) -> None:
             found = tensor.detach().to(device)
@@ -228,15 +247,6 @@ class HookedRootModule(HookIntrospectionMixin, nn.Module):
             axis = -3 if str(hook.name).endswith(PER_HEAD) else -2
             kept[str(hook.name) + suffix] = positions.apply(found, axis) if found.dim() >= -axis else found
 
-        self.is_caching = True
-        wanted = accepts(names_filter)
-        names = [name for name in self.hook_dict if wanted(name)]
-        listed = [names_filter] if isinstance(names_filter, str) else names_filter
-        if not callable(listed):
-            for name in listed or ():
-                self._named(name)
-        if not names:
-            raise HookNameError(f"names_filter matches none of the {len(self.hook_dict)} hook points.")
         forward: list[Request] = [(name, partial(keep, suffix="")) for name in names]
         backward: list[Request] = [(name, partial(keep, suffix="_grad")) for name in names if incl_bwd]
         return kept, forward, backward

@@ -1,8 +1,7 @@
 """Hook points: where a user's functions meet a tensor of the model.
 
-A :class:`HookPoint` stands on one tensor. With no function attached it gives the tensor back untouched. With functions
-attached it calls each as ``fn(tensor, hook=point)``; a function may change the tensor in place, return another one, or
-only look. Three rules make an edit an edit:
+A :class:`HookPoint` stands on one tensor and calls each function that is attached as ``fn(tensor, hook=point)``; it may
+change the tensor in place, return another one, or only look. Three rules make an edit an edit:
 
 * what is returned has the shape, dtype and device of what was given, or the run stops there, naming the function;
 * returning ``t + d`` and ``t.add_(d)`` go on as the same bits, so a returned tensor takes the memory layout of the
@@ -29,7 +28,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 from torch import Tensor
 
-from pellucid.arguments import check_choice, check_function, check_texts, check_whole
+from pellucid.arguments import check_choice, check_function, check_kind, check_texts, check_whole
 from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
 from pellucid.hook_introspection import HookIntrospectionMixin as HookIntrospectionMixin
 from pellucid.hook_values import (
@@ -350,6 +349,7 @@ class HookPoint(NoTorchHooks):
 
     def enable_reshape(self, hook_conversion: BaseTensorConversion | None = None) -> None:
         """Show functions the tensor through ``hook_conversion``; ``None`` shows it as the model has it."""
+        check_kind("hook_conversion", hook_conversion, (BaseTensorConversion, type(None)), "a shape rule, or None")
         self.hook_conversion = hook_conversion
 
     def layer(self) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pellucid import HookedRootModule, HookPoint, SVDInterpreter, evals
+from pellucid.hook_introspection import HookIntrospectionMixin
 from pellucid.slices import Slice
 from pellucid.tools.analysis import logit_readout
 from tests.arguments.bench import (
@@ -19,6 +20,7 @@ from tests.arguments.bench import (
     Call,
     Line,
     Of,
+    a_text,
     bound,
     choice,
     entered,
@@ -71,6 +73,17 @@ def hooked(name: str, /, **works: Any) -> Call:
     return bound(lambda _: Hooked(), getattr(HookedRootModule, name), **works)
 
 
+HOOKED = Hooked()
+UNNAMED = HookPoint()
+
+
+class Bag(HookIntrospectionMixin):
+    """Any class with a table of points."""
+
+    def __init__(self) -> None:
+        self.hook_dict = {"first": HookPoint(), "second": HookPoint()}
+
+
 class NoBeginning:
     """A tokenizer without a beginning-of-sequence token."""
 
@@ -96,6 +109,12 @@ CALLS: dict[str, Call] = {
     ),
     "Hooked.add_hook": hooked("add_hook", name="first", hook=look),
     "Hooked.add_perma_hook": hooked("add_perma_hook", name="first", hook=look),
+    "Hooked.check_and_add_hook": made(
+        HOOKED.check_and_add_hook, hook_point=HOOKED.first, hook_point_name="first", hook=look
+    ),
+    "Hooked.list_hooks": hooked("list_hooks"),
+    "Bag.list_hooks": bound(lambda _: Bag(), HookIntrospectionMixin.list_hooks),
+    "HookPoint.enable_reshape": bound(lambda _: HookPoint(), HookPoint.enable_reshape),
     "Hooked.hooks": entered(hooked("hooks", fwd_hooks=[("first", look)])),
     "Hooked.run_with_hooks": made(Hooked().run_with_hooks, fwd_hooks=[("first", look)], x=torch.ones(2, 2)),
     "Hooked.run_with_cache": made(Hooked().run_with_cache, x=torch.ones(2, 2)),
@@ -171,6 +190,32 @@ REFUSED: list[Line] = [
             (name, {"hook": 3}, "hook is a function of a tensor"),
             (name, {"dir": "up"}, "Invalid dir"),
         )
+    ),
+    *(
+        line
+        for name in ("Hooked.list_hooks", "Bag.list_hooks")
+        for line in (
+            (name, {"name_filter": "frist"}, "No hook point is called 'frist'. Nearest names: first"),
+            (name, {"name_filter": ["first", "third"]}, "No hook point is called 'third'"),
+            (name, {"name_filter": [3]}, "a name of name_filter is a string"),
+            (name, {"name_filter": []}, "name_filter is a list of hook names"),
+            (name, {"name_filter": 3}, "name_filter is a list of hook names"),
+            (name, {"name_filter": lambda name: False}, "name_filter matches none of the 2 hook points"),
+            (name, {"dir": "up"}, "Invalid dir: 'up'"),
+        )
+    ),
+    *(
+        ("Hooked.check_and_add_hook", {"hook_point": point}, "hook_point is ")
+        for point in (3, "first", UNNAMED, HOOKED.second)
+    ),
+    *a_text("Hooked.check_and_add_hook", "hook_point_name"),
+    ("Hooked.check_and_add_hook", {"hook_point_name": "third"}, "No hook point is called 'third'"),
+    ("Hooked.check_and_add_hook", {"hook": 3}, "hook is a function of a tensor"),
+    ("Hooked.check_and_add_hook", {"dir": "up"}, "Invalid dir"),
+    *whole("Hooked.check_and_add_hook", "level"),
+    *(
+        ("HookPoint.enable_reshape", {"hook_conversion": value}, "hook_conversion is a shape rule")
+        for value in (3, "b p n h -> n b p h", look)
     ),
     *(
         line

@@ -37,6 +37,9 @@ WALKED = (
         for module in pkgutil.iter_modules(package.__path__)
     ),
     "pellucid.evals",
+    "pellucid.hook_introspection",
+    "pellucid.hook_points",
+    "pellucid.HookedRootModule",
     "pellucid.slices",
 )
 
@@ -96,6 +99,7 @@ def arguments_of(function: Callable[..., Any]) -> list[str]:
 
 FIELDS = "its fields are the arguments of the function of the same name, or of several functions; the tables try those"
 GIVEN = "made by Pellucid and given to the caller, who does not call it"
+WRITTEN = "a subclass writes it; it refuses nothing itself"
 INSIDE = "called by Pellucid on what it has checked"
 HOOKED = "called by a sweep, with the activation"
 SCORED = "called by a sweep, with its own tokens and logits"
@@ -125,7 +129,7 @@ NOT_TRIED: dict[str, str] = {
             "Prompts.unedited", "Site.own_word", "Stream", "Stream.after_attention", "Stream.before_mlp", "Stream.entering",
             "Stream.hook", "Stream.mlp_at", "check_pairs", "find_cells", "option", "options_of", "pair_batches", "refuse_mid",
             "refuse_parts", "Collected.empty", "Collected.saw", "Picture.hovers", "Sweep.base_scores", "Sweep.scores", "Picture.printed_in", "TransformerBridgeConfig.sizes", "HookPoint.detach", "HookPoint.drop", "HookPoint.fire", "HookPoint.forward",
-            "HookPoint.put", "HookPoint.enable_reshape", "TransformerBridge.positions_of", "Statistic.to", "Workspace.take",
+            "HookPoint.put", "TransformerBridge.positions_of", "Statistic.to", "Workspace.take",
             "EdgeScores.strongest", "EdgeScores.stability", "Wiring.about", "Wiring.edges_of", "Wiring.graph", "Wiring.inside",
             "Wiring.names", "Wiring.number", "Wiring.numbers", "Wiring.receiver_number", "cmd", "cpr", "NeuronEdit.job_identity", "NeuronChange.check", "NeuronChange.edits", "Text.batches", "Receiver.comes_after",
             "Origin.specs", "Origin.check_model", "Edit.points", "Edit.hooks", "Edit.to_json", "Edit.from_json", "Change.new",
@@ -164,6 +168,10 @@ NOT_TRIED: dict[str, str] = {
         for method in ("bound", "check", "reads", "score")
     },
     **{f"{statistic}.load_state_dict": STATE for statistic in ("Statistic", "AveragePrecision", "CountPositive")},
+    "HookedRootModule.check_hooks_to_add": WRITTEN,
+    **dict.fromkeys(("LensHandle", "HookHandles", "NamedHook"), GIVEN),
+    **dict.fromkeys(("NamedHook.add_hook", "NamedHook.remove_hooks"), "HookPoint's own, which the tables try"),
+    **dict.fromkeys(("PointOwner.check_attachable", "accepts", "attach_for_good", "chosen"), INSIDE),
     "Lens": "abstract",
     "Circuits": GIVEN,
     **dict.fromkeys(("after_earlier_copy", "duplicate_token", "previous_token"), "called by head_scores, with a prompt's ids"),
