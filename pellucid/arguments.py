@@ -96,7 +96,8 @@ def check_list(argument: str, values: Any, of: str, *, empty: bool = False) -> l
     Raises:
         InputError: something else.
     """
-    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+    is_scalar = getattr(values, "ndim", None) == 0  # a tensor or an array that says it can be gone through, and cannot
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable) or is_scalar:
         raise InputError(f"{argument} is a list of {of}; found {_found(values)}.")
     listed = list(values)
     if not listed and not empty:

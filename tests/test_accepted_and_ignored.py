@@ -21,6 +21,7 @@ from tests.arguments import (
     attribution,
     circuits,
     corpora,
+    head_detector,
     heads,
     lenses,
     model_bridge,
@@ -40,7 +41,7 @@ from tests.models import is_pristine
 
 ROOMS = (
     *(model_bridge, sweeps, patching, attribution, circuits, corpora, heads, lenses, neurons, scale, plots, steering),
-    *(peer_modules, utilities),
+    *(peer_modules, utilities, head_detector),
 )
 CALLS: dict[str, Call] = {name: call for room in ROOMS for name, call in room.CALLS.items()}
 REFUSED: list[Line] = [line for room in ROOMS for line in room.REFUSED]

@@ -37,6 +37,7 @@ WALKED = (
         for module in pkgutil.iter_modules(package.__path__)
     ),
     "pellucid.evals",
+    "pellucid.head_detector",
     "pellucid.hook_introspection",
     "pellucid.hook_points",
     "pellucid.HookedRootModule",

@@ -135,6 +135,9 @@ EXPLAINED: dict[tuple[str, str], str] = {
         ("utilities.test_prompt", argument): TRUTH
         for argument in ("prepend_space_to_answer", "print_details", "prepend_bos")
     },
+    ("detect_head", "exclude_bos"): TRUTH,
+    ("detect_head", "exclude_current_token"): TRUTH,
+    ("compute_head_attention_similarity_score", "exclude_current_token"): TRUTH,
     ("accumulated_bias", "mlp_input"): TRUTH,
     ("accumulated_bias", "include_mlp_biases"): TRUTH,
     ("stack_params_for", "reshape_fn"): "a function of a weight",
