@@ -5,9 +5,11 @@ Each is a few lines on what the other rooms do. A name of TransformerLens' modul
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 from typing import Any
 
+from pellucid.arguments import check_text
 from pellucid.names import get_act_name
 from pellucid.peer_names import UTILITIES, absent
 from pellucid.utilities.activation_functions import (
@@ -145,8 +147,17 @@ def override_or_use_default_value(default_flag: Any, override: Any | None = None
 
 
 def is_library_available(name: str) -> bool:
-    """Whether a library is installed, found without importing it."""
-    return find_spec(name) is not None
+    """Whether a library is installed, found without importing it.
+
+    Raises:
+        InputError: no name.
+    """
+    if check_text("name", name) in sys.modules:
+        return True
+    try:
+        return find_spec(name) is not None
+    except (ImportError, ValueError):  # of a dotted name: there is no such package; of a relative one: no name at all
+        return False
 
 
 def __getattr__(name: str) -> Any:

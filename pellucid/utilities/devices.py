@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from pellucid.errors import warn
+from pellucid.activation_cache import check_storage
+from pellucid.errors import InputError, warn
 
 
 def get_device() -> str:
@@ -17,7 +18,14 @@ def get_device() -> str:
 
 
 def warn_if_mps(device: torch.device | str) -> None:
-    """Warn that numbers on ``"mps"`` are not tested; silent for any other device."""
+    """Warn that numbers on ``"mps"`` are not tested; silent for any other device.
+
+    Raises:
+        InputError: none that torch knows.
+    """
+    if device is None:
+        raise InputError("device is a torch.device or its name; found None.")
+    check_storage(device, None)
     if torch.device(device).type == "mps":
         warn("Numbers on Apple's mps are not tested here; compare with the CPU before you believe them.")
 

@@ -9,6 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pellucid.errors import InputError
+
+
+class SwapKindError(InputError, TypeError):
+    """What is no parameter, or no plain tensor."""
+
 
 @contextmanager
 def temporarily_swap_parameter(parameter: Any, new_value: Any) -> Iterator[nn.Parameter]:
@@ -19,17 +25,22 @@ def temporarily_swap_parameter(parameter: Any, new_value: Any) -> Iterator[nn.Pa
         new_value: a tensor of its shape and dtype, on any device.
 
     Raises:
-        TypeError: no parameter, or no plain tensor.
-        ValueError: another shape or dtype.
+        SwapKindError: no parameter, or no plain tensor.
+        InputError: another shape or dtype; one of them has no values (the meta device).
     """
     if not isinstance(parameter, nn.Parameter):
-        raise TypeError(f"parameter must be a torch.nn.Parameter; got {type(parameter).__name__}")
+        raise SwapKindError(f"parameter must be a torch.nn.Parameter; got {type(parameter).__name__}")
     if isinstance(new_value, nn.Parameter) or not isinstance(new_value, Tensor):
-        raise TypeError(f"new_value must be a plain torch.Tensor; got {type(new_value).__name__}")
+        raise SwapKindError(f"new_value must be a plain torch.Tensor; got {type(new_value).__name__}")
     for what in ("shape", "dtype"):
         found, wanted = getattr(new_value, what), getattr(parameter, what)
         if found != wanted:
-            raise ValueError(f"new_value {what} {found} must match parameter {what} {wanted}")
+            raise InputError(f"new_value {what} {found} must match parameter {what} {wanted}")
+    for what, given in (("parameter", parameter), ("new_value", new_value)):
+        if given.is_meta:
+            raise InputError(
+                f"{what} is on the meta device and has no values: load it, or put it where its values are."
+            )
     before = parameter.detach().clone()
     try:
         with torch.no_grad():
