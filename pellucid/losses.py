@@ -19,6 +19,10 @@ def check_shapes(logits: Tensor, tokens: Tensor, attention_mask: Tensor | None) 
         raise InputError("A loss is of logits [batch, pos, d_vocab] and tokens [batch, pos], tensors both.")
     if logits.shape[:2] != tokens.shape:
         raise InputError(f"The logits are of positions {tuple(logits.shape[:2])}, and tokens of {tuple(tokens.shape)}.")
+    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        raise InputError(f"tokens is ids [batch, pos], whole numbers; found {tokens.dtype}.")
+    if attention_mask is not None and not isinstance(attention_mask, Tensor):
+        raise InputError(f"attention_mask is a tensor [batch, pos]; found {type(attention_mask).__name__}.")
     if attention_mask is not None and tuple(attention_mask.shape) != tuple(tokens.shape):
         raise InputError(
             f"attention_mask must have the same shape as tokens, {tuple(tokens.shape)}; found "

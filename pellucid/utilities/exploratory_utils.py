@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from pellucid.arguments import check_count, check_text, check_texts
+from pellucid.arguments import check_count, check_kind, check_text, check_texts
+from pellucid.model_bridge.transformer_bridge import TransformerBridge
 
 
 def test_prompt(
@@ -32,6 +33,7 @@ def test_prompt(
     """
     check_text("prompt", prompt)
     check_count("top_k", top_k, 0)
+    check_kind("model", model, TransformerBridge, "a bridge")
     answers = check_texts("answer", [answer] if isinstance(answer, str) else answer)
     if prepend_space_to_answer:
         answers = [text if text.startswith(" ") else " " + text for text in answers]

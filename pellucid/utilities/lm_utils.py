@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from pellucid.errors import InputError
 from pellucid.losses import check_shapes, next_token_loss
+from pellucid.padding import NO_TOKEN
+from pellucid.utilities.checks import check_floating, check_ids
 
 
 def lm_cross_entropy_loss(
@@ -19,9 +22,11 @@ def lm_cross_entropy_loss(
         per_token: ``[batch, pos - 1]``, zeros where nothing counts, and not the mean.
 
     Raises:
-        InputError: shapes that differ; no position counts.
+        InputError: shapes that differ; ids that have no logit; no position counts.
     """
     check_shapes(logits, tokens, attention_mask)
+    check_floating("logits", logits)
+    check_ids("tokens", tokens[tokens != NO_TOKEN], "ids [batch, pos]", d_vocab=logits.shape[-1])
     return next_token_loss(logits, tokens, attention_mask, per_token)
 
 
@@ -29,8 +34,11 @@ def lm_accuracy(logits: Tensor, tokens: Tensor, per_token: bool = False) -> Tens
     """Share of tokens that are the most probable ones at the position before; or ``[batch, pos - 1]`` bool.
 
     Raises:
-        InputError: shapes that differ.
+        InputError: shapes that differ; ids that have no logit; no token has one before it.
     """
     check_shapes(logits, tokens, None)
+    check_ids("tokens", tokens, "ids [batch, pos]", d_vocab=logits.shape[-1])
+    if not per_token and tokens[:, 1:].numel() == 0:
+        raise InputError(f"An accuracy needs a row of two tokens: tokens has the shape {list(tokens.shape)}.")
     right = logits[:, :-1].argmax(-1) == tokens[:, 1:].to(logits.device)
     return right if per_token else right.float().mean()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pellucid.arguments import check_count, check_kind, check_number
 from pellucid.errors import InputError
+from pellucid.utilities.checks import check_floating, check_ids
 
 
 def logits_to_df(logits: Tensor, tokenizer: Any | None = None, top_k: int | None = None) -> Any:
@@ -56,7 +57,7 @@ def sample_logits(
         top_k: draw among the most probable.
         top_p: draw among those that make up this share of the probability; without ``top_k`` only.
         temperature: divides the logits; 0 takes the most probable token.
-        freq_penalty: subtracted for each occurrence in ``tokens``.
+        freq_penalty: subtracted for each occurrence in ``tokens``; as in TransformerLens not at temperature 0.
         repetition_penalty: divides a positive logit, and multiplies a negative one, of a token that occurs in ``tokens``.
         tokens: ``[batch, pos]`` ids so far.
 
@@ -64,8 +65,9 @@ def sample_logits(
         ``[batch]`` ids.
 
     Raises:
-        InputError: an argument out of range, a penalty without ``tokens``.
+        InputError: an argument out of range, a penalty without ``tokens``, logits that are no distribution.
     """
+    d_vocab = _check_logits(final_logits)
     if check_number("freq_penalty", freq_penalty) < 0:
         raise InputError(f"freq_penalty must be non-negative; found {freq_penalty}.")
     if check_number("temperature", temperature) < 0:
@@ -75,28 +77,53 @@ def sample_logits(
         raise InputError("top_p would have no effect beside top_k: give one of them.")
     if repetition_penalty != 1.0 and tokens is None:
         raise InputError("repetition_penalty is of tokens that occur: give tokens=, ids [batch, pos].")
+    if freq_penalty and tokens is None:
+        raise InputError("freq_penalty counts occurrences: give tokens=, ids [batch, pos].")
+    if tokens is not None:
+        check_ids("tokens", tokens, "ids [batch, pos]", (2,), d_vocab)
+        if (repetition_penalty != 1.0 or freq_penalty) and tokens.shape[:1] != final_logits.shape[:-1]:
+            raise InputError(
+                f"tokens is ids [batch, pos] of the rows of final_logits [batch, d_vocab]; found {list(tokens.shape)} and "
+                f"{list(final_logits.shape)}."
+            )
+        tokens = tokens.to(final_logits.device, torch.int64)
+    most = None if top_k is None else min(check_count("top_k", top_k), d_vocab)
+    if top_p is not None:
+        check_number("top_p", top_p, above=0, at_most=1)
     logits = final_logits
     if repetition_penalty != 1.0 and tokens is not None:
         logits = _apply_repetition_penalty(logits, tokens, repetition_penalty)
     if temperature == 0.0:
         return logits.argmax(-1)
     logits = logits / temperature
-    if freq_penalty:
-        if tokens is None or tokens.dim() != 2:
-            raise InputError("freq_penalty counts occurrences: give tokens=, ids [batch, pos].")
+    if freq_penalty and tokens is not None:
         ones = torch.ones_like(tokens, dtype=logits.dtype)
         logits = logits - freq_penalty * torch.zeros_like(logits).scatter_add_(1, tokens, ones)
-    if top_k is not None:
-        kept = logits.topk(min(check_count("top_k", top_k), logits.shape[-1])).values
+    if not bool(logits.amax(-1).isfinite().all()):
+        raise InputError(f"temperature={temperature} makes logits too large for {logits.dtype}: 0 takes the largest.")
+    if most is not None:
+        kept = logits.topk(most).values
         logits = logits.masked_fill(logits < kept[..., -1:], -torch.inf)
     elif top_p is not None:
-        check_number("top_p", top_p, above=0, at_most=1)
         ordered, places = logits.sort(descending=True)
         probabilities = ordered.softmax(-1)
         before = probabilities.cumsum(-1) - probabilities  # the first that reaches top_p is kept
         logits = logits.masked_fill((before > top_p).scatter(-1, places, before > top_p), -torch.inf)
     drawn: Tensor = torch.distributions.Categorical(logits=logits.float()).sample()
     return drawn
+
+
+def _check_logits(final_logits: Tensor) -> int:
+    """How many logits a row has.
+
+    Raises:
+        InputError: none, or a row that is no distribution.
+    """
+    if check_floating("final_logits", final_logits).dim() == 0 or final_logits.numel() == 0:
+        raise InputError(f"final_logits is logits [batch, d_vocab]; found shape {list(final_logits.shape)}.")
+    if not bool(final_logits.amax(-1).isfinite().all()):
+        raise InputError("final_logits has a row with NaN or infinity, or with nothing but -infinity: no distribution.")
+    return final_logits.shape[-1]
 
 
 def _apply_repetition_penalty(logits: Tensor, tokens: Tensor, penalty: float) -> Tensor:
