@@ -260,3 +260,33 @@ def test_what_is_refused(demo: TransformerBridge) -> None:
     ):
         with pytest.raises(PellucidError):
             call()
+
+
+def test_what_is_refused_is_also_what_transformer_lens_raises() -> None:
+    layer = torch.nn.Linear(2, 2)
+    with pytest.raises(AttributeError, match="attr_str='weight.nonsense' stops at 'nonsense'"):
+        utilities.get_nested_attr(layer, "weight.nonsense")
+    with pytest.raises(TypeError, match="must be a torch.nn.Parameter"), utilities.temporarily_swap_parameter(3, 3):
+        pass
+    with pytest.raises(ValueError, match="a=0.5 would have no effect"):
+        utilities.init_kaiming_uniform_(layer.weight, a=0.5)
+    assert not utilities.is_library_available("nonsense.inside")
+    assert utilities.is_library_available("torch.nn")
+
+
+def test_a_column_that_is_not_there_is_refused() -> None:
+    """It used to leave a data set without any column."""
+    datasets = pytest.importorskip("datasets", reason="the extra `datasets` is not installed")
+    made = datasets.Dataset.from_dict({"text": ["a"], "other": [1]})
+    assert utilities.keep_single_column(made, "text").column_names == ["text"]
+    for wrong in (made, made.to_iterable_dataset()):
+        with pytest.raises(InputError, match="no column 'txt': its columns are 'text', 'other'"):
+            utilities.keep_single_column(wrong, "txt")
+    with pytest.raises(InputError, match="give streaming=True"):
+        utilities.tokenize_and_concatenate(made.to_iterable_dataset(), Ends())
+
+
+class Ends:
+    """A tokenizer, as far as ends and beginnings go."""
+
+    eos_token_id = bos_token_id = pad_token_id = 2

@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pellucid.arguments import check_count, check_kind, check_number
+from pellucid.arguments import check_count, check_kind, check_list, check_number
 from pellucid.errors import InputError
 from pellucid.patching.statistics import AT_ONCE, EXACT_UP_TO, bootstrap_interval, generator_for, sign_flip_pvalue
 from pellucid.patching.statistics import count_hits as _count_hits  # noqa: F401 (TransformerLens' name of it)
 from pellucid.patching.statistics import standard_error as _standard_error
+from pellucid.utilities.checks import check_axis, check_floating
 
 
 def derive_generator(seed: int, *labels: object) -> torch.Generator:
@@ -21,13 +24,24 @@ def derive_generator(seed: int, *labels: object) -> torch.Generator:
     return generator_for(seed, *map(str, labels))
 
 
-def _last(x: Tensor, dim: int) -> Tensor:
-    check_kind("x", x, Tensor, "a tensor of floating-point numbers")
-    if not x.is_floating_point() or x.ndim == 0:
-        raise InputError(
-            f"x is a tensor of floating-point numbers with an axis of examples; found {x.dtype} {x.shape}."
-        )
-    return x.movedim(dim, -1)
+def _last(argument: str, x: Tensor, dim: int) -> Tensor:
+    if check_floating(argument, x).ndim == 0:
+        raise InputError(f"{argument} is a tensor of floating-point numbers with an axis of examples; found a scalar.")
+    return x.movedim(check_axis("dim", dim, x), -1)
+
+
+def _draws(generator: torch.Generator | None) -> torch.Generator:
+    """The generator given, or that of seed 0; numbers are drawn on the CPU, the same for every device.
+
+    Raises:
+        InputError: no generator of the CPU.
+    """
+    if generator is None:
+        return derive_generator(0)
+    check_kind("generator", generator, torch.Generator, "a torch.Generator of the CPU")
+    if generator.device.type != "cpu":
+        raise InputError(f"generator is a torch.Generator of the CPU; found one of {generator.device}.")
+    return generator
 
 
 def standard_error(x: Tensor, *, dim: int = -1) -> Tensor:
@@ -36,7 +50,7 @@ def standard_error(x: Tensor, *, dim: int = -1) -> Tensor:
     Raises:
         InputError: fewer than 2 examples.
     """
-    moved = _last(x, dim)
+    moved = _last("x", x, dim)
     if moved.shape[-1] < 2:
         raise InputError(f"standard_error needs at least 2 samples along dim {dim}; found {moved.shape[-1]}.")
     return _standard_error(moved)
@@ -57,8 +71,8 @@ def bootstrap_ci(
     Raises:
         InputError: no examples, or an argument out of range.
     """
-    drawn = derive_generator(0) if generator is None else generator
-    return bootstrap_interval(_last(x, dim), statistic, confidence, n_resamples, drawn, chunk_size)
+    drawn = _draws(generator)
+    return bootstrap_interval(_last("x", x, dim), statistic, confidence, n_resamples, drawn, chunk_size)
 
 
 def sign_flip_permutation_pvalue(
@@ -76,8 +90,8 @@ def sign_flip_permutation_pvalue(
         InputError: no examples, or an argument out of range.
     """
     check_count("exact_max_n", exact_max_n, 0)
-    drawn = derive_generator(0) if generator is None else generator
-    return sign_flip_pvalue(_last(effects, dim), alternative, n_permutations, drawn, exact_max_n)
+    drawn = _draws(generator)
+    return sign_flip_pvalue(_last("effects", effects, dim), alternative, n_permutations, drawn, exact_max_n)
 
 
 @dataclass(frozen=True)
@@ -96,17 +110,25 @@ def success_rate_ci(successes: Sequence[bool], *, confidence: float = 0.95) -> S
     """The share of successes, and the interval outside which a rate would give such a count too seldom.
 
     Raises:
-        InputError: no trials; a confidence that is not between 0 and 1.
+        InputError: no trials, or one that is neither True nor False (1 or 0); a confidence that is not between 0 and 1.
     """
-    if len(successes) == 0:
+    listed = check_list("successes", successes, "truth values", empty=True)
+    if not listed:
         raise InputError("successes must be a non-empty sequence: there are no trials.")
     check_number("confidence", confidence, above=0, at_most=1)
-    count, trials = sum(map(bool, successes)), len(successes)
+    count, trials = sum(map(_as_truth, listed)), len(listed)
     tail = (1 - confidence) / 2
     # P(X >= k) at the lower end, and P(X <= k) at the upper end, are the tail.
     low = 0.0 if count == 0 else _root(lambda p: 1 - _binomial_cdf(count - 1, trials, p) < tail)
     high = 1.0 if count == trials else _root(lambda p: _binomial_cdf(count, trials, p) > tail)
     return SuccessRateInterval(count / trials, low, high, trials, count, confidence)
+
+
+def _as_truth(value: Any) -> bool:
+    given = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    if isinstance(given, int | float | np.generic) and given in (0, 1):
+        return bool(given)
+    raise InputError(f"an entry of successes is True or False; found {given!r} ({type(given).__name__}).")
 
 
 def _root(is_below: Callable[[float], bool]) -> float:

@@ -16,6 +16,7 @@ from typing import Any
 import pellucid.analysis
 import pellucid.experiments
 import pellucid.scale
+import pellucid.utilities
 
 LISTED = (
     "pellucid",
@@ -29,11 +30,12 @@ LISTED = (
     "pellucid.corpora",
     "pellucid.plots",
     "pellucid.steering",
+    "pellucid.utilities",
 )
 WALKED = (
     *(
         f"{package.__name__}.{module.name}"
-        for package in (pellucid.analysis, pellucid.experiments, pellucid.scale)
+        for package in (pellucid.analysis, pellucid.experiments, pellucid.scale, pellucid.utilities)
         for module in pkgutil.iter_modules(package.__path__)
     ),
     "pellucid.evals",
@@ -173,6 +175,12 @@ NOT_TRIED: dict[str, str] = {
     **dict.fromkeys(("LensHandle", "HookHandles", "NamedHook"), GIVEN),
     **dict.fromkeys(("NamedHook.add_hook", "NamedHook.remove_hooks"), "HookPoint's own, which the tables try"),
     **dict.fromkeys(("PointOwner.check_attachable", "accepts", "attach_for_good", "chosen"), INSIDE),
+    "SuccessRateInterval": GIVEN,
+    "TypedModuleList": "torch's own ModuleList",
+    "override_or_use_default_value": "any two values",
+    **dict.fromkeys(
+        ("check_tensor", "check_floating", "check_ids", "check_axis", "check_tokenizer", "check_dataset"), INSIDE
+    ),
     "Lens": "abstract",
     "Circuits": GIVEN,
     **dict.fromkeys(("after_earlier_copy", "duplicate_token", "previous_token"), "called by head_scores, with a prompt's ids"),

@@ -100,34 +100,25 @@ EXPLAINED: dict[tuple[str, str], str] = {
     ("to_tokens", "prepend_bos"): TRUTH,
     ("to_tokens", "truncate"): TRUTH,
     ("loss_fn", "per_token"): TRUTH,
-    ("utilities.get_cumsum_along_dim", "tensor"): "torch's own",
     ("utilities.get_cumsum_along_dim", "reverse"): TRUTH,
-    ("utilities.get_attention_mask", "tokenizer"): "any object with a tokenizer's attributes, or None",
-    ("utilities.get_attention_mask", "tokens"): "torch's own",
     ("utilities.get_attention_mask", "prepend_bos"): TRUTH,
-    ("utilities.tokenize_and_concatenate", "dataset"): "an object of the library datasets",
     ("utilities.tokenize_and_concatenate", "streaming"): TRUTH,
     ("utilities.tokenize_and_concatenate", "add_bos_token"): TRUTH,
     ("utilities.tokenize_and_concatenate", "set_format"): TRUTH,
-    ("utilities.tokenize_and_concatenate", "tokenizer"): "tests/test_utilities.py",
     ("utilities.composition_scores", "broadcast_dims"): TRUTH,
     ("utilities.logits_to_df", "tokenizer"): "Hugging Face's, or any that decodes alike",
-    **{
-        (f"utilities.{call}", argument): "a tensor or a mapping, of any shape that torch takes"
-        for call, arguments in {
-            "sample_logits": ("final_logits", "tokens"),
-            "get_corner": ("tensor",),
-            "get_offset_position_ids": ("attention_mask",),
-            "repeat_along_head_dimension": ("tensor",),
-            "filter_dict_by_prefix": ("dictionary",),
-        }.items()
-        for argument in arguments
-    },
-    **{
-        (f"utilities.{call}", "dim"): "torch's own, which refuses what is not an axis"
-        for call in ("standard_error", "bootstrap_ci", "sign_flip_permutation_pvalue")
-    },
-    **{(f"utilities.{call}", "generator"): "torch's own" for call in ("bootstrap_ci", "sign_flip_permutation_pvalue")},
+    ("utilities.print_gpu_mem", "step_name"): "printed as it is",
+    ("utilities.set_nested_attr", "obj"): "any object: what it lacks is refused by the path",
+    ("utilities.get_nested_attr", "obj"): "any object: what it lacks is refused by the path",
+    ("utilities.download_file_from_hf", "force_is_torch"): TRUTH,
+    ("utilities.check_structure", "verbose"): TRUTH,
+    # TransformerLens takes these on purpose: its documentation says so.
+    ("utilities.sample_logits", "freq_penalty"): "not applied at temperature 0, as TransformerLens documents",
+    ("utilities.apply_softcap", "cap"): "0 and negative numbers are TransformerLens' words for no cap",
+    (
+        "utilities.get_rotary_pct_from_config",
+        "config",
+    ): "None is a configuration that does not say, as in TransformerLens",
     ("utilities.lm_accuracy", "per_token"): TRUTH,
     ("utilities.lm_cross_entropy_loss", "per_token"): TRUTH,
     ("utilities.repeat_along_head_dimension", "clone_tensor"): TRUTH,

@@ -10,11 +10,12 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from pellucid import TransformerBridge, head_detector
+from pellucid import TransformerBridge, head_detector, utilities
 from pellucid.analysis.composition import head_composition
 from pellucid.analysis.lens import JacobianLens, load_published, save_published
 from pellucid.demo import load_demo_bridge
@@ -54,12 +55,67 @@ def scores(module: Any, model: Any) -> dict[str, Any]:
     return found
 
 
+def of_utilities(module: Any) -> dict[str, Any]:
+    """What functions of ``utilities`` give for valid arguments, numbers drawn from one seed."""
+    x = torch.linspace(-2, 2, 12).reshape(3, 4)
+    seen = torch.tensor([[0, 1], [1, 1], [2, 3]])
+    found: dict[str, Any] = {
+        name: function(x).tolist() for name, function in sorted(module.SUPPORTED_ACTIVATIONS.items())
+    }
+    for cap in (None, -1.0, 0, 1.5):
+        found[f"softcap {cap}"] = [module.softcap_enabled(cap), module.apply_softcap(x, cap).tolist()]
+    for shape in ((3,), (3, 4), (2, 3, 4)):
+        found[f"fans {shape}"] = list(module.calc_fan_in_and_fan_out(torch.ones(shape)))
+        for name, settings in {
+            "init_xavier_uniform_": {"gain": 0.5},
+            "init_xavier_normal_": {},
+            "init_kaiming_uniform_": {"nonlinearity": "leaky_relu", "a": 0.5},
+            "init_kaiming_normal_": {"mode": "fan_out"},
+        }.items():
+            torch.manual_seed(0)
+            found[f"{name} {shape}"] = getattr(module, name)(torch.ones(shape), **settings).tolist()
+    for number, settings in enumerate(
+        ({}, {"top_k": 2}, {"top_p": 0.6}, {"temperature": 0.0}, {"freq_penalty": 1.0, "tokens": seen})
+    ):
+        torch.manual_seed(0)
+        found[f"sample {number}"] = module.sample_logits(x.clone(), **settings).tolist()
+    found["penalty"] = module.sample_logits(
+        x.clone(), temperature=0.0, repetition_penalty=5.0, freq_penalty=1.0, tokens=seen
+    ).tolist()
+    rows = torch.tensor([[1, 5, 6, 3], [1, 7, 3, 3]])
+    ends = SimpleNamespace(bos_token_id=1, pad_token_id=3, padding_side="right")
+    found["without bos"] = [
+        module.get_tokens_with_bos_removed(ends, given, side).tolist()
+        for given, side in ((rows, "right"), (rows, None), (torch.tensor([[1, 5, 6, 7], [3, 3, 1, 7]]), "left"))
+    ]
+    found["masks"] = [
+        module.get_attention_mask(ends, given, True, side).tolist() for given in (rows,) for side in ("left", "right")
+    ]
+    found["rotary"] = [
+        module.get_rotary_pct_from_config(config)
+        for config in (
+            None,
+            SimpleNamespace(rotary_pct=0.25),
+            SimpleNamespace(rope_parameters={"partial_rotary_factor": 0.5}),
+            SimpleNamespace(rope_parameters=None),
+        )
+    ]
+    found["available"] = [module.is_library_available(name) for name in ("torch", "torch.nn", "nonsense")]
+    found["keywords"] = module.select_compatible_kwargs({"n": 1, "m": 2}, module.get_corner)
+    rate = module.success_rate_ci([True, False, 1, 0, True])
+    found["rate"] = [rate.ci_low, rate.ci_high]
+    effects = torch.tensor([[1.0, 2.0, -0.5, 0.25], [1.0, 1.0, 0.5, 0.75]])
+    found["intervals"] = [end.tolist() for end in module.bootstrap_ci(effects, dim=0, n_resamples=50)]
+    found["p"] = module.sign_flip_permutation_pvalue(effects, dim=1).tolist()
+    return found
+
+
 def main() -> None:
     """Print what both say."""
     with torch.no_grad():
         bridge = load_demo_bridge()
         tokenizer = bridge.tokenizer
-        ours: dict[str, Any] = {"scores": scores(head_detector, bridge)}
+        ours: dict[str, Any] = {"scores": scores(head_detector, bridge), "utilities": of_utilities(utilities)}
         model = make_family("gpt2")
         theirs_model = copy.deepcopy(model)
         ours_bridge = TransformerBridge(model)
@@ -83,13 +139,17 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             save_published(lens, Path(folder) / "ours.pt", dtype=torch.float32)
             from transformer_lens import head_detector as their_detector
+            from transformer_lens import utilities as their_utilities
             from transformer_lens.model_bridge import TransformerBridge as Theirs
             from transformer_lens.tools.analysis.jacobian_lens import JacobianLens as TheirLens
 
             tokenizer.save_pretrained(folder)
             tokenizer.name_or_path = folder
             demo = Theirs.boot_transformers("bloom", hf_model=bridge.hf_model, tokenizer=tokenizer, device="cpu")
-            theirs: dict[str, Any] = {"scores": scores(their_detector, demo)}
+            theirs: dict[str, Any] = {
+                "scores": scores(their_detector, demo),
+                "utilities": of_utilities(their_utilities),
+            }
             theirs_model.config.architectures = [type(theirs_model).__name__]
             other = Theirs.boot_transformers("gpt2", hf_model=theirs_model, tokenizer=tokenizer, device="cpu")
             theirs["composition"] = {mode: other.all_composition_scores(mode).scores.tolist() for mode in "QKV"}

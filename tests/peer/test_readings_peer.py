@@ -32,6 +32,19 @@ def test_the_head_detector_says_the_same(both: Any) -> None:
             np.testing.assert_allclose(ours[name], wanted, atol=tolerance, err_msg=name)
 
 
+def test_utilities_give_the_same_for_what_is_valid(both: Any) -> None:
+    ours, theirs = both["ours"]["utilities"], both["theirs"]["utilities"]
+    assert ours.keys() == theirs.keys()
+    for name, wanted in theirs.items():
+        assert _close(ours[name], wanted), name
+
+
+def _close(ours: Any, theirs: Any) -> bool:
+    if isinstance(theirs, list):
+        return len(ours) == len(theirs) and all(map(_close, ours, theirs))
+    return ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+
+
 def test_composition_of_raw_weights_is_theirs(both: Any) -> None:
     for mode, wanted in both["theirs"]["composition"].items():
         np.testing.assert_allclose(both["ours"]["composition"][mode], wanted, rtol=1e-4, atol=1e-6)
