@@ -33,7 +33,8 @@ CHECKS = {
     "families: sweeps": ["tests/sweep/test_families.py"],
 }
 PACKAGES = (
-    "accelerate einops huggingface_hub hypothesis numpy pandas peft psutil pytest rich safetensors tqdm typer xarray"
+    "accelerate einops huggingface_hub hypothesis jaxtyping numpy pandas peft psutil pytest rich safetensors tqdm typer "
+    "xarray"
 )
 FOLLOWS_TRANSFORMERS = ("transformers", "tokenizers", "huggingface_hub")
 """Packages whose version a transformers release chooses."""
@@ -63,10 +64,10 @@ def newest() -> str:
 
 
 def environment(release: str) -> Path:
-    """The interpreter of a release's environment, made when it is not there or was not finished."""
+    """The interpreter of a release's environment, made when it is not there, was not finished or lacks a package."""
     folder = ROOT / ".venv-matrix" / release
     python, done = folder / "bin" / "python", folder / "installed"
-    if not done.exists():
+    if not done.exists() or done.read_text() != PACKAGES:
         venv.create(folder, with_pip=True, clear=True)
         constraints = folder / "constraints.txt"
         lines = (ROOT / "constraints.txt").read_text().splitlines()
@@ -77,7 +78,7 @@ def environment(release: str) -> Path:
         install = [str(python), "-m", "pip", "install", "-q", "-c", str(constraints)]
         subprocess.run([*install, torch], check=True)
         subprocess.run([*install, f"transformers=={release}", *PACKAGES.split()], check=True)
-        done.touch()
+        done.write_text(PACKAGES)
     return python
 
 
