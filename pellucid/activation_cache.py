@@ -11,6 +11,7 @@ from collections.abc import ItemsView, Iterator, Mapping, ValuesView
 from typing import Any, Protocol
 
 import torch
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from pellucid.arguments import check_kind, check_mapping, check_path
@@ -104,11 +105,11 @@ class ActivationCache(DecompositionMethods, Mapping[str, Tensor]):
 
     def __init__(
         self,
-        cache_dict: Mapping[str, Tensor],
+        cache_dict: Mapping[str, Shaped[Tensor, "..."]],
         model: HookIndex | HasHookPoints,
         has_batch_dim: bool = True,
-        tokens: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        tokens: Int[Tensor, "batch pos"] | None = None,
+        attention_mask: Shaped[Tensor, "batch pos"] | None = None,
     ) -> None:
         check_kind("has_batch_dim", has_batch_dim, bool, "True or False")
         check_mapping("cache_dict", cache_dict, "hook names to tensors")
@@ -142,7 +143,7 @@ class ActivationCache(DecompositionMethods, Mapping[str, Tensor]):
 
     # -- looking up ----------------------------------------------------------------------------------------------------
 
-    def __getitem__(self, key: str | tuple[Any, ...]) -> Tensor:
+    def __getitem__(self, key: str | tuple[Any, ...]) -> Shaped[Tensor, "..."]:
         name = self._canonical(key)
         found = self.cache_dict.get(name)
         if found is None:
@@ -233,7 +234,7 @@ class ActivationCache(DecompositionMethods, Mapping[str, Tensor]):
         return sum(tensor.nbytes for tensor in self.cache_dict.values())
 
     @property
-    def real(self) -> Tensor:
+    def real(self) -> Bool[Tensor, "batch pos"]:
         """``[batch, pos]`` bool: which positions hold real tokens.
 
         Raises:

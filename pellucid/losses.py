@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from pellucid.errors import InputError
 from pellucid.padding import NO_TOKEN, targets
 
 
-def check_shapes(logits: Tensor, tokens: Tensor, attention_mask: Tensor | None) -> None:
+def check_shapes(
+    logits: Float[Tensor, "batch pos d_vocab"],
+    tokens: Int[Tensor, "batch pos"],
+    attention_mask: Shaped[Tensor, "batch pos"] | None,
+) -> None:
     """Refuse logits, tokens and a mask that are not of the same positions.
 
     Raises:
@@ -30,7 +35,12 @@ def check_shapes(logits: Tensor, tokens: Tensor, attention_mask: Tensor | None) 
         )
 
 
-def next_token_loss(logits: Tensor, tokens: Tensor, attention_mask: Tensor | None, per_token: bool = False) -> Tensor:
+def next_token_loss(
+    logits: Float[Tensor, "batch pos d_vocab"],
+    tokens: Int[Tensor, "batch pos"],
+    attention_mask: Shaped[Tensor, "batch pos"] | None,
+    per_token: bool = False,
+) -> Float[Tensor, ""] | Float[Tensor, "batch pos-1"]:
     """Cross-entropy of each token given those before it, in nats, in float32 at least.
 
     A position counts when it and its target are both real tokens: what a padding position predicts, the first real token

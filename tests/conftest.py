@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from tests import shapes
+
 if TYPE_CHECKING:
     from pellucid import TransformerBridge
     from pellucid.demo.story import Story
@@ -21,6 +23,7 @@ torch.set_num_threads(1)
 signal.signal(
     signal.SIGINT, signal.default_int_handler
 )  # tests send it; a run in the background of a script begins ignoring it
+shapes.install()  # before the library is imported
 gc.disable()  # while modules are imported: nearly all that they make stays
 
 

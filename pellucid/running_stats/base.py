@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 from typing_extensions import Self
 
@@ -29,8 +30,8 @@ class Places:
         positions: ``[batch, pos]`` int64, its position there; -1 at padding.
     """
 
-    documents: Tensor
-    positions: Tensor
+    documents: Int[Tensor, "batch pos"]
+    positions: Int[Tensor, "batch pos"]
 
 
 class Workspace:
@@ -42,7 +43,7 @@ class Workspace:
     def __init__(self) -> None:
         self._held: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
-    def take(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    def take(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Shaped[Tensor, "..."]:
         """An uninitialised tensor, valid until the next call with this dtype and device."""
         size = 1
         for length in shape:
@@ -114,7 +115,12 @@ class Statistic(ABC):
         """An empty one with the same settings."""
         return type(self)(**self.settings())
 
-    def update(self, values: Tensor, mask: Tensor | None = None, places: Places | None = None) -> None:
+    def update(
+        self,
+        values: Shaped[Tensor, "batch pos *features"],
+        mask: Bool[Tensor, "batch pos"] | None = None,
+        places: Places | None = None,
+    ) -> None:
         """Take in a batch. Batches come in the order of the corpus.
 
         Args:
@@ -171,7 +177,7 @@ class Statistic(ABC):
         self.n += other.n
         return self
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Shaped[Tensor, "..."]]:
         """The state as tensors, for :meth:`load_state_dict` of one with the same settings; empty before any update."""
         if self.features is None:
             return {}
@@ -181,7 +187,7 @@ class Statistic(ABC):
             **self._tensors(),
         }
 
-    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, tensors: Mapping[str, Shaped[Tensor, "..."]]) -> None:
         """Take over a state."""
         if not tensors:
             return
@@ -229,7 +235,9 @@ class Statistic(ABC):
         return f"{type(self).__name__}({arguments}): {self.n} tokens"
 
 
-def real_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
+def real_tokens(
+    values: Shaped[Tensor, "token feature"], mask: Bool[Tensor, " token"] | None
+) -> Shaped[Tensor, "_ feature"]:
     """``[token, feature]`` without padding; a copy only if there is some."""
     return values if mask is None else values[mask]
 

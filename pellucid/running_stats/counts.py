@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import Self
 
@@ -46,7 +47,7 @@ class CountPositive(Statistic):
         """See :class:`Statistic`."""
         return {"threshold": self.threshold}
 
-    def result(self) -> Tensor:
+    def result(self) -> Int[Tensor, "*features"]:
         """``[*features]`` int64."""
         self._seen()
         return self._shaped(self._counts)
@@ -107,7 +108,7 @@ class CountTogether(Statistic):
         """See :class:`Statistic`."""
         return {"threshold": self.threshold, "most_features": self.most_features}
 
-    def result(self) -> Tensor:
+    def result(self) -> Int[Tensor, "feature feature"]:
         """``[feature, feature]`` int64."""
         self._seen()
         return self._counts
@@ -164,7 +165,7 @@ class Histogram(Statistic):
         """See :class:`Statistic`."""
         return {"edges": self.edges}
 
-    def result(self) -> Tensor:
+    def result(self) -> Int[Tensor, "*features bin"]:
         """``[*features, bin]`` int64."""
         self._seen()
         return self._shaped(self._counts[:, 1:-1])
@@ -175,7 +176,7 @@ class Histogram(Statistic):
         return {"bin": self.edges[:-1]}
 
     @property
-    def outside(self) -> Tensor:
+    def outside(self) -> Int[Tensor, "*features 2"]:
         """``[*features, 2]`` int64: below the first edge, above the last (a NaN too)."""
         self._seen()
         return self._shaped(self._counts[:, [0, -1]])
@@ -217,7 +218,7 @@ def not_above(threshold: float, dtype: torch.dtype) -> float:
     return float(rounded)
 
 
-def count_bins(bins: Tensor, counts: Tensor) -> None:
+def count_bins(bins: Int[Tensor, "token feature"], counts: Int[Tensor, "feature bin"]) -> None:
     """Add how often each feature's column of ``bins`` ``[token, feature]`` has each bin to ``counts`` ``[feature, bin]``."""
     width, size = counts.shape
     places = bins + torch.arange(width, device=bins.device) * size
@@ -282,7 +283,7 @@ class Quantiles(Statistic):
             "largest": self.largest,
         }
 
-    def result(self) -> Tensor:
+    def result(self) -> Float[Tensor, "*features quantile"]:
         """``[*features, quantile]`` float64; NaN where no value was seen."""
         return self.at(self.quantiles)
 
@@ -292,12 +293,12 @@ class Quantiles(Statistic):
         return {"quantile": self.quantiles}
 
     @property
-    def beyond(self) -> Tensor:
+    def beyond(self) -> Int[Tensor, "*features"]:
         """``[*features]`` int64: values over ``largest`` in size, for which the bound does not hold."""
         self._seen()
         return self._shaped(self._counts[:, [0, -1]].long().sum(-1))
 
-    def at(self, quantiles: Sequence[float]) -> Tensor:
+    def at(self, quantiles: Sequence[float]) -> Float[Tensor, "*features quantile"]:
         """``[*features, quantile]`` float64: any quantiles, within the same bound."""
         quantiles = _shares(quantiles)
         self._seen()

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 from typing_extensions import Self
 
@@ -47,7 +48,7 @@ class AveragePrecision(Statistic):
         """See :class:`Statistic`."""
         return {"pool": self.pool}
 
-    def result(self) -> Tensor:
+    def result(self) -> Float[Tensor, " document *features"]:
         """``[document, *features]`` float32: each document's mean (or maximum)."""
         features = self._seen()
         _, lengths, pooled = self._joined()
@@ -56,12 +57,12 @@ class AveragePrecision(Statistic):
         return pooled.reshape(-1, *features)
 
     @property
-    def documents(self) -> Tensor:
+    def documents(self) -> Int[Tensor, " document"]:
         """``[document]`` int64: their numbers."""
         self._seen()
         return self._joined()[0]
 
-    def against(self, negatives: Sequence[AveragePrecision], what: str = "the scores") -> Tensor:
+    def against(self, negatives: Sequence[AveragePrecision], what: str = "the scores") -> Float[Tensor, "*features"]:
         """``[*features]`` float64: average precision with these documents as positive and those of ``negatives`` as not.
 
         Args:
@@ -136,7 +137,12 @@ class AveragePrecision(Statistic):
         self._parts = [(tensors["documents"], tensors["lengths"], tensors["pooled"])]
 
 
-def average_precision(scores: Tensor, positive: Tensor, chunk: int = 4096, what: str = "the scores") -> Tensor:
+def average_precision(
+    scores: Num[Tensor, " document *features"],
+    positive: Bool[Tensor, " document"],
+    chunk: int = 4096,
+    what: str = "the scores",
+) -> Float[Tensor, "*features"]:
     """Average precision of each feature's scores, as scikit-learn's ``average_precision_score`` has it, ties included.
 
     ``sum over thresholds of (R_i - R_{i-1}) P_i``: documents of equal score pass one threshold together.

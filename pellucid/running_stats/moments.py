@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from typing_extensions import Self
 
@@ -24,8 +25,8 @@ from pellucid.tables import brief
 class Moments(NamedTuple):
     """``mean`` and ``variance`` ``[*features]``, float64."""
 
-    mean: Tensor
-    variance: Tensor
+    mean: Float[Tensor, "*features"]
+    variance: Float[Tensor, "*features"]
 
     def __repr__(self) -> str:
         return brief(type(self).__name__, self._asdict())
@@ -34,8 +35,8 @@ class Moments(NamedTuple):
 class Extrema(NamedTuple):
     """``minimum`` and ``maximum`` ``[*features]``, in the dtype of the values."""
 
-    minimum: Tensor
-    maximum: Tensor
+    minimum: Shaped[Tensor, "*features"]
+    maximum: Shaped[Tensor, "*features"]
 
     def __repr__(self) -> str:
         return brief(type(self).__name__, self._asdict())
@@ -44,8 +45,8 @@ class Extrema(NamedTuple):
 class CovarianceResult(NamedTuple):
     """``mean`` ``[*features]`` and ``covariance`` ``[feature, feature]``, float64."""
 
-    mean: Tensor
-    covariance: Tensor
+    mean: Float[Tensor, "*features"]
+    covariance: Float[Tensor, "feature feature"]
 
     def __repr__(self) -> str:
         return brief(type(self).__name__, self._asdict())

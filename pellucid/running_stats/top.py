@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import Self
 
@@ -27,9 +28,9 @@ class TopExamples(NamedTuple):
         positions: ``[*features, k]`` int64, position in the document; -1 there.
     """
 
-    values: Tensor
-    documents: Tensor
-    positions: Tensor
+    values: Float[Tensor, "*features k"]
+    documents: Int[Tensor, "*features k"]
+    positions: Int[Tensor, "*features k"]
 
     def __repr__(self) -> str:
         return brief(type(self).__name__, self._asdict())
