@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from pellucid.decomposition.residual import read_by
@@ -19,7 +20,7 @@ AT_ONCE = 16
 """Parts that are multiplied with directions at a time."""
 
 
-def directions_of(model: StreamModel, tokens: Any, incorrect_tokens: Any | None) -> Tensor:
+def directions_of(model: StreamModel, tokens: Any, incorrect_tokens: Any | None) -> Float[Tensor, "... d_model"]:
     """``[..., d_model]``: the tokens' columns of ``W_U``, or their differences.
 
     Raises:
@@ -38,13 +39,13 @@ def directions_of(model: StreamModel, tokens: Any, incorrect_tokens: Any | None)
 
 def attributed(
     run: CachedRun,
-    residual_stack: Tensor,
+    residual_stack: Float[Tensor, "row ... d_model"],
     tokens: Any,
     incorrect_tokens: Any | None,
     pos_slice: Slice | SliceInput,
     batch_slice: Slice | SliceInput,
     has_batch_dim: bool,
-) -> Tensor:
+) -> Float[Tensor, "row ..."]:
     """See :meth:`DecompositionMethods.logit_attrs`."""
     batch = Slice.of(batch_slice)
     directions = directions_of(model_of(run), tokens, incorrect_tokens)
@@ -66,7 +67,7 @@ def attributed(
     return torch.cat(products) / norm.scale.to(stack.device).squeeze(-1)
 
 
-def constant_of(model: StreamModel, tokens: Any, incorrect_tokens: Any | None) -> Tensor:
+def constant_of(model: StreamModel, tokens: Any, incorrect_tokens: Any | None) -> Float[Tensor, "..."]:
     """See :meth:`DecompositionMethods.logit_bias`."""
     directions = directions_of(model, tokens, incorrect_tokens)
     norm = model.stream.norm("ln_final")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from pellucid.decomposition import logits, parts, readout, residual
@@ -14,7 +15,7 @@ from pellucid.decomposition.stream import CachedRun, end_of, model_of
 from pellucid.errors import InputError, warn
 from pellucid.slices import Slice, SliceInput
 
-Labelled = tuple[Tensor, list[str]]
+Labelled = tuple[Float[Tensor, "row ..."], list[str]]
 
 
 class DecompositionMethods:
@@ -41,7 +42,7 @@ class DecompositionMethods:
         pos_slice: Slice | SliceInput = None,
         mlp_input: bool = False,
         return_labels: bool = False,
-    ) -> Tensor | Labelled:
+    ) -> Float[Tensor, "row ... d_model"] | Labelled:
         """The residual stream as it is at each layer: rows ``0_pre``, (``0_mid``,) ``1_pre``, ..., ``final_post``.
 
         Args:
@@ -70,7 +71,7 @@ class DecompositionMethods:
         pos_slice: Slice | SliceInput = None,
         incl_embeds: bool = True,
         return_labels: bool = False,
-    ) -> Tensor | Labelled:
+    ) -> Float[Tensor, "row ... d_model"] | Labelled:
         """What each layer added to the stream: rows ``embed``, (``pos_embed``,) ``0_attn_out``, ``0_mlp_out``, ...
 
         All rows together are the residual that enters ``layer``.
@@ -98,7 +99,7 @@ class DecompositionMethods:
         incl_remainder: bool = False,
         pos_slice: Slice | SliceInput = None,
         apply_ln: bool = False,
-    ) -> Tensor | Labelled:
+    ) -> Float[Tensor, "row ... d_model"] | Labelled:
         """What each head added to the stream: rows ``L0H0``, ``L0H1``, ..., layer after layer.
 
         Made from ``hook_z`` (or ``hook_result``, where that was kept) and not kept. Where a norm follows attention (Gemma 2,
@@ -138,8 +139,8 @@ class DecompositionMethods:
         layer: int,
         neuron_slice: Slice | SliceInput = None,
         pos_slice: Slice | SliceInput = None,
-        project_output_onto: Tensor | None = None,
-    ) -> Tensor:
+        project_output_onto: Float[Tensor, " d_model *n"] | None = None,
+    ) -> Float[Tensor, "..."]:
         """``[batch, pos, neuron, d_model]``: what each neuron of a layer added to the stream; not kept.
 
         Args:
@@ -169,9 +170,9 @@ class DecompositionMethods:
         return_labels: bool = False,
         incl_remainder: bool = False,
         apply_ln: bool = False,
-        project_output_onto: Tensor | None = None,
+        project_output_onto: Float[Tensor, " d_model *n"] | None = None,
         mlp_input: bool = False,
-    ) -> Tensor | Labelled:
+    ) -> Float[Tensor, "row ..."] | Labelled:
         """What each neuron added to the stream: rows ``L0N0``, ``L0N1``, ..., layer after layer.
 
         Args:
@@ -201,8 +202,8 @@ class DecompositionMethods:
         apply_ln: bool = False,
         pos_slice: Slice | SliceInput = None,
         return_labels: bool = False,
-        project_output_onto: Tensor | None = None,
-    ) -> Tensor | Labelled:
+        project_output_onto: Float[Tensor, " d_model *n"] | None = None,
+    ) -> Float[Tensor, "row ..."] | Labelled:
         """The residual that enters ``layer`` in all its parts: heads, neurons, embeddings, and ``bias``.
 
         Rows: ``L0H0`` ..., then ``L0N0`` ... (or ``0_mlp_out`` ...), ``embed``, (``pos_embed``,) and as one last row
@@ -228,14 +229,14 @@ class DecompositionMethods:
 
     def apply_ln_to_stack(
         self,
-        residual_stack: Tensor,
+        residual_stack: Float[Tensor, "row ... d_model"],
         layer: int | None = None,
         mlp_input: bool = False,
         pos_slice: Slice | SliceInput = None,
         batch_slice: Slice | SliceInput = None,
         has_batch_dim: bool = True,
         recompute_ln: bool = False,
-    ) -> Tensor:
+    ) -> Float[Tensor, "row ... d_model"]:
         """A stack of parts as the norm before a layer sees them: divided by the scale of the whole stream in the run.
 
         The mean is subtracted where the norm does that, and the norm's gain multiplied with (Gemma's is 1 + weight), whether
@@ -259,13 +260,13 @@ class DecompositionMethods:
 
     def logit_attrs(
         self,
-        residual_stack: Tensor,
-        tokens: str | int | Tensor,
-        incorrect_tokens: str | int | Tensor | None = None,
+        residual_stack: Float[Tensor, "row ... d_model"],
+        tokens: str | int | Int[Tensor, "..."],
+        incorrect_tokens: str | int | Int[Tensor, "..."] | None = None,
         pos_slice: Slice | SliceInput = None,
         batch_slice: Slice | SliceInput = None,
         has_batch_dim: bool = True,
-    ) -> Tensor:
+    ) -> Float[Tensor, "row ..."]:
         """Direct logit attribution: what each part adds to a token's logit, or to a difference of two.
 
         The product of :meth:`apply_ln_to_stack` with the tokens' columns of ``W_U``. The logit is the unembedding's output,
@@ -289,7 +290,9 @@ class DecompositionMethods:
             self._run(), residual_stack, tokens, incorrect_tokens, pos_slice, batch_slice, has_batch_dim
         )
 
-    def logit_bias(self, tokens: str | int | Tensor, incorrect_tokens: str | int | Tensor | None = None) -> Tensor:
+    def logit_bias(
+        self, tokens: str | int | Int[Tensor, "..."], incorrect_tokens: str | int | Int[Tensor, "..."] | None = None
+    ) -> Float[Tensor, "..."]:
         """What is in a token's logit whatever the stream is: the final norm's bias times its column of ``W_U``, and ``b_U``.
 
         Args:
@@ -308,10 +311,10 @@ class DecompositionMethods:
         incl_mid: bool = False,
         positions: Slice | SliceInput = -1,
         batch_slice: Slice | SliceInput = None,
-        lens: Callable[[Tensor, int], Tensor] | None = None,
+        lens: Callable[[Float[Tensor, "... d_model"], int], Float[Tensor, "... d_model"]] | None = None,
         apply_ln: bool = True,
-        vocab: Sequence[int] | Tensor | None = None,
-        targets: str | int | Sequence[str | int] | Tensor | None = None,
+        vocab: Sequence[int] | Int[Tensor, " token"] | None = None,
+        targets: str | int | Sequence[str | int] | Int[Tensor, "..."] | None = None,
         return_type: Quantity = "logits",
         top_k: int | None = None,
         chunk_size: int | None = None,
@@ -357,7 +360,7 @@ class DecompositionMethods:
 
     def stack_activation(
         self, activation_name: str, layer: int | None = -1, sublayer_type: str | None = None
-    ) -> Tensor:
+    ) -> Shaped[Tensor, "layer ..."]:
         """One activation of every layer below ``layer``, ``[layer, ...]``.
 
         Args:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from pellucid.arguments import check_count
@@ -36,10 +37,10 @@ class Onto:
         norm: what reads the stream, ``None`` for nothing.
     """
 
-    directions: Tensor
+    directions: Float[Tensor, "d_model n"]
     norm: Frozen | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows n"]:
         """``[..., d_model]`` to ``[..., n]``."""
         seen = x if self.norm is None else self.norm(x)
         directions = self.directions.to(seen.device)
@@ -55,12 +56,12 @@ def _over(norm: Frozen, axis: int) -> Frozen:
     return replace(norm, scale=norm.scale.unsqueeze(axis))
 
 
-def shown(parts: Tensor, onto: Onto | None) -> Tensor:
+def shown(parts: Float[Tensor, "*rows d_model"], onto: Onto | None) -> Float[Tensor, "*rows _"]:
     """Parts ``[..., d_model]`` as they are, or projected, ``[..., n]``."""
     return parts if onto is None else onto(parts)
 
 
-def stacked(rows: Sequence[Tensor]) -> Tensor:
+def stacked(rows: Sequence[Float[Tensor, "..."]]) -> Float[Tensor, "row ..."]:
     """Rows of one shape behind a new first axis.
 
     Raises:
@@ -77,7 +78,7 @@ def stacked(rows: Sequence[Tensor]) -> Tensor:
 # -- outputs of branches -----------------------------------------------------------------------------------------------
 
 
-def embeddings(run: CachedRun, pos: Slice) -> tuple[list[Tensor], list[str]]:
+def embeddings(run: CachedRun, pos: Slice) -> tuple[list[Float[Tensor, "... d_model"]], list[str]]:
     """What enters block 0: the token embedding, and that of positions where there is a table."""
     model = model_of(run)
     names = [name for name in ("hook_embed", "hook_pos_embed") if name in model.hook_index]
@@ -86,7 +87,7 @@ def embeddings(run: CachedRun, pos: Slice) -> tuple[list[Tensor], list[str]]:
 
 def branch_outputs(
     run: CachedRun, layer: int, mlp_input: bool, pos: Slice, branches: Sequence[str] = ("attn", "mlp")
-) -> tuple[list[Tensor], list[str]]:
+) -> tuple[list[Float[Tensor, "... d_model"]], list[str]]:
     """What the branches below ``layer`` added, in the order of the layers; with ``mlp_input`` its attention, too."""
     wanted = [(below, branch) for below in range(layer) for branch in branches]
     if mlp_input and "attn" in branches:
@@ -95,7 +96,9 @@ def branch_outputs(
     return rows, [f"{below}_{branch}_out" for below, branch in wanted]
 
 
-def bias_row(run: CachedRun, layer: int, mlp_input: bool, pos: Slice, include_mlp: bool, like: Tensor) -> Tensor | None:
+def bias_row(
+    run: CachedRun, layer: int, mlp_input: bool, pos: Slice, include_mlp: bool, like: Float[Tensor, "*rows d_model"]
+) -> Float[Tensor, "*rows d_model"] | None:
     """All output biases below ``layer`` as one row ``[..., d_model]``; ``None`` where a model has none.
 
     Args:
@@ -131,7 +134,7 @@ def _constants(run: CachedRun, layer: int, branch: BranchName, pos: Slice) -> li
 # -- heads -------------------------------------------------------------------------------------------------------------
 
 
-def head_results(run: CachedRun, layer: int) -> Tensor:
+def head_results(run: CachedRun, layer: int) -> Float[Tensor, "... n_heads d_model"]:
     """``[..., pos, n_heads, d_model]``: what ``hook_result`` holds, each head through the projection without b_O."""
     name = f"blocks.{layer}.attn.hook_result"
     if name in run:
@@ -141,7 +144,7 @@ def head_results(run: CachedRun, layer: int) -> Tensor:
     return torch.einsum("...hd,hdm->...hm", z, weight.to(z))
 
 
-def heads_written(run: CachedRun, layer: int, pos: Slice, onto: Onto | None = None) -> Tensor:
+def heads_written(run: CachedRun, layer: int, pos: Slice, onto: Onto | None = None) -> Float[Tensor, "... n_heads _"]:
     """``[..., n_heads, d_model]``, or ``[..., n_heads, n]``: what each head of a layer added to the stream."""
     name, z_name = (f"blocks.{layer}.attn.hook_{site}" for site in ("result", "z"))
     stream = model_of(run).stream
@@ -178,7 +181,7 @@ def _divided(products: Tensor, scales: Sequence[Tensor]) -> Tensor:
 
 def stack_heads(
     run: CachedRun, layer: int, pos: Slice, onto: Onto | None = None, what: str = "stack_head_results"
-) -> tuple[Tensor | None, list[str]]:
+) -> tuple[Float[Tensor, "row ..."] | None, list[str]]:
     """``[layer * n_heads, ..., d_model]`` (or ``n``) of all heads below ``layer``, layer after layer; ``None`` for none."""
     model = model_of(run)
     refuse_no_sum(model, what)
@@ -192,7 +195,7 @@ def stack_heads(
     return stack, [f"L{below}H{head}" for below in range(layer) for head in range(heads)]
 
 
-def sources_written(run: CachedRun, layer: int, pos: Slice, onto: Onto) -> Tensor:
+def sources_written(run: CachedRun, layer: int, pos: Slice, onto: Onto) -> Float[Tensor, "... n_heads source n"]:
     """``[..., n_heads, source, n]``: what each head of a layer moved to a position from each source position, projected.
 
     A head's values at a source, as it takes them (MPT clips them), times its pattern's entry there; over all sources that
@@ -230,7 +233,9 @@ def refuse_no_neurons(model: StreamModel) -> None:
         )
 
 
-def neurons_written(run: CachedRun, layer: int, neurons: Slice, pos: Slice, onto: Onto | None = None) -> Tensor:
+def neurons_written(
+    run: CachedRun, layer: int, neurons: Slice, pos: Slice, onto: Onto | None = None
+) -> Float[Tensor, "... neuron _"]:
     """``[..., neuron, d_model]`` or ``[..., neuron, n]``: what each neuron of a layer added to the stream, without b_out."""
     model = model_of(run)
     refuse_no_neurons(model)
@@ -257,7 +262,7 @@ def stack_neurons(
     pos: Slice,
     onto: Onto | None = None,
     what: str = "stack_neuron_results",
-) -> tuple[Tensor | None, list[str]]:
+) -> tuple[Float[Tensor, "row ..."] | None, list[str]]:
     """``[layer * neuron, ..., d_model]`` (or ``n``) of the neurons of each layer below; ``None`` for none."""
     model = model_of(run)
     refuse_no_sum(model, what)
@@ -276,8 +281,14 @@ def stack_neurons(
 
 
 def with_remainder(
-    run: CachedRun, stack: Tensor | None, labels: list[str], layer: int, mlp_input: bool, pos: Slice, onto: Onto | None
-) -> tuple[Tensor, list[str]]:
+    run: CachedRun,
+    stack: Float[Tensor, "row ..."] | None,
+    labels: list[str],
+    layer: int,
+    mlp_input: bool,
+    pos: Slice,
+    onto: Onto | None,
+) -> tuple[Float[Tensor, "_ ..."], list[str]]:
     """The same with one more row: the residual that enters ``layer``, less the rows."""
     left = shown(entering(run, layer, mlp_input, pos), onto)[None]
     if stack is not None:
@@ -286,7 +297,7 @@ def with_remainder(
     return left, [*labels, "remainder"]
 
 
-def nothing(run: CachedRun, pos: Slice, onto: Onto | None) -> Tensor:
+def nothing(run: CachedRun, pos: Slice, onto: Onto | None) -> Float[Tensor, "0 ..."]:
     """A stack without rows, of the shape that its rows would have."""
     return shown(entering(run, 0, False, pos), onto)[None][:0]
 

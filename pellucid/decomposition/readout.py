@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from pellucid.arguments import check_choice, check_count, check_function, check_kind, check_list, check_whole
@@ -47,24 +48,24 @@ class LensResult(BriefFields):
         targets: strings and ids as they were given, ``()`` for targets row by row or none.
     """
 
-    values: Tensor
+    values: Float[Tensor, "label ... token"]
     labels: list[str]
     return_type: Quantity
-    entropy: Tensor
-    token_ids: Tensor | None
-    target_ranks: Tensor | None
+    entropy: Float[Tensor, "label ..."]
+    token_ids: Int[Tensor, "..."] | None
+    target_ranks: Int[Tensor, "label ... token"] | None
     has_batch_dim: bool
     targets: tuple[str | int, ...] = ()
 
     @property
-    def top_ids(self) -> Tensor | None:
+    def top_ids(self) -> Int[Tensor, "label ... token"] | None:
         """The ids of ``top_k``, with the shape of ``values``."""
         return self.token_ids if self.target_ranks is None and self._by_cell() else None
 
     def _by_cell(self) -> bool:
         return self.token_ids is not None and self.token_ids.dim() > 1
 
-    def rank_trajectory(self, target: str | int | None = None) -> Tensor:
+    def rank_trajectory(self, target: str | int | None = None) -> Int[Tensor, "label ..."]:
         """``[label, batch, pos]``: how many tokens have a larger logit than a target, 0 for the most probable one.
 
         Args:
@@ -127,7 +128,9 @@ def _texts(ids: Any, tokenizer: Any) -> Any:
     return [_texts(part, tokenizer) for part in ids] if isinstance(ids, list) else str(tokenizer.decode([ids]))
 
 
-Read: TypeAlias = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+Read: TypeAlias = tuple[
+    Float[Tensor, "... token"], Float[Tensor, "..."], Int[Tensor, "..."] | None, Int[Tensor, "... token"] | None
+]
 """Values, entropy, ids where they differ from cell to cell, and ranks."""
 
 
@@ -210,7 +213,7 @@ def lens(
     incl_mid: bool,
     positions: Slice | SliceInput,
     batch_slice: Slice | SliceInput,
-    lens: Callable[[Tensor, int], Tensor] | None,
+    lens: Callable[[Float[Tensor, "... d_model"], int], Float[Tensor, "... d_model"]] | None,
     apply_ln: bool,
     vocab: Any,
     targets: Any,
@@ -259,7 +262,7 @@ def lens(
 
 def vectors(
     model: StreamModel,
-    given: Tensor,
+    given: Float[Tensor, "... d_model"],
     apply_ln: bool,
     vocab: Any,
     targets: Any,
@@ -328,7 +331,9 @@ def _joined(parts: Sequence[Tensor | None], cells: torch.Size) -> Tensor | None:
     return whole.reshape((*cells, *whole.shape[2:]))
 
 
-def logits_of(model: StreamModel, residual: Tensor, apply_ln: bool = True) -> Tensor:
+def logits_of(
+    model: StreamModel, residual: Float[Tensor, "batch pos d_model"], apply_ln: bool = True
+) -> Float[Tensor, "batch pos d_vocab"]:
     """``[batch, pos, d_model]`` that enters the final norm (``apply_ln=False``: the unembedding) to the model's logits.
 
     Hooks that are on the model act, as in any run.

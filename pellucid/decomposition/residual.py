@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from pellucid.arguments import check_choice, check_kind
@@ -38,7 +39,7 @@ from pellucid.slices import Slice, SliceInput
 
 MODES = ("all", "attn", "mlp")
 
-Stack = tuple[Tensor, list[str]]
+Stack = tuple[Float[Tensor, "row ..."], list[str]]
 """Rows and their labels."""
 
 
@@ -90,7 +91,14 @@ def decomposed(
     return (with_ln(run, stack, end, mlp_input, pos) if apply_ln else stack), labels
 
 
-def with_ln(run: CachedRun, stack: Tensor, layer: int, mlp_input: bool, pos: Slice, recompute: bool = False) -> Tensor:
+def with_ln(
+    run: CachedRun,
+    stack: Float[Tensor, "*rows d_model"],
+    layer: int,
+    mlp_input: bool,
+    pos: Slice,
+    recompute: bool = False,
+) -> Float[Tensor, "*rows d_model"]:
     """A stack as the norm that reads the layer's input sees it; ``recompute``: the final norm itself, row by row."""
     model = model_of(run)
     if recompute:
@@ -100,14 +108,14 @@ def with_ln(run: CachedRun, stack: Tensor, layer: int, mlp_input: bool, pos: Sli
 
 def as_read(
     run: CachedRun,
-    residual_stack: Tensor,
+    residual_stack: Float[Tensor, "row ... d_model"],
     layer: int | None,
     mlp_input: bool,
     pos_slice: Slice | SliceInput,
     batch_slice: Slice | SliceInput,
     has_batch_dim: bool,
     recompute_ln: bool,
-) -> Tensor:
+) -> Float[Tensor, "row ... d_model"]:
     """See :meth:`DecompositionMethods.apply_ln_to_stack`."""
     model = model_of(run)
     end = end_of(model, layer)
@@ -120,13 +128,13 @@ def as_read(
 
 def read_by(
     run: CachedRun,
-    residual_stack: Tensor,
+    residual_stack: Float[Tensor, "row ... d_model"],
     layer: int | None,
     mlp_input: bool,
     pos_slice: Slice | SliceInput,
     batch_slice: Slice | SliceInput,
     has_batch_dim: bool,
-) -> tuple[Tensor, Frozen]:
+) -> tuple[Float[Tensor, "row ... d_model"], Frozen]:
     """The rows of a stack that are asked for, and the norm that reads them, its scale at their rows and positions."""
     model, pos, batch = model_of(run), Slice.of(pos_slice), Slice.of(batch_slice)
     end = end_of(model, layer)
@@ -189,7 +197,7 @@ def neurons(
     neuron_slice: Slice | SliceInput,
     incl_remainder: bool,
     apply_ln: bool,
-    project_output_onto: Tensor | None,
+    project_output_onto: Float[Tensor, " d_model *n"] | None,
     mlp_input: bool,
 ) -> Stack:
     """See :meth:`DecompositionMethods.stack_neuron_results`."""
@@ -213,7 +221,7 @@ def in_full(
     expand_neurons: bool,
     apply_ln: bool,
     pos_slice: Slice | SliceInput,
-    project_output_onto: Tensor | None,
+    project_output_onto: Float[Tensor, " d_model *n"] | None,
 ) -> Stack:
     """See :meth:`DecompositionMethods.get_full_resid_decomposition`."""
     model, pos, what = model_of(run), Slice.of(pos_slice), "get_full_resid_decomposition"
@@ -256,7 +264,12 @@ def _joined(pieces: Sequence[Tensor]) -> Tensor:
 
 
 def onto_of(
-    run: CachedRun, directions: Tensor | None, layer: int, mlp_input: bool, pos: Slice, apply_ln: bool
+    run: CachedRun,
+    directions: Float[Tensor, " d_model *n"] | None,
+    layer: int,
+    mlp_input: bool,
+    pos: Slice,
+    apply_ln: bool,
 ) -> Onto | None:
     """What ``project_output_onto`` and ``apply_ln`` mean together.
 
@@ -275,6 +288,6 @@ def onto_of(
     return Onto(directions.reshape(d_model, -1), norm)
 
 
-def squeezed(stack: Tensor, directions: Tensor | None) -> Tensor:
+def squeezed(stack: Float[Tensor, "..."], directions: Float[Tensor, " d_model *n"] | None) -> Float[Tensor, "..."]:
     """Without the last axis where one direction ``[d_model]`` was given."""
     return stack.squeeze(-1) if directions is not None and directions.dim() == 1 else stack

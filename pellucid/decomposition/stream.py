@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from pellucid.arguments import check_whole
@@ -37,8 +38,8 @@ class Norm:
 
     name: str
     centres: bool
-    gain: Tensor | None
-    bias: Tensor | None
+    gain: Float[Tensor, " d_model"] | None
+    bias: Float[Tensor, " d_model"] | None
 
 
 class Stream(Protocol):
@@ -47,12 +48,14 @@ class Stream(Protocol):
     def norm(self, name: str) -> Norm | None:
         """A norm by its component's name, ``None`` where the family has none there."""
 
-    def weight(self, layer: int, branch: BranchName) -> Tensor:
+    def weight(
+        self, layer: int, branch: BranchName
+    ) -> Float[Tensor, "n_heads d_head d_model"] | Float[Tensor, "d_mlp d_model"]:
         """``[n_heads, d_head, d_model]`` or ``[d_mlp, d_model]``: what a branch multiplies its heads or neurons with, as the
         model computes it: adapters and quantised weights included.
         """
 
-    def bias(self, layer: int, branch: BranchName) -> Tensor | None:
+    def bias(self, layer: int, branch: BranchName) -> Float[Tensor, " d_model"] | None:
         """``[d_model]``: what the same map adds, ``None`` where it adds nothing."""
 
     def factor(self, layer: int) -> float:
@@ -64,7 +67,7 @@ class Stream(Protocol):
     def norm_after(self, layer: int, branch: BranchName) -> Norm | None:
         """The norm that the output of a branch goes through before it is added, ``None`` for none."""
 
-    def final_norm(self, residual: Tensor) -> Tensor:
+    def final_norm(self, residual: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
         """``[..., d_model]`` through the final norm, its statistics taken anew: what ``W_U`` and ``b_U`` are applied to."""
 
 
@@ -84,14 +87,14 @@ class StreamModel(Protocol):
         """What writes to its residual stream, and what reads it."""
 
     @property
-    def W_U(self) -> Tensor:
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
         """``[d_model, d_vocab]``."""
 
     @property
-    def b_U(self) -> Tensor:
+    def b_U(self) -> Float[Tensor, " d_vocab"]:
         """``[d_vocab]``."""
 
-    def tokens_to_residual_directions(self, tokens: Any) -> Tensor:
+    def tokens_to_residual_directions(self, tokens: Any) -> Float[Tensor, "... d_model"]:
         """Columns of ``W_U``."""
 
     @property
@@ -109,7 +112,7 @@ class CachedRun(Protocol):
     """The bridge, or ``None``."""
     has_batch_dim: bool
 
-    def __getitem__(self, key: str) -> Tensor:
+    def __getitem__(self, key: str) -> Shaped[Tensor, "..."]:
         """A tensor by its hook's name."""
 
     def __contains__(self, key: object) -> bool:
@@ -203,9 +206,9 @@ class Frozen:
     """
 
     norm: Norm
-    scale: Tensor
+    scale: Float[Tensor, "... 1"]
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
         """``[..., d_model]`` divided by the scale, centred where the norm centres, times the gain; no bias."""
         scale = self.scale.to(x.device)
         wide = x.to(torch.promote_types(x.dtype, scale.dtype))
@@ -214,7 +217,7 @@ class Frozen:
         divided = wide / scale
         return divided if self.norm.gain is None else divided * self.norm.gain.to(divided)
 
-    def pulled_back(self, directions: Tensor) -> Tensor:
+    def pulled_back(self, directions: Float[Tensor, "*rows d_model n"]) -> Float[Tensor, "*rows d_model n"]:
         """``[..., d_model, n]``: what the norm's *input* is multiplied with for ``norm(x) @ directions``, less the scale."""
         pulled = directions
         if self.norm.gain is not None:
@@ -237,7 +240,7 @@ def frozen(run: CachedRun, norm: Norm, pos: Slice, batch: Slice | None = None) -
     return Frozen(norm, batch.apply(scale) if batch is not None and run.has_batch_dim else scale)
 
 
-def entering(run: CachedRun, layer: int, mlp_input: bool, pos: Slice) -> Tensor:
+def entering(run: CachedRun, layer: int, mlp_input: bool, pos: Slice) -> Float[Tensor, "... d_model"]:
     """The residual that enters a layer, or its MLP, or the final norm, at some positions, under any of its names."""
     if mlp_input:
         return pos.apply(run[f"blocks.{layer}.hook_resid_mid"], -2)
