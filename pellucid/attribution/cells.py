@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pellucid.axes import HEADS
@@ -50,7 +51,7 @@ class SiteCells(BriefFields):
         """Whether something of it reaches the metric past its own layer's attention and MLP."""
         return None in self.specs or self.cells.site.first.name.rpartition(".")[2] in ON_THE_STREAM
 
-    def summed(self, products: Mapping[int | None, Tensor]) -> Tensor:
+    def summed(self, products: Mapping[int | None, Float[Tensor, "row ..."]]) -> Float[Tensor, " row *by"]:
         """``[row, *by]`` of products by layer, each ``[row, *axes of the point]``; a last axis of features may be 1 long."""
         layers = [self._layer(products[layer]) for layer in self.specs]
         if "layer" not in self.cells.by:
@@ -89,7 +90,7 @@ class SiteCells(BriefFields):
             return _select(tensor, axis, cells.heads)
         return tensor
 
-    def spread(self, chosen: Tensor, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    def spread(self, chosen: Bool[Tensor, "*by"], sizes: Mapping[str, int]) -> dict[str, Bool[Tensor, "1 ..."]]:
         """By hook, which of its numbers ``[1, *axes]`` (bool) belong to the cells of ``chosen`` ``[*by]`` (bool)."""
         by, axes = self.cells.by, self.cells.site.first.axes
         words = [word for word in by if word != "layer"]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Shaped
 from torch import Tensor
 
 from pellucid.attribution.cells import SiteCells
@@ -42,11 +43,11 @@ class Mixed(BriefFields, Value):
         masks: by hook ``[1, *axes]`` bool.
     """
 
-    run: Mapping[str, Tensor]
-    masks: Mapping[str, Tensor]
+    run: Mapping[str, Shaped[Tensor, "row ..."]]
+    masks: Mapping[str, Bool[Tensor, "1 ..."]]
     relative = True
 
-    def new(self, current: Tensor, write: Write) -> Tensor:
+    def new(self, current: Shaped[Tensor, "*axes"], write: Write) -> Shaped[Tensor, "*axes"]:
         """The mixture."""
         columns, name = torch.tensor(write.columns), write.spec.name
         taken = write.region_of(self.run[name][write.row], columns)
@@ -68,7 +69,7 @@ class Chosen(BriefFields):
     site: SiteCells
     best: Sequence[int]
     sample: Sequence[int]
-    halves: Tensor
+    halves: Bool[Tensor, "subset cell"]
 
     @property
     def cells(self) -> list[int]:
@@ -80,7 +81,7 @@ class Chosen(BriefFields):
         """Edits of :meth:`edits`."""
         return len(self.cells) + len(self.halves)
 
-    def edits(self, run: Mapping[str, Tensor], sizes: Mapping[str, int]) -> list[list[Edit]]:
+    def edits(self, run: Mapping[str, Shaped[Tensor, "row ..."]], sizes: Mapping[str, int]) -> list[list[Edit]]:
         """An edit set for each cell, then one for each half.
 
         Args:

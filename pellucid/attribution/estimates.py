@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from pellucid.attribution.cells import SiteCells
@@ -50,10 +51,10 @@ class Estimates(BriefFields):
         deltas: by site, ``[row, layer]``: what integrated gradients sum to, less what patching the whole layer does.
     """
 
-    effects: Mapping[tuple[str, Method], Tensor]
-    base: Tensor
-    source: Tensor
-    deltas: Mapping[str, Tensor]
+    effects: Mapping[tuple[str, Method], Float[Tensor, "row ..."]]
+    base: Float[Tensor, " row"]
+    source: Float[Tensor, " row"]
+    deltas: Mapping[str, Float[Tensor, "row layer"]]
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from pellucid.attribution.cells import SiteCells
@@ -77,13 +78,15 @@ class PatternChange(BriefFields):
     """
 
     site: SiteCells
-    scores: Mapping[int | None, Tensor]
-    patterns: Mapping[int | None, Tensor]
-    new_scores: Mapping[int | None, Tensor]
-    new_patterns: Mapping[int | None, Tensor]
+    scores: Mapping[int | None, Float[Tensor, "row head pos key_pos"]]
+    patterns: Mapping[int | None, Float[Tensor, "row head pos key_pos"]]
+    new_scores: Mapping[int | None, Float[Tensor, "row head pos key_pos"]]
+    new_patterns: Mapping[int | None, Float[Tensor, "row head pos key_pos"]]
     n_key_heads: int
 
-    def products(self, gradients: Mapping[str, Tensor]) -> dict[int | None, Tensor]:
+    def products(
+        self, gradients: Mapping[str, Float[Tensor, "row ..."]]
+    ) -> dict[int | None, Float[Tensor, "row pos head 1"]]:
         """``[row, pos, head, 1]`` by layer: the effect of each query or key, of gradients of the patterns by hook."""
         spec, found = self.site.cells.site.first, dict[int | None, Tensor]()
         for layer in self.site.specs:
@@ -102,7 +105,11 @@ class PatternChange(BriefFields):
         return found
 
 
-def single_keys(scores: Tensor, new: Tensor, gradient: Tensor) -> Tensor:
+def single_keys(
+    scores: Float[Tensor, "row head pos key_pos"],
+    new: Float[Tensor, "row head pos key_pos"],
+    gradient: Float[Tensor, "row head pos key_pos"],
+) -> Float[Tensor, "row head key_pos"]:
     """``[row, head, key_pos]``: the effect of patching one key at a time.
 
     Args:
@@ -131,8 +138,8 @@ def pattern_change(
     bridge: TransformerBridge,
     base: Unedited,
     site: SiteCells,
-    base_run: Mapping[str, Tensor],
-    source_run: Mapping[str, Tensor],
+    base_run: Mapping[str, Shaped[Tensor, "row ..."]],
+    source_run: Mapping[str, Shaped[Tensor, "row ..."]],
 ) -> PatternChange:
     """One run for what patching a site's queries or keys does to the patterns.
 

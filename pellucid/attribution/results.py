@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from jaxtyping import Float
 from torch import Tensor
 
 from pellucid.attribution.cells import SiteCells
@@ -171,7 +172,7 @@ class SiteResult(BriefFields):
         return lines
 
 
-def flat(tensor: Tensor) -> Numbers:
+def flat(tensor: Float[Tensor, "pair ..."]) -> Numbers:
     """``[pair, cell]`` of ``[pair, *by]``, in float64: means are taken there."""
     found: Numbers = tensor.double().reshape(len(tensor), -1).numpy()
     return found

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from pellucid.arguments import check_number, check_path
@@ -39,10 +40,10 @@ class PassState(BriefFields):
         done: batches that are done, by round.
     """
 
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    tensors: dict[str, Shaped[Tensor, "..."]] = field(default_factory=dict)
     done: dict[str, int] = field(default_factory=dict)
 
-    def put(self, name: str, n_pairs: int, rows: Sequence[int], numbers: Tensor) -> None:
+    def put(self, name: str, n_pairs: int, rows: Sequence[int], numbers: Float[Tensor, "row ..."]) -> None:
         """Numbers ``[row, ...]`` of some pairs, into ``[pair, ...]``."""
         numbers = numbers.detach().cpu()
         if name not in self.tensors:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from pellucid.circuits.wiring import Wiring
@@ -98,7 +99,9 @@ class Ends:
         """The norm between the heads and the stream."""
         return self.bridge.stream.norm_after(layer, "attn")
 
-    def heads(self, layer: int, z: Tensor, scale: Tensor | None) -> Tensor:
+    def heads(
+        self, layer: int, z: Float[Tensor, "row pos head d_head"], scale: Float[Tensor, "row pos 1"] | None
+    ) -> Float[Tensor, "row head pos d_model"]:
         """What each head of a layer writes, ``[row, head, pos, d_model]``.
 
         Args:
@@ -115,7 +118,9 @@ class Ends:
         assert scale is not None
         return Frozen(norm, scale.unsqueeze(1))(written).to(written)
 
-    def head_differences(self, layer: int, source: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Tensor:
+    def head_differences(
+        self, layer: int, source: Mapping[str, Shaped[Tensor, "row ..."]], base: Mapping[str, Shaped[Tensor, "row ..."]]
+    ) -> Float[Tensor, "row head pos d_model"]:
         """``[row, head, pos, d_model]``: what each head writes more in one run than in another; by canonical names."""
         z = self._name(f"blocks.{layer}.attn.hook_z")
         if self.norm_after(layer) is None:
@@ -123,7 +128,7 @@ class Ends:
         scale = f"blocks.{layer}.ln1_post.hook_scale"
         return self.heads(layer, source[z], source[scale]) - self.heads(layer, base[z], base[scale])
 
-    def written(self, run: Mapping[str, Tensor]) -> Tensor:
+    def written(self, run: Mapping[str, Shaped[Tensor, "row ..."]]) -> Float[Tensor, "row sender pos d_model"]:
         """``[row, sender, pos, d_model]``: what each part writes in a run; by canonical names."""
         found = [run[self._name("hook_embed")][:, None]]
         for layer in range(self.wiring.n_layers):
@@ -132,7 +137,9 @@ class Ends:
             found += [self.heads(layer, z, scale), run[f"blocks.{layer}.hook_mlp_out"][:, None]]
         return torch.cat(found, 1)
 
-    def differences(self, source: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Tensor:
+    def differences(
+        self, source: Mapping[str, Shaped[Tensor, "row ..."]], base: Mapping[str, Shaped[Tensor, "row ..."]]
+    ) -> Float[Tensor, "row sender pos d_model"]:
         """``[row, sender, pos, d_model]``: what each part writes more in one run than in another."""
         embed = self._name("hook_embed")
         found = [(source[embed] - base[embed])[:, None]]
@@ -150,7 +157,12 @@ class Ends:
         names += [self.stream.hook(place) for place in range(self.stream.last + 1)]
         return list(dict.fromkeys(self._name(name) for name in names))
 
-    def flows_back(self, layer: int, gradients: Mapping[str, Tensor], residual: Tensor) -> Tensor:
+    def flows_back(
+        self,
+        layer: int,
+        gradients: Mapping[str, Float[Tensor, "row pos ..."]],
+        residual: Float[Tensor, "row pos d_model"],
+    ) -> Float[Tensor, "row receiver pos d_model"]:
         """``[row, receiver, pos, d_model]``: what flows back to each input of a block, in the order of the wiring.
 
         Args:
@@ -176,11 +188,11 @@ class Ends:
             mlp = mlp - attention.sum(1)
         return torch.cat([attention, mlp[:, None]], 1)
 
-    def at_the_end(self, gradients: Mapping[str, Tensor]) -> Tensor:
+    def at_the_end(self, gradients: Mapping[str, Float[Tensor, "row pos ..."]]) -> Float[Tensor, "row 1 pos d_model"]:
         """``[row, 1, pos, d_model]``: what flows back to ``final``."""
         return self._at(gradients, self.stream.last)[:, None]
 
-    def residual(self, layer: int, run: Mapping[str, Tensor]) -> Tensor:
+    def residual(self, layer: int, run: Mapping[str, Shaped[Tensor, "row ..."]]) -> Float[Tensor, "row pos d_model"]:
         """What enters a block in a run."""
         return run[self._name(self.stream.hook(self.stream.entering(layer)))]
 
@@ -188,7 +200,9 @@ class Ends:
         return run[self._name(self.stream.hook(place))]
 
 
-def through_norm(norm: Norm, eps: float, x: Tensor, flows: Tensor) -> Tensor:
+def through_norm(
+    norm: Norm, eps: float, x: Float[Tensor, "row pos d_model"], flows: Float[Tensor, "row receiver pos d_model"]
+) -> Float[Tensor, "row receiver pos d_model"]:
     """What flows back through a norm to its input.
 
     Args:
@@ -216,7 +230,9 @@ def through_norm(norm: Norm, eps: float, x: Tensor, flows: Tensor) -> Tensor:
     return (left / scale).to(flows)
 
 
-def contracted(sent: Tensor, flows: Tensor) -> Tensor:
+def contracted(
+    sent: Float[Tensor, "row sender pos d_model"], flows: Float[Tensor, "row receiver pos d_model"]
+) -> Float[Tensor, "row receiver sender"]:
     """``[row, receiver, sender]``: products over positions and features, in float32 at least.
 
     Args:

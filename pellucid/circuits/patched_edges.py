@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from pellucid.circuits.ends import Ends
@@ -41,7 +42,7 @@ class PatchedEdges:
         given: ``[row, sender, pos, d_model]``, what patched edges carry.
     """
 
-    def __init__(self, ends: Ends, unedited: Unedited, given: Tensor) -> None:
+    def __init__(self, ends: Ends, unedited: Unedited, given: Float[Tensor, "row sender pos d_model"]) -> None:
         self.ends, self.wiring, self.unedited, self.given = ends, ends.wiring, unedited, given
         self.bridge = ends.bridge
         self._no_copy = "blocks.0.hook_mlp_in" not in self.bridge.hook_index
@@ -51,7 +52,7 @@ class PatchedEdges:
         """Opt-in points that are on meanwhile."""
         return ("use_split_qkv_input",) if self._no_copy else ("use_split_qkv_input", "use_hook_mlp_in")
 
-    def final(self, patched: np.ndarray) -> Tensor:
+    def final(self, patched: np.ndarray) -> Float[Tensor, "row pos d_model"]:
         """``[row, pos, d_model]``: what leaves the last layer with these edges, ``[edge]`` bool, patched."""
         run = _Run(self, patched)
         with torch.no_grad(), self.bridge.points_on(self.flags), run.torch_hooks(self._no_copy):

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from pellucid.arguments import check_kind, check_mapping
@@ -50,13 +51,13 @@ class GradientRun(BriefFields):
         switch: what the next backward pass goes through.
     """
 
-    scores: Tensor
-    activations: Mapping[str, Tensor]
+    scores: Float[Tensor, " row"]
+    activations: Mapping[str, Float[Tensor, "row ..."]]
     switch: Switch
 
     def gradients(
         self, hooks: Iterable[str] | None = None, *, rules: bool = False, without_layer: int | None = None
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Float[Tensor, "row ..."]]:
         """What flows back from each row's score to its activations, in one backward pass.
 
         Args:
@@ -90,7 +91,7 @@ def run_with_gradients(
     metric: MetricLike,
     hooks: Iterable[str],
     *,
-    instead: Mapping[str, Tensor] | None = None,
+    instead: Mapping[str, Float[Tensor, "row ..."]] | None = None,
     rules: bool = False,
     gates: bool = False,
 ) -> GradientRun:
@@ -227,7 +228,7 @@ def _checked(scores: Any, unedited: Unedited, metric: MetricLike, kept: Mapping[
     return scores
 
 
-def refuse_zero_gradient(metric: MetricLike, scores: Tensor) -> None:
+def refuse_zero_gradient(metric: MetricLike, scores: Float[Tensor, " row"]) -> None:
     """A divergence has its minimum where the run is the reference: nothing flows back from there.
 
     Raises:
