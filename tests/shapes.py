@@ -26,7 +26,16 @@ from jaxtyping import AbstractArray, jaxtyped
 from torch import Tensor
 
 PACKAGE = Path(__file__).parents[1] / "pellucid"
-ROOMS = ("activation_cache", "attribution", "circuits", "decomposition", "gradients", "losses", "running_stats")
+ROOMS = (
+    "activation_cache",
+    "attribution",
+    "circuits",
+    "decomposition",
+    "gradients",
+    "losses",
+    "running_stats",
+    "steering",
+)
 """Modules and folders whose public functions say the shapes of their tensors."""
 
 DTYPES = ("Bool", "Float", "Int", "Num", "Shaped")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from pellucid.arguments import check_count, check_kind, check_number
@@ -25,7 +26,7 @@ from pellucid.steering.directions import Direction, Samples, refuse_not_finite, 
 from pellucid.storage.json_text import Json
 from pellucid.tables import BriefFields
 
-Vector: TypeAlias = Direction | Tensor | float
+Vector: TypeAlias = Direction | Float[Tensor, "..."] | float
 """A direction, a tensor that broadcasts to the features that are edited, or a number for each of them."""
 
 
@@ -47,12 +48,14 @@ class Change(ABC):
         """What it takes its numbers from, if that was measured of a model."""
         return None
 
-    def value(self, layer: int | None) -> Tensor | None:
+    def value(self, layer: int | None) -> Float[Tensor, "..."] | None:
         """Its numbers at a layer, before they are rounded: float64, or ``None`` for none."""
         return None
 
     @abstractmethod
-    def new(self, current: Tensor, value: Tensor | None, run: RunContext) -> Tensor:
+    def new(
+        self, current: Float[Tensor, "*axes"], value: Float[Tensor, "..."] | None, run: RunContext
+    ) -> Float[Tensor, "*axes"]:
         """The new values.
 
         Args:
@@ -84,11 +87,13 @@ class Add(BriefFields, Change):
         """The direction."""
         return self.vector if isinstance(self.vector, Direction) else None
 
-    def value(self, layer: int | None) -> Tensor:
+    def value(self, layer: int | None) -> Float[Tensor, "..."]:
         """Strength times vector."""
         return _numbers(self.vector, layer) * self.strength
 
-    def new(self, current: Tensor, value: Tensor | None, run: RunContext) -> Tensor:
+    def new(
+        self, current: Float[Tensor, "*axes"], value: Float[Tensor, "..."] | None, run: RunContext
+    ) -> Float[Tensor, "*axes"]:
         """The sum."""
         assert value is not None
         return current + value
@@ -104,7 +109,9 @@ class Scale(Change):
     def __post_init__(self) -> None:
         check_number("Scale: factor", self.factor)
 
-    def new(self, current: Tensor, value: Tensor | None, run: RunContext) -> Tensor:
+    def new(
+        self, current: Float[Tensor, "*axes"], value: Float[Tensor, "..."] | None, run: RunContext
+    ) -> Float[Tensor, "*axes"]:
         """The product."""
         return current * self.factor
 
@@ -131,7 +138,9 @@ class Clamp(Change):
         if self.low is not None and self.high is not None and self.low > self.high:
             raise InputError(f"Clamp: low is {self.low}, above high, {self.high}.")
 
-    def new(self, current: Tensor, value: Tensor | None, run: RunContext) -> Tensor:
+    def new(
+        self, current: Float[Tensor, "*axes"], value: Float[Tensor, "..."] | None, run: RunContext
+    ) -> Float[Tensor, "*axes"]:
         """The numbers within the bounds."""
         return current.clamp(self.low, self.high)
 
@@ -142,7 +151,9 @@ class Zero(Change):
 
     kind: ClassVar[str] = "zero"
 
-    def new(self, current: Tensor, value: Tensor | None, run: RunContext) -> Tensor:
+    def new(
+        self, current: Float[Tensor, "*axes"], value: Float[Tensor, "..."] | None, run: RunContext
+    ) -> Float[Tensor, "*axes"]:
         """Zeros."""
         return torch.zeros_like(current)
 
@@ -166,11 +177,13 @@ class Replace(BriefFields, Change):
         """The direction."""
         return self.vector if isinstance(self.vector, Direction) else None
 
-    def value(self, layer: int | None) -> Tensor:
+    def value(self, layer: int | None) -> Float[Tensor, "..."]:
         """The vector."""
         return _numbers(self.vector, layer)
 
-    def new(self, current: Tensor, value: Tensor | None, run: RunContext) -> Tensor:
+    def new(
+        self, current: Float[Tensor, "*axes"], value: Float[Tensor, "..."] | None, run: RunContext
+    ) -> Float[Tensor, "*axes"]:
         """The vector, at every position."""
         assert value is not None
         return value.expand_as(current)
@@ -201,11 +214,16 @@ class Resample(BriefFields, Change):
         """The samples."""
         return self.samples
 
-    def value(self, layer: int | None) -> Tensor:
+    def value(self, layer: int | None) -> Float[Tensor, " sample *features"]:
         """``[sample, *features]``."""
         return self.samples.at(layer).double()
 
-    def new(self, current: Tensor, value: Tensor | None, run: RunContext) -> Tensor:
+    def new(
+        self,
+        current: Float[Tensor, "batch pos *features"],
+        value: Float[Tensor, " sample *features"] | None,
+        run: RunContext,
+    ) -> Float[Tensor, "batch pos *features"]:
         """One of the samples at each position."""
         assert value is not None
         return value[_drawn(self.seed, run.rows, run.positions, value.shape[0])]
@@ -222,7 +240,7 @@ class ProjectOut(BriefFields, Change):
         strength: 1 takes the part away, 2 turns it round, 0.5 leaves half.
     """
 
-    vector: Direction | Tensor
+    vector: Direction | Float[Tensor, "*features"]
     strength: float = 1.0
     kind: ClassVar[str] = "project-out"
     of_whole_vectors: ClassVar[bool] = True
@@ -241,13 +259,15 @@ class ProjectOut(BriefFields, Change):
         """The direction."""
         return self.vector if isinstance(self.vector, Direction) else None
 
-    def value(self, layer: int | None) -> Tensor:
+    def value(self, layer: int | None) -> Float[Tensor, "*features"]:
         """The vector at length 1."""
         vector = _numbers(self.vector, layer)
         unit: Tensor = vector / vector.norm()
         return unit
 
-    def new(self, current: Tensor, value: Tensor | None, run: RunContext) -> Tensor:
+    def new(
+        self, current: Float[Tensor, "batch pos *features"], value: Float[Tensor, "*features"] | None, run: RunContext
+    ) -> Float[Tensor, "batch pos *features"]:
         """What is left."""
         assert value is not None
         wide = widened(current)
@@ -261,7 +281,7 @@ CHANGES: dict[str, type[Change]] = {
 """Every change by its name in files."""
 
 
-def change_to_json(change: Change, tensors: dict[str, Tensor], prefix: str) -> dict[str, Json]:
+def change_to_json(change: Change, tensors: dict[str, Float[Tensor, "..."]], prefix: str) -> dict[str, Json]:
     """A change as JSON; its tensors go into ``tensors`` under names that begin with ``prefix``."""
     found: dict[str, Json] = {"kind": change.kind}
     for name, value in vars(change).items():
@@ -270,7 +290,7 @@ def change_to_json(change: Change, tensors: dict[str, Tensor], prefix: str) -> d
     return found
 
 
-def change_of_json(found: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Change:
+def change_of_json(found: Mapping[str, Any], tensors: Mapping[str, Float[Tensor, "..."]]) -> Change:
     """The inverse of :func:`change_to_json`."""
     fields = {name: value for name, value in found.items() if name != "kind"}
     return CHANGES[found["kind"]](

@@ -16,6 +16,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from pellucid.arguments import check_kind, check_list, check_text
@@ -130,7 +131,7 @@ class Direction(BriefFields):
         origin: what they are of.
     """
 
-    vectors: Tensor
+    vectors: Float[Tensor, " layer *features"]
     origin: Origin
 
     def __post_init__(self) -> None:
@@ -142,12 +143,12 @@ class Direction(BriefFields):
         return self.origin.layers
 
     @property
-    def norms(self) -> Tensor:
+    def norms(self) -> Float[Tensor, " layer"]:
         """``[layer]`` float64: the length of each vector."""
         norms: Tensor = torch.linalg.vector_norm(self.vectors.detach().double().flatten(1), dim=1)
         return norms
 
-    def at(self, layer: int | None = None) -> Tensor:
+    def at(self, layer: int | None = None) -> Float[Tensor, "*features"]:
         """``[*features]``: the vector of a layer; of the only one if there is one.
 
         Raises:
@@ -227,13 +228,13 @@ class Samples(BriefFields):
         origin: what they are of.
     """
 
-    values: Tensor
+    values: Float[Tensor, "layer sample *features"]
     origin: Origin
 
     def __post_init__(self) -> None:
         _check_vectors("values", self.values, self.origin, 2)
 
-    def at(self, layer: int | None = None) -> Tensor:
+    def at(self, layer: int | None = None) -> Float[Tensor, " sample *features"]:
         """``[sample, *features]``: those of a layer."""
         layers = self.origin.layers
         if layers is None or (layer is None and len(layers) == 1):
@@ -274,7 +275,7 @@ def _check_vectors(argument: str, vectors: Any, origin: Any, before: int) -> Non
     refuse_not_finite(argument, vectors)
 
 
-def refuse_not_finite(what: str, vectors: Tensor) -> None:
+def refuse_not_finite(what: str, vectors: Float[Tensor, "..."]) -> None:
     """Refuse numbers that are none.
 
     Raises:
@@ -330,7 +331,7 @@ def check_width(bridge: TransformerBridge, origin: Origin, shape: Sequence[int],
 
 def direction_of(
     bridge: TransformerBridge,
-    vectors: Tensor,
+    vectors: Float[Tensor, "*features"] | Float[Tensor, " layer *features"],
     at: str = "resid_post",
     layers: Index = None,
     name: str = "",
@@ -376,7 +377,9 @@ def direction_of(
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def vector_to_json(vector: Direction | Samples | Tensor, tensors: dict[str, Tensor], name: str) -> dict[str, Json]:
+def vector_to_json(
+    vector: Direction | Samples | Float[Tensor, "..."], tensors: dict[str, Float[Tensor, "..."]], name: str
+) -> dict[str, Json]:
     """Vectors as JSON: what they are and their origin; the numbers go into ``tensors`` under ``name``."""
     if isinstance(vector, Tensor):
         tensors[name] = vector
@@ -390,7 +393,9 @@ def vector_to_json(vector: Direction | Samples | Tensor, tensors: dict[str, Tens
     }
 
 
-def vector_of_json(found: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Direction | Samples | Tensor:
+def vector_of_json(
+    found: Mapping[str, Any], tensors: Mapping[str, Float[Tensor, "..."]]
+) -> Direction | Samples | Float[Tensor, "..."]:
     """The inverse of :func:`vector_to_json`."""
     tensor = tensors[found["tensor"]]
     if found["is"] == "tensor":

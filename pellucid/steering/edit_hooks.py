@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pellucid.axes import Index
@@ -48,7 +49,7 @@ class Effect:
         self._columns, self._last_step = 0, -1
         self._known: tuple[RunContext, Tensor | None] | None = None
 
-    def selected(self, run: RunContext) -> Tensor | None:
+    def selected(self, run: RunContext) -> Bool[Tensor, "batch pos"] | None:
         """``[batch, pos]`` bool, worked out once a forward; ``None`` where there is no position to act at."""
         known = self._known
         if known is not None and known[0] is run:
@@ -100,14 +101,14 @@ class EditHook(BriefFields):
     name: str
     change: Change
     effect: Effect
-    numbers: Callable[[], Tensor | None] = field(repr=False)
-    value: Tensor | None
-    mask: Tensor | None
+    numbers: Callable[[], Float[Tensor, "..."] | None] = field(repr=False)
+    value: Float[Tensor, "..."] | None
+    mask: Bool[Tensor, "*features"] | None
     pos_axis: int = 1
     _ready: tuple[Tensor | None, Tensor | None] | None = field(default=None, repr=False)
     _ready_for: tuple[torch.dtype, torch.device] | None = field(default=None, repr=False)
 
-    def __call__(self, activation: Tensor, hook: HookPoint) -> Tensor | None:
+    def __call__(self, activation: Float[Tensor, "*axes"], hook: HookPoint) -> Float[Tensor, "*axes"] | None:
         """The activation with the new numbers at the edit's places; ``None`` where there are none in this forward."""
         run, effect = hook.run, self.effect
         where = effect.selected(run)
@@ -126,7 +127,7 @@ class EditHook(BriefFields):
             effect.changed = bool(bits_differ(edited.contiguous(), activation.contiguous()).any())
         return edited
 
-    def of_region(self, current: Tensor) -> Tensor | None:
+    def of_region(self, current: Float[Tensor, "..."]) -> Float[Tensor, "..."] | None:
         """The change's numbers for a region that was cut out: ``[*region]``, in the dtype that it wants."""
         value = self._prepared(current)[0]
         if value is None or self.mask is None or value.dim() < self.mask.dim():
@@ -172,7 +173,7 @@ class EditHook(BriefFields):
         }
 
 
-def mask_of(chosen: Chosen, sizes: Sequence[int]) -> Tensor | None:
+def mask_of(chosen: Chosen, sizes: Sequence[int]) -> Bool[Tensor, "*features"] | None:
     """``[*features]`` bool: what is chosen of features of these sizes; ``None`` for all."""
     if all(index is None for index in chosen):
         return None
@@ -181,7 +182,9 @@ def mask_of(chosen: Chosen, sizes: Sequence[int]) -> Tensor | None:
     return mask
 
 
-def placed(value: Tensor, features: Sequence[int], axes: Sequence[str], chosen: Chosen, spec: HookSpec) -> Tensor:
+def placed(
+    value: Float[Tensor, "..."], features: Sequence[int], axes: Sequence[str], chosen: Chosen, spec: HookSpec
+) -> Float[Tensor, "*features"]:
     """A tensor that broadcasts to the features that are edited, laid where they are: ``[*features]``."""
     if "key_pos" in axes:
         raise InputError(

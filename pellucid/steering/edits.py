@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor
 
 from pellucid.arguments import check_kind, check_list, check_text
@@ -144,13 +145,13 @@ class Edit(BriefFields):
 
         return EditHook(spec.name, self.change, effect, numbers, numbers(), mask_of(chosen, features), spec.pos_axis)
 
-    def to_json(self, tensors: dict[str, Tensor], prefix: str) -> Json:
+    def to_json(self, tensors: dict[str, Float[Tensor, "..."]], prefix: str) -> Json:
         """The edit as JSON; its tensors go into ``tensors`` under names that begin with ``prefix``."""
         indices = {name: index_to_json(vars(self)[name]) for name in INDICES}
         return {"change": change_to_json(self.change, tensors, prefix), "at": self.at, **indices}
 
     @classmethod
-    def from_json(cls, found: Any, tensors: Mapping[str, Tensor]) -> Edit:
+    def from_json(cls, found: Any, tensors: Mapping[str, Float[Tensor, "..."]]) -> Edit:
         """The inverse of :meth:`to_json`."""
         indices = {name: index_from_json(found[name]) for name in INDICES}
         return cls(change_of_json(found["change"], tensors), found["at"], **indices)

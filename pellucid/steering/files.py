@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from jaxtyping import Float
 from torch import Tensor
 
 from pellucid.arguments import check_path
@@ -22,7 +23,9 @@ FORMAT = 1
 """Counted up when a file says the same things in another way."""
 
 
-def write(path: str | os.PathLike[str], kind: Kind, about: Mapping[str, Json], tensors: Mapping[str, Tensor]) -> None:
+def write(
+    path: str | os.PathLike[str], kind: Kind, about: Mapping[str, Json], tensors: Mapping[str, Float[Tensor, "..."]]
+) -> None:
     """Write one file, whole or not at all.
 
     Raises:
@@ -36,7 +39,7 @@ def write(path: str | os.PathLike[str], kind: Kind, about: Mapping[str, Json], t
     write_safetensors(file, tensors, to_line(said))
 
 
-def read(path: str | os.PathLike[str], kind: Kind) -> tuple[dict[str, Tensor], Any]:
+def read(path: str | os.PathLike[str], kind: Kind) -> tuple[dict[str, Float[Tensor, "..."]], Any]:
     """What :func:`write` wrote.
 
     Raises:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from jaxtyping import Shaped
 from torch import Tensor
 
 from pellucid.arguments import check_kind
@@ -29,7 +30,7 @@ def sweep_edits(
     steering: Steering,
     bridge: TransformerBridge,
     input: TextOrTokens,
-    attention_mask: Tensor | None = None,
+    attention_mask: Shaped[Tensor, "row pos"] | None = None,
     prepend_bos: bool | None = None,
 ) -> list[SweepEdit]:
     """Steering as one entry of a sweep over ``input``: ``Sweep(bridge, input, metric).run([sweep_edits(...), ...])``.

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any, Literal, TypeAlias
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from pellucid.arguments import check_list, check_whole
@@ -68,7 +69,7 @@ def check_index(argument: str, index: Any, at_least: int | None = None) -> None:
         raise InputError(f"{argument}: {low[0]} is none of them; they are {at_least} or more.")
 
 
-def selected(run: RunContext, positions: Positions, steps: Index) -> Tensor:
+def selected(run: RunContext, positions: Positions, steps: Index) -> Bool[Tensor, "batch pos"]:
     """``[batch, pos]`` bool: the positions of this forward that an edit acts at; never padding.
 
     Args:
