@@ -31,8 +31,10 @@ ROOMS = (
     "attribution",
     "circuits",
     "decomposition",
+    "experiments",
     "gradients",
     "losses",
+    "patching",
     "running_stats",
     "steering",
 )

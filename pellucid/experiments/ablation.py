@@ -16,6 +16,7 @@ from typing import Literal, TypeAlias
 
 import torch
 import xarray as xr
+from jaxtyping import Shaped
 from torch import Tensor
 
 from pellucid.activation_cache import ActivationCache
@@ -83,7 +84,7 @@ class Ablation(Experiment):
         "What means are over, or rows are drawn from: texts, ids [row, pos], or activations by hook name such as a cache. "
         "By default the input itself.",
     )
-    data_mask: Tensor | None = option(None, "[row, pos] of data, if it is ids or a plain mapping.")
+    data_mask: Shaped[Tensor, "_ _"] | None = option(None, "[row, pos] of data, if it is ids or a plain mapping.")
     permutation: Sequence[int] | None = option(
         None,
         "For 'resample', the row of the data that each row of the input is given. By default drawn: among the input's own "
@@ -160,7 +161,7 @@ def ablation(
     *,
     how: How,
     data: Data | None = None,
-    data_mask: Tensor | None = None,
+    data_mask: Shaped[Tensor, "_ _"] | None = None,
     permutation: Sequence[int] | None = None,
     seed: int = 0,
     change: bool = True,
@@ -169,7 +170,7 @@ def ablation(
     positions: Index = None,
     heads: Index = None,
     neurons: int | NeuronGroups | None = None,
-    attention_mask: Tensor | None = None,
+    attention_mask: Shaped[Tensor, "row pos"] | None = None,
     prepend_bos: bool | None = None,
     padding_side: PaddingSide | None = None,
     logit_positions: Sequence[int] | None = None,

@@ -18,6 +18,7 @@ from functools import partial
 
 import torch
 import xarray as xr
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from pellucid.arguments import check_choice
@@ -140,7 +141,7 @@ class ActivationPatching(Experiment, PatchingChoices):
         made._pairs[:] = self._pairs
         return made
 
-    def last_logits(self) -> dict[str, Tensor]:
+    def last_logits(self) -> dict[str, Float[Tensor, "row d_vocab"]]:
         """``[row, d_vocab]`` after each row's last real token, of the ``"clean"`` and the ``"corrupted"`` run."""
         pair = self._pair()
         runs: dict[str, KeptRun | BaseRun] = {pair.source_name: pair.source_run(), pair.base_name: pair.base_run()}
@@ -204,7 +205,7 @@ def activation_patching(
     positions: Index = None,
     heads: Index = None,
     neurons: int | NeuronGroups | None = None,
-    attention_mask: Tensor | None = None,
+    attention_mask: Shaped[Tensor, "row pos"] | None = None,
     prepend_bos: bool | None = None,
     padding_side: PaddingSide | None = None,
     logit_positions: Sequence[int] | None = None,

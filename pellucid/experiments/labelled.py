@@ -25,6 +25,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 import xarray as xr
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 import pellucid
@@ -80,8 +81,8 @@ class Reference(BriefFields):
     """Two values of each metric, ``[row]`` or a single one: what becomes 0, and what becomes 1."""
 
     kind: Kind
-    zero: Mapping[str, Tensor] = field(default_factory=dict)
-    one: Mapping[str, Tensor] = field(default_factory=dict)
+    zero: Mapping[str, Shaped[Tensor, "..."]] = field(default_factory=dict)
+    one: Mapping[str, Shaped[Tensor, "..."]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -203,7 +204,7 @@ def about_metrics(metric: MetricLike | Mapping[str, MetricLike], kind: Kind) -> 
     return named | {"value": kind}
 
 
-def in_float32(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def in_float32(scores: Mapping[str, Shaped[Tensor, "..."]]) -> dict[str, Float[Tensor, "..."]]:
     """Scores in float32 at least: a function of bfloat16 logits may give bfloat16, which numpy does not have.
 
     Differences and means of scores are then taken there, not in half precision.
@@ -211,7 +212,7 @@ def in_float32(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: widened(score) for name, score in scores.items()}
 
 
-def check_scores(scores: Mapping[str, Tensor], n_rows: int, rows: Rows) -> None:
+def check_scores(scores: Mapping[str, Shaped[Tensor, "..."]], n_rows: int, rows: Rows) -> None:
     """Refuse scores that are neither one number nor one a row; and one number where each row is asked for.
 
     Raises:
@@ -227,7 +228,12 @@ def check_scores(scores: Mapping[str, Tensor], n_rows: int, rows: Rows) -> None:
             raise InputError(f'rows="each" needs a number for each row; the metric {name!r} gives one for all.')
 
 
-def between(zero: Mapping[str, Tensor], one: Mapping[str, Tensor], rows: Rows, names: tuple[str, str]) -> Reference:
+def between(
+    zero: Mapping[str, Shaped[Tensor, "..."]],
+    one: Mapping[str, Shaped[Tensor, "..."]],
+    rows: Rows,
+    names: tuple[str, str],
+) -> Reference:
     """The reference of normalised values.
 
     Args:

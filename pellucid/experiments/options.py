@@ -14,6 +14,7 @@ from pellucid.arguments import check_count, check_memory_limit
 from pellucid.axes import ROWS_AT_ONCE, Index
 
 if TYPE_CHECKING:
+    from jaxtyping import Shaped
     from torch import Tensor
 
 Rows: TypeAlias = Literal["mean", "each"]
@@ -84,7 +85,7 @@ class SweepOptions:
         "{name: {layer: neurons}}.",
         command=True,
     )
-    attention_mask: "Tensor | None" = option(
+    attention_mask: "Shaped[Tensor, 'row pos'] | None" = option(
         None, "[row, pos] of the prompts, 1 at real tokens; found out for texts. Both runs of a pair have the same."
     )
     prepend_bos: bool | None = option(

@@ -22,6 +22,7 @@ from dataclasses import KW_ONLY, MISSING, dataclass
 from typing import Any, Literal, TypeAlias
 
 import xarray as xr
+from jaxtyping import Shaped
 from torch import Tensor
 
 from pellucid.arguments import check_choice, check_kind
@@ -192,7 +193,7 @@ def path_patching(
     value: Value = "change",
     rows: Rows = "mean",
     positions: Index = None,
-    attention_mask: Tensor | None = None,
+    attention_mask: Shaped[Tensor, "row pos"] | None = None,
     prepend_bos: bool | None = None,
     padding_side: PaddingSide | None = None,
     logit_positions: Sequence[int] | None = None,

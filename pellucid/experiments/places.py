@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from pellucid.arguments import check_list, check_text
@@ -105,12 +106,12 @@ class Prompts(BriefFields):
         virtual: how many of the positions are virtual.
     """
 
-    tokens: Tensor
-    attention_mask: Tensor | None
+    tokens: Int[Tensor, "row pos"]
+    attention_mask: Shaped[Tensor, "row pos"] | None
     labels: tuple[tuple[str, ...], ...]
     virtual: int = 0
 
-    def input(self) -> tuple[Tensor, Tensor | None]:
+    def input(self) -> tuple[Int[Tensor, "row pos"], Shaped[Tensor, "row pos"] | None]:
         """Token ids and mask as a run of the bridge takes them, without virtual positions."""
         mask = self.attention_mask
         return self.tokens[:, self.virtual :], None if mask is None else mask[:, self.virtual :]
@@ -126,7 +127,7 @@ class Prompts(BriefFields):
         return self.tokens.shape[1]
 
     @property
-    def real(self) -> Tensor:
+    def real(self) -> Bool[Tensor, "row pos"]:
         """``[row, pos]`` bool: which columns are not padding."""
         return real_positions(self.attention_mask, self.n_rows, self.length, self.tokens.device)
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 
 import psutil
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from pellucid.arguments import check_choice, check_mapping
@@ -143,7 +144,7 @@ def _scored(name: str, metric: MetricFn, reduce: str, logits: Tensor) -> Tensor:
     return score if score.is_floating_point() else score.double()
 
 
-def reduced(scores: Tensor, metric: MetricLike, reduce: str, dtype: torch.dtype) -> Tensor:
+def reduced(scores: Shaped[Tensor, "..."], metric: MetricLike, reduce: str, dtype: torch.dtype) -> Float[Tensor, "..."]:
     """``[cell, batch]`` or ``[cell]`` to what ``reduce`` asks for. A metric of ours scores rows whatever is asked."""
     scores = scores.to(dtype)
     by_row = isinstance(metric, Metric) or reduce == "mean"
@@ -170,8 +171,8 @@ def cell_of(model: TransformerBridge, activation_name: str, index: list[Any], se
 
 
 def run_cells(
-    run: CorruptedRun, cells: Sequence[Cell], clean_cache: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    run: CorruptedRun, cells: Sequence[Cell], clean_cache: Mapping[str, Shaped[Tensor, "..."]]
+) -> tuple[dict[str, Shaped[Tensor, "cell ..."]], dict[str, Shaped[Tensor, "..."]]]:
     """Score every cell.
 
     Returns:
@@ -223,7 +224,9 @@ def _groups(cells: Sequence[Cell], sizes: Mapping[str, int], limit: int) -> Iter
     yield group
 
 
-def clean_activation(clean_cache: Mapping[str, Tensor], name: str, which: str = "clean") -> Tensor:
+def clean_activation(
+    clean_cache: Mapping[str, Shaped[Tensor, "..."]], name: str, which: str = "clean"
+) -> Shaped[Tensor, "..."]:
     """An activation of the clean run (or of the one that ``which`` says).
 
     Raises:
@@ -240,7 +243,7 @@ def clean_activation(clean_cache: Mapping[str, Tensor], name: str, which: str = 
         ) from None
 
 
-def edit_of(spec: HookSpec, base: Tensor, cell: Cell, clean: Tensor) -> Edit | None:
+def edit_of(spec: HookSpec, base: Shaped[Tensor, "..."], cell: Cell, clean: Shaped[Tensor, "..."]) -> Edit | None:
     """What a setter changes of the corrupted run's activation, ``None`` for nothing."""
     copy = base.clone()
     with torch.no_grad():

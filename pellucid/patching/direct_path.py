@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from pellucid.arguments import check_choice, check_count
@@ -32,18 +33,18 @@ SPLIT_INPUTS: tuple[Flag, ...] = ("use_split_qkv_input",)
 def get_act_patch_direct_path(
     model: TransformerBridge,
     corrupted_tokens: TextOrTokens,
-    clean_cache: Mapping[str, Tensor],
-    corrupted_cache: Mapping[str, Tensor],
+    clean_cache: Mapping[str, Shaped[Tensor, "..."]],
+    corrupted_cache: Mapping[str, Shaped[Tensor, "..."]],
     patching_metric: MetricLike,
     src_layer: int,
     src_head: int,
     component: Literal["q", "k", "v"] = "q",
     verbose: bool = True,
     *,
-    attention_mask: Tensor | None = None,
+    attention_mask: Shaped[Tensor, "batch pos"] | None = None,
     logit_positions: Sequence[int] | None = None,
     memory_limit: int | None = None,
-) -> Tensor:
+) -> Float[Tensor, "layer head"]:
     """Patch the path from one head into each later head's queries, keys or values.
 
     Args:
@@ -83,16 +84,16 @@ def get_act_patch_direct_path(
 def get_act_patch_direct_path_all_sources(
     model: TransformerBridge,
     corrupted_tokens: TextOrTokens,
-    clean_cache: Mapping[str, Tensor],
-    corrupted_cache: Mapping[str, Tensor],
+    clean_cache: Mapping[str, Shaped[Tensor, "..."]],
+    corrupted_cache: Mapping[str, Shaped[Tensor, "..."]],
     patching_metric: MetricLike,
     component: Literal["q", "k", "v"] = "q",
     verbose: bool = True,
     *,
-    attention_mask: Tensor | None = None,
+    attention_mask: Shaped[Tensor, "batch pos"] | None = None,
     logit_positions: Sequence[int] | None = None,
     memory_limit: int | None = None,
-) -> Tensor:
+) -> Float[Tensor, "layer head layer head"]:
     """Patch the path from every head into every later head's queries, keys or values.
 
     Args:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from pellucid.errors import UnsupportedModelError
@@ -128,16 +129,16 @@ get_act_patch_attn_head_pattern_all_pos = _ALL_POS["pattern"].function()
 def get_act_patch_attn_head_all_pos_every(
     model: TransformerBridge,
     corrupted_tokens: TextOrTokens,
-    clean_cache: Mapping[str, Tensor],
+    clean_cache: Mapping[str, Shaped[Tensor, "..."]],
     metric: MetricLike | Mapping[str, MetricLike],
     *,
     reduce: Reduce = "scalar",
     baseline: bool = False,
-    attention_mask: Tensor | None = None,
+    attention_mask: Shaped[Tensor, "batch pos"] | None = None,
     logit_positions: Sequence[int] | None = None,
     memory_limit: int | None = None,
     verbose: bool = True,
-) -> Tensor | PatchingResult:
+) -> Float[Tensor, "patch_type layer head"] | PatchingResult:
     """Patch each head's output, queries, keys, values and pattern, each at all positions.
 
     Args:
@@ -167,16 +168,16 @@ def get_act_patch_attn_head_all_pos_every(
 def get_act_patch_attn_head_by_pos_every(
     model: TransformerBridge,
     corrupted_tokens: TextOrTokens,
-    clean_cache: Mapping[str, Tensor],
+    clean_cache: Mapping[str, Shaped[Tensor, "..."]],
     metric: MetricLike | Mapping[str, MetricLike],
     *,
     reduce: Reduce = "scalar",
     baseline: bool = False,
-    attention_mask: Tensor | None = None,
+    attention_mask: Shaped[Tensor, "batch pos"] | None = None,
     logit_positions: Sequence[int] | None = None,
     memory_limit: int | None = None,
     verbose: bool = True,
-) -> Tensor | PatchingResult:
+) -> Float[Tensor, "patch_type layer pos head"] | PatchingResult:
     """Patch each head's output, queries, keys, values and pattern, one position (of the query) at a time.
 
     The arguments are those of :func:`get_act_patch_attn_head_all_pos_every`.
@@ -196,16 +197,16 @@ def get_act_patch_attn_head_by_pos_every(
 def get_act_patch_block_every(
     model: TransformerBridge,
     corrupted_tokens: TextOrTokens,
-    clean_cache: Mapping[str, Tensor],
+    clean_cache: Mapping[str, Shaped[Tensor, "..."]],
     metric: MetricLike | Mapping[str, MetricLike],
     *,
     reduce: Reduce = "scalar",
     baseline: bool = False,
-    attention_mask: Tensor | None = None,
+    attention_mask: Shaped[Tensor, "batch pos"] | None = None,
     logit_positions: Sequence[int] | None = None,
     memory_limit: int | None = None,
     verbose: bool = True,
-) -> Tensor | PatchingResult:
+) -> Float[Tensor, "patch_type layer pos"] | PatchingResult:
     """Patch the residual stream entering each block, each attention's and each MLP's contribution, by position.
 
     The arguments are those of :func:`get_act_patch_attn_head_all_pos_every`.

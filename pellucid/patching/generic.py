@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias, overload
 
 import pandas as pd
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from pellucid.arguments import check_function, check_mapping, check_text, check_texts
@@ -28,7 +29,7 @@ AxisNames: TypeAlias = Literal["layer", "pos", "head_index", "head", "src_pos", 
 def generic_activation_patch(
     model: TransformerBridge,
     corrupted_tokens: TextOrTokens,
-    clean_cache: Mapping[str, Tensor],
+    clean_cache: Mapping[str, Shaped[Tensor, "..."]],
     patching_metric: MetricLike,
     patch_setter: PatchSetter,
     activation_name: str,
@@ -38,18 +39,18 @@ def generic_activation_patch(
     *,
     reduce: Literal["scalar", "mean"] = "scalar",
     baseline: Literal[False] = False,
-    attention_mask: Tensor | None = None,
+    attention_mask: Shaped[Tensor, "batch pos"] | None = None,
     logit_positions: Sequence[int] | None = None,
     memory_limit: int | None = None,
     verbose: bool = True,
-) -> Tensor: ...
+) -> Float[Tensor, "*axes"]: ...
 
 
 @overload
 def generic_activation_patch(
     model: TransformerBridge,
     corrupted_tokens: TextOrTokens,
-    clean_cache: Mapping[str, Tensor],
+    clean_cache: Mapping[str, Shaped[Tensor, "..."]],
     patching_metric: MetricLike,
     patch_setter: PatchSetter,
     activation_name: str,
@@ -59,18 +60,18 @@ def generic_activation_patch(
     return_index_df: Literal[True],
     reduce: Literal["scalar", "mean"] = "scalar",
     baseline: Literal[False] = False,
-    attention_mask: Tensor | None = None,
+    attention_mask: Shaped[Tensor, "batch pos"] | None = None,
     logit_positions: Sequence[int] | None = None,
     memory_limit: int | None = None,
     verbose: bool = True,
-) -> tuple[Tensor, pd.DataFrame]: ...
+) -> tuple[Float[Tensor, "*axes"], pd.DataFrame]: ...
 
 
 @overload
 def generic_activation_patch(
     model: TransformerBridge,
     corrupted_tokens: TextOrTokens,
-    clean_cache: Mapping[str, Tensor],
+    clean_cache: Mapping[str, Shaped[Tensor, "..."]],
     patching_metric: MetricLike | Mapping[str, MetricLike],
     patch_setter: PatchSetter,
     activation_name: str,
@@ -80,17 +81,17 @@ def generic_activation_patch(
     *,
     reduce: Reduce = "scalar",
     baseline: bool = False,
-    attention_mask: Tensor | None = None,
+    attention_mask: Shaped[Tensor, "batch pos"] | None = None,
     logit_positions: Sequence[int] | None = None,
     memory_limit: int | None = None,
     verbose: bool = True,
-) -> Tensor | tuple[Tensor, pd.DataFrame] | PatchingResult: ...
+) -> Float[Tensor, "*axes"] | tuple[Float[Tensor, "*axes"], pd.DataFrame] | PatchingResult: ...
 
 
 def generic_activation_patch(
     model: TransformerBridge,
     corrupted_tokens: TextOrTokens,
-    clean_cache: Mapping[str, Tensor],
+    clean_cache: Mapping[str, Shaped[Tensor, "..."]],
     patching_metric: MetricLike | Mapping[str, MetricLike],
     patch_setter: PatchSetter,
     activation_name: str,
@@ -100,11 +101,11 @@ def generic_activation_patch(
     *,
     reduce: Reduce = "scalar",
     baseline: bool = False,
-    attention_mask: Tensor | None = None,
+    attention_mask: Shaped[Tensor, "batch pos"] | None = None,
     logit_positions: Sequence[int] | None = None,
     memory_limit: int | None = None,
     verbose: bool = True,
-) -> Tensor | tuple[Tensor, pd.DataFrame] | PatchingResult:
+) -> Float[Tensor, "*axes"] | tuple[Float[Tensor, "*axes"], pd.DataFrame] | PatchingResult:
     """Run the corrupted prompt, once for each cell of an index, with part of one activation patched; score each run.
 
     Activation patching as in Meng et al. (2022, arXiv 2202.05262) and Zhang and Nanda (2024, arXiv 2309.16042): what of
@@ -233,8 +234,8 @@ def cells_of(model: TransformerBridge, activation_name: str, index: pd.DataFrame
 
 
 def score_cells(
-    run: CorruptedRun, cells: Sequence[Cell], clean_cache: Mapping[str, Tensor], reduce: str
-) -> tuple[Tensor, Tensor]:
+    run: CorruptedRun, cells: Sequence[Cell], clean_cache: Mapping[str, Shaped[Tensor, "..."]], reduce: str
+) -> tuple[Float[Tensor, "metric cell ..."], Float[Tensor, "metric ..."]]:
     """``[metric, cell, batch?]`` and the corrupted run's own ``[metric, batch?]``."""
     values, base = run_cells(run, cells, clean_cache)
     stacks = [

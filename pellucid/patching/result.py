@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from pellucid.arguments import check_choice, check_kind, check_texts, check_wholes
@@ -49,12 +50,12 @@ class PatchingResult:
         patch_type_names: what the entries of a ``patch_type`` axis are, for the ``_every`` functions.
     """
 
-    values: Tensor
+    values: Float[Tensor, "..."]
     axis_names: list[str]
     index_df: pd.DataFrame
     metric_names: list[str]
     reduced: bool
-    baseline: Tensor | None = None
+    baseline: Float[Tensor, "..."] | None = None
     has_metric_axis: bool = False
     patch_type_names: list[str] | None = None
 
@@ -123,11 +124,11 @@ class PatchingResult:
         ones = [1] * (self.values.dim() - self.baseline.dim())
         return self.baseline.reshape(*self.baseline.shape[:lead], *ones, *self.baseline.shape[lead:])
 
-    def mean(self) -> Tensor:
+    def mean(self) -> Float[Tensor, "..."]:
         """The mean over examples, ``[metric?, *axes]``."""
         return self.values if self.reduced else self.values.mean(dim=-1)
 
-    def stderr(self) -> Tensor:
+    def stderr(self) -> Float[Tensor, "..."]:
         """The standard error of that mean, ``[metric?, *axes]``.
 
         Raises:
@@ -136,7 +137,7 @@ class PatchingResult:
         self._needs_examples("stderr")
         return standard_error(self.values)
 
-    def effect(self) -> Tensor:
+    def effect(self) -> Float[Tensor, "..."]:
         """What each patch changes: ``values`` less the corrupted run's metric.
 
         Raises:
@@ -144,7 +145,7 @@ class PatchingResult:
         """
         return self.values - self._baseline_beside_values()
 
-    def normalized(self, clean_baseline: Tensor) -> Tensor:
+    def normalized(self, clean_baseline: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """``(values - corrupted) / (clean - corrupted)``: 0 where a patch did nothing, 1 where it gave the clean metric.
 
         Where clean and corrupted score the same there is nothing to recover, and the answer is infinite or NaN.
@@ -173,7 +174,7 @@ class PatchingResult:
         seed: int = 0,
         statistic: str = "mean",
         of_effect: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Float[Tensor, "*axes"], Float[Tensor, "*axes"]]:
         """A percentile bootstrap interval over examples.
 
         Few examples give a narrow and skewed one; equal examples a point.
@@ -198,7 +199,7 @@ class PatchingResult:
 
     def permutation_pvalue(
         self, *, n_permutations: int = 1000, seed: int = 0, alternative: str = "two-sided"
-    ) -> Tensor:
+    ) -> Float[Tensor, "..."]:
         """P-value of a mean effect of zero: the signs of the examples' effects are flipped.
 
         Exact for 12 examples or fewer. One p-value a cell: a sweep of many cells needs a correction for it.

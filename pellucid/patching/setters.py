@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from jaxtyping import Shaped
 from torch import Tensor
 
 from pellucid.errors import InputError
@@ -16,7 +17,11 @@ from pellucid.errors import InputError
 _ALL = slice(None)
 
 
-def layer_pos_patch_setter(corrupted_activation: Tensor, index: Sequence[int], clean_activation: Tensor) -> Tensor:
+def layer_pos_patch_setter(
+    corrupted_activation: Shaped[Tensor, "batch pos *features"],
+    index: Sequence[int],
+    clean_activation: Shaped[Tensor, "..."],
+) -> Shaped[Tensor, "batch pos *features"]:
     """One position; ``index`` is ``[layer, pos]``.
 
     Args:
@@ -35,8 +40,10 @@ def layer_pos_patch_setter(corrupted_activation: Tensor, index: Sequence[int], c
 
 
 def layer_pos_head_vector_patch_setter(
-    corrupted_activation: Tensor, index: Sequence[int], clean_activation: Tensor
-) -> Tensor:
+    corrupted_activation: Shaped[Tensor, "batch pos head *features"],
+    index: Sequence[int],
+    clean_activation: Shaped[Tensor, "..."],
+) -> Shaped[Tensor, "batch pos head *features"]:
     """One head at one position; ``index`` is ``[layer, pos, head]``.
 
     Args:
@@ -55,8 +62,10 @@ def layer_pos_head_vector_patch_setter(
 
 
 def layer_head_vector_patch_setter(
-    corrupted_activation: Tensor, index: Sequence[int], clean_activation: Tensor
-) -> Tensor:
+    corrupted_activation: Shaped[Tensor, "batch pos head *features"],
+    index: Sequence[int],
+    clean_activation: Shaped[Tensor, "..."],
+) -> Shaped[Tensor, "batch pos head *features"]:
     """One head at all positions; ``index`` is ``[layer, head]``.
 
     Args:
@@ -75,8 +84,10 @@ def layer_head_vector_patch_setter(
 
 
 def layer_head_pattern_patch_setter(
-    corrupted_activation: Tensor, index: Sequence[int], clean_activation: Tensor
-) -> Tensor:
+    corrupted_activation: Shaped[Tensor, "batch head pos key_pos"],
+    index: Sequence[int],
+    clean_activation: Shaped[Tensor, "..."],
+) -> Shaped[Tensor, "batch head pos key_pos"]:
     """One head's whole pattern; ``index`` is ``[layer, head]``.
 
     Args:
@@ -95,8 +106,10 @@ def layer_head_pattern_patch_setter(
 
 
 def layer_head_pos_pattern_patch_setter(
-    corrupted_activation: Tensor, index: Sequence[int], clean_activation: Tensor
-) -> Tensor:
+    corrupted_activation: Shaped[Tensor, "batch head pos key_pos"],
+    index: Sequence[int],
+    clean_activation: Shaped[Tensor, "..."],
+) -> Shaped[Tensor, "batch head pos key_pos"]:
     """One head's pattern at one query position; ``index`` is ``[layer, head, dest_pos]``.
 
     Args:
@@ -115,8 +128,10 @@ def layer_head_pos_pattern_patch_setter(
 
 
 def layer_head_dest_src_pos_pattern_patch_setter(
-    corrupted_activation: Tensor, index: Sequence[int], clean_activation: Tensor
-) -> Tensor:
+    corrupted_activation: Shaped[Tensor, "batch head pos key_pos"],
+    index: Sequence[int],
+    clean_activation: Shaped[Tensor, "..."],
+) -> Shaped[Tensor, "batch head pos key_pos"]:
     """One entry of one head's pattern; ``index`` is ``[layer, head, dest_pos, src_pos]``.
 
     Args:

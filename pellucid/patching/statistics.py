@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from pellucid.arguments import check_choice, check_count, check_number, check_whole
@@ -34,7 +35,7 @@ def generator_for(seed: int, *labels: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))
 
 
-def standard_error(values: Tensor) -> Tensor:
+def standard_error(values: Float[Tensor, "*axes example"]) -> Float[Tensor, "*axes"]:
     """Standard deviation (of a sample) over the root of the number of examples, ``[..., example]`` to ``[...]``.
 
     Raises:
@@ -47,13 +48,13 @@ def standard_error(values: Tensor) -> Tensor:
 
 
 def bootstrap_interval(
-    values: Tensor,
+    values: Float[Tensor, "*axes example"],
     statistic: str,
     confidence: float,
     n_resamples: int,
     generator: torch.Generator,
     at_once: int = AT_ONCE,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Float[Tensor, "*axes"], Float[Tensor, "*axes"]]:
     """Percentile bootstrap of the mean or median over examples, ``[..., example]`` to two ``[...]``.
 
     Raises:
@@ -78,12 +79,12 @@ def bootstrap_interval(
 
 
 def sign_flip_pvalue(
-    effects: Tensor,
+    effects: Float[Tensor, "*axes example"],
     alternative: str,
     n_permutations: int,
     generator: torch.Generator,
     exact_up_to: int = EXACT_UP_TO,
-) -> Tensor:
+) -> Float[Tensor, "*axes"]:
     """P-value of a mean effect of zero, by flipping signs of examples, ``[..., example]`` to ``[...]``.
 
     Up to ``exact_up_to`` examples it is exact: the share of all sign patterns whose mean is at least as far out.
@@ -111,7 +112,9 @@ def sign_flip_pvalue(
     return (total + 1) / (n_permutations + 1)
 
 
-def count_hits(means: Tensor, observed: Tensor, alternative: str) -> Tensor:
+def count_hits(
+    means: Float[Tensor, "*axes pattern"], observed: Float[Tensor, "*axes 1"], alternative: str
+) -> Float[Tensor, "*axes"]:
     """How many of the means ``[..., pattern]`` are at least as far out as the observed one ``[..., 1]``."""
     slack = observed.abs() * (TIE * torch.finfo(means.dtype).eps)
     if alternative == "two-sided":
