@@ -28,6 +28,7 @@ from torch import Tensor
 PACKAGE = Path(__file__).parents[1] / "pellucid"
 ROOMS = (
     "activation_cache",
+    "analysis",
     "attribution",
     "circuits",
     "decomposition",

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 import xarray as xr
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from pellucid.activation_cache import ActivationCache
@@ -48,7 +49,7 @@ from pellucid.token_text import token_label
 By: TypeAlias = Literal["component", "head", "neuron", "source"]
 BY = ("component", "head", "neuron", "source")
 Positions: TypeAlias = Literal["last", "all"]
-Answers: TypeAlias = str | int | Sequence[str | int] | Tensor
+Answers: TypeAlias = str | int | Sequence[str | int] | Int[Tensor, "..."]
 """A token by its text or id, for all rows or for each."""
 
 KEPT: Mapping[str, tuple[str, ...]] = {
@@ -72,7 +73,7 @@ def logit_attribution(
     top_k: int = 20,
     check: int = 0,
     prepend_bos: bool | None = None,
-    attention_mask: Tensor | None = None,
+    attention_mask: Shaped[Tensor, "row pos"] | None = None,
 ) -> xr.DataArray:
     """What each part of the model adds to an answer's logit, or to its difference from a foil's.
 

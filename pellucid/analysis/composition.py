@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 import xarray as xr
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 import pellucid
@@ -35,7 +36,7 @@ from pellucid.tables import BriefFields
 Mode: TypeAlias = Literal["Q", "K", "V"]
 
 
-def head_composition(ov: FactoredMatrix, qk: FactoredMatrix, mode: Mode) -> Tensor:
+def head_composition(ov: FactoredMatrix, qk: FactoredMatrix, mode: Mode) -> Float[Tensor, "layer head _ _"]:
     """Composition of every head with every head of a later layer, ``[layer, head, later layer, later head]``; else 0.
 
     Args:
@@ -59,7 +60,7 @@ def head_composition(ov: FactoredMatrix, qk: FactoredMatrix, mode: Mode) -> Tens
     return scores.masked_fill((layers[:, None] >= later[None, :])[:, None, :, None], 0.0)
 
 
-def by_query_head(weights: Tensor, n_heads: int) -> Tensor:
+def by_query_head(weights: Shaped[Tensor, "layer _ ..."], n_heads: int) -> Shaped[Tensor, "layer head ..."]:
     """``[layer, key/value head, ...]`` with a copy beside each head of queries that it serves: ``[layer, head, ...]``.
 
     Raises:
@@ -87,8 +88,8 @@ class Circuits(BriefFields):
 
     ov: FactoredMatrix
     qk: FactoredMatrix
-    embed: Tensor
-    unembed: Tensor
+    embed: Float[Tensor, "d_vocab d_model"]
+    unembed: Float[Tensor, "d_model d_vocab"]
 
     def token_ov(self, layer: int, head: int) -> FactoredMatrix:
         """``[d_vocab, d_vocab]``: what attending to a token (row) does to the logit of each (column), through one head."""
@@ -100,7 +101,7 @@ class Circuits(BriefFields):
         qk = self._of(self.qk, layer, head)
         return FactoredMatrix(self.embed @ qk.A, qk.B @ self.embed.T)
 
-    def copying(self) -> Tensor:
+    def copying(self) -> Float[Tensor, "layer head"]:
         """``[layer, head]``: sum of the eigenvalues of ``embed OV unembed`` over the sum of their sizes, -1 to 1.
 
         1 where attending to a token raises that token. The eigenvalues are those of ``W_O (unembed embed) W_V``

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 import xarray as xr
+from jaxtyping import Num
 from torch import Tensor
 
 from pellucid.analysis.neurons import NeuronChange, force, place_of, unit_shape
@@ -229,7 +230,7 @@ def force_units(units: Sequence[Unit], values: float | Sequence[float]) -> list[
 
 
 def expertise(
-    responses: Collected | Mapping[str, Mapping[str, Tensor]],
+    responses: Collected | Mapping[str, Mapping[str, Num[Tensor, "_ ..."]]],
     labels: Iterable[str] | None = None,
     statistic: str = "average_precision",
 ) -> ExpertNeurons:

@@ -21,6 +21,7 @@ from typing import Any, TypeAlias
 
 import torch
 import xarray as xr
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 import pellucid
@@ -54,7 +55,7 @@ class HeadPattern:
     """
 
     name: str
-    targets: Callable[[Tensor], Tensor]
+    targets: Callable[[Int[Tensor, " pos"]], Num[Tensor, "pos key_pos"]]
     doc: str = ""
 
     def __post_init__(self) -> None:
@@ -62,7 +63,7 @@ class HeadPattern:
         check_function("targets", self.targets, "a function of token ids [pos] that gives [pos, key_pos]")
         check_kind("doc", self.doc, str, "a string")
 
-    def of(self, tokens: Tensor) -> Tensor:
+    def of(self, tokens: Int[Tensor, " pos"]) -> Float[Tensor, "pos key_pos"]:
         """The targets of a prompt ``[pos]``, checked: float32 ``[pos, key_pos]``.
 
         Raises:
@@ -79,17 +80,17 @@ class HeadPattern:
         return found
 
 
-def previous_token(tokens: Tensor) -> Tensor:
+def previous_token(tokens: Int[Tensor, " pos"]) -> Float[Tensor, "pos key_pos"]:
     """The token before, ``[pos, key_pos]``."""
     return torch.diag(torch.ones(len(tokens) - 1), -1)
 
 
-def duplicate_token(tokens: Tensor) -> Tensor:
+def duplicate_token(tokens: Int[Tensor, " pos"]) -> Float[Tensor, "pos key_pos"]:
     """Earlier copies of the token itself, ``[pos, key_pos]``."""
     return (tokens[:, None] == tokens[None, :]).float().tril(-1)
 
 
-def after_earlier_copy(tokens: Tensor) -> Tensor:
+def after_earlier_copy(tokens: Int[Tensor, " pos"]) -> Float[Tensor, "pos key_pos"]:
     """What followed earlier copies of the token, ``[pos, key_pos]``."""
     shifted = torch.zeros(len(tokens), len(tokens), device=tokens.device)
     shifted[:, 1:] = duplicate_token(tokens)[:, :-1]
@@ -156,7 +157,7 @@ class RandomRepeats:
         check_count("seed", self.seed, -(2**63), 2**64 - 1)
         check_choice("prepend_bos", self.prepend_bos, (True, False, None))
 
-    def tokens(self, bridge: TransformerBridge) -> Tensor:
+    def tokens(self, bridge: TransformerBridge) -> Int[Tensor, "prompts pos"]:
         """``[prompts, pos]`` int64 ids for a model.
 
         Raises:

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import xarray as xr
+from jaxtyping import Num
 from torch import Tensor
 
 from pellucid.analysis.neurons import Neuron, RandomMatch, random_neurons
@@ -297,8 +298,8 @@ class LanguageNeurons:
 
 
 def lape(
-    counts: Tensor | npt.NDArray[Any] | xr.DataArray,
-    n: Tensor | npt.NDArray[Any] | xr.DataArray | Sequence[int] | Mapping[Any, int],
+    counts: Num[Tensor, "layer neuron language"] | npt.NDArray[Any] | xr.DataArray,
+    n: Num[Tensor, " language"] | npt.NDArray[Any] | xr.DataArray | Sequence[int] | Mapping[Any, int],
     top_rate: float = 0.01,
     filter_rate: float = 0.95,
     activation_bar_ratio: float = 0.95,

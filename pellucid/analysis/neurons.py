@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from pellucid.arguments import check_choice, check_count, check_kind, check_list, check_number, check_text, check_wholes
@@ -184,13 +185,13 @@ class NeuronEdit(BriefFields):
 
     name: str
     change: Change
-    where: tuple[Tensor, ...]
-    values: Tensor
+    where: tuple[Int[Tensor, "..."], ...]
+    values: Float[Tensor, "..."]
     runs: int = 0
     changed: bool = False
     _ready: tuple[tuple[slice | Tensor, ...], Tensor] | None = field(default=None, repr=False)
 
-    def __call__(self, activation: Tensor, hook: HookPoint) -> None:
+    def __call__(self, activation: Float[Tensor, "batch pos ..."], hook: HookPoint) -> None:
         """Change ``[batch, pos, ...]`` in place."""
         where, values = self._prepared(activation)
         before = activation[where]

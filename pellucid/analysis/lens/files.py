@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
 
 from pellucid.arguments import check_choice, check_kind, check_path
@@ -45,7 +46,7 @@ class LensFile(BriefFields):
     """
 
     kind: str
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Shaped[Tensor, "..."]]
     made_by: Mapping[str, Attribute]
     whose: Mapping[str, Any]
 

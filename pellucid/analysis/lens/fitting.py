@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Shaped
 from torch import Tensor
 
 from pellucid.arguments import check_count, check_kind, check_number, check_path
@@ -42,7 +43,7 @@ class FitState(BriefFields):
         epoch: how often the corpus was gone through.
     """
 
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Shaped[Tensor, "..."]]
     n_rows: dict[str, int]
     n_tokens: int
     counts: dict[str, int]

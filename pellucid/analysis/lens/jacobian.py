@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import xarray as xr
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from pellucid.analysis.lens.files import Check, LensFile, identity_of, read_lens, write_lens
@@ -62,8 +63,8 @@ class JacobianLens(Lens):
     def __init__(
         self,
         bridge: TransformerBridge,
-        matrices: Mapping[int, Tensor],
-        rows: Tensor | None = None,
+        matrices: Mapping[int, Float[Tensor, "d_model d_model"]],
+        rows: Int[Tensor, " d_model"] | None = None,
         made_by: Mapping[str, Attribute] | None = None,
     ) -> None:
         super().__init__(bridge, made_by)
@@ -172,12 +173,12 @@ class JacobianLens(Lens):
         """Those that were fitted, and the last."""
         return [*sorted(self.matrices), self.bridge.cfg.n_layers]
 
-    def translate(self, residual: Tensor, layer: int) -> Tensor:
+    def translate(self, residual: Float[Tensor, "*rows d_model"], layer: int) -> Float[Tensor, "*rows d_model"]:
         """``J h``."""
         matrix = self.matrices[layer]
         return (residual.to(matrix.dtype) @ matrix.T).to(residual.dtype)
 
-    def translate_back(self, direction: Tensor, layer: int) -> Tensor:
+    def translate_back(self, direction: Float[Tensor, "*rows d_model"], layer: int) -> Float[Tensor, "*rows d_model"]:
         """``J^T d``."""
         matrix = self.matrices[layer]
         return direction.to(matrix) @ matrix
@@ -281,12 +282,12 @@ def refuse_processed(bridge: TransformerBridge) -> None:
 
 def rows_of_prompt(
     bridge: TransformerBridge,
-    tokens: Tensor,
+    tokens: Int[Tensor, "1 pos"],
     layers: Sequence[int],
     valid: Sequence[int],
     rows: Sequence[int],
     cotangents: int,
-) -> list[Tensor]:
+) -> list[Float[Tensor, "row d_model"]]:
     """Some rows of a prompt's J, by layer: ``[row, d_model]``, one run.
 
     Args:
@@ -319,7 +320,12 @@ def rows_of_prompt(
         return jacobian_rows(final, [sources[layer] for layer in layers], valid, rows)
 
 
-def jacobian_rows(final: Tensor, sources: Sequence[Tensor], valid: Sequence[int], rows: Sequence[int]) -> list[Tensor]:
+def jacobian_rows(
+    final: Float[Tensor, "copy pos d_model"],
+    sources: Sequence[Float[Tensor, "copy pos d_model"]],
+    valid: Sequence[int],
+    rows: Sequence[int],
+) -> list[Float[Tensor, "row d_model"]]:
     """For each source ``[row, d_model]``: the mean over valid positions of it of the sum over those of ``final``.
 
     Args:

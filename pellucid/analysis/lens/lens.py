@@ -27,6 +27,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import numpy as np
 import torch
 import xarray as xr
+from jaxtyping import Float
 from torch import Tensor
 
 import pellucid
@@ -85,11 +86,11 @@ class Lens(ABC):
         """Layers that it can read, the last one (``n_layers``) among them."""
 
     @abstractmethod
-    def translate(self, residual: Tensor, layer: int) -> Tensor:
+    def translate(self, residual: Float[Tensor, "*rows d_model"], layer: int) -> Float[Tensor, "*rows d_model"]:
         """The residual of a layer in the terms of the last: ``[..., d_model]`` to the same shape and dtype."""
 
     @abstractmethod
-    def translate_back(self, direction: Tensor, layer: int) -> Tensor:
+    def translate_back(self, direction: Float[Tensor, "*rows d_model"], layer: int) -> Float[Tensor, "*rows d_model"]:
         """A direction of the last residual ``[..., d_model]`` in the terms of a layer: the transpose of the linear part."""
 
     def save(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
@@ -109,7 +110,7 @@ class Lens(ABC):
 
     # -- reading ---------------------------------------------------------------------------------------------------------
 
-    def logits(self, residual: Tensor, layer: int) -> Tensor:
+    def logits(self, residual: Float[Tensor, "*rows d_model"], layer: int) -> Float[Tensor, "*rows d_vocab"]:
         """What the lens says of a residual.
 
         Args:
@@ -283,7 +284,7 @@ class Lens(ABC):
 
     # -- steering --------------------------------------------------------------------------------------------------------
 
-    def steer(self, token: str | int, layer: int) -> Tensor:
+    def steer(self, token: str | int, layer: int) -> Float[Tensor, " d_model"]:
         """The direction of the stream at a layer that the lens reads as a token: adding it raises the token's logit.
 
         It is the gradient of what the head says of the token (before a cap), times the final norm's scale:
@@ -368,11 +369,11 @@ class LogitLens(Lens):
         """All."""
         return list(range(self.bridge.cfg.n_layers + 1))
 
-    def translate(self, residual: Tensor, layer: int) -> Tensor:
+    def translate(self, residual: Float[Tensor, "*rows d_model"], layer: int) -> Float[Tensor, "*rows d_model"]:
         """The residual as it is."""
         return residual
 
-    def translate_back(self, direction: Tensor, layer: int) -> Tensor:
+    def translate_back(self, direction: Float[Tensor, "*rows d_model"], layer: int) -> Float[Tensor, "*rows d_model"]:
         """The direction as it is."""
         return direction
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from pellucid.dtypes import widened
@@ -30,18 +31,22 @@ def final_norm(bridge: TransformerBridge) -> NormalizationBridge:
     return cast(NormalizationBridge, bridge.ln_final)
 
 
-def head_of(bridge: TransformerBridge, normed: Tensor) -> Tensor:
+def head_of(bridge: TransformerBridge, normed: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
     """The model's head on what its final norm gives, scaled and capped where the model does that: ``[..., d_vocab]``."""
     logits: Tensor = hooks_suppressed(bridge.unembed.module, normed)
     return scaled_and_capped(logits, bridge.cfg)
 
 
-def logits_of_residual(bridge: TransformerBridge, residual: Tensor) -> Tensor:
+def logits_of_residual(
+    bridge: TransformerBridge, residual: Float[Tensor, "*rows d_model"]
+) -> Float[Tensor, "*rows d_vocab"]:
     """``[..., d_model]`` of the model's dtype, as it would leave the last block, to logits ``[..., d_vocab]``."""
     return head_of(bridge, final_norm(bridge).again(residual))
 
 
-def frozen_logits(bridge: TransformerBridge, residual: Tensor, scale: Tensor) -> Tensor:
+def frozen_logits(
+    bridge: TransformerBridge, residual: Float[Tensor, "*rows d_model"], scale: Float[Tensor, "... 1"]
+) -> Float[Tensor, "*rows d_vocab"]:
     """The same with the final norm dividing by ``scale`` ``[..., 1]``, that of another residual: affine in the residual."""
     norm, wide = final_norm(bridge), widened(residual)
     if bridge.adapter.family.norm.centres:
@@ -67,14 +72,14 @@ class RowStatistics(BriefFields):
         rank: how many tokens have a larger logit, ``[row, token]``.
     """
 
-    top: Tensor
-    top_logit: Tensor
-    top_probability: Tensor
-    entropy: Tensor
-    kl: Tensor
-    logit: Tensor
-    probability: Tensor
-    rank: Tensor
+    top: Int[Tensor, "row top"]
+    top_logit: Float[Tensor, "row top"]
+    top_probability: Float[Tensor, "row top"]
+    entropy: Float[Tensor, " row"]
+    kl: Float[Tensor, " row"]
+    logit: Float[Tensor, "row token"]
+    probability: Float[Tensor, "row token"]
+    rank: Int[Tensor, "row token"]
 
     @staticmethod
     def joined(parts: Sequence[RowStatistics]) -> RowStatistics:
@@ -83,12 +88,19 @@ class RowStatistics(BriefFields):
         return RowStatistics(*(torch.cat([vars(part)[name] for part in parts]) for name in names))
 
 
-def divergence(log_final: Tensor, log_p: Tensor) -> Tensor:
+def divergence(
+    log_final: Float[Tensor, "*rows d_vocab"], log_p: Float[Tensor, "*rows d_vocab"]
+) -> Float[Tensor, "*rows"]:
     """KL(final || p) ``[...]`` in nats, of log-probabilities ``[..., d_vocab]``."""
     return (log_final.exp() * (log_final - log_p)).sum(-1)
 
 
-def statistics_of(logits: Tensor, log_final: Tensor, tokens: Tensor, top_k: int) -> RowStatistics:
+def statistics_of(
+    logits: Float[Tensor, "row d_vocab"],
+    log_final: Float[Tensor, "row d_vocab"],
+    tokens: Int[Tensor, " token"],
+    top_k: int,
+) -> RowStatistics:
     """Numbers of some rows.
 
     Args:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 
@@ -53,8 +54,8 @@ class TunedLens(Lens):
     def __init__(
         self,
         bridge: TransformerBridge,
-        matrices: Mapping[int, Tensor],
-        biases: Mapping[int, Tensor],
+        matrices: Mapping[int, Float[Tensor, "d_model d_model"]],
+        biases: Mapping[int, Float[Tensor, " d_model"]],
         made_by: Mapping[str, Attribute] | None = None,
     ) -> None:
         super().__init__(bridge, made_by)
@@ -145,11 +146,11 @@ class TunedLens(Lens):
         """Those that were fitted, and the last."""
         return [*sorted(self.matrices), self.bridge.cfg.n_layers]
 
-    def translate(self, residual: Tensor, layer: int) -> Tensor:
+    def translate(self, residual: Float[Tensor, "*rows d_model"], layer: int) -> Float[Tensor, "*rows d_model"]:
         """``h + A h + b``."""
         return translated(residual, self.matrices[layer], self.biases[layer])
 
-    def translate_back(self, direction: Tensor, layer: int) -> Tensor:
+    def translate_back(self, direction: Float[Tensor, "*rows d_model"], layer: int) -> Float[Tensor, "*rows d_model"]:
         """``d + A^T d``."""
         matrix = self.matrices[layer]
         wide = direction.to(matrix)
@@ -185,15 +186,17 @@ class TunedLens(Lens):
         return cls(bridge, parts["A"], parts["b"], file.made_by)
 
 
-def translated(residual: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
+def translated(
+    residual: Float[Tensor, "*rows d_model"], matrix: Float[Tensor, "d_model d_model"], bias: Float[Tensor, " d_model"]
+) -> Float[Tensor, "*rows d_model"]:
     """``h + A h + b`` in the map's dtype, as the residual's."""
     wide = residual.to(matrix.dtype)
     return (wide + wide @ matrix.T + bias).to(residual.dtype)
 
 
 def checked_matrices(
-    bridge: TransformerBridge, argument: str, given: Mapping[int, Tensor], first: int, axes: int
-) -> dict[int, Tensor]:
+    bridge: TransformerBridge, argument: str, given: Mapping[int, Float[Tensor, "d_model ..."]], first: int, axes: int
+) -> dict[int, Float[Tensor, "d_model ..."]]:
     """Tensors by layer, on the model's device in float32 at least (float64 for a float64 model).
 
     Raises:
