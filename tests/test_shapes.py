@@ -11,11 +11,14 @@ import typing
 
 import pytest
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, jaxtyped
 from torch import Tensor
 
 from pellucid.axes import AXES
+from pellucid.decomposition.stream import Stream, StreamModel
+from pellucid.steering.changes import Add, Change
 from tests import shapes
+from tests.models import make_pair
 
 WITHOUT_AXES: dict[str, str] = {}
 """Tensors of signatures that no axes can be said of, as ``module.function: argument``, with the reason."""
@@ -183,3 +186,30 @@ class Pair(NamedTuple):
         assert module.Pair(torch.zeros(3), torch.zeros(3)).right.shape == (3,)
     finally:
         del sys.modules["planted"]
+
+
+def test_what_a_protocol_says_is_true_of_a_bridge() -> None:
+    """Nobody calls a protocol's own methods, so these calls are made here; one word is one size in all of them."""
+    bridge, _ = make_pair()
+    stream, cache = bridge.stream, bridge.run_with_cache(torch.arange(6).reshape(2, 3))[1]
+    answers = [
+        (Stream.weight, stream.weight(0, "attn")),
+        (Stream.weight, stream.weight(1, "mlp")),
+        (Stream.bias, stream.bias(0, "attn")),
+        (Stream.final_norm, stream.final_norm(cache["resid_post", -1])),
+        (inspect.getattr_static(StreamModel, "W_U").fget, bridge.W_U),
+        (inspect.getattr_static(StreamModel, "b_U").fget, bridge.b_U),
+        (
+            StreamModel.tokens_to_residual_directions,
+            bridge.tokens_to_residual_directions(torch.arange(6).reshape(2, 3)),
+        ),
+        (Change.value, Add(1.5).value(None)),
+    ]
+    with jaxtyped("context"):
+        for called, answer in answers:
+            assert isinstance(answer, Tensor)
+            function = inspect.unwrap(called)
+            module = importlib.import_module(function.__module__)
+            shapes.check(answer, shapes.hints_of(function.__annotations__, module)["return"], called.__qualname__)
+        with pytest.raises(shapes.ShapeError, match=r"b_U is Float\[d_vocab\]"):
+            shapes.check(bridge.W_U, Float[Tensor, " d_vocab"], "b_U")
