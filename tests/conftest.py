@@ -20,9 +20,7 @@ if TYPE_CHECKING:
     from pellucid.demo.story import Story
 
 torch.set_num_threads(1)
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # tests send it; a run in the background of a script begins ignoring it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests send it; in the background of a script it is ignored
 shapes.install()  # before the library is imported
 gc.disable()  # while modules are imported: nearly all that they make stays
 
