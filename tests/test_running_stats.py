@@ -257,6 +257,12 @@ def test_top_examples_of_equal_values_are_the_first_of_the_corpus() -> None:
     few.update(values, None, places)
     assert few.result().values.tolist() == [[2.0, 2.0, 2.0, 1.0, 0.5, -np.inf, -np.inf, -np.inf]]
     assert few.result().documents.tolist() == [[0, 1, 1, 0, 2, -1, -1, -1]]
+    many = TopK(3)  # one feature has its largest three times, the other a hundred times
+    values = torch.ones(1, 100, 2)
+    values[0, [80, 20, 50], 0] = 2
+    many.update(values, None, Places(torch.arange(100)[None] // 10, torch.arange(100)[None] % 10))
+    assert many.result().documents.tolist() == [[2, 5, 8], [0, 0, 0]]
+    assert many.result().positions.tolist() == [[0, 0, 0], [0, 1, 2]]
 
 
 def test_documents_are_pooled_wherever_their_rows_are() -> None:

@@ -91,13 +91,20 @@ class TopK(Statistic):
             values, keys = values[mask], keys[mask]
         if values.shape[0] == 0:
             return
-        highest = (
-            torch.where(values.isnan(), -math.inf, values).amax(0) if bool(values.isnan().any()) else values.amax(0)
-        )
+        if bool(values.isnan().any()):
+            values = torch.where(values.isnan(), -math.inf, values)
         # Later tokens of equal value give way to earlier ones, so nothing changes for the other features.
-        rising = (highest > self._values[-1]).nonzero()[:, 0]
-        if len(rising):
-            self._take(values[:, rising], keys[:, None].expand(-1, len(rising)), rising)
+        rising = (values.amax(0) > self._values[-1]).nonzero()[:, 0]
+        if not len(rising):
+            return
+        values = values[:, rising]
+        best = values.topk(min(self.k, values.shape[0]), dim=0)
+        # Of the values that equal the least of these any may be among them: there, all are compared.
+        shared = (values >= best.values[-1]).sum(0) > self.k
+        self._take(best.values[:, ~shared], keys[best.indices[:, ~shared]], rising[~shared])
+        if bool(shared.any()):
+            values = values[:, shared]
+            self._take(values, keys[:, None].expand_as(values), rising[shared])
 
     def _take(self, values: Tensor, keys: Tensor, features: Tensor) -> None:
         """Put candidates ``[token, feature]`` beside what is held and keep the largest."""

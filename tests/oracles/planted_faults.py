@@ -2803,6 +2803,13 @@ FAULTS = (
         "tests/model_bridge/test_changed_models.py -k first_floating",
     ),
     Fault(
+        "of values equal to the least example any is kept",
+        "pellucid/running_stats/top.py",
+        "shared = (values >= best.values[-1]).sum(0) > self.k",
+        "shared = (values >= math.inf).sum(0) > self.k",
+        "tests/test_running_stats.py -k equal_values",
+    ),
+    Fault(
         "the direction of a hook is not checked",
         "pellucid/model_bridge/hooking/hook_methods.py",
         """        check_choice("dir", dir, ("fwd", "bwd"))\n""",
