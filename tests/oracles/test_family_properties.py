@@ -23,7 +23,7 @@ from tests.families import ALL, CONFIGS, CORE, KIN, VOCAB, make_family, native_a
 from tests.models import is_pristine
 
 CASES = int(os.environ.get("PELLUCID_CASES", "4000" if ALL else "0"))
-FAMILIES = tuple({**CONFIGS, **KIN}) if CASES else (*CORE, "qwen2_moe")
+FAMILIES = tuple({**CONFIGS, **KIN}) if CASES else (*CORE, "gpt_neox", "qwen2_moe")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STYLES = ("look", "same", "return", "in place")
 
