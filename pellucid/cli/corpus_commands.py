@@ -84,8 +84,12 @@ def neurons(
         float, typer.Option(help="Share of the rows kept for measuring, without --held-out.")
     ] = 0.2,
     measured_tokens: Annotated[
-        int, typer.Option(min=0, help="Measure on at most so many tokens of a language; 0 silences nothing.")
-    ] = 65_536,
+        int | None,
+        typer.Option(
+            min=0,
+            help="Measure on at most so many tokens of a language; 0 silences nothing. By default 65,536 (demo: 2,048).",
+        ),
+    ] = None,
     examples: Annotated[int, typer.Option(min=0, help="Top examples of a neuron to keep, with their text.")] = 5,
     shown_neurons: Annotated[int, typer.Option(min=0, help="Neurons of each language to show examples of.")] = 3,
     experts: Annotated[

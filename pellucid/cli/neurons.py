@@ -68,7 +68,7 @@ class NeuronRequest:
     match: RandomMatch = "uniform"
     seed: int = 0
     held_out_share: float = 0.2
-    measured_tokens: int = 65_536
+    measured_tokens: int | None = None
     examples: int = 5
     shown_neurons: int = 3
     experts: int = 0
@@ -133,8 +133,12 @@ def find_neurons(choice: ModelChoice, request: NeuronRequest, format: Format) ->
         _refuse_full_disk(bridge, request, len(counted_files) or len(PROMPTS))
     context = request.context or (128 if choice.is_demo else 512)
     top_rate = request.top_rate if request.top_rate is not None else (0.05 if choice.is_demo else 0.01)
-    if 0 < request.measured_tokens < context:
-        raise InputError(f"--measured-tokens {request.measured_tokens} is less than one row of {context} tokens.")
+    measured_tokens = request.measured_tokens
+    if measured_tokens is None:
+        # The embedded model's effects are tenths of a nat, random neurons' hundredths: more text takes a minute more.
+        measured_tokens = max(context, 2_048 if choice.is_demo else 65_536)
+    if 0 < measured_tokens < context:
+        raise InputError(f"--measured-tokens {measured_tokens} is less than one row of {context} tokens.")
     texts = open_texts(bridge, request, counted_files, measured_files, context)
     collected, looks = count(bridge, texts, request, top_rate)
     found = select(collected, activity_place(bridge), top_rate, request)
@@ -148,7 +152,7 @@ def find_neurons(choice: ModelChoice, request: NeuronRequest, format: Format) ->
     if without:
         warn(f"No neuron belongs to {', '.join(without)} at --top-rate {top_rate:g}: nothing is silenced for it.")
     criteria = compare(bridge, texts, found, silenced, request)
-    effects = measure(bridge, texts, found, silenced, criteria, request)
+    effects = measure(bridge, texts, found, silenced, criteria, request, measured_tokens)
     study = Study(
         model=choice.name,
         dtype=str(bridge.dtype).removeprefix("torch."),
@@ -373,11 +377,12 @@ def measure(
     silenced: Mapping[str, Sequence[Neuron]],
     criteria: Criteria | None,
     request: NeuronRequest,
+    measured_tokens: int,
 ) -> xr.Dataset | None:
     """What silencing does by each criterion, beside random sets; ``None`` if nothing is to be measured."""
-    if not request.measured_tokens:
+    if not measured_tokens:
         return None
-    rows = request.measured_tokens // texts.measured.rules.context
+    rows = measured_tokens // texts.measured.rules.context
     drawn = found.random_sets(request.random_sets, request.seed, request.match) if request.random_sets else []
     controls: list[Mapping[Any, Sequence[Neuron]]] = [
         {language: control[language] for language in silenced} for control in drawn
