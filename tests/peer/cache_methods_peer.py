@@ -1,25 +1,19 @@
-"""TransformerLens' cache methods beside ours, as JSON: run by test_cache_methods_peer in a process of its own.
+"""TransformerLens' cache methods beside ours, as :mod:`tests.peer.beside` runs it, in a process of its own.
 
-Both bridges have processed weights and are run on the same ids. TransformerLens replaces functions inside transformers when it
-is imported, so that every number of ours is taken before. Every method is called with the same arguments.
+Both bridges have processed weights and are run on the same ids. Every method is called with the same arguments.
 """
 
 from __future__ import annotations
 
-import json
-import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from pellucid import TransformerBridge
 from tests.families import make_family
 from tests.models import make_bloom, random_tokens
-from tests.tiny_tokenizers import byte_level
 
 FAMILIES = ("bloom", "gpt2", "llama", "gemma2")
 TOKENS = random_tokens()
@@ -108,38 +102,40 @@ def compared(ours: Any, theirs: Any) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Print, by family and method, how far the two are apart; and what either misses the whole by."""
-    found: dict[str, Any] = {}
-    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-        byte_level().save_pretrained(folder)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        mine: dict[str, Any] = {}
-        for name in FAMILIES:
-            for processed in (True, False):
-                bridge = TransformerBridge(made(name))
-                if processed:
-                    bridge.process_weights()
-                cache = bridge.run_with_cache(TOKENS)[1]
-                mine[name, processed] = called(cache), misses(cache, cache.logit_bias(TOKENS[:, 0]))
-        from transformer_lens.model_bridge import TransformerBridge as Theirs
+@torch.no_grad()
+def before() -> dict[tuple[str, bool], Any]:
+    """Of each family, processed and not, what our methods give and what they miss the whole by."""
+    mine = {}
+    for name in FAMILIES:
+        for processed in (True, False):
+            bridge = TransformerBridge(made(name))
+            if processed:
+                bridge.process_weights()
+            cache = bridge.run_with_cache(TOKENS)[1]
+            mine[name, processed] = called(cache), misses(cache, cache.logit_bias(TOKENS[:, 0]))
+    return mine
 
-        for name in FAMILIES:
-            for processed in (True, False):
-                model = made(name)
-                model.config.architectures = [type(model).__name__]
-                theirs = Theirs.boot_transformers(name, hf_model=model, tokenizer=tokenizer, device="cpu")
-                if processed:
-                    theirs.enable_compatibility_mode(disable_warnings=True)
-                cache = theirs.run_with_cache(TOKENS)[1]
-                results, missed = mine[name, processed]
-                beside = called(cache)
-                found[f"{name} {'processed' if processed else 'raw'}"] = {
-                    "methods": {call: compared(results[call], beside[call]) for call in results},
-                    "ours": missed,
-                    "theirs": misses(cache, theirs.b_U[TOKENS[:, 0]]),
-                }
-    json.dump(found, sys.stdout)
+
+@torch.no_grad()
+def beside(mine: dict[tuple[str, bool], Any], tokenizer: Any) -> dict[str, Any]:
+    """By family and method, how far the two are apart; and what either misses the whole by."""
+    from transformer_lens.model_bridge import TransformerBridge as Theirs
+
+    found: dict[str, Any] = {}
+    for (name, processed), (results, missed) in mine.items():
+        model = made(name)
+        model.config.architectures = [type(model).__name__]
+        theirs = Theirs.boot_transformers(name, hf_model=model, tokenizer=tokenizer, device="cpu")
+        if processed:
+            theirs.enable_compatibility_mode(disable_warnings=True)
+        cache = theirs.run_with_cache(TOKENS)[1]
+        other = called(cache)
+        found[f"{name} {'processed' if processed else 'raw'}"] = {
+            "methods": {call: compared(results[call], other[call]) for call in results},
+            "ours": missed,
+            "theirs": misses(cache, theirs.b_U[TOKENS[:, 0]]),
+        }
+    return found
 
 
 def misses(cache: Any, constant: Tensor) -> dict[str, float]:
@@ -155,7 +151,3 @@ def misses(cache: Any, constant: Tensor) -> dict[str, float]:
     own = torch.stack([logits[row, :, token] for row, token in enumerate(TOKENS[:, 0].tolist())])
     said = cache.logit_attrs(cache.decompose_resid(), TOKENS[:, 0]).sum(0) + constant[:, None]
     return missed | {"logits": float((said - own).abs().max() / own.abs().max())}
-
-
-if __name__ == "__main__":
-    main()

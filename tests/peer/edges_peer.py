@@ -1,26 +1,20 @@
-"""TransformerLens' edge attribution beside ours on processed weights, as JSON: run by test_edges_peer in a process of its own.
+"""TransformerLens' edge attribution beside ours on processed weights, as :mod:`tests.peer.beside` runs it.
 
-It replaces functions inside transformers when it is imported, so that every number of ours is taken before. Its edges are of
-one position each: summed over positions they are ours, of the same sign and expansion point with ``direction="denoising"``.
+Its edges are of one position each: summed over positions they are ours, of the same sign and expansion point with ``direction="denoising"``.
 """
 
 from __future__ import annotations
 
-import json
-import sys
-import tempfile
 from collections import defaultdict
 from typing import Any
 
 import torch
-import transformers
 
 from pellucid import TransformerBridge
 from pellucid.circuits import Circuit, edge_attribution, faithfulness
 from tests.circuits.layouts import difference, pairs_of, tokens
 from tests.families import make_family
 from tests.models import make_bloom
-from tests.tiny_tokenizers import byte_level
 
 FAMILIES = ("bloom", "gpt2")
 CLEAN, CORRUPTED = tokens(2)
@@ -89,25 +83,22 @@ def theirs(name: str, tokenizer: Any, strongest: list[str]) -> dict[str, Any]:
     return {"scores": scores, "kept": kept, "refused": refused}
 
 
-def main() -> None:
-    """Print by family the scores of both, by edge."""
+def before() -> dict[tuple[str, bool], tuple[Circuit, float]]:
+    """Ours of each family, processed and not."""
+    return {(name, processed): ours(name, processed) for name in FAMILIES for processed in (True, False)}
+
+
+def beside(mine: dict[tuple[str, bool], tuple[Circuit, float]], tokenizer: Any) -> dict[str, Any]:
+    """By family the scores of both, by edge."""
     found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        byte_level().save_pretrained(folder)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        mine = {(name, processed): ours(name, processed) for name in FAMILIES for processed in (True, False)}
-        for name in FAMILIES:
-            whole, kept = mine[name, True]
-            strongest = ["->".join(edge) for edge in whole.top(KEPT).edges]
-            names = ["->".join(edge) for edge in whole.wiring.names(whole.chosen)]
-            found[name] = {
-                "ours": [dict(zip(names, row, strict=True)) for row in whole.scores.values.tolist()],
-                "raw": [dict(zip(names, row, strict=True)) for row in mine[name, False][0].scores.values.tolist()],
-                "kept": kept,
-                "theirs": theirs(name, tokenizer, strongest),
-            }
-    json.dump(found, sys.stdout)
-
-
-if __name__ == "__main__":
-    main()
+    for name in FAMILIES:
+        whole, kept = mine[name, True]
+        strongest = ["->".join(edge) for edge in whole.top(KEPT).edges]
+        names = ["->".join(edge) for edge in whole.wiring.names(whole.chosen)]
+        found[name] = {
+            "ours": [dict(zip(names, row, strict=True)) for row in whole.scores.values.tolist()],
+            "raw": [dict(zip(names, row, strict=True)) for row in mine[name, False][0].scores.values.tolist()],
+            "kept": kept,
+            "theirs": theirs(name, tokenizer, strongest),
+        }
+    return found

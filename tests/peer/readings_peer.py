@@ -1,19 +1,16 @@
-"""What TransformerLens says of heads and Jacobian lenses on one model, beside ours, as JSON: run in a process of its own.
-
-It replaces functions inside transformers when it is imported, so that every number of ours is taken before.
-"""
+"""What TransformerLens says of heads and Jacobian lenses on one model, beside ours, as :mod:`tests.peer.beside` runs it."""
 
 from __future__ import annotations
 
 import copy
-import json
-import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pellucid import TransformerBridge, head_detector, utilities
 from pellucid.analysis.composition import head_composition
@@ -110,58 +107,66 @@ def of_utilities(module: Any) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
-    """Print what both say."""
-    with torch.no_grad():
-        bridge = load_demo_bridge()
-        tokenizer = bridge.tokenizer
-        ours: dict[str, Any] = {"scores": scores(head_detector, bridge), "utilities": of_utilities(utilities)}
-        model = make_family("gpt2")
-        theirs_model = copy.deepcopy(model)
-        ours_bridge = TransformerBridge(model)
-        ours["composition"] = {
-            mode: head_composition(ours_bridge.OV, ours_bridge.QK, mode).tolist()  # type: ignore[arg-type]
-            for mode in ("Q", "K", "V")
-        }
-        generator = torch.Generator().manual_seed(0)
-        lens = JacobianLens(
-            ours_bridge,
-            {layer: torch.randn(48, 48, generator=generator) for layer in (1, 2)},
-            torch.full((48,), 3, dtype=torch.int64),
-        )
-        tokens = torch.randint(0, 97, (1, 9), generator=generator)
-        ours["readout"] = [
-            lens.read(tokens, positions=None, top_k=5).top_id.sel(layer=layer).values.tolist() for layer in (1, 2, 3)
-        ]
-        ours["readout values"] = [
-            lens.read(tokens, positions=None, top_k=5).top_logit.sel(layer=layer).values.tolist() for layer in (1, 2, 3)
-        ]
-        with tempfile.TemporaryDirectory() as folder:
-            save_published(lens, Path(folder) / "ours.pt", dtype=torch.float32)
-            from transformer_lens import head_detector as their_detector
-            from transformer_lens import utilities as their_utilities
-            from transformer_lens.model_bridge import TransformerBridge as Theirs
-            from transformer_lens.tools.analysis.jacobian_lens import JacobianLens as TheirLens
+@dataclass
+class Ours:
+    """What we say, and what they are then given."""
 
-            tokenizer.save_pretrained(folder)
-            tokenizer.name_or_path = folder
-            demo = Theirs.boot_transformers("bloom", hf_model=bridge.hf_model, tokenizer=tokenizer, device="cpu")
-            theirs: dict[str, Any] = {
-                "scores": scores(their_detector, demo),
-                "utilities": of_utilities(their_utilities),
-            }
-            theirs_model.config.architectures = [type(theirs_model).__name__]
-            other = Theirs.boot_transformers("gpt2", hf_model=theirs_model, tokenizer=tokenizer, device="cpu")
-            theirs["composition"] = {mode: other.all_composition_scores(mode).scores.tolist() for mode in "QKV"}
-            their_lens = TheirLens.load(str(Path(folder) / "ours.pt"))
-            read = their_lens.readout(other, tokens, top_k=5)
-            theirs["readout"] = [read.lens_topk_indices[layer].tolist() for layer in (0, 1, 2)]
-            theirs["readout values"] = [read.lens_topk_values[layer].tolist() for layer in (0, 1, 2)]
-            their_lens.save(str(Path(folder) / "theirs.pt"), dtype=torch.float32)
-            back = load_published(Path(folder) / "theirs.pt", ours_bridge)
-            ours["back"] = all(torch.equal(back.matrices[layer], lens.matrices[layer]) for layer in (1, 2))
-    json.dump({"ours": ours, "theirs": theirs}, sys.stdout)
+    said: dict[str, Any]
+    demo: TransformerBridge
+    lens: JacobianLens
+    gpt2: Any
+    """An untouched copy of the lens' model."""
+    tokens: Tensor
 
 
-if __name__ == "__main__":
-    main()
+@torch.no_grad()
+def before() -> Ours:
+    """Ours."""
+    bridge = load_demo_bridge()
+    said: dict[str, Any] = {"scores": scores(head_detector, bridge), "utilities": of_utilities(utilities)}
+    model = make_family("gpt2")
+    untouched = copy.deepcopy(model)
+    ours_bridge = TransformerBridge(model)
+    said["composition"] = {
+        mode: head_composition(ours_bridge.OV, ours_bridge.QK, mode).tolist()  # type: ignore[arg-type]
+        for mode in ("Q", "K", "V")
+    }
+    generator = torch.Generator().manual_seed(0)
+    lens = JacobianLens(
+        ours_bridge,
+        {layer: torch.randn(48, 48, generator=generator) for layer in (1, 2)},
+        torch.full((48,), 3, dtype=torch.int64),
+    )
+    tokens = torch.randint(0, 97, (1, 9), generator=generator)
+    read = lens.read(tokens, positions=None, top_k=5)
+    said["readout"] = [read.top_id.sel(layer=layer).values.tolist() for layer in (1, 2, 3)]
+    said["readout values"] = [read.top_logit.sel(layer=layer).values.tolist() for layer in (1, 2, 3)]
+    return Ours(said, bridge, lens, untouched, tokens)
+
+
+@torch.no_grad()
+def beside(ours: Ours, tokenizer: Any) -> dict[str, Any]:
+    """What both say; theirs of the embedded model with its own tokenizer."""
+    from transformer_lens import head_detector as their_detector
+    from transformer_lens import utilities as their_utilities
+    from transformer_lens.model_bridge import TransformerBridge as Theirs
+    from transformer_lens.tools.analysis.jacobian_lens import JacobianLens as TheirLens
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_published(ours.lens, Path(folder) / "ours.pt", dtype=torch.float32)
+        own = ours.demo.tokenizer
+        own.save_pretrained(folder)
+        own.name_or_path = folder
+        demo = Theirs.boot_transformers("bloom", hf_model=ours.demo.hf_model, tokenizer=own, device="cpu")
+        theirs: dict[str, Any] = {"scores": scores(their_detector, demo), "utilities": of_utilities(their_utilities)}
+        ours.gpt2.config.architectures = [type(ours.gpt2).__name__]
+        other = Theirs.boot_transformers("gpt2", hf_model=ours.gpt2, tokenizer=own, device="cpu")
+        theirs["composition"] = {mode: other.all_composition_scores(mode).scores.tolist() for mode in "QKV"}
+        their_lens = TheirLens.load(str(Path(folder) / "ours.pt"))
+        read = their_lens.readout(other, ours.tokens, top_k=5)
+        theirs["readout"] = [read.lens_topk_indices[layer].tolist() for layer in (0, 1, 2)]
+        theirs["readout values"] = [read.lens_topk_values[layer].tolist() for layer in (0, 1, 2)]
+        their_lens.save(str(Path(folder) / "theirs.pt"), dtype=torch.float32)
+        back = load_published(Path(folder) / "theirs.pt", ours.lens.bridge)
+        same = all(torch.equal(back.matrices[layer], ours.lens.matrices[layer]) for layer in (1, 2))
+    return {"ours": ours.said | {"back": same}, "theirs": theirs}

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
 import torch
-
-from tests import forked
 
 pytest.importorskip("transformer_lens", reason="TransformerLens is not installed (extra 'peer')")
 
@@ -23,10 +20,8 @@ READ_BY_A_NORM = ("of ln1", "of ln2", "projected", "apply_ln_to_stack", "logit_a
 
 
 @pytest.fixture(scope="module")
-def measured() -> Any:
-    done = forked.run(["-m", "tests.peer.cache_methods_peer"])
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
+def measured(measured_beside: dict[str, Any]) -> Any:
+    return measured_beside["cache_methods_peer"]
 
 
 @pytest.mark.parametrize("family", ["bloom", "gpt2", "llama", "gemma2"])

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
 import torch
 
-from tests import forked
 from tests.peer.edges_peer import FAMILIES
 
 pytest.importorskip("transformer_lens", reason="TransformerLens is not installed (extra 'peer')")
@@ -18,10 +16,8 @@ BOUND = 32 * torch.finfo(torch.float32).eps
 
 
 @pytest.fixture(scope="module")
-def measured() -> Any:
-    done = forked.run(["-m", "tests.peer.edges_peer"])
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
+def measured(measured_beside: dict[str, Any]) -> Any:
+    return measured_beside["edges_peer"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

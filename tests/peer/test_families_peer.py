@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
-
-from tests import forked
 
 pytest.importorskip("transformer_lens", reason="TransformerLens is not installed (extra 'peer')")
 
@@ -15,10 +12,8 @@ FAMILIES = ("llama", "gpt2", "qwen3", "gemma2", "phi3", "olmo2")
 
 
 @pytest.fixture(scope="module")
-def measured() -> Any:
-    done = forked.run(["-m", "tests.peer.families_peer"])
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
+def measured(measured_beside: dict[str, Any]) -> Any:
+    return measured_beside["families_peer"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

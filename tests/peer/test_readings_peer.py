@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests import forked
-
 pytest.importorskip("transformer_lens", reason="TransformerLens is not installed (extra 'peer')")
 
 
 @pytest.fixture(scope="module")
-def both() -> Any:
-    done = forked.run(["-m", "tests.peer.readings_peer"])
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout[done.stdout.index('{"ours"') :])
+def both(measured_beside: dict[str, Any]) -> Any:
+    return measured_beside["readings_peer"]
 
 
 def test_the_head_detector_says_the_same(both: Any) -> None:
