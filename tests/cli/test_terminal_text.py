@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from rich.text import Text
+from safetensors.torch import load_file, save_file
 
 from pellucid.cli import main
 from pellucid.cli import run as run_module
@@ -114,10 +115,17 @@ def test_a_mistake_that_we_find_is_quoted(given: tuple[str, ...], tmp_path: Path
 # -- results -----------------------------------------------------------------------------------------------------------
 
 
+SECOND_HALF = ("transformer.h.2.", "transformer.h.3.")
+
+
 @pytest.fixture
 def hostile_model(tmp_path: Path) -> Path:
-    """The embedded model in a folder with such a name; its tokenizer has a special token of that kind."""
+    """The embedded model's first half in a folder with such a name; its tokenizer has a special token of that kind."""
     folder = Path(shutil.copytree(MODEL_FOLDER, tmp_path / f"model{HOSTILE}"))
+    weights, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text("utf-8"))
+    first = {name: weight for name, weight in weights.items() if not name.startswith(SECOND_HALF)}
+    save_file(first, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config | {"n_layer": 2}), "utf-8")
     for file in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
         file.write_text(file.read_text("utf-8").replace('"<unk>"', json.dumps(HOSTILE)), "utf-8")
     return folder
