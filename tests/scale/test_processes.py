@@ -6,8 +6,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import pytest
 
 from pellucid.demo import MODEL_FOLDER
 from pellucid.scale.stored_activations import StoredActivations
+from tests import forked
 from tests.command_line import invoke as cli
 from tests.scale.jobs import contents
 
@@ -42,21 +41,20 @@ def words(text: dict[str, Path], out: Path, *more: str) -> list[str]:
 def test_a_killed_worker_costs_unfinished_shards_only(text: dict[str, Path], tmp_path: Path) -> None:
     done = cli(*words(text, tmp_path / "alone"))
     assert done.exit_code == 0, done.stderr
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
     environment = {**os.environ, "PYTHONHASHSEED": "7"}
     environment.pop("OMP_NUM_THREADS", None)  # the launcher sets its own
-    command = [*torchrun, "-m", "pellucid", *words(text, tmp_path / "many")]
-    launcher = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while launcher.poll() is None and len(list((tmp_path / "many").glob("?????.json"))) < 3:
+    with open(os.devnull, "r+") as nothing:
+        command = [*torchrun, "-m", "pellucid", *words(text, tmp_path / "many")]
+        launcher = forked.start(command, (nothing.fileno(),) * 3, env=environment)
+    while launcher.exitcode is None and len(list((tmp_path / "many").glob("?????.json"))) < 3:
         time.sleep(0.01)
     workers = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
     if not workers.exists():
         pytest.skip("no list of child processes here")
     for worker in workers.read_text().split()[:1]:
         os.kill(int(worker), signal.SIGKILL)
-    launcher.wait()
+    launcher.join()
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "many").glob("?????.json")}
     again = cli(*words(text, tmp_path / "many", "--format", "json"))
     assert again.exit_code == 0, again.stderr
