@@ -54,6 +54,7 @@ def as_hook(bridge: TransformerBridge, edit: Edit) -> tuple[str, Callable[..., A
     return edit.hook, hook
 
 
+@torch.no_grad()
 def whole_logits(
     bridge: TransformerBridge, tokens: Tensor, edits: Edit | Sequence[Edit], attention_mask: Tensor | None = None
 ) -> Tensor:

@@ -99,6 +99,7 @@ def test_every_hook_equals_whole_forwards(case: str, opt_in: bool) -> None:
     tokens = random_tokens(rows, 9)
     _, cache = bridge.run_with_cache(random_tokens(rows, 9, seed=7), attention_mask=mask)
     edits = edits_everywhere(bridge, cache, 9, seed=len(case))
+    edits = edits if opt_in else edits[::2]  # those points are there with the others too
     result = Sweep(bridge, tokens, LogitDifference(ANSWER, FOIL), attention_mask=mask).run(edits)
     assert result.plan.n_whole == 0
     base = last_real(bridge(tokens, attention_mask=mask), mask)
