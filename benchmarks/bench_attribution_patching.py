@@ -3,6 +3,7 @@
     python benchmarks/bench_attribution_patching.py             writes both files of results/
     python benchmarks/bench_attribution_patching.py --parts agreement   or cost: one of them
     python benchmarks/bench_attribution_patching.py --quick     two pairs, few points of integrated gradients; writes nothing
+    python benchmarks/bench_attribution_patching.py --smollm2   the cost on SmolLM2 alone, in a file of its own
 
 Agreement (``results/attribution_agreement_<hardware>_<yyyymm>.md``): cells of a site are really patched on the same pairs,
 and Pearson's correlation of each method's estimate with what patching did is told. Cells before the first position at which
@@ -284,22 +285,26 @@ def costs(name: str, model: Any, d_vocab: int, rounds: int, clock: str) -> tuple
     ]
     taken = measure(programs, rounds, 1, clock)
     n_cells = sum(ours.plan().cells.values())
-    ratios = [f"{taken.ratio(label, 'forward'):.2f}" for label in ("plain torch", "ours")]
+    ratios = []
+    for label in ("plain torch", "ours"):
+        low, high = taken.quartiles(label, "forward")
+        ratios.append(f"{taken.ratio(label, 'forward'):.2f} ({low:.2f} to {high:.2f})")
     line = (name, f"{taken.minimum('forward') * 1e3:.0f}", *ratios, f"{n_cells:,}")
     print(line, flush=True)
     return line
 
 
-def cost_report(quick: bool, clock: str) -> str:
-    """Both models' line."""
-    rounds, shape = (3, TINY) if quick else (9, BLOOM_560M)
-    lines = [
-        costs(str(shape.name), make_model(shape), shape.d_vocab, rounds, clock),
-        costs("SmolLM2-135M", load_smollm2().hf_model, 40_000, rounds, clock),
-    ]
+def cost_report(quick: bool, clock: str, rounds: int, smollm2_alone: bool) -> str:
+    """Both models' line, or SmolLM2's."""
+    rounds, shape = (3, TINY) if quick else (rounds, BLOOM_560M)
+    lines = [] if smollm2_alone else [costs(str(shape.name), make_model(shape), shape.d_vocab, rounds, clock)]
+    lines += [costs("SmolLM2-135M", load_smollm2().hf_model, 40_000, rounds, clock)]
     header = ("model", "forward, ms", "plain torch, AtP of blocks", "AtP and RelP of everything", "cells")
     body = ["# Attribution patching: cost", "", *machine_lines(), f"- clock: {clock}; rounds: {rounds}", ""]
-    body += [f"{LENGTH} tokens, in forwards of bare Hugging Face (target: at most {TARGET}):", ""]
+    body += [
+        f"{LENGTH} tokens, in forwards of bare Hugging Face (target: at most {TARGET}); ratios are medians over rounds of"
+    ]
+    body += ["two times in a round, quartiles beside them.", ""]
     return "\n".join([*body, table(header, lines)]) + "\n"
 
 
@@ -312,13 +317,19 @@ def main() -> None:
     parser.add_argument(
         "--tasks", nargs="+", default=[], help="of agreement: said, repeated, induction, object, unsolved"
     )
+    parser.add_argument("--rounds", type=int, default=9, help="of the cost")
+    parser.add_argument("--smollm2", action="store_true", help="the cost on SmolLM2 alone, in a file of its own")
     arguments = parser.parse_args()
-    for part in arguments.parts:
+    for part in ["cost"] if arguments.smollm2 else arguments.parts:
         quick = arguments.quick
-        text = agreement_report(quick, arguments.tasks) if part == "agreement" else cost_report(quick, arguments.clock)
+        if part == "agreement":
+            text = agreement_report(quick, arguments.tasks)
+        else:
+            text = cost_report(quick, arguments.clock, arguments.rounds, arguments.smollm2)
         print(text)
         if not quick:
             name = "attribution_agreement" if part == "agreement" else "attribution_patching"
+            name += "_smollm2" * arguments.smollm2
             file = f"{name}_{arguments.hardware}_{time.strftime('%Y%m')}.md"
             (Path(__file__).parent / "results" / file).write_text(text, "utf-8")
 

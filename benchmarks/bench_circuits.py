@@ -3,6 +3,7 @@
     python benchmarks/bench_circuits.py             560M-shaped and SmolLM2, writes results/circuits_<hardware>_<yyyymm>.md
     python benchmarks/bench_circuits.py --layers 6  fewer layers of the 560M shape; the file says how many
     python benchmarks/bench_circuits.py --quick     a tiny model and the embedded one; writes nothing
+    python benchmarks/bench_circuits.py --smollm2   the cost on SmolLM2 alone, in a file of its own
 
 Cost: one pair of prompts of 64 tokens that differ from the first token on, beside one forward of Hugging Face's model that
 gives all logits. Trained models: CPR, CMD and Jaccard of indirect object
@@ -64,6 +65,9 @@ def cost(report: Report, bridge: TransformerBridge, d_vocab: int, title: str, ro
         runs[f"EAP-IG {points}"] = EdgeAttribution(bridge, pairs, method="eap-ig", points=points).run
     timings = measure([Program(name, run) for name, run in runs.items()], rounds, 1, clock)
     report.timings(timings, "hugging face")
+    for name in list(runs)[1:]:
+        low, high = timings.quartiles(name, "hugging face")
+        report.say(f"- {name}: quartiles over rounds {low:.2f} and {high:.2f} forwards")
     before = resident_bytes()
     reset_peak()
     circuit = runs["EAP"]()
@@ -139,6 +143,7 @@ def trained(report: Report, bridge: TransformerBridge, pairs: PromptPairs, title
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tiny model and the embedded one; writes nothing")
+    parser.add_argument("--smollm2", action="store_true", help="the cost on SmolLM2 alone, in a file of its own")
     parser.add_argument("--layers", type=int, help="fewer layers than 24; the file says how many")
     parser.add_argument("--pairs", type=int, default=12, help="pairs for SmolLM2")
     parser.add_argument("--rounds", type=int, default=5)
@@ -147,11 +152,16 @@ def main() -> None:
     parser.add_argument("--note", default="", help="a sentence for the result file, such as what else was running")
     arguments = parser.parse_args()
     shape = TINY if arguments.quick else replace(BLOOM_560M, n_layers=arguments.layers or BLOOM_560M.n_layers)
-    report = Report("Edge attribution and circuits")
+    report, results = Report("Edge attribution and circuits"), Path(__file__).parent / "results"
     report.say("\n".join(machine_lines()))
     report.say(f"- clock: {arguments.clock}")
     if arguments.note:
         report.say(f"- note: {arguments.note}")
+    if arguments.smollm2:
+        bridge = load_smollm2()
+        cost(report, bridge, bridge.cfg.d_vocab, "SmolLM2-135M", arguments.rounds, arguments.clock)
+        report.write(results / f"circuits_smollm2_{arguments.hardware}_{time.strftime('%Y%m')}.md")
+        return
     cost(report, TransformerBridge(make_model(shape)), shape.d_vocab, str(shape), arguments.rounds, arguments.clock)
     trained(report, load_demo_bridge(), repeated_words(), "the embedded model", 40)
     if is_installed() and not arguments.quick:
@@ -159,7 +169,7 @@ def main() -> None:
         cost(report, bridge, bridge.cfg.d_vocab, "SmolLM2-135M", arguments.rounds, arguments.clock)
         trained(report, bridge, indirect_objects(bridge, arguments.pairs), "SmolLM2-135M", 200)
     if not arguments.quick:
-        report.write(Path(__file__).parent / "results" / f"circuits_{arguments.hardware}_{time.strftime('%Y%m')}.md")
+        report.write(results / f"circuits_{arguments.hardware}_{time.strftime('%Y%m')}.md")
 
 
 if __name__ == "__main__":

@@ -149,6 +149,11 @@ class Timings:
         """Median over rounds of ``name / base``."""
         return statistics.median(a / b for a, b in self._pairs(name, base))
 
+    def quartiles(self, name: str, base: str) -> tuple[float, float]:
+        """Lower and upper quartile over rounds of ``name / base``."""
+        lower, _, upper = statistics.quantiles([a / b for a, b in self._pairs(name, base)], n=4)
+        return lower, upper
+
     def difference(self, name: str, base: str) -> float:
         """Median over rounds of ``name - base``, in seconds."""
         return statistics.median(a - b for a, b in self._pairs(name, base))
