@@ -32,6 +32,7 @@ from pellucid.attribution.results import SiteResult, flat
 from pellucid.attribution.streaming import PairStream, Resuming, metric_identity
 from pellucid.axes import ROWS_AT_ONCE, Index
 from pellucid.corpora.pairs import PromptPairs
+from pellucid.dtypes import widened
 from pellucid.errors import InputError
 from pellucid.experiments.labelled import Attribute, about_metrics, between
 from pellucid.experiments.options import AttributionChoices, By, Direction, Method, Rows, SweepOptions, documented
@@ -248,7 +249,9 @@ class AttributionPatching(BriefFields, AttributionChoices):
 
     def _result(self, done: PairPass, site: SiteCells, spans: Tensor | None) -> SiteResult:
         tensors, several = done.state.tensors, not isinstance(self.method, str)
-        effects = [flat(tensors[f"effect {site.name} {method}"]) for method in self.methods]
+        found = [tensors[f"effect {site.name} {method}"] for method in self.methods]
+        # Means are taken in float64; of a single pair none is, and a copy of all cells costs a part of a run.
+        effects = [flat(each) if len(self.pairs) > 1 else widened(each).reshape(1, -1).numpy() for each in found]
         delta = tensors.get(f"delta {site.name}")
         of_pairs = None if spans is None else spans.numpy()
         return SiteResult(site, self.methods, several, effects, of_pairs, None if delta is None else flat(delta))

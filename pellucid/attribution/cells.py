@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,11 +53,22 @@ class SiteCells(BriefFields):
 
     def summed(self, products: Mapping[int | None, Float[Tensor, "row ..."]]) -> Float[Tensor, " row *by"]:
         """``[row, *by]`` of products by layer, each ``[row, *axes of the point]``; a last axis of features may be 1 long."""
-        layers = [self._layer(products[layer]) for layer in self.specs]
+        return self.summed_from(products.__getitem__)
+
+    def summed_from(self, product: Callable[[int | None], Tensor]) -> Tensor:
+        """:meth:`summed` of products that are made one layer after the other, each where the one before it lay."""
         if "layer" not in self.cells.by:
-            (only,) = layers
-            return only
-        return torch.stack(layers, dim=1 + self.cells.by.index("layer"))
+            (only,) = self.specs
+            return self._layer(product(only))
+        axis = 1 + self.cells.by.index("layer")
+        found: Tensor | None = None
+        for place, layer in enumerate(self.specs):
+            part = self._layer(product(layer))
+            if found is None:
+                found = part.new_empty(*part.shape[:axis], len(self.specs), *part.shape[axis:])
+            found.select(axis, place).copy_(part)
+        assert found is not None
+        return found
 
     def _layer(self, product: Tensor) -> Tensor:
         """``[row, *by]`` without the layer."""

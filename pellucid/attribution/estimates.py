@@ -141,26 +141,28 @@ class Estimator(BriefFields):
         """
         run_source = self.source(source) if kept is None else kept
         needed = [name for site in self.fixed for name in pattern_hooks(site)]
+        ruled, drops = "relp" in self.methods, "atp*" in self.methods
         with self.bridge.points_on(self.flags):
             run = run_with_gradients(
                 base,
                 metric,
                 [*self.hooks, *needed],
-                rules="relp" in self.methods,
-                gates="atp*" in self.methods,
+                rules=ruled,
+                gates=drops,
             )
             refuse_zero_gradient(metric, run.scores.detach())
             values = {name: tensor.detach() for name, tensor in run.activations.items()}
             moved = {name: run_source.activations[name] - values[name] for name in self.hooks}
             effects: dict[tuple[str, Method], Tensor] = {}
-            plain = run.gradients() if {"atp", "atp*"} & set(self.methods) else {}
+            plain = run.gradients(last=not (ruled or drops)) if drops or "atp" in self.methods else {}
             for site in self.sites if "atp" in self.methods else ():
                 effects[site.name, "atp"] = _linear(site, moved, plain)
-            if "relp" in self.methods:
-                by_rules = run.gradients(self.hooks, rules=True)
+            if ruled:
+                plain = plain if drops else {}  # let go of before as many others are made
+                by_rules = run.gradients(self.hooks, rules=True, last=not drops)
                 for site in self.sites:
                     effects[site.name, "relp"] = _linear(site, moved, by_rules)
-            if "atp*" in self.methods:
+            if drops:
                 changes = {
                     site.name: pattern_change(self.bridge, base, site, values, run_source.activations)
                     for site in self.fixed
@@ -228,7 +230,7 @@ class Estimator(BriefFields):
             mean = torch.zeros_like(start)
             for place, weight in gauss_legendre(self.n_points):
                 point = run_with_gradients(base, metric, [spec.name], instead={spec.name: start + place * way})
-                mean += weight * point.gradients()[spec.name]
+                mean += weight * point.gradients(last=True)[spec.name]
             products[layer] = widened(way) * mean
             end = run_with_gradients(base, metric, [spec.name], instead={spec.name: start + way}).scores.detach()
             whole = products[layer].flatten(1).sum(1)
@@ -244,4 +246,9 @@ def gauss_legendre(n_points: int) -> list[tuple[float, float]]:
 
 def _linear(site: SiteCells, moved: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Tensor:
     """``[row, *by]``: ``(source - base) * gradient``."""
-    return site.summed({layer: widened(moved[spec.name]) * gradients[spec.name] for layer, spec in site.specs.items()})
+
+    def product(layer: int | None) -> Tensor:
+        name = site.specs[layer].name
+        return widened(moved[name]) * gradients[name]
+
+    return site.summed_from(product)

@@ -54,7 +54,26 @@ def mean_effects(effects: Numbers, spans: Numbers | None, counts: Numbers | None
     weights = np.ones((1, len(effects))) if counts is None else counts
     total: Numbers = weights @ effects
     below = weights.sum(1) if spans is None else weights @ spans
-    return total / below[:, None]
+    total /= below[:, None]  # in place: a large result's copies take as long as a part of the run
+    return total
+
+
+def means_of(effects: Sequence[Numbers], spans: Numbers | None) -> Numbers:
+    """``[method, cell]`` in float64: of each method :func:`mean_effects`, of each pair once.
+
+    Args:
+        effects: of each method ``[pair, cell]``; of a single pair in any precision.
+        spans: what each pair's effects are measured in.
+    """
+    found = np.empty((len(effects), effects[0].shape[1]))
+    for row, effect in zip(found, effects, strict=True):
+        if len(effect) > 1:
+            row[:] = mean_effects(effect, spans)[0]
+        else:  # its mean is itself; 0 is added as a sum does it, which takes the sign from a zero
+            np.add(effect[0], 0.0, out=row, dtype=np.float64)
+            if spans is not None:
+                row /= spans[0]
+    return found
 
 
 def draw_counts(n_pairs: int, resamples: int, seed: int | np.random.Generator) -> Numbers:
@@ -80,7 +99,8 @@ def stability_of(effects: Numbers, spans: Numbers | None, resamples: int, n: int
     """
     n_pairs, n_cells = effects.shape
     if n_pairs < 2:
-        return Stability(np.full(n_cells, np.nan), n, float("nan"), float("nan"))
+        unknown = np.broadcast_to(np.float64("nan"), n_cells)  # one number in memory, however many cells
+        return Stability(unknown, n, float("nan"), float("nan"))
     counts = draw_counts(n_pairs, resamples, seed)
     error, n = np.empty(n_cells), min(n, n_cells)
     best, where = np.empty((resamples, 0)), np.empty((resamples, 0), dtype=np.int64)

@@ -15,7 +15,7 @@ from torch import Tensor
 from pellucid.attribution.cells import SiteCells
 from pellucid.attribution.checking import LOW_AGREEMENT, Chosen, Verdict, choose, judge
 from pellucid.attribution.choices import TITLES
-from pellucid.attribution.resampling import Numbers, Stability, mean_effects, stability_of
+from pellucid.attribution.resampling import Numbers, Stability, mean_effects, means_of, stability_of
 from pellucid.errors import warn
 from pellucid.experiments.labelled import Attribute
 from pellucid.experiments.options import Method
@@ -33,7 +33,7 @@ class SiteResult(BriefFields):
         site: its cells.
         methods: in the order of the result; an axis ``estimator`` where ``several``.
         several: whether there is that axis.
-        effects: of each method ``[pair, cell]``, in the metric's unit.
+        effects: of each method ``[pair, cell]``, in the metric's unit; in float64, a single pair's as they were computed.
         spans: ``[pair]``, the clean run's metric less the corrupted run's; ``None`` where nothing is normalised.
         delta: ``[pair, layer]`` of integrated gradients.
     """
@@ -46,13 +46,13 @@ class SiteResult(BriefFields):
     delta: Numbers | None
 
     @cached_property
-    def means(self) -> list[Numbers]:
-        """Of each method ``[cell]``."""
-        return [mean_effects(effect, self.spans)[0] for effect in self.effects]
+    def means(self) -> Numbers:
+        """``[method, cell]``."""
+        return means_of(self.effects, self.spans)
 
     def choose(self, count: int, seed: int) -> Chosen:
         """The cells that are patched."""
-        return choose(self.site, self.means, count, seed)
+        return choose(self.site, list(self.means), count, seed)
 
     def stability(self, resamples: int, n: int, seed: int) -> list[Stability]:
         """Of each method."""
@@ -60,7 +60,7 @@ class SiteResult(BriefFields):
 
     def verdict(self, chosen: Chosen, measured: Numbers) -> Verdict:
         """Of ``measured`` ``[pair, edit]``, in the metric's unit."""
-        return judge(chosen, self.means, mean_effects(measured, self.spans)[0])
+        return judge(chosen, list(self.means), mean_effects(measured, self.spans)[0])
 
     def data_set(
         self,
@@ -74,10 +74,10 @@ class SiteResult(BriefFields):
         cells = self.site.cells
         dims = cells.by
 
-        def array(values: Sequence[Numbers], more: tuple[str, ...] = ()) -> tuple[tuple[str, ...], Any]:
-            shaped = [np.asarray(value).reshape(*cells.shape, *np.shape(value)[1:]) for value in values]
+        def array(values: Numbers, more: tuple[str, ...] = ()) -> tuple[tuple[str, ...], Any]:
+            shaped = values.reshape(len(values), *cells.shape, *values.shape[2:])
             if self.several:
-                return ("estimator", *dims, *more), np.stack(shaped)
+                return ("estimator", *dims, *more), shaped
             return (*dims, *more), shaped[0]
 
         coords: dict[str, Any] = dict(cells.coords)
@@ -85,11 +85,11 @@ class SiteResult(BriefFields):
             coords["estimator"] = list(self.methods)
         variables = {
             "effect": array(self.means),
-            "standard_error": array([each.standard_error for each in stability]),
+            "standard_error": array(np.stack([each.standard_error for each in stability])),
         }
         if of_each:
-            spans = 1.0 if self.spans is None else self.spans[:, None]
-            variables["effect_of_pair"] = array([(effect / spans).T for effect in self.effects], ("pair",))
+            spans = np.ones(1) if self.spans is None else self.spans[:, None]
+            variables["effect_of_pair"] = array(np.stack([(effect / spans).T for effect in self.effects]), ("pair",))
             coords["pair"] = list(range(len(self.effects[0])))
         if self.delta is not None:
             scale = 1.0 if self.spans is None else abs(float(self.spans.mean()))

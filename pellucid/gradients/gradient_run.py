@@ -56,7 +56,12 @@ class GradientRun(BriefFields):
     switch: Switch
 
     def gradients(
-        self, hooks: Iterable[str] | None = None, *, rules: bool = False, without_layer: int | None = None
+        self,
+        hooks: Iterable[str] | None = None,
+        *,
+        rules: bool = False,
+        without_layer: int | None = None,
+        last: bool = False,
     ) -> dict[str, Float[Tensor, "row ..."]]:
         """What flows back from each row's score to its activations, in one backward pass.
 
@@ -65,21 +70,29 @@ class GradientRun(BriefFields):
             rules: by RelP's rules, not by the gradient; the run has to have been made with them.
             without_layer: nothing flows back through what attention and MLP of this layer add to the stream (GradDrop); the
                 run has to have been made with gates.
+            last: no backward pass follows: what the graph holds is let go of on the way, and its memory taken for the
+                gradients.
 
         Returns:
             By name, ``[row, ...]`` as the activation is; zeros where nothing flows back.
 
         Raises:
-            InputError: a point that was not kept, or a way back that the run was made without.
+            InputError: a point that was not kept, a way back that the run was made without, or the run had its last pass.
         """
+        if self.switch.has_ended:
+            raise InputError(
+                "This run had its last backward pass (last=True), and its graph is gone: give last=True at the last "
+                "call alone, or make the run again."
+            )
         names = list(self.activations if hooks is None else hooks)
         lacking = [name for name in names if name not in self.activations]
         if lacking:
             raise InputError(f"{lacking[0]} was not kept by this run: name it in run_with_gradients(..., hooks=).")
         with self.switch.set(rules, without_layer):
             found = torch.autograd.grad(
-                self.scores.sum(), [self.activations[name] for name in names], retain_graph=True, allow_unused=True
+                self.scores.sum(), [self.activations[name] for name in names], retain_graph=not last, allow_unused=True
             )
+        self.switch.has_ended = last
         return {
             name: torch.zeros_like(self.activations[name]) if gradient is None else gradient
             for name, gradient in zip(names, found, strict=True)

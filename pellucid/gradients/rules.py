@@ -46,6 +46,7 @@ class Switch:
         self.without_layer: int | None = None
         self.has_rules = False
         self.has_gates = False
+        self.has_ended = False
 
     @contextmanager
     def set(self, rules: bool, without_layer: int | None) -> Iterator[None]:
@@ -96,7 +97,7 @@ class _Activated(torch.autograd.Function):
         if not ctx.switch.rules:
             return gradients[0], None, *(None for _ in entered)
         share = value / len(entered)
-        return None, None, *(gradients[0] * _ratio(each, share) for each in entered)
+        return None, None, *(_ratio(each, share).mul_(gradients[0]) for each in entered)
 
 
 def refuse_rules(bridge: TransformerBridge) -> None:
@@ -149,8 +150,8 @@ def _no_rules(switch: Switch) -> bool:
 
 
 def _ratio(entered: Tensor, given: Tensor) -> Tensor:
-    """What ``entered`` times makes ``given``."""
-    return torch.where(entered == 0, LIMIT, given / entered)
+    """What ``entered`` times makes ``given``, a tensor of its own."""
+    return (given / entered).masked_fill_(entered == 0, LIMIT)
 
 
 def layer_gates(bridge: TransformerBridge, switch: Switch) -> list[Hook]:

@@ -56,6 +56,7 @@ NO_LINE_NEEDED: dict[str, str] = {
     "expand_neurons": TRUTH,
     "recompute_ln": TRUTH,
     "enable_grad": TRUTH,
+    "last": "any truth value; tests/gradients/test_families.py",
 }
 """Of every call that has one called so."""
 

@@ -20,7 +20,7 @@ from pellucid.analysis.labelled import data_set_from_document, data_set_to_docum
 from pellucid.attribution import AttributionPatching, attribution_patching
 from pellucid.attribution.checking import CHI_SQUARE, SUBSETS, choose, false_negative_bound
 from pellucid.attribution.estimates import Estimator, gauss_legendre
-from pellucid.attribution.resampling import draw_counts, mean_effects, mean_jaccard, spearman, stability_of
+from pellucid.attribution.resampling import draw_counts, mean_effects, mean_jaccard, means_of, spearman, stability_of
 from pellucid.attribution.streaming import PairStream
 from pellucid.corpora.pairs import PromptPairs
 from pellucid.demo import load_demo_bridge
@@ -263,6 +263,15 @@ def test_stability_by_hand() -> None:
     assert spearman(np.array([1.0, 2, 3]), np.array([1.0, 4, 9])) == pytest.approx(1)
     assert np.isnan(spearman(np.ones(3), np.arange(3.0)))
     assert np.abs(mean_effects(effects, None)[0] - effects.mean(0)).max() < 1e-12
+
+
+@pytest.mark.parametrize("spans", [None, np.array([-1.7])])
+def test_means_of_one_pair_have_the_bits_of_any_mean(spans: Any) -> None:
+    """No product is taken of a single pair; a zero loses its sign all the same, as in a sum."""
+    effects = np.random.default_rng(0).normal(size=(2, 1, 40)).astype(np.float32)
+    effects[:, 0, :3] = [-0.0, 0.0, np.nan]
+    expected = np.concatenate([mean_effects(each.astype(np.float64), spans) for each in effects])
+    assert means_of(list(effects), spans).tobytes() == expected.tobytes()
 
 
 def test_pairs_of_several_lengths(bridge: TransformerBridge) -> None:

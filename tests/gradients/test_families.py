@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pellucid import TransformerBridge
-from pellucid.errors import UnsupportedModelError
+from pellucid.errors import InputError, UnsupportedModelError
 from pellucid.gradients import run_with_gradients
 from tests.attribution.cases import LAYOUTS, METRIC, bridge_of, close, exactness, pair, runs, score, smooth_bridge_of
 from tests.families import has_experts, make_family, smooth
@@ -141,6 +141,21 @@ def test_a_layer_left_out_passes_nothing(name: str) -> None:
     close((dropped[first] * way).flatten(1).sum(1), expected, difference_bound(bridge))
     assert torch.equal(dropped[mlp], plain[mlp])
     assert not run.gradients([mlp], without_layer=last)[mlp].any()
+
+
+@pytest.mark.parametrize("rules", [False, True])
+def test_the_last_pass_gives_equal_bits_and_lets_go_of_the_graph(rules: bool) -> None:
+    bridge = bridge_of("llama")
+    base, _ = runs(bridge)
+    hooks = ["blocks.0.hook_resid_pre", "blocks.1.attn.hook_z", "blocks.1.mlp.hook_post"]
+    run = run_with_gradients(base, METRIC, hooks, rules=rules)
+    before, last = run.gradients(rules=rules), run.gradients(rules=rules, last=True)
+    for hook in hooks:
+        assert torch.equal(before[hook], last[hook])
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(run.scores.sum(), [run.activations[hook] for hook in hooks])
+    with pytest.raises(InputError, match="last backward pass"):
+        run.gradients()
 
 
 def without_biases(name: str) -> TransformerBridge:
