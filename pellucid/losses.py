@@ -11,7 +11,7 @@ from pellucid.padding import NO_TOKEN, targets
 
 
 def check_shapes(
-    logits: Float[Tensor, "batch pos d_vocab"],
+    logits: Shaped[Tensor, "batch pos d_vocab"],
     tokens: Int[Tensor, "batch pos"],
     attention_mask: Shaped[Tensor, "batch pos"] | None,
 ) -> None:

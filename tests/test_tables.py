@@ -49,6 +49,7 @@ INTERNAL = {
     "HookedFunction": "abstract",
     "ActivationRecorder": "inside a run with a cache",
     "ArchitectureAdapter": "a table of the code",
+    "AsItWas": "inside a hook point",
     "BaseTensorConversion": "abstract",
     "BloomArchitectureAdapter": "a table of the code",
     "Cells": "inside a sweep",
@@ -153,6 +154,7 @@ def objects(bridge: TransformerBridge, tmp_path_factory: pytest.TempPathFactory)
     prompts = read_prompts(bridge, tokens)
     metric = LogitDifference(list(range(4)), [5, 6, 7, 8])
     many = torch.randn(3000)
+    table, ranks = many[:, None], torch.arange(len(many))[:, None]
     statistics = {kind.__name__: kind() for kind in (MeanVariance, MinMax, Covariance)}
     for statistic in statistics.values():
         statistic.update(torch.randn(2, 40, 200), torch.ones(2, 40, dtype=torch.bool))
@@ -188,7 +190,7 @@ def objects(bridge: TransformerBridge, tmp_path_factory: pytest.TempPathFactory)
         "fit": fitting.Fit(corpus),
         "fit's state": fitting.FitState({"rows": many}, {"label 0": 1}, 5, {}),
         "lens file": LensFile("tuned", {"A.0": many}, {}, {}),
-        "rows of logits": RowStatistics(many, many, many, many, many, many, many, many),
+        "rows of logits": RowStatistics(ranks, table, table, many, many, table, table, ranks),
         "plan": sweep.plan(edits),
         "batch of a plan": sweep.plan(edits).batches[0],
         "sweep result": sweep.run(edits),
@@ -229,7 +231,7 @@ def objects(bridge: TransformerBridge, tmp_path_factory: pytest.TempPathFactory)
         "store": StoredActivations(store),
         "job": StoredActivations(store).job,
         "rows": StoredActivations(store).rows(range(50)),
-        "top examples": TopExamples(many, many, many),
+        "top examples": TopExamples(many, ranks[:, 0], ranks[:, 0]),
         "example": TokenExample(["a"] * 900, many[:900].numpy(), "x"),
     }
     return made | statistics | {f"{kind} result": statistic.result() for kind, statistic in statistics.items()}

@@ -55,8 +55,8 @@ class SiteCells(BriefFields):
         """``[row, *by]`` of products by layer, each ``[row, *axes of the point]``; a last axis of features may be 1 long."""
         return self.summed_from(products.__getitem__)
 
-    def summed_from(self, product: Callable[[int | None], Tensor]) -> Tensor:
-        """:meth:`summed` of products that are made one layer after the other, each where the one before it lay."""
+    def summed_from(self, product: Callable[[int | None], Float[Tensor, "row ..."]]) -> Float[Tensor, " row *by"]:
+        """The same, ``[row, *by]``, of products that are made layer by layer, each where the one before it lay."""
         if "layer" not in self.cells.by:
             (only,) = self.specs
             return self._layer(product(only))
