@@ -121,7 +121,7 @@ def test_nothing_is_truncated(demo: TransformerBridge) -> None:
     assert len(ids) > 2048
     assert demo.to_tokens(text)[0].tolist() == ids
     with torch.no_grad():
-        assert demo(text).shape[1] == len(ids)
+        assert demo(text, stop_at_layer=1).shape[1] == len(ids)  # all four layers of so many columns take seconds
 
 
 def test_misspelt_keywords_are_errors() -> None:
