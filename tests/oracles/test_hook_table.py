@@ -5,7 +5,9 @@ The oracle is :mod:`pellucid.model_bridge.reference_edits`, Hugging Face's modul
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import pytest
@@ -30,6 +32,23 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def switch_on(bridge: TransformerBridge, spec: HookSpec) -> None:
     if spec.flag is not None:
         setattr(bridge.cfg, spec.flag, True)
+
+
+@cache
+def pair(dtype: torch.dtype = torch.float32, **settings: Any) -> tuple[TransformerBridge, Any]:
+    """A bridge and a model that tests of many points share; each point has a fresh one in the first test below."""
+    return make_pair(dtype, **settings)
+
+
+@contextmanager
+def switched_on(bridge: TransformerBridge, spec: HookSpec) -> Iterator[None]:
+    """The point there for the length of a block, if it is opt-in."""
+    switch_on(bridge, spec)
+    try:
+        yield
+    finally:
+        if spec.flag is not None:
+            setattr(bridge.cfg, spec.flag, False)
 
 
 def random_edit(spec: HookSpec) -> Callable[[Tensor], Tensor]:
@@ -67,16 +86,16 @@ def test_shape_dtype_names_and_once(name: str) -> None:
 @pytest.mark.parametrize("name", TABLE)
 def test_looking_changes_no_bit(name: str, dtype: torch.dtype) -> None:
     spec = TABLE[name]
-    bridge, model = make_pair(dtype, n_head=6)
-    switch_on(bridge, spec)
+    bridge, model = pair(dtype, n_head=6)
     tokens = random_tokens(2, 7)
     native = model(tokens).logits
-    for function in (lambda t, hook: None, lambda t, hook: t, lambda t, hook: t.clone()):
-        for grad in (False, True):
-            with torch.set_grad_enabled(grad):
-                assert torch.equal(bridge.run_with_hooks(tokens, fwd_hooks=[(name, function)]), native)
-    with torch.no_grad():
-        logits, cache = bridge.run_with_cache(tokens, names_filter=name)
+    with switched_on(bridge, spec):
+        for function in (lambda t, hook: None, lambda t, hook: t, lambda t, hook: t.clone()):
+            for grad in (False, True):
+                with torch.set_grad_enabled(grad):
+                    assert torch.equal(bridge.run_with_hooks(tokens, fwd_hooks=[(name, function)]), native)
+        with torch.no_grad():
+            logits, cache = bridge.run_with_cache(tokens, names_filter=name)
     assert torch.equal(logits, native)
     assert list(cache) == [name]
 
@@ -92,8 +111,7 @@ def test_an_edit_is_an_edit(name: str, dtype: torch.dtype, config: str) -> None:
         "slow": {"slow_but_exact": True, "pretraining_tp": 2},
     }[config]
     spec = TABLE[name]
-    bridge, model = make_pair(dtype, **settings)
-    switch_on(bridge, spec)
+    bridge, model = pair(dtype, **settings)
     tokens = random_tokens(2, 7)
     mask = torch.ones_like(tokens)
     mask[0, :2] = 0
@@ -112,7 +130,7 @@ def test_an_edit_is_an_edit(name: str, dtype: torch.dtype, config: str) -> None:
     outputs = []
     for function in (returned, in_place, transposed):
         for grad in (False, True):
-            with torch.set_grad_enabled(grad):
+            with torch.set_grad_enabled(grad), switched_on(bridge, spec):
                 output = bridge.run_with_hooks(
                     tokens, fwd_hooks=[(name, function)], attention_mask=mask, assert_effect=True
                 )
@@ -138,11 +156,10 @@ def test_one_row_one_position(name: str) -> None:
     """Shapes of size one, where a reshape may be a view with other strides."""
     spec = TABLE[name]
     for n_head, batch, length in ((1, 1, 1), (4, 1, 1), (1, 2, 3), (4, 1, 2)):
-        bridge, model = make_pair(n_head=n_head)
-        switch_on(bridge, spec)
+        bridge, model = pair(n_head=n_head)
         tokens = random_tokens(batch, length)
         edit = random_edit(spec)
-        with torch.no_grad():
+        with torch.no_grad(), switched_on(bridge, spec):
             returned = bridge.run_with_hooks(tokens, fwd_hooks=[(name, lambda t, hook: edit(t))])
             in_place = bridge.run_with_hooks(tokens, fwd_hooks=[(name, lambda t, hook: _write(t, edit(t)))])
             with reference_edit(model, spec, edit, ADAPTER):
