@@ -145,7 +145,7 @@ class EdgeAttribution(EdgeChoices, BriefFields):
             run = run_with_gradients(unedited, batch.metric, hooks, instead=instead)
             if instead is None:
                 refuse_zero_gradient(batch.metric, run.scores)
-            gradients = _from(first, run.gradients(ends.gradient_hooks))
+            gradients = _from(first, run.gradients(ends.gradient_hooks, last=True))
             values = _from(first, {name: value.detach() for name, value in run.activations.items()})
             del run
             with torch.no_grad():

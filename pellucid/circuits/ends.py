@@ -142,11 +142,18 @@ class Ends:
     ) -> Float[Tensor, "row sender pos d_model"]:
         """``[row, sender, pos, d_model]``: what each part writes more in one run than in another."""
         embed = self._name("hook_embed")
-        found = [(source[embed] - base[embed])[:, None]]
+        written = source[embed] - base[embed]
+        # Written in place: parts and what they are put together to would be two of the largest tensor.
+        found = written.new_empty(len(written), len(self.wiring.senders), *written.shape[1:])
+        found[:, 0] = written
+        number = 1
         for layer in range(self.wiring.n_layers):
             mlp = f"blocks.{layer}.hook_mlp_out"
-            found += [self.head_differences(layer, source, base), (source[mlp] - base[mlp])[:, None]]
-        return torch.cat(found, 1)
+            found[:, number : number + self.wiring.n_heads] = self.head_differences(layer, source, base)
+            number += self.wiring.n_heads
+            found[:, number] = source[mlp] - base[mlp]
+            number += 1
+        return found
 
     # -- what flows back to inputs -------------------------------------------------------------------------------------
 
