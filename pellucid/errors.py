@@ -1,32 +1,9 @@
 """Every error Pellucid raises, in one place, so that a caller can catch a kind and a reader can see them all.
 
 An error says what was asked, what was found and what to do; where a name was wrong it lists the nearest valid ones.
-Each class also derives from the built-in exception that TransformerLens (or plain Python) raises in that situation, so
-that code which catches ``KeyError`` or ``ValueError`` goes on working::
-
-    PellucidError
-    ├── HookNameError          (KeyError)      a hook name, glob, filter or list entry matches nothing
-    ├── HookDisabledError      (ValueError)    an opt-in hook point that is switched off
-    ├── HookUnreachableError   (ValueError)    a hook point that this run will not pass through
-    ├── HookNotFiredError      (RuntimeError)  a hook point that a forward passed without firing it
-    ├── HookValueError         (ValueError)    a hook returned a wrong type, shape, dtype or device
-    ├── NoEffectError          (RuntimeError)  ``assert_effect=True`` and an edit changed nothing
-    ├── NoReferenceError       (NotImplementedError) a hook point of the table that the oracle of edits does not know
-    ├── GradientError          (RuntimeError, ValueError)  a backward hook that cannot be honoured
-    ├── InputError             (ValueError)    tokens, masks, keywords, sizes
-    ├── UnsupportedModelError  (ValueError)    no decoder that we know, or one configured in a way we do not handle
-    ├── WeightError            (ValueError)    weights with a wrong name, shape or dtype, not finite or not readable
-    ├── CacheKeyError          (KeyError)      a cache entry that does not exist or was not kept
-    ├── ResultKeyError         (KeyError)      a name that a result has nothing under
-    ├── CacheTooLargeError     (MemoryError)   a cache over ``max_cache_bytes``
-    ├── CorpusError            (ValueError)    a corpus that cannot be read, or has nothing to run
-    ├── OtherJobError          (ValueError)    a folder that holds the work of another job
-    ├── StoreError             (ValueError)    stored activations that are unfinished, missing or damaged
-    ├── StorageFullError       (OSError)       no space left for what has to be written
-    ├── MissingExtraError      (ImportError)   a package of an extra that is not installed
-    └── NotSetUpError          (RuntimeError)  a component used before ``set_original_component``
-
-    PellucidWarning (UserWarning)              something the user should know and may silence
+Each class also derives from the built-in exceptions that TransformerLens (or plain Python) raises in that situation, so
+that code which catches ``KeyError`` or ``ValueError`` goes on working. ``docs/errors.md`` has each, with an
+example.
 """
 
 from __future__ import annotations

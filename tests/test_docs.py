@@ -143,6 +143,19 @@ def test_every_page_is_reachable_from_the_index() -> None:
         assert name == "index.md" or f"({name})" in index, name
 
 
+def test_every_error_has_a_section_with_what_it_derives_from() -> None:
+    from pellucid import errors
+
+    def heading(kind: type[BaseException]) -> str:
+        bases = [base.__name__ for base in kind.__bases__ if base is not errors.PellucidError]
+        return f"## {kind.__name__} ({', '.join(bases)})"
+
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and kind.__module__ == errors.__name__]
+    page = (ROOT / "docs" / "errors.md").read_text("utf-8")
+    found = re.findall("^## .*$", page, re.MULTILINE)
+    assert sorted(found) == sorted(heading(kind) for kind in kinds if kind is not errors.PellucidError)
+
+
 def commands() -> Iterator[tuple[str, list[str]]]:
     """Every ``pellucid ...`` line in a bash block, with the page."""
     for page in PAGES:
