@@ -207,6 +207,7 @@ def checked(function: Callable[..., Any], name: str, annotations: dict[str, Any]
 
     @functools.wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
+        __tracebackhide__ = True
         given = function(*args, **kwargs)
         arguments = signature.bind(*args, **kwargs).arguments
         with jaxtyped("context"):
@@ -215,6 +216,8 @@ def checked(function: Callable[..., Any], name: str, annotations: dict[str, Any]
                     check(given if argument == "return" else arguments[argument], hint, f"{name}: {argument}")
         return given
 
+    # A warning points at the user's line, past the library's own files: this frame is one of them.
+    called.__code__ = called.__code__.replace(co_filename=function.__code__.co_filename)
     return called
 
 
