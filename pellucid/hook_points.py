@@ -422,10 +422,7 @@ class HookPoint(NoTorchHooks):
         return shown
 
     def _run_forward(self, value: Tensor, handles: Sequence[LensHandle], copies: bool) -> Tensor:
-        shown = _through(self.hook_conversion, value.clone() if copies else value, handles)
-        if self.hook_conversion is not None:
-            check_returned(shown, value, handles[-1].who, "the conversion rule's revert gave")
-        return laid_out_as(value, shown)
+        return laid_out_as(value, _through(self.hook_conversion, value.clone() if copies else value, handles))
 
 
 def attach_for_good(handles: Sequence[LensHandle], owner: PointOwner | None, prepend: bool = False) -> HookHandles:
@@ -474,7 +471,10 @@ def _through(conversion: BaseTensorConversion | None, value: Tensor, handles: Se
         shown, gave = (shown, gave) if given is None else (given, True)
     if conversion is None or before is None:
         return shown
-    return value if not gave and before.is_still(shown) else conversion.revert(shown)
+    looked = not gave and before.is_still(shown)
+    back = conversion.revert(shown)  # of what was looked at too: a rule without a way back is refused
+    check_returned(back, value, handles[-1].who, "the conversion rule's revert gave")
+    return value if looked else back
 
 
 def _call(handle: LensHandle, shown: Tensor) -> Tensor | None:
