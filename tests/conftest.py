@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import gc
 import signal
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -34,6 +35,15 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _ctrl_c_is_left_alone() -> Iterator[None]:
+    """What takes Ctrl-C for a while gives it back."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    found = signal.signal(signal.SIGINT, before)
+    assert found is before
 
 
 @pytest.fixture(scope="session")

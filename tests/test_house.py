@@ -38,7 +38,7 @@ def tree_of(source: str) -> ast.Module:
 # --------------------------------------------------------------------------------------------------------------------
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "peer_names", "tables", "version"),
+    ("errors", "interrupts", "peer_names", "tables", "version"),
     (
         "arguments",
         "axes",
@@ -111,6 +111,7 @@ USERS_OF_PEFT = ("model_bridge.running.checkpoint",)
 WITHOUT_TORCH = (
     "",
     "errors",
+    "interrupts",
     "names",
     "peer_names",
     "progress",

@@ -13,11 +13,9 @@ Nothing is attached, mounted or switched between two runs: whoever breaks off le
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +27,7 @@ from torch import Tensor
 from pellucid.corpora import Corpus, CorpusBatch, LabelCount
 from pellucid.errors import HookValueError, OtherJobError
 from pellucid.hook_points import HookPoint, LensHandle
+from pellucid.interrupts import ctrl_c_goes_to
 from pellucid.model_bridge.corpus.collected import Collected, read_collected, write_collected
 from pellucid.model_bridge.corpus.job_identity import Watched, hooks_on
 from pellucid.model_bridge.hooking.hook_session import HookSession
@@ -302,27 +301,15 @@ class StateFolder(Generic[S]):
         if self._interrupted:
             raise KeyboardInterrupt(f"the state is in {self.path}; the same call goes on from there")
 
-    @contextmanager
-    def interrupt_put_off(self) -> Iterator[None]:
-        """Note the first Ctrl-C instead of raising, so that a batch is counted whole; the second one raises at once.
-
-        Where Ctrl-C is ignored (a command in the background of a script) it stays so.
-        """
-        previous = signal.getsignal(signal.SIGINT)  # None: a handler that Python has not set, and cannot put back
-        if threading.current_thread() is not threading.main_thread() or previous in (signal.SIG_IGN, None):
-            yield
-            return
+    def interrupt_put_off(self) -> AbstractContextManager[None]:
+        """Note the first Ctrl-C instead of raising, so that a batch is counted whole; the second one raises at once."""
 
         def note(number: int, frame: Any) -> None:
             if self._interrupted:
                 raise KeyboardInterrupt
             self._interrupted = True
 
-        signal.signal(signal.SIGINT, note)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, previous)
+        return ctrl_c_goes_to(note)
 
 
 def corpus_pass(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType
 
 import torch
 from torch import Tensor
+
+from pellucid.interrupts import ctrl_c_goes_to
 
 
 def write_all(
@@ -46,19 +46,11 @@ def write_all(
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Hold Ctrl-C back until the end of the block, then let it act. Only the main thread is ever interrupted by it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    """Hold Ctrl-C back until the end of the block, then let it act."""
     held: list[int] = []
-
-    def hold(number: int, frame: FrameType | None) -> None:
-        held.append(number)
-
-    previous = signal.signal(signal.SIGINT, hold)
     try:
-        yield
+        with ctrl_c_goes_to(lambda number, frame: held.append(number)):
+            yield
     finally:
-        signal.signal(signal.SIGINT, previous if previous is not None else signal.SIG_DFL)
         if held:
             signal.raise_signal(signal.SIGINT)
