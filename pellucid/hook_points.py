@@ -43,6 +43,7 @@ from pellucid.hook_values import (
     no_effect,
     what_goes_on,
     with_a_gradient,
+    with_bits_of,
 )
 from pellucid.names import layer_of
 from pellucid.run_context import RunContext, Scope, acts, current_run, outside_run, the_run
@@ -462,10 +463,9 @@ def _run_backward(point: HookPoint, handles: tuple[LensHandle, ...], gradient: T
 
 
 def _through(conversion: BaseTensorConversion | None, value: Tensor, handles: Sequence[LensHandle]) -> Tensor:
-    """What functions leave of ``value``, shown by ``conversion``; ``value`` itself where they only looked."""
+    """What functions leave of ``value``, shown by ``conversion``; the bits of ``value`` where they only looked."""
     shown = value if conversion is None else conversion.convert(value)
-    before = None if conversion is None else AsItWas(shown)
-    gave = False
+    before, gave = (None if conversion is None else AsItWas(shown)), False
     for handle in handles:
         given = _call(handle, shown)
         shown, gave = (shown, gave) if given is None else (given, True)
@@ -474,7 +474,7 @@ def _through(conversion: BaseTensorConversion | None, value: Tensor, handles: Se
     looked = not gave and before.is_still(shown)
     back = conversion.revert(shown)  # of what was looked at too: a rule without a way back is refused
     check_returned(back, value, handles[-1].who, "the conversion rule's revert gave")
-    return value if looked else back
+    return with_bits_of(value, back) if looked else back
 
 
 def _call(handle: LensHandle, shown: Tensor) -> Tensor | None:

@@ -158,9 +158,23 @@ class AsItWas:
         self._bits, self._made_by = tensor.detach().clone(), tensor.grad_fn
 
     def is_still(self, tensor: Tensor) -> bool:
-        """Whether nobody wrote to it, cut it off, or waits for its gradient, which it gets only if it goes on."""
-        waits = tensor.retains_grad or bool(tensor._backward_hooks)
-        return not waits and tensor.grad_fn is self._made_by and not bool(bits_differ(self._bits, tensor).any())
+        """Whether nobody wrote to it or cut it off."""
+        return tensor.grad_fn is self._made_by and not bool(bits_differ(self._bits, tensor).any())
+
+
+def with_bits_of(value: Tensor, back: Tensor) -> Tensor:
+    """The bits of ``value`` in the graph of ``back``, so that what a conversion showed has its gradient wherever it is kept.
+
+    Args:
+        value: what was converted.
+        back: what came back of it, unchanged but for what the way there and back rounds.
+    """
+    if not back.requires_grad:
+        return value
+    goes_on = back.clone()
+    with torch.no_grad():  # the backward pass of a clone knows no numbers
+        goes_on.copy_(value)
+    return goes_on
 
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -11,8 +11,12 @@ from torch import Tensor
 
 from pellucid import FactoredMatrix, HookPoint, TransformerBridge
 from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
+from pellucid.conversion_utils.conversion_steps.rearrange_tensor_conversion import RearrangeTensorConversion
 from pellucid.errors import GradientError, InputError
+from pellucid.experiments.places import read_prompts
+from pellucid.gradients import run_with_gradients
 from pellucid.model_bridge.corpus.job_identity import hooks_on
+from pellucid.sweep import LogitDifference
 from tests.models import is_pristine, make_pair, random_tokens
 
 POINT = "blocks.1.attn.hook_z"
@@ -41,6 +45,16 @@ class Transposed(BaseTensorConversion):
 
     def revert(self, input_value: Any, *full_context: Any) -> Any:
         return input_value.transpose(0, 1)
+
+
+class Thirds(BaseTensorConversion):
+    """Comes back with other bits."""
+
+    def handle_conversion(self, input_value: Any, *full_context: Any) -> Any:
+        return input_value / 3
+
+    def revert(self, input_value: Any, *full_context: Any) -> Any:
+        return input_value * 3
 
 
 def by_name(seen: list[tuple[str, float]]) -> Any:
@@ -147,6 +161,35 @@ def test_a_function_that_writes_waits_or_cuts_through_a_conversion_is_no_look() 
     point.enable_reshape(Transposed())
     point.add_hook(writes)
     assert torch.equal(point(x.clone()), x + 1)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_a_conversion_showed_and_a_function_kept_has_its_gradient(frozen: bool) -> None:
+    kept: list[Tensor] = []
+
+    def keeps(tensor: Tensor, hook: Any) -> None:
+        kept.append(tensor.requires_grad_() if frozen else tensor)
+
+    x, point = torch.randn(30, 20, requires_grad=not frozen), HookPoint()
+    assert not torch.equal(x / 3 * 3, x)
+    point.enable_reshape(Thirds())
+    point.add_hook(keeps)
+    gone_on = point(x)
+    assert torch.equal(gone_on, x)
+    (found,) = torch.autograd.grad(gone_on.square().sum(), kept)
+    assert (found - 6 * x.detach()).abs().max() < 1e-5
+
+
+def test_the_gradient_of_a_run_is_that_of_what_a_conversion_shows(bridge: TransformerBridge) -> None:
+    unedited, metric = read_prompts(bridge, random_tokens()).unedited(bridge), LogitDifference(5, 9)
+    plain = run_with_gradients(unedited, metric, [POINT]).gradients()[POINT]
+    bridge.hook_dict[POINT].enable_reshape(RearrangeTensorConversion("b p n h -> b n p h"))
+    try:
+        shown = run_with_gradients(unedited, metric, [POINT]).gradients()[POINT]
+    finally:
+        bridge.hook_dict[POINT].enable_reshape(None)
+    assert plain.any()
+    assert torch.equal(shown, plain.transpose(1, 2))
 
 
 def test_gradients_with_the_cache_are_of_the_loss_that_is_asked_for(bridge: TransformerBridge) -> None:
