@@ -22,6 +22,8 @@ from pellucid.errors import (
     PellucidWarning,
     UnsupportedModelError,
 )
+from pellucid.model_bridge.verification.self_check import Checker
+from pellucid.names import HookSpec
 from tests.models import is_pristine, make_bloom, make_pair, random_tokens
 
 
@@ -357,6 +359,22 @@ def test_weights_that_are_not_finite_are_named() -> None:
     report = TransformerBridge(model).verify(layers=[])
     assert not report.ok
     assert "transformer.h.1.mlp.dense_h_to_4h.weight" in str(report)
+
+
+def test_what_the_first_look_leaves_on_the_model_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hugging Face's modules have it too, and all runs after it: only what ran before any hook shows it."""
+    bridge, run, spoiled = make_pair()[0], Checker.edited, list[str]()
+
+    def edited(self: Checker, spec: HookSpec, function: Any) -> Tensor:
+        if not spoiled:
+            spoiled.append(spec.name)
+            with torch.no_grad():
+                bridge.hf_model.transformer.ln_f.bias.add_(0.1)
+        return run(self, spec, function)
+
+    monkeypatch.setattr(Checker, "edited", edited)
+    failed = [result.name for result in bridge.verify(layers=[]).failed]
+    assert f"{spoiled[0]}: looking" in failed
 
 
 def test_boot_arguments(tmp_path: Any) -> None:
