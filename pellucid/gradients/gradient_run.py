@@ -89,10 +89,10 @@ class GradientRun(BriefFields):
         if lacking:
             raise InputError(f"{lacking[0]} was not kept by this run: name it in run_with_gradients(..., hooks=).")
         with self.switch.set(rules, without_layer):
+            self.switch.has_ended = last  # before: an interrupted pass has let go of a part
             found = torch.autograd.grad(
                 self.scores.sum(), [self.activations[name] for name in names], retain_graph=not last, allow_unused=True
             )
-        self.switch.has_ended = last
         return {
             name: torch.zeros_like(self.activations[name]) if gradient is None else gradient
             for name, gradient in zip(names, found, strict=True)

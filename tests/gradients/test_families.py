@@ -158,6 +158,20 @@ def test_the_last_pass_gives_equal_bits_and_lets_go_of_the_graph(rules: bool) ->
         run.gradients()
 
 
+def test_after_an_interrupted_last_pass_the_run_is_over() -> None:
+    def interrupt(gradient: Tensor, hook: Any) -> None:
+        raise KeyboardInterrupt
+
+    bridge = bridge_of("llama")
+    base, _ = runs(bridge)
+    with bridge.hooks(bwd_hooks=[("blocks.1.hook_resid_pre", interrupt)]):
+        run = run_with_gradients(base, METRIC, ["blocks.0.hook_resid_pre"])
+        with pytest.raises(KeyboardInterrupt):
+            run.gradients(last=True)
+        with pytest.raises(InputError, match="last backward pass"):
+            run.gradients()
+
+
 def without_biases(name: str) -> TransformerBridge:
     model = make_bloom(torch.float64) if name == "bloom" else make_family(name, torch.float64, **smooth(name))
     with torch.no_grad():
