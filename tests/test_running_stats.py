@@ -263,6 +263,10 @@ def test_top_examples_of_equal_values_are_the_first_of_the_corpus() -> None:
     many.update(values, None, Places(torch.arange(100)[None] // 10, torch.arange(100)[None] % 10))
     assert many.result().documents.tolist() == [[2, 5, 8], [0, 0, 0]]
     assert many.result().positions.tolist() == [[0, 0, 0], [0, 1, 2]]
+    backwards = TopK(2)  # a batch that comes before what was seen
+    for document in (3, 1, 2):
+        backwards.update(torch.ones(1, 2, 1), None, Places(torch.full((1, 2), document), torch.arange(2)[None]))
+    assert backwards.result().documents.tolist() == [[1, 1]]
 
 
 def test_documents_are_pooled_wherever_their_rows_are() -> None:

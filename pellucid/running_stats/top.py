@@ -94,7 +94,9 @@ class TopK(Statistic):
         if bool(values.isnan().any()):
             values = torch.where(values.isnan(), -math.inf, values)
         # Later tokens of equal value give way to earlier ones, so nothing changes for the other features.
-        rising = (values.amax(0) > self._values[-1]).nonzero()[:, 0]
+        highest, least = values.amax(0), self._values[-1]
+        earlier = (highest == least) & (keys.min() < self._keys[-1])  # of a batch that is given out of order
+        rising = ((highest > least) | earlier).nonzero()[:, 0]
         if not len(rising):
             return
         values = values[:, rising]
