@@ -62,6 +62,7 @@ CHECKED = {"language_neurons": each_language_has_neurons_that_serve_it}
 
 
 def test_the_files_have_these_cells() -> None:
+    assert set(CHECKED) <= {script.stem for script in SCRIPTS}
     done = forked.run(["scripts/make_notebooks.py", "--check"])
     assert done.returncode == 0, done.stdout
 
