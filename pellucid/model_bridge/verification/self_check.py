@@ -440,9 +440,7 @@ class Checker:
     def liveness(self, spec: HookSpec) -> Check:
         """Looking changes nothing; an edit, returned or in place, is the reference's edit and moves the logits."""
         with self.bridge.points_on([] if spec.flag is None else [spec.flag]):
-            if (
-                spec.flag not in self._unhooked
-            ):  # one run for all points that are there with it, before any of them is hooked
+            if spec.flag not in self._unhooked:  # one run for all points that are there with it, before their looks
                 self._unhooked[spec.flag] = self.bridge(self.tokens)
             looked = self.edited(spec, lambda tensor, hook: None)
             yield self.of_hook(spec, "looking", looked.double() - self._unhooked[spec.flag].double(), 0)
