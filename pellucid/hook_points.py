@@ -491,7 +491,7 @@ def _call(handle: LensHandle, shown: Tensor) -> Tensor | None:
             raise
         if handle.direction == "bwd" and isinstance(result, tuple) and len(result) == 1:
             result = result[0]  # torch's own backward hooks return one-tuples
-        if result is shown:  # the name of a function takes longer to find than this
+        if result is shown and shown.shape == shape:  # the name of a function takes longer to find than this
             gave = shown
         elif result is not None or shown.shape != shape:
             shown = gave = what_goes_on(result, shown, shape, handle.who)

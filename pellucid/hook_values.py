@@ -71,11 +71,9 @@ def what_goes_on(result: object, shown: Tensor, shape: torch.Size, who: str) -> 
     Raises:
         HookValueError: nothing that can take the place of ``shown``.
     """
-    if result is None:
+    if result is None or result is shown:
         if shown.shape != shape:
             raise HookValueError(mismatch(who, "left its tensor with shape", tuple(shape), tuple(shown.shape)))
-        return shown
-    if result is shown:
         return shown
     check_returned(result, shown, who, "returned")
     returned: Any = result

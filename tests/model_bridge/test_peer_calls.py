@@ -12,7 +12,7 @@ from torch import Tensor
 from pellucid import FactoredMatrix, HookPoint, TransformerBridge
 from pellucid.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
 from pellucid.conversion_utils.conversion_steps.rearrange_tensor_conversion import RearrangeTensorConversion
-from pellucid.errors import GradientError, InputError
+from pellucid.errors import GradientError, HookValueError, InputError
 from pellucid.experiments.places import read_prompts
 from pellucid.gradients import run_with_gradients
 from pellucid.model_bridge.corpus.job_identity import hooks_on
@@ -97,6 +97,19 @@ def test_names_of_a_function_on_a_bridge(bridge: TransformerBridge) -> None:
     handle.remove()
     with bridge.hooks(fwd_hooks=[(POINT, function)]):
         assert hooks_on(bridge) != named  # what a job computes depends on the names
+
+
+@pytest.mark.parametrize("gives", [True, False])
+def test_a_shape_that_is_changed_in_place_is_refused(gives: bool) -> None:
+    def grows(tensor: Tensor, hook: Any) -> Tensor | None:
+        tensor.unsqueeze_(0)
+        return tensor if gives else None
+
+    for direction in ("fwd", "bwd"):
+        x, point = torch.ones(3, requires_grad=True), HookPoint()
+        point.add_hook(grows, dir=direction)  # type: ignore[arg-type]
+        with pytest.raises(HookValueError, match=r"grows .* left its tensor with shape \(1, 3\); expected \(3,\)"):
+            point(x * 1).sum().backward()
 
 
 def gives_nothing(tensor: Tensor, hook: Any) -> None:
