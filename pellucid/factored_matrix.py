@@ -217,7 +217,8 @@ class FactoredMatrix:
         tensors and arrays of integers, and new axes, work as torch's; a mask may not reach from leading axes into rows.
 
         Raises:
-            IndexingError: more indices than axes, more than one ellipsis, or a mask of leading axes and rows together.
+            IndexingError: more indices than axes, more than one ellipsis, a row or column that is not there, or a mask of
+                leading axes and rows together.
         """
         items = self._without_ellipsis([_plain(item) for item in (index if isinstance(index, tuple) else (index,))])
         leading: list[Any] = []
@@ -238,7 +239,12 @@ class FactoredMatrix:
             consumed += width
         if consumed > self.ndim:
             raise IndexingError(f"{index!r} is too long an index for a factored matrix {tuple(self.shape)}.")
-        rows, columns = (*(_kept(item) for item in matrix), slice(None), slice(None))[:2]
+        sizes = self.shape[-2:]
+        rows, columns = (
+            *(_kept(item, size) for item, size in zip(matrix, sizes, strict=False)),
+            slice(None),
+            slice(None),
+        )[:2]
         chosen = tuple(leading)
         found = FactoredMatrix(self.A[chosen][..., rows, :], self.B[chosen][..., :, columns])
         for place in new_axes:
@@ -299,9 +305,13 @@ def _axes_of(item: Any) -> int:
     return 1
 
 
-def _kept(item: Any) -> Any:
-    """An integer as a slice of length 1."""
+def _kept(item: Any, size: int) -> Any:
+    """An integer as a slice of length 1, of an axis that is so long."""
     if isinstance(item, int) and not isinstance(item, bool):
+        if not -size <= item < size:
+            raise IndexingError(
+                f"index {item} is out of bounds for rows or columns of a factored matrix: there are {size}."
+            )
         return slice(item, item + 1 if item != -1 else None)
     return item
 

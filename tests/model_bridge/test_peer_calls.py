@@ -245,7 +245,9 @@ def test_refusals_in_the_words_and_classes_that_are_caught_there(bridge: Transfo
             bridge.get_token_position(absent, torch.tensor([1, 2, 3]))
     matrix = FactoredMatrix(torch.ones(4, 2, 3), torch.ones(4, 3, 2))
     mask = torch.ones(4, 2, dtype=torch.bool)
-    for index, words in (((..., ...), "one ellipsis"), ((0, 0, 0, 0), "too long an index"), (mask, "reaches into")):
+    beyond_it = [((0, 2), "index 2 is out of bounds"), ((0, 0, -3), "index -3 is out of bounds"), ((..., 9), "are 2")]
+    wrong = [((..., ...), "one ellipsis"), ((0, 0, 0, 0), "too long an index"), (mask, "reaches into"), *beyond_it]
+    for index, words in wrong:
         with pytest.raises(IndexError, match=words) as refused:
             matrix[index]
         assert isinstance(refused.value, InputError)
