@@ -66,6 +66,18 @@ class IndexingError(InputError, IndexError):
     """An index that a factored matrix cannot take: too long, two ellipses, a mask across its axes."""
 
 
+class AttributePathError(InputError, AttributeError):
+    """A dotted name of an attribute that an object has not, or that cannot be set."""
+
+
+class DetectionError(InputError, AssertionError):
+    """What the head detector cannot compare: a pattern, text or measure that it does not know or that does not fit."""
+
+
+class KindError(InputError, TypeError):
+    """A value of another kind than a parameter or attribute takes."""
+
+
 class TokenNotFoundError(InputError, AssertionError):
     """A token whose place in a prompt was asked for, and that is not in it."""
 

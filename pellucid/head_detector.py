@@ -16,7 +16,7 @@ from torch import Tensor
 from pellucid.activation_cache import ActivationCache
 from pellucid.analysis.heads import after_earlier_copy, duplicate_token, previous_token
 from pellucid.arguments import check_kind, check_list, check_whole
-from pellucid.errors import InputError, warn
+from pellucid.errors import DetectionError, InputError, warn
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 
 HeadName: TypeAlias = Literal["previous_token_head", "duplicate_token_head", "induction_head"]
@@ -36,10 +36,6 @@ CACHE_WITH_SEQ_LIST_ERR = (
     "A single cache cannot be reused across multiple prompts, so `cache` is not supported when `seq` is a list. Pass one "
     "prompt at a time, or omit `cache` and let each prompt be run separately."
 )
-
-
-class DetectionError(InputError, AssertionError):
-    """What cannot be detected with: a name, a sequence or a pattern."""
 
 
 def detect_head(

@@ -59,6 +59,8 @@ DIFFERENT: Mapping[str, Mapping[str, str]] = {
         "to": "takes a dtype too; integers stay",
     },
     UTILITIES: {
+        "SUPPORTED_ACTIVATIONS": "functions of floating-point tensors; whole numbers are refused",
+        "apply_softcap": "the cap is a number, no tensor; the values are floating-point",
         "download_file_from_hf": "torch files are read as weights alone, never as pickles; an unknown keyword is an error",
         "get_device": "never `mps`: ask for it by name",
         "get_tokenizer_with_bos": "the tokenizer's own class opens it",
@@ -67,6 +69,7 @@ DIFFERENT: Mapping[str, Mapping[str, str]] = {
         "init_kaiming_uniform_": "`a` beside another nonlinearity than `leaky_relu`, and an unknown `mode`, are refused",
         "lm_accuracy": "ids outside the vocabulary (-100) are refused, and so is a single token",
         "lm_cross_entropy_loss": "in float32 at least",
+        "sample_logits": "`tokens` is `[batch, pos]`, ids of the vocabulary, also where no penalty reads them",
         "tokenize_and_concatenate": "a tokenizer without a padding token is not given one",
     },
     PACKAGE: {

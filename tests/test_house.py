@@ -492,6 +492,17 @@ def test_no_file_is_too_long() -> None:
     assert not {module: lines for module, lines in lengths.items() if lines > LONGEST_FILE}
 
 
+def test_every_error_is_in_one_module() -> None:
+    from pellucid import errors
+
+    kinds = {name for name, value in vars(errors).items() if isinstance(value, type)}
+    for path in MODULES:
+        for node in ast.walk(tree_of(source_of(path))):
+            if dotted(path) != "errors" and isinstance(node, ast.ClassDef):
+                bases = {ast.unparse(base).rpartition(".")[2] for base in node.bases}
+                assert not bases & kinds, f"{dotted(path)}.{node.name} belongs in errors.py"
+
+
 def test_nothing_runs_code_from_data() -> None:
     found = {dotted(path): calls for path in MODULES if (calls := RUNS_CODE_FROM_DATA.findall(source_of(path)))}
     assert not found

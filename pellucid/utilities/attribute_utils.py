@@ -5,15 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pellucid.arguments import check_text
-from pellucid.errors import InputError
-
-
-class AttributePathError(InputError, AttributeError):
-    """A dotted path of which an object lacks a part."""
-
-
-class AttributeValueError(InputError, TypeError):
-    """What an object does not take as an attribute, such as a tensor for a module's parameter."""
+from pellucid.errors import AttributePathError, InputError, KindError
 
 
 def get_nested_attr(obj: Any, attr_str: str) -> Any:
@@ -31,7 +23,7 @@ def set_nested_attr(obj: Any, attr_str: str, value: Any) -> None:
 
     Raises:
         AttributePathError: there is no ``obj.a.b``, or it does not let ``c`` be set.
-        AttributeValueError: a value that the object does not take.
+        KindError: a value that the object does not take.
         InputError: no path.
     """
     *path, name = check_text("attr_str", attr_str).split(".")
@@ -43,7 +35,7 @@ def set_nested_attr(obj: Any, attr_str: str, value: Any) -> None:
     except AttributeError as error:
         raise AttributePathError(f"attr_str={attr_str!r}: {name!r} cannot be set: {error}") from error
     except TypeError as error:  # a module wants a Parameter where it has one
-        raise AttributeValueError(f"value does not fit attr_str={attr_str!r}: {error}") from error
+        raise KindError(f"value does not fit attr_str={attr_str!r}: {error}") from error
 
 
 def _follow(obj: Any, attr_str: str, path: list[str]) -> Any:

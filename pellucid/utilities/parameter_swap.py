@@ -9,11 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pellucid.errors import InputError
-
-
-class SwapKindError(InputError, TypeError):
-    """What is no parameter, or no plain tensor."""
+from pellucid.errors import InputError, KindError
 
 
 @contextmanager
@@ -25,13 +21,13 @@ def temporarily_swap_parameter(parameter: Any, new_value: Any) -> Iterator[nn.Pa
         new_value: a tensor of its shape and dtype, on any device.
 
     Raises:
-        SwapKindError: no parameter, or no plain tensor.
+        KindError: no parameter, or no plain tensor.
         InputError: another shape or dtype; one of them has no values (the meta device).
     """
     if not isinstance(parameter, nn.Parameter):
-        raise SwapKindError(f"parameter must be a torch.nn.Parameter; got {type(parameter).__name__}")
+        raise KindError(f"parameter must be a torch.nn.Parameter; got {type(parameter).__name__}")
     if isinstance(new_value, nn.Parameter) or not isinstance(new_value, Tensor):
-        raise SwapKindError(f"new_value must be a plain torch.Tensor; got {type(new_value).__name__}")
+        raise KindError(f"new_value must be a plain torch.Tensor; got {type(new_value).__name__}")
     for what in ("shape", "dtype"):
         found, wanted = getattr(new_value, what), getattr(parameter, what)
         if found != wanted:
