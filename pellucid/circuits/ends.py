@@ -24,6 +24,7 @@ from pellucid.decomposition.stream import Frozen, Norm
 from pellucid.dtypes import widened
 from pellucid.errors import InputError, UnsupportedModelError
 from pellucid.experiments.paths import Stream
+from pellucid.model_bridge.hooking.hooks import refuse_reshaped
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 
 
@@ -52,8 +53,9 @@ def refuse_functions(bridge: TransformerBridge) -> None:
     """Refuse functions on points between the stream and a projection, which a gradient is pulled back past.
 
     Raises:
-        InputError: with the point.
+        InputError: with the point; a point that is shown in another shape.
     """
+    refuse_reshaped(bridge.hook_points(), "A circuit")
     for handle in bridge.live_hooks():
         name = str(handle.name)
         spec = bridge.hook_spec(name)

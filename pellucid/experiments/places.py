@@ -24,6 +24,7 @@ from pellucid.axes import HEADS, Index
 from pellucid.errors import HookNameError, InputError, UnsupportedModelError
 from pellucid.experiments.labelled import Attribute, Grid
 from pellucid.experiments.options import NeuronGroups, SweepOptions
+from pellucid.model_bridge.hooking.hooks import refuse_reshaped
 from pellucid.model_bridge.running.runner import Prepared
 from pellucid.model_bridge.running.tokens import TextOrTokens
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
@@ -227,7 +228,8 @@ def find_site(bridge: TransformerBridge, site: str, layers: Index = None) -> Sit
 
     Raises:
         HookNameError: no such site; the nearest ones are listed.
-        InputError: layers that the model does not have, or layers of a site outside the blocks.
+        InputError: layers that the model does not have, or layers of a site outside the blocks; a point of it that is shown
+            in another shape.
     """
     check_text("site", site)
     refuse_mid(bridge, site)
@@ -235,13 +237,15 @@ def find_site(bridge: TransformerBridge, site: str, layers: Index = None) -> Sit
     for template in (get_act_name(site, "{i}"), f"blocks.{{i}}.{site}"):
         if template.format(i=0) in bridge.hook_index:
             chosen = sorted(indices(layers, n_layers, "layers"))
-            return Site(site, {layer: bridge.hook_spec(template.format(i=layer)) for layer in chosen})
+            return _as_in_the_table(
+                bridge, {layer: bridge.hook_spec(template.format(i=layer)) for layer in chosen}, site
+            )
     for name in (site, f"hook_{site}"):
         # By its name: Granite's hook_embed is what enters the first block.
         if name in bridge.hook_index and not name.startswith("blocks."):
             if layers is not None:
                 raise InputError(f"The site {site!r} is outside the blocks: leave layers out.")
-            return Site(site, {None: bridge.hook_spec(name)})
+            return _as_in_the_table(bridge, {None: bridge.hook_spec(name)}, site)
     why = bridge.adapter.unreachable.get(get_act_name(site, 0).removeprefix("blocks.0."))
     if why is not None:
         raise HookNameError(f"No site is called {site!r} in this model. {why}.")
@@ -249,6 +253,11 @@ def find_site(bridge: TransformerBridge, site: str, layers: Index = None) -> Sit
         f"No site is called {site!r}. Nearest: {', '.join(nearest(site, SITES))}. A site is an activation of every block: "
         f"{', '.join(SITES)}, or another hook name without its layer, such as ln1.hook_scale."
     )
+
+
+def _as_in_the_table(bridge: TransformerBridge, specs: dict[int | None, HookSpec], site: str) -> Site:
+    refuse_reshaped((bridge.runner.tree.point_of(spec) for spec in specs.values()), f"The site {site!r}")
+    return Site(site, specs)
 
 
 def refuse_mid(bridge: TransformerBridge, site: str) -> None:

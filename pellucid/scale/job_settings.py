@@ -5,6 +5,7 @@ from __future__ import annotations
 from pellucid.corpora import Corpus
 from pellucid.errors import InputError
 from pellucid.model_bridge.corpus.job_identity import job_identity, refuse_torch_hooks
+from pellucid.model_bridge.hooking.hooks import refuse_reshaped
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.storage.json_text import Json
 
@@ -45,6 +46,4 @@ def refuse_writers(bridge: TransformerBridge) -> None:
             f"A function is hooked on {hooked[0]}: what it does is not part of a job, so a resumed one could store other "
             "numbers. Take it off (bridge.reset_hooks(including_permanent=True)) first."
         )
-    reshaped = [str(point.name) for point in points if point.hook_conversion is not None]
-    if reshaped:
-        raise InputError(f"{reshaped[0]} is shown in another shape (enable_reshape): a job keeps the model's own.")
+    refuse_reshaped(points, "A job")

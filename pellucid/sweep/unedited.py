@@ -17,6 +17,7 @@ from pellucid.errors import InputError
 from pellucid.model_bridge.corpus.job_identity import marks
 from pellucid.model_bridge.generalized_components.weights import why_not_by_row
 from pellucid.model_bridge.hooking.cache_plan import EMBEDDING
+from pellucid.model_bridge.hooking.hooks import refuse_reshaped
 from pellucid.model_bridge.running.runner import Prepared
 from pellucid.model_bridge.transformer_bridge import TransformerBridge
 from pellucid.padding import before_first_real
@@ -77,7 +78,8 @@ class Unedited:
         """Each edit as the writes it consists of, one a row.
 
         Raises:
-            InputError: something that is no edit, or an index that its hook has no axis for.
+            InputError: something that is no edit, an index that its hook has no axis for, or a hook that is shown in another
+                shape.
             HookNameError: no such hook.
         """
         rows, length = self.tokens.shape
@@ -94,6 +96,8 @@ class Unedited:
             writes.append(
                 [write for member in members for write in resolve(member, self.bridge.hook_spec(member.hook), sizes)]
             )
+        specs = {write.spec.name: write.spec for chosen in writes for write in chosen}
+        refuse_reshaped((self.bridge.runner.tree.point_of(spec) for spec in specs.values()), "A sweep")
         return writes
 
     def _refuse_tokens_of_wrapped(self, edit: Edit) -> None:

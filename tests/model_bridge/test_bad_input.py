@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +12,10 @@ from torch import Tensor, nn
 from transformers import BloomConfig, CTRLConfig, CTRLLMHeadModel, DynamicCache
 
 from pellucid import TransformerBridge
+from pellucid.attribution import attribution_patching
+from pellucid.circuits import edge_attribution
+from pellucid.conversion_utils.conversion_steps import RearrangeTensorConversion
+from pellucid.corpora import PromptPairs
 from pellucid.errors import (
     GradientError,
     HookDisabledError,
@@ -22,8 +27,10 @@ from pellucid.errors import (
     PellucidWarning,
     UnsupportedModelError,
 )
+from pellucid.experiments.activation_patching import activation_patching
 from pellucid.model_bridge.verification.self_check import Checker
 from pellucid.names import HookSpec
+from pellucid.sweep import Edit, LogitDifference, Sweep, Zero
 from tests.models import is_pristine, make_bloom, make_pair, random_tokens
 
 
@@ -425,14 +432,40 @@ def test_spans_slices_and_requests_that_make_no_sense(bridge: TransformerBridge)
 
 
 def test_positions_of_a_reshaped_point() -> None:
-    from pellucid.conversion_utils.conversion_steps import RearrangeTensorConversion
-
     bridge, _ = make_pair()
     bridge.hook_dict["blocks.0.attn.hook_z"].enable_reshape(RearrangeTensorConversion("b p n h -> n b p h"))
     _, cache = bridge.run_with_cache(random_tokens())
     assert cache["z", 0].shape == (4, 2, 9, 12)
     with pytest.raises(InputError, match="another shape"):
         bridge.run_with_cache(random_tokens(), pos_slice=-1)
+
+
+@pytest.mark.parametrize(
+    "tool",
+    [
+        lambda bridge, tokens: Sweep(bridge, tokens, LogitDifference(5, 6)).run(
+            [Edit("blocks.0.attn.hook_z", Zero(), heads=[1])]
+        ),
+        lambda bridge, tokens: activation_patching(bridge, tokens[:1], tokens[1:], LogitDifference(5, 6), site="z"),
+        lambda bridge, tokens: attribution_patching(
+            bridge, PromptPairs(tokens[:1].tolist(), tokens[1:].tolist(), [5], [6]), site="z"
+        ),
+        lambda bridge, tokens: edge_attribution(
+            bridge, PromptPairs(tokens[:1].tolist(), tokens[1:].tolist(), [5], [6])
+        ),
+    ],
+    ids=["sweep", "patching", "attribution", "edges"],
+)
+def test_who_needs_the_axes_of_a_reshaped_point_refuses_it(tool: Callable[..., Any]) -> None:
+    """They would look for positions and heads on the wrong axes."""
+    bridge, _ = make_pair()
+    point = bridge.get_hook_point("blocks.0.attn.hook_z")
+    point.enable_reshape(RearrangeTensorConversion("b p n h -> n b p h"))
+    tokens = random_tokens(2, 4)
+    with pytest.raises(InputError, match=r"cannot tell the axes of blocks\.0\.attn\.hook_z, which is shown in another"):
+        tool(bridge, tokens)
+    point.enable_reshape(None)
+    tool(bridge, tokens)
 
 
 def test_float64_and_checkpointing() -> None:

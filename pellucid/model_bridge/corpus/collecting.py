@@ -30,6 +30,7 @@ from pellucid.model_bridge.corpus.corpus_pass import (
     stop_after,
 )
 from pellucid.model_bridge.corpus.job_identity import job_identity
+from pellucid.model_bridge.hooking.hooks import refuse_reshaped
 from pellucid.model_bridge.running.runner import RunnableModel
 from pellucid.model_bridge.running.tokens import ids_as_given
 from pellucid.names import HookSpec, NamesFilter
@@ -59,7 +60,7 @@ def collect(
     check_kind("corpus", corpus, Corpus, "a Corpus")
     hooks = requested_hooks(bridge, statistics)
     plan = RowPlan(corpus.chosen(labels), batch_size, start_row, stop_row, padding_side)
-    _refuse_reshaped(bridge, [hook.spec.name for hook in hooks])
+    refuse_reshaped((bridge.runner.tree.point(hook.spec.name) for hook in hooks), "collect")
 
     def taps(state: Collected) -> dict[str, Tap]:
         return {hook.spec.name: partial(_update, state, hook.spec.name) for hook in hooks}
@@ -196,9 +197,3 @@ def _refuse_shapeless(spec: HookSpec) -> None:
         raise InputError(
             f"{spec.name} {what}: there are no features to keep statistics of. Leave it out of the filter."
         )
-
-
-def _refuse_reshaped(model: RunnableModel, names: Iterable[str]) -> None:
-    reshaped = [name for name in names if model.runner.tree.point(name).hook_conversion is not None]
-    if reshaped:
-        raise InputError(f"collect cannot tell the axes of {reshaped[0]}, which is shown in another shape.")

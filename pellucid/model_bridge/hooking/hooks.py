@@ -5,7 +5,7 @@ What tokens are and how a run is made is not known here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -240,3 +240,21 @@ class Hooks:
 
 def _is_resettable(handle: LensHandle) -> bool:
     return acts(handle.scope) and (handle.scope.everywhere or not handle.reads_only)
+
+
+def refuse_reshaped(points: Iterable[HookPoint], who: str) -> None:
+    """Refuse points that show functions another shape than the hook table's (``enable_reshape``).
+
+    Args:
+        points: those whose axes have to be the table's.
+        who: what needs them, for the error.
+
+    Raises:
+        InputError: naming the first.
+    """
+    for point in points:
+        if point.hook_conversion is not None:
+            raise InputError(
+                f"{who} cannot tell the axes of {point.name}, which is shown in another shape: take its conversion off, "
+                f"bridge.get_hook_point({point.name!r}).enable_reshape(None)."
+            )

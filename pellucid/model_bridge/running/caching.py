@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from pellucid.errors import InputError
 from pellucid.hook_points import LensHandle
 from pellucid.model_bridge.hooking.cache_plan import (
     EMBEDDING,
@@ -17,7 +16,7 @@ from pellucid.model_bridge.hooking.cache_plan import (
     refuse_large,
     refuse_unseen,
 )
-from pellucid.model_bridge.hooking.hooks import Hooks
+from pellucid.model_bridge.hooking.hooks import Hooks, refuse_reshaped
 from pellucid.model_bridge.hooking.mounting import ComponentTree
 from pellucid.model_bridge.running.runner import Prepared, Runner
 from pellucid.names import HookSpec, NamesFilter, is_part
@@ -72,9 +71,7 @@ def caching_functions(
         if shifts:
             positions = torch.arange(run.length)[positions]
             refuse_unseen(positions, run.virtual, next(iter(shifts)))
-        reshaped = [point.name for point in points if point.hook_conversion is not None]
-        if reshaped:
-            raise InputError(f"pos_slice cannot find the positions of {reshaped[0]}, which is shown in another shape.")
+        refuse_reshaped(points, "pos_slice")
     recorder = ActivationRecorder(
         {spec.name: spec for spec in specs},
         positions,
