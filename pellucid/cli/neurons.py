@@ -135,7 +135,7 @@ def find_neurons(choice: ModelChoice, request: NeuronRequest, format: Format) ->
     top_rate = request.top_rate if request.top_rate is not None else (0.05 if choice.is_demo else 0.01)
     measured_tokens = request.measured_tokens
     if measured_tokens is None:
-        # The embedded model's effects are tenths of a nat, random neurons' hundredths: more text takes a minute more.
+        # The embedded model's effects are tenths of a nat, random neurons' hundredths: all its text takes twice as long.
         measured_tokens = max(context, 2_048 if choice.is_demo else 65_536)
     if 0 < measured_tokens < context:
         raise InputError(f"--measured-tokens {measured_tokens} is less than one row of {context} tokens.")
